@@ -1,0 +1,32 @@
+"""Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
+
+from em_kernels._ops import backends
+from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.softmax_stats import TokenStats, softmax_stats
+from em_kernels.token_loss import (
+    EntropyLoss,
+    LinearEntropyLoss,
+    TokenLoss,
+    entropy_loss,
+    linear_entropy_loss,
+    linear_token_loss,
+    token_loss,
+)
+from em_kernels.trl_api import entropy_from_logits, selective_log_softmax_and_entropy
+
+__version__ = "0.1.0"
+__all__ = [
+    "EntropyLoss",
+    "LinearEntropyLoss",
+    "TokenLoss",
+    "TokenStats",
+    "backends",
+    "entropy_from_logits",
+    "entropy_loss",
+    "linear_entropy_loss",
+    "linear_softmax_stats",
+    "linear_token_loss",
+    "selective_log_softmax_and_entropy",
+    "softmax_stats",
+    "token_loss",
+]

@@ -1,0 +1,177 @@
+"""Argument checks of the public functions, and their translation to a `RowSpec`.
+
+Only shapes, dtypes, devices and Python numbers are looked at here, so the checks are free and can
+be traced by torch.compile; the values of CPU tensors are checked inside the operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from em_kernels._ops import IMPLS
+from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEFAULT_OUTPUTS = ("logprob", "entropy")
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    _check_tensor(name, logits)
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_logits(hidden, "hidden")
+    check_logits(weight, "weight")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    _check_device("weight", weight, hidden)
+    if bias is not None:
+        check_logits(bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
+        _check_device("bias", bias, hidden)
+
+
+def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
+    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
+            f"got {logits_dtype!r}"
+        )
+
+
+def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
+    """The outputs in their canonical order, each once."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {OUTPUTS}, got {unknown[0]!r}")
+    if target is None:
+        if tuple(outputs) == DEFAULT_OUTPUTS:
+            outputs = ("entropy",)
+        for name in outputs:
+            if name in NEEDS_TARGET:
+                raise ValueError(f"outputs: {name!r} needs a target, got target=None")
+    return tuple(name for name in OUTPUTS if name in outputs)
+
+
+def make_spec(
+    x: Tensor,
+    vocab: int,
+    target: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    group,
+    impl: str,
+    bias: Tensor | None = None,
+) -> RowSpec:
+    """Check the arguments that every public function shares; `x` gives leading shape and device."""
+    if group is not None:
+        raise NotImplementedError("group: vocabulary-parallel statistics are not supported yet")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    per_row, scalar = _temperature(temperature, x)
+    if softcap is not None:
+        check_number("softcap", softcap, lambda v: v > 0, "positive or None")
+    check_number("logit_scale", logit_scale, lambda v: v != 0, "non-zero")
+    valid = vocab if valid_vocab is None else valid_vocab
+    if isinstance(valid, bool) or not 1 <= valid <= vocab:
+        raise ValueError(f"valid_vocab must be in [1, {vocab}] or None, got {valid_vocab!r}")
+    return RowSpec(
+        bias=bias,
+        target=_target(target, x),
+        mask=row_mask(x, target, ignore_index, mask),
+        temperature_rows=per_row,
+        temperature=scalar,
+        softcap=float(softcap or 0.0),
+        logit_scale=float(logit_scale),
+        valid_vocab=valid,
+    )
+
+
+def row_mask(
+    x: Tensor, target: Tensor | None, ignore_index: int, mask: Tensor | None
+) -> Tensor | None:
+    """Which rows count: `mask != 0` and `target != ignore_index`; None means all."""
+    if mask is not None:
+        check_rows("mask", mask, x)
+        mask = mask != 0
+    if target is None:
+        return mask
+    counted = target != ignore_index
+    return counted if mask is None else mask & counted
+
+
+def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
+    """`rows` is a tensor of the leading shape of `x`, on its device."""
+    _check_tensor(name, rows)
+    if rows.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape {tuple(x.shape[:-1])}, "
+            f"got shape {tuple(rows.shape)}"
+        )
+    _check_device(name, rows, x)
+
+
+def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not good(value) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
+
+
+def _target(target: Tensor | None, x: Tensor) -> Tensor | None:
+    if target is None:
+        return None
+    check_rows("target", target, x)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    return target
+
+
+def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(temperature, Tensor):
+        if isinstance(temperature, (int, float)):
+            check_number("temperature", temperature, lambda v: v > 0, "positive")
+            return None, float(temperature)
+        raise TypeError(
+            f"temperature must be a float or a tensor, got {type(temperature).__name__}"
+        )
+    check_rows("temperature", temperature, x)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require grad: it is treated as a constant")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return temperature.to(wide), 1.0
+
+
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, got {value.device}")

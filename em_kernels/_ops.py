@@ -1,0 +1,315 @@
+"""The operators: schemas, fakes, the choice of backend, loading of the compiled part.
+
+A backend is a module with the three functions of `em_kernels.reference`: `stats`, `grad` and
+`loss` over rows of logits. The operators here flatten their arguments, choose one and call it;
+autograd lives outside, in the modules that hold the public functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from em_kernels import _chunks, reference
+from em_kernels._chunks import Needs
+from em_kernels._spec import (
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    as_rows,
+    flatten_spec,
+)
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+
+_SPEC = (
+    "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
+    "float softcap, float logit_scale, int valid_vocab"
+)
+_SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
+_UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
+_LINEAR = "Tensor hidden, Tensor weight"
+_CUT = "int? chunk_tokens, ScalarType? logits_dtype, str impl"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+def why_not(impl: str, device: torch.device | None = None) -> str | None:
+    """None if backend `impl` can serve tensors on `device`, else the reason and the remedy.
+
+    Without a device the question is whether it can serve any tensor here.
+    """
+    match impl:
+        case "reference":
+            return None
+        case "cpu":
+            if device is not None and device.type != "cpu":
+                return f"it serves tensors on the CPU, not on {device.type}"
+            return _why_not_compiled()
+        case "triton":
+            return _why_not_triton(device)
+        case "cuda":
+            return "this version has no CUDA kernels; use impl='triton' on a GPU"
+    raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+
+
+def backend(impl: str, device: torch.device) -> ModuleType:
+    """The module that serves `impl` on `device`; "auto" takes the fastest that can."""
+    if impl == "auto":
+        order = ("cpu", "reference") if device.type == "cpu" else ("triton", "reference")
+        impl = next(name for name in order if why_not(name, device) is None)
+    reason = why_not(impl, device)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot be used: {reason}")
+    match impl:
+        case "cpu":
+            return importlib.import_module("em_kernels.cpu")
+        case "triton":
+            return importlib.import_module("em_kernels.triton")
+        case _:
+            return reference
+
+
+def backends() -> dict[str, str]:
+    """What is built and usable here: backend name -> "available", or why not and the remedy."""
+    return {name: why_not(name) or "available" for name in IMPLS if name != "auto"}
+
+
+def _why_not_compiled() -> str | None:
+    try:
+        importlib.import_module("em_kernels._C")
+    except ImportError as error:
+        return (
+            f"the compiled part is missing ({error}); install a C++ compiler and reinstall with "
+            "`pip install --no-build-isolation .`"
+        )
+    return None
+
+
+def _why_not_triton(device: torch.device | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device is None:
+        usable = interpreted or torch.cuda.is_available()
+        return None if usable else "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
+    if device.type == "cpu" and not interpreted:
+        return "its tensors must be on a GPU (TRITON_INTERPRET=1 runs it on the CPU)"
+    return None
+
+
+def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
+    spec, (outputs, impl) = _take(RowSpec, args)
+    module = backend(impl, logits.device)
+    rows = module.stats(as_rows(logits), _checked(spec), tuple(outputs))
+    return _shape_rows(rows, outputs, logits.shape[:-1])
+
+
+def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
+    spec, args = _take(RowSpec, args)
+    saved, args = _take(Saved, args)
+    upstream, (impl,) = _take(Upstream, args)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    module = backend(impl, logits.device)
+    module.grad(as_rows(logits), flatten_spec(spec), _flat(saved), _flat(upstream), as_rows(out))
+    return [out]
+
+
+def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return [*_loss_rows(logits, as_rows(logits), as_rows(out), args), out]
+
+
+def _softmax_loss_inplace(logits: Tensor, *args) -> list[Tensor]:
+    view = as_rows(logits)
+    rows = _loss_rows(logits, view, view, args)
+    if view.data_ptr() != logits.data_ptr():
+        logits.copy_(view.view(logits.shape))
+    return rows
+
+
+def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
+    spec, args = _take(RowSpec, args)
+    upstream, (outputs, impl) = _take(Upstream, args)
+    module = backend(impl, logits.device)
+    rows = module.loss(view, _checked(spec), _flat(upstream), tuple(outputs), out)
+    return _shape_rows(rows, outputs, logits.shape[:-1])
+
+
+def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, (outputs, chunk, dtype, impl) = _take(RowSpec, args)
+    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    module = backend(impl, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = _chunks.stats(linear, _checked(spec), tuple(outputs), module)
+    return _shape_rows(rows, outputs, hidden.shape[:-1])
+
+
+def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, args = _take(RowSpec, args)
+    saved, args = _take(Saved, args)
+    upstream, args = _take(Upstream, args)
+    needs, (chunk, dtype, impl) = _take(Needs, args)
+    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    module = backend(impl, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = _chunks.grad(
+            linear, flatten_spec(spec), _flat(saved), _flat(upstream), needs, module
+        )
+    return _shape_grads(grads, needs, hidden)
+
+
+def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, args = _take(RowSpec, args)
+    upstream, args = _take(Upstream, args)
+    needs, (outputs, chunk, dtype, impl) = _take(Needs, args)
+    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    module = backend(impl, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        results = _chunks.loss(
+            linear, _checked(spec), _flat(upstream), tuple(outputs), needs, module
+        )
+    rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
+    return [*rows, *_shape_grads(results[-3:], needs, hidden)]
+
+
+def _take(kind: type, args: tuple) -> tuple:
+    """Split off the leading arguments that make up one NamedTuple."""
+    count = len(kind._fields)
+    return kind(*args[:count]), args[count:]
+
+
+def _flat(rows: tuple) -> tuple:
+    """The same NamedTuple with each per-row tensor flattened to (N,)."""
+    return type(rows)(*(None if t is None else t.reshape(-1).contiguous() for t in rows))
+
+
+def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> list[Tensor]:
+    """Give per-row results the leading shape; `is_top1` becomes bool."""
+    names = (*Saved._fields, *outputs)
+    return [
+        (row > 0 if name == "is_top1" else row).view(shape)
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
+    grad_hidden, *rest = grads
+    return [grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *rest]
+
+
+def _checked(spec: RowSpec) -> RowSpec:
+    """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
+    the kernels answer a target out of range or a non-positive temperature with NaN."""
+    spec = flatten_spec(spec)
+    if spec.target is not None and spec.target.device.type == "cpu":
+        _check_rows(
+            (spec.target >= 0) & (spec.target < spec.valid_vocab),
+            spec,
+            "target",
+            f"in [0, {spec.valid_vocab}) or ignore_index",
+        )
+    if spec.temperature_rows is not None and spec.temperature_rows.device.type == "cpu":
+        rows = spec.temperature_rows
+        _check_rows((rows > 0) & rows.isfinite(), spec, "temperature_rows", "positive and finite")
+    return spec
+
+
+def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str) -> None:
+    bad = ~good if spec.mask is None else ~good & spec.mask
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        name, value = field.removesuffix("_rows"), getattr(spec, field)[row].item()
+        raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
+
+
+def _fake_rows(like: Tensor, outputs: list[str]) -> list[Tensor]:
+    dtype = accumulate_dtype(like.dtype)
+    return [
+        like.new_empty(like.shape[:-1], dtype=torch.bool if name == "is_top1" else dtype)
+        for name in (*Saved._fields, *outputs)
+    ]
+
+
+def _fake_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> list[Tensor]:
+    return [
+        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        weight.new_empty(weight.shape if needs.weight else 0),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if needs.bias else 0),
+    ]
+
+
+def _fake_softmax_stats(logits: Tensor, *args) -> list[Tensor]:
+    return _fake_rows(logits, args[-2])
+
+
+def _fake_softmax_grad(logits: Tensor, *args) -> list[Tensor]:
+    return [logits.new_empty(logits.shape)]
+
+
+def _fake_softmax_loss(logits: Tensor, *args) -> list[Tensor]:
+    return [*_fake_rows(logits, args[-2]), logits.new_empty(logits.shape)]
+
+
+def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    return _fake_rows(hidden, args[-4])
+
+
+def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    return _fake_grads(hidden, weight, args[0], Needs(*args[-6:-3]))
+
+
+def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    needs = Needs(*args[-7:-4])
+    return [*_fake_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
+
+
+# name -> (schema arguments, implementation, fake); every operator returns a list of tensors.
+_OPERATORS = {
+    "softmax_stats": (
+        f"Tensor logits, {_SPEC}, str[] outputs, str impl",
+        _softmax_stats,
+        _fake_softmax_stats,
+    ),
+    "softmax_grad": (
+        f"Tensor logits, {_SPEC}, {_SAVED}, {_UPSTREAM}, str impl",
+        _softmax_grad,
+        _fake_softmax_grad,
+    ),
+    "softmax_loss": (
+        f"Tensor logits, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
+        _softmax_loss,
+        _fake_softmax_loss,
+    ),
+    "softmax_loss_": (
+        f"Tensor(a!) logits, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
+        _softmax_loss_inplace,
+        _fake_softmax_stats,
+    ),
+    "linear_stats": (
+        f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}",
+        _linear_stats,
+        _fake_linear_stats,
+    ),
+    "linear_grad": (
+        f"{_LINEAR}, {_SPEC}, {_SAVED}, {_UPSTREAM}, {_NEEDS}, {_CUT}",
+        _linear_grad,
+        _fake_linear_grad,
+    ),
+    "linear_loss": (
+        f"{_LINEAR}, {_SPEC}, {_UPSTREAM}, {_NEEDS}, str[] outputs, {_CUT}",
+        _linear_loss,
+        _fake_linear_loss,
+    ),
+}
+
+_library = torch.library.Library("em_kernels", "DEF")
+for _name, (_arguments, _implementation, _fake) in _OPERATORS.items():
+    _library.define(f"{_name}({_arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"em_kernels::{_name}", _fake)

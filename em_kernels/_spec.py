@@ -1,0 +1,109 @@
+"""What one call asks of a row of logits: `RowSpec`, the same for every backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OUTPUTS = (
+    "logprob",
+    "entropy",
+    "lse",
+    "varentropy",
+    "collision",
+    "max_prob",
+    "is_top1",
+    "self_certainty",
+    "logit_mean",
+    "logit_var",
+    "logit_skew",
+    "entropy_slope",
+)
+DIFFERENTIABLE = ("logprob", "entropy", "lse")
+NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope"})
+NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
+NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
+
+
+class RowSpec(NamedTuple):
+    """Everything but the logits. Inside the operators the leading dimensions are flattened to N.
+
+    A row is computed where `mask` is True (everywhere if None). `mask` already holds
+    `target != ignore_index`, so a target is read only in computed rows.
+    """
+
+    bias: Tensor | None = None  # (V,)
+    target: Tensor | None = None  # (N,) int64
+    mask: Tensor | None = None  # (N,) bool
+    temperature_rows: Tensor | None = None  # (N,), in place of `temperature`
+    temperature: float = 1.0
+    softcap: float = 0.0  # 0 means none
+    logit_scale: float = 1.0
+    valid_vocab: int = 0  # 1 <= valid_vocab <= V
+
+
+class Saved(NamedTuple):
+    """The three per-row scalars the gradient needs: max z, log1p(r), E = q / (1 + r)."""
+
+    max: Tensor
+    log1p_r: Tensor
+    mean_d: Tensor
+
+
+class Upstream(NamedTuple):
+    """Per-row gradients of the loss in logprob, entropy and lse; None is zero."""
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flatten_spec(spec: RowSpec) -> RowSpec:
+    """The same spec with its per-row tensors flattened to (N,) and contiguous."""
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1).contiguous()
+
+    return spec._replace(
+        target=flat(spec.target), mask=flat(spec.mask), temperature_rows=flat(spec.temperature_rows)
+    )
+
+
+def select_rows(spec: RowSpec, rows: Tensor | slice) -> RowSpec:
+    """The spec of some of the rows of a flattened spec."""
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[rows].contiguous()
+
+    return spec._replace(
+        target=pick(spec.target), mask=pick(spec.mask), temperature_rows=pick(spec.temperature_rows)
+    )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View (..., V) as (outer, inner, V) with unit last stride; copies only where no view exists.
+
+    Two leading dimensions are what `logits[:, :-1]` needs to be read in place.
+    """
+    vocab = x.shape[-1]
+    if x.stride(-1) != 1 and vocab > 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    if x.dim() == 1:
+        return x.view(1, 1, vocab)
+    if x.dim() == 2:
+        return x.unsqueeze(0)
+    for split in range(1, x.dim() - 1):
+        try:
+            return x.view(x.shape[:split].numel(), x.shape[split:-1].numel(), vocab)
+        except RuntimeError:
+            continue
+    return x.contiguous().view(1, -1, vocab)

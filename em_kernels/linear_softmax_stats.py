@@ -1,0 +1,110 @@
+"""Per-token statistics of softmax(hidden @ weight.T) without holding all the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from em_kernels._checks import check_cut, check_linear, check_outputs, make_spec
+from em_kernels._spec import RowSpec
+from em_kernels.softmax_stats import TokenStats, pack_stats, split_rows, upstream_of
+
+
+def linear_softmax_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> TokenStats:
+    """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
+
+    z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
+    the arguments not named here as in `softmax_stats`. Masked and ignored rows are left out of the
+    products. Forward costs one matrix product, backward up to three more (the logits again, dX,
+    dW); a frozen `hidden` or `weight` (requires_grad=False) costs neither its product nor memory.
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
+        bias: (V,) or None; added in float32.
+        chunk_tokens: rows per chunk; None fits the logits of a chunk into 160 MB on a CPU, 1 GiB
+            on a GPU.
+        logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
+            where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
+            dtype of `hidden`.
+
+    Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
+    chunks in float32 and rounded once.
+    """
+    hidden, weight = autocast_inputs(hidden, weight)
+    check_linear(hidden, weight, bias)
+    check_cut(chunk_tokens, logits_dtype, hidden)
+    spec = make_spec(
+        hidden,
+        weight.shape[0],
+        target,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+        bias=bias,
+    )
+    outputs = check_outputs(outputs, target)
+    cut = (chunk_tokens, logits_dtype, impl)
+    return pack_stats(outputs, _LinearStats.apply(hidden, weight, *spec, outputs, *cut))
+
+
+def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autocast does to the operands of a matrix product."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        return hidden, weight
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+class _LinearStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        *spec, outputs, chunk_tokens, logits_dtype, impl = args
+        ctx.cut = (chunk_tokens, logits_dtype, impl)
+        rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
+        saved, results = split_rows(ctx, outputs, rows)
+        tensors, ctx.scalars = spec[:4], spec[4:]
+        ctx.save_for_backward(hidden, weight, *tensors, *saved)
+        ctx.outputs = outputs
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        hidden, weight, *tensors = ctx.saved_tensors
+        spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
+        upstream = upstream_of(ctx.outputs, grads)
+        needs = ctx.needs_input_grad[:3]
+        none = [None] * (len(RowSpec._fields) + 3)
+        if all(g is None for g in upstream):
+            return None, None, None, *none
+        grads = torch.ops.em_kernels.linear_grad(
+            hidden, weight, *spec, *saved, *upstream, *needs, *ctx.cut
+        )
+        return *(g if need else None for g, need in zip(grads, needs)), *none

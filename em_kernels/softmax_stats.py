@@ -1,0 +1,155 @@
+"""Per-token statistics of softmax(logits): the public function, its checks and its autograd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from em_kernels._checks import check_logits, check_outputs, make_spec
+from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, each of the leading shape, None where not asked for.
+
+    With p = softmax(z), l = log p, z as in `softmax_stats`, entropies in nats:
+
+    logprob: l_y.  entropy: H = -sum p l.  lse: log sum exp z.  varentropy: sum p l^2 - H^2.
+    collision: sum p^2.  max_prob: max p.  is_top1: y is the first argmax (bool).
+    self_certainty: KL(U || p) = lse - mean z - log n, U uniform over the n finite logits.
+    logit_mean, logit_var, logit_skew: population moments of the finite z.
+    entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per unit
+    of learning rate x advantage in a policy-gradient step on token y, taken in logit space.
+    """
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    varentropy: Tensor | None = None
+    collision: Tensor | None = None
+    max_prob: Tensor | None = None
+    is_top1: Tensor | None = None
+    self_certainty: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_var: Tensor | None = None
+    logit_skew: Tensor | None = None
+    entropy_slope: Tensor | None = None
+
+
+def softmax_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    impl: str = "auto",
+) -> TokenStats:
+    """Entropy, log-probability and related statistics of every row of `logits`, in one pass.
+
+    Per row, in float32 (float64 for float64 logits):
+
+        z = softcap(logit_scale * logits) / temperature,   softcap(u) = c tanh(u / c)
+        H = log1p(r) - q / (1 + r),   logprob_y = d_y - log1p(r),   lse = max z + log1p(r)
+        d_v = z_v - max z,   r = sum exp(d_v),   q = sum exp(d_v) d_v   over all but the argmax
+
+    Leaving the maximum out of r keeps H accurate, in relative terms, down to H = 1e-9.
+    Gradients: dH/dz_v = p_v (q / (1 + r) - d_v); dlogprob/dz_v = 1[v = y] - p_v; dlse/dz_v = p_v.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64; row-strided views are read in
+            place. A -inf logit has probability 0. A row with NaN, +inf or no finite logit is NaN.
+        target: (...) int64 token ids y; needed by logprob, is_top1 and entropy_slope.
+        outputs: names of `TokenStats` to compute; nothing else is computed. `logprob` of the
+            default is left out where there is no target.
+        temperature: positive, a float or a tensor of the leading shape; no gradient.
+        softcap: c > 0 or None.
+        logit_scale: non-zero factor on the logits.
+        ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
+        mask: (...) bool or numeric; rows where it is 0 are treated the same way.
+        valid_vocab: only the first `valid_vocab` entries of a row count (a padded vocabulary).
+        group: vocabulary-parallel process group; not supported yet.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        TokenStats of float32 (float64 for float64) tensors of the leading shape. `logprob`,
+        `entropy` and `lse` are differentiable, once.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received. On a GPU a target out of
+            range gives NaN in its row instead, to spare a synchronisation.
+
+    Source: S. Kullback, Information Theory and Statistics (1959) for H and KL; Cui et al.,
+    "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (2025),
+    Theorem 1, for entropy_slope; Zhao et al., "Learning to Reason without External Rewards"
+    (2025), eq. 3, for self_certainty.
+    """
+    check_logits(logits)
+    spec = make_spec(
+        logits,
+        logits.shape[-1],
+        target,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+    )
+    outputs = check_outputs(outputs, target)
+    return pack_stats(outputs, _SoftmaxStats.apply(logits, *spec, outputs, impl))
+
+
+def pack_stats(outputs: tuple[str, ...], rows: tuple[Tensor, ...]) -> TokenStats:
+    return TokenStats(**dict(zip(outputs, rows)))
+
+
+def split_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> tuple[Saved, tuple]:
+    """(what backward keeps, what forward returns), marking what has no gradient."""
+    results = tuple(rows[3:])
+    ctx.mark_non_differentiable(
+        *(r for name, r in zip(outputs, results) if name not in DIFFERENTIABLE)
+    )
+    ctx.set_materialize_grads(False)
+    return Saved(*rows[:3]), results
+
+
+def upstream_of(outputs: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients of logprob, entropy and lse, in that order; None where there is none."""
+    given = dict(zip(outputs, grads))
+    return [given.get(name) for name in DIFFERENTIABLE]
+
+
+class _SoftmaxStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, *args):
+        *spec, outputs, impl = args
+        spec = RowSpec(*spec)
+        rows = torch.ops.em_kernels.softmax_stats(logits, *spec, outputs, impl)
+        saved, results = split_rows(ctx, outputs, rows)
+        tensors, ctx.scalars = spec[:4], spec[4:]
+        ctx.save_for_backward(logits, *tensors, *saved)
+        ctx.outputs, ctx.impl = outputs, impl
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        logits, *tensors = ctx.saved_tensors
+        spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
+        upstream = upstream_of(ctx.outputs, grads)
+        none = [None] * (len(RowSpec._fields) + 2)
+        if all(g is None for g in upstream):
+            return None, *none
+        (grad,) = torch.ops.em_kernels.softmax_grad(logits, *spec, *saved, *upstream, ctx.impl)
+        return grad, *none

@@ -1,0 +1,354 @@
+"""Losses whose per-token weights are known in advance: the gradient is made in the forward pass.
+
+From hidden states that takes three matrix products instead of four, and nothing of the size of the
+vocabulary is kept or computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from em_kernels._checks import (
+    check_cut,
+    check_linear,
+    check_logits,
+    check_number,
+    check_outputs,
+    check_rows,
+    make_spec,
+    row_mask,
+)
+from em_kernels._spec import OUTPUTS, RowSpec
+from em_kernels.linear_softmax_stats import autocast_inputs
+from em_kernels.softmax_stats import TokenStats, pack_stats
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+_SPEC_LENGTH = len(RowSpec._fields)
+
+
+class TokenLoss(NamedTuple):
+    """A scalar loss with its gradient ready, and the detached statistics of the same pass."""
+
+    loss: Tensor
+    stats: TokenStats
+
+
+def token_loss(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    entropy_weight: Tensor | None = None,
+    logprob_weight: Tensor | None = None,
+    inplace: bool = False,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    impl: str = "auto",
+) -> TokenLoss:
+    """loss = sum_i entropy_weight_i H_i + logprob_weight_i logprob_i, gradient included.
+
+    With weights w_i = mask_i / sum(mask) on H it is entropy minimisation; with logprob_weight
+    = -1/n and entropy_weight = lambda/n it is SFT + lambda H; with logprob_weight = -A_i / n the
+    on-policy policy gradient.
+
+    Args:
+        logits, target, outputs and all others: as in `softmax_stats`.
+        entropy_weight, logprob_weight: (...) constants (no gradient), at least one of them;
+            `logprob_weight` needs a target. A token with no weight is treated as masked: it is
+            not computed and its statistics are 0.
+        inplace: may overwrite the memory of `logits` with their gradient.
+
+    Returns:
+        TokenLoss(loss, stats): a float32 (float64) scalar, and the detached `TokenStats` asked
+        for in `outputs`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
+    check_logits(logits)
+    arguments = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+    )
+    spec = make_spec(logits, logits.shape[-1], target, **arguments)
+    weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
+    outputs = check_outputs(outputs, target)
+    need = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace and not torch.compiler.is_compiling()
+    results = _TokenLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace)
+    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    logprob_weight: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> TokenLoss:
+    """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
+
+    Args: as in `token_loss` and `linear_softmax_stats`. Memory beyond inputs and gradients: the
+    logits of `chunk_tokens` rows and, for 16-bit weights cut into several chunks, one float32
+    accumulator of the weight's shape.
+
+    Returns, raises: as `token_loss`.
+    """
+    hidden, weight = autocast_inputs(hidden, weight)
+    check_linear(hidden, weight, bias)
+    check_cut(chunk_tokens, logits_dtype, hidden)
+    arguments = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+        bias=bias,
+    )
+    spec = make_spec(hidden, weight.shape[0], target, **arguments)
+    weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
+    outputs = check_outputs(outputs, target)
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    cut = (chunk_tokens, logits_dtype, impl)
+    results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
+    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+
+
+def entropy_loss(
+    logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str | float = "token_mean",
+    temperature: float | Tensor = 1.0,
+    **kwargs,
+) -> Tensor:
+    """The entropy-minimisation loss: the reduced entropy of softmax(z / T) over masked tokens.
+
+    token_mean:     sum_t mask_t H_t / sum_t mask_t
+    sequence_mean:  the mean over each row of the mask (its last dimension), then over the rows
+                    that have a token
+    sum:            sum_t mask_t H_t;  a float c: sum_t mask_t H_t / c
+
+    No token at all gives 0. Further arguments (softcap, logit_scale, valid_vocab, inplace, group,
+    impl) as in `token_loss`.
+
+    Source: Gao et al., "One-shot Entropy Minimization" (2025), eq. 2, is token_mean.
+    """
+    check_logits(logits)
+    weight = _reduction_weight(logits, mask, reduction)
+    loss = token_loss(
+        logits, mask=mask, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs
+    )
+    return loss.loss
+
+
+def linear_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    reduction: str | float = "token_mean",
+    temperature: float | Tensor = 1.0,
+    **kwargs,
+) -> Tensor:
+    """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
+
+    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, group, impl)
+    as in `linear_token_loss`.
+    """
+    check_logits(hidden, "hidden")
+    loss = linear_token_loss(
+        hidden,
+        weight,
+        mask=mask,
+        bias=bias,
+        entropy_weight=_reduction_weight(hidden, mask, reduction),
+        temperature=temperature,
+        outputs=(),
+        **kwargs,
+    )
+    return loss.loss
+
+
+class EntropyLoss(nn.Module):
+    """`entropy_loss` with its options fixed; call it with (logits, mask=None)."""
+
+    def __init__(
+        self, *, reduction: str | float = "token_mean", temperature: float = 1.0, **kwargs
+    ):
+        super().__init__()
+        self.options = dict(reduction=reduction, temperature=temperature, **kwargs)
+
+    def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        return entropy_loss(logits, mask, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearEntropyLoss(EntropyLoss):
+    """`linear_entropy_loss` with its options fixed; call it with (hidden, weight, mask, bias)."""
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        return linear_entropy_loss(hidden, weight, mask, bias=bias, **self.options)
+
+
+def _weigh(
+    x: Tensor, spec: RowSpec, entropy_weight: Tensor | None, logprob_weight: Tensor | None
+) -> tuple[list[Tensor | None], RowSpec]:
+    """Check the weights; return them in Upstream order, with weightless rows masked out."""
+    if entropy_weight is None and logprob_weight is None:
+        raise ValueError("entropy_weight or logprob_weight must be given, got None for both")
+    if logprob_weight is not None and spec.target is None:
+        raise ValueError("logprob_weight needs a target, got target=None")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights, weighted = [], None
+    for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
+        if weight is not None:
+            check_rows(name, weight, x)
+            if weight.requires_grad:
+                raise ValueError(f"{name} must not require grad: it is a constant; detach it")
+            weight = weight.to(wide)
+            weighted = weight != 0 if weighted is None else weighted | (weight != 0)
+        weights.append(weight)
+    mask = weighted if spec.mask is None else spec.mask & weighted
+    return [*weights, None], spec._replace(mask=mask)
+
+
+def _reduction_weight(x: Tensor, mask: Tensor | None, reduction: str | float) -> Tensor:
+    """The weight of every token in the reduced loss."""
+    counted = row_mask(x, None, 0, mask)
+    if counted is None:
+        counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    counted = counted.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    match reduction:
+        case "sum":
+            return counted
+        case "token_mean":
+            return counted / counted.sum().clamp(min=1)
+        case "sequence_mean":
+            if counted.dim() == 0:
+                return counted
+            lengths = counted.sum(-1, keepdim=True)
+            return counted / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+        case str():
+            raise ValueError(f"reduction must be one of {REDUCTIONS} or a float, got {reduction!r}")
+        case _:
+            check_number("reduction", reduction, lambda v: v > 0, "positive")
+            return counted / reduction
+
+
+def _all_outputs(outputs: tuple[str, ...], weights: tuple) -> tuple[str, ...]:
+    """What was asked for, and what the loss itself needs."""
+    logprob_weight, entropy_weight, _ = weights
+    needed = {"logprob": logprob_weight is not None, "entropy": entropy_weight is not None}
+    return tuple(name for name in OUTPUTS if name in outputs or needed.get(name, False))
+
+
+def _combine(stats: dict[str, Tensor], weights: tuple, like: Tensor) -> Tensor:
+    """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite."""
+    loss = torch.zeros((), dtype=stats[next(iter(stats))].dtype, device=like.device)
+    for name, weight in zip(("logprob", "entropy"), weights):
+        if weight is not None:
+            loss = loss + torch.where(weight != 0, weight * stats[name], 0).sum()
+    return loss
+
+
+def _finish(ctx, outputs: tuple[str, ...], names: tuple[str, ...], rows, weights, like):
+    """(loss, *outputs) with everything but the loss marked as having no gradient."""
+    stats = dict(zip(names, rows[3:]))
+    results = tuple(stats[name] for name in outputs)
+    ctx.mark_non_differentiable(*results)
+    return _combine(stats, weights, like), *results
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """grad * upstream, without a pass over memory for the usual upstream of 1 on a CPU."""
+    eager_cpu = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager_cpu and upstream.item() == 1:
+        return grad
+    return grad * upstream.to(grad.dtype)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, *args):
+        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
+        *weights, outputs, impl, need, inplace = args
+        names = _all_outputs(outputs, weights)
+        ops = torch.ops.em_kernels
+        if not need:
+            rows = ops.softmax_stats(logits, *spec, names, impl)
+        elif inplace:
+            rows = ops.softmax_loss_(logits, *spec, *weights, names, impl)
+            ctx.save_for_backward(logits.detach())
+        else:
+            *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
+            ctx.save_for_backward(grad)
+        return _finish(ctx, outputs, names, rows, weights, logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        (grad,) = ctx.saved_tensors
+        return _scaled(grad, upstream), *[None] * (_SPEC_LENGTH + 7)
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
+        *weights, needs, outputs, chunk_tokens, logits_dtype, impl = args
+        cut = (chunk_tokens, logits_dtype, impl)
+        names = _all_outputs(outputs, weights)
+        ops = torch.ops.em_kernels
+        if any(needs):
+            results = ops.linear_loss(hidden, weight, *spec, *weights, *needs, names, *cut)
+            rows, grads = results[:-3], results[-3:]
+            ctx.save_for_backward(*(g for g, need in zip(grads, needs) if need))
+        else:
+            rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
+        ctx.needs = needs
+        return _finish(ctx, outputs, names, rows, weights, hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        grads = iter(ctx.saved_tensors)
+        scaled = [_scaled(next(grads), upstream) if need else None for need in ctx.needs]
+        return *scaled, *[None] * (_SPEC_LENGTH - 1 + 8)
