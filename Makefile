@@ -1,0 +1,38 @@
+# make setup   .venv with the library, built here, and everything the demo and the tests need
+# make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
+# make test    ruff and the test suite
+# make bench   time every operator against its peers; ARGS="--quick" for a short run
+# make study   the seeds and controls behind the README's table of the demo
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test bench study clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy "setuptools>=77" wheel ninja pybind11
+	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate
+	$(PIP) --no-deps trl liger-kernel
+	touch $@
+
+demo: setup
+	$(BIN)/python -m em_kernels.tiny_math.demo --out demo-output
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 tests
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+study: setup
+	$(BIN)/python -m benchmarks.em_study $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output em_kernels/_C*.so
