@@ -1,6 +1,13 @@
 """Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
 
 from em_kernels._ops import backends
+from em_kernels.covariance import (
+    clip_cov_mask,
+    high_entropy_mask,
+    kl_cov_mask,
+    linear_token_covariance,
+    token_covariance,
+)
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import TokenStats, softmax_stats
 from em_kernels.token_loss import (
@@ -21,12 +28,17 @@ __all__ = [
     "TokenLoss",
     "TokenStats",
     "backends",
+    "clip_cov_mask",
     "entropy_from_logits",
     "entropy_loss",
+    "high_entropy_mask",
+    "kl_cov_mask",
     "linear_entropy_loss",
     "linear_softmax_stats",
+    "linear_token_covariance",
     "linear_token_loss",
     "selective_log_softmax_and_entropy",
     "softmax_stats",
+    "token_covariance",
     "token_loss",
 ]

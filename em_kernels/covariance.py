@@ -1,0 +1,242 @@
+"""Log-probability/advantage covariance of a batch, and the token selections built on it.
+
+Everything is over the tokens of the whole batch that is passed in (and, with `group`, of every
+rank's): thresholds taken per micro-batch select other tokens, and more of them. Without `group`
+nothing here waits for the device. A trainer that works in micro-batches collects logprob,
+advantage and mask of all of them first, selects once, and then trains.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from em_kernels._checks import check_number
+from em_kernels.linear_softmax_stats import linear_softmax_stats
+
+
+def token_covariance(
+    logprob: Tensor, advantage: Tensor, mask: Tensor | None = None, *, group=None
+) -> Tensor:
+    """c_i = (A_i - mean A)(logprob_i - mean logprob), means over the masked tokens of the batch.
+
+    Args:
+        logprob, advantage: (...) floating point, of one shape.
+        mask: (...) bool or numeric, tokens where it is non-zero count; None counts all.
+        group: data-parallel process group whose ranks share one mean.
+
+    Returns:
+        (...) float32 (float64 for float64), detached; 0 where the mask is 0, and everywhere if no
+        token counts.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+
+    Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
+    Models" (2025), eq. 10.
+    """
+    _check_floating("logprob", logprob)
+    _check_floating("advantage", advantage, like=logprob)
+    counted = _counted(mask, logprob)
+    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    logprob, advantage = (
+        torch.where(counted, x.detach().to(torch.float64), 0) for x in (logprob, advantage)
+    )
+    sums = torch.stack([counted.sum().to(torch.float64), advantage.sum(), logprob.sum()])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    count = sums[0].clamp(min=1)
+    cov = (advantage - sums[1] / count) * (logprob - sums[2] / count)
+    return torch.where(counted, cov, 0).to(dtype)
+
+
+def linear_token_covariance(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    group=None,
+    **kwargs,
+) -> Tensor:
+    """`token_covariance` with logprob of softmax(hidden @ weight.T), without all the logits.
+
+    Tokens whose target is `ignore_index` do not count. Further arguments (bias, temperature,
+    softcap, logit_scale, valid_vocab, impl, chunk_tokens, logits_dtype) as in
+    `linear_softmax_stats`; `group` is the data-parallel group of `token_covariance`.
+    """
+    with torch.no_grad():
+        stats = linear_softmax_stats(
+            hidden,
+            weight,
+            target,
+            mask=mask,
+            outputs=("logprob",),
+            ignore_index=ignore_index,
+            **kwargs,
+        )
+    counted = target != ignore_index
+    counted = counted if mask is None else counted & (mask != 0)
+    return token_covariance(stats.logprob, advantage, counted, group=group)
+
+
+def clip_cov_mask(
+    cov: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float = 2e-4,
+    lower: float = 1.0,
+    upper: float = 5.0,
+    exclude: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    group=None,
+) -> Tensor:
+    """Clip-Cov's tokens: max(floor(ratio N), 1) drawn uniformly from lower < cov < upper.
+
+    N is the number of masked tokens of the batch; where fewer tokens are eligible all of them are
+    taken. Their loss is to be multiplied by 0, the denominator kept.
+
+    Args:
+        cov: (...) from `token_covariance`.
+        mask: (...) tokens that count; None counts all.
+        ratio: a fraction of the tokens (not a percentage), in (0, 1].
+        lower, upper: bounds on cov, both exclusive.
+        exclude: (...) tokens that may not be taken (already clipped by PPO).
+        generator: source of the draw, on the device of `cov`; with `group`, rank 0's is used.
+        group: data-parallel group over whose whole batch the draw is made.
+
+    Returns:
+        (...) bool.
+
+    Source: Cui et al. (2025), Algorithm 1 and eq. 11-12.
+    """
+    _check_floating("cov", cov)
+    eligible = _counted(mask, cov) & (cov > lower) & (cov < upper)
+    if exclude is not None:
+        eligible &= ~_counted(exclude, cov, "exclude")
+    if not lower < upper:
+        raise ValueError(f"lower must be below upper, got lower={lower!r} and upper={upper!r}")
+    batch = _Batch(cov, mask, group)
+    eligible = batch.join(eligible)
+    key = torch.rand(eligible.shape, device=cov.device, generator=generator)
+    if group is not None:
+        dist.broadcast(key, group=group, group_src=0)
+    return batch.own(_first(key, eligible, batch.take(ratio)))
+
+
+def kl_cov_mask(
+    cov: Tensor, mask: Tensor | None = None, *, ratio: float = 2e-4, group=None
+) -> Tensor:
+    """KL-Cov's tokens: the max(floor(ratio N), 1) masked tokens of the largest covariance.
+
+    Exactly that many: on ties the earlier token is taken. They get the KL penalty
+    -A rho + beta |logprob - logprob_old|, the others -A rho. Arguments as in `clip_cov_mask`.
+
+    Source: Cui et al. (2025), Algorithm 1 and eq. 13-14.
+    """
+    _check_floating("cov", cov)
+    batch = _Batch(cov, mask, group)
+    eligible = batch.join(_counted(mask, cov) & ~cov.isnan())
+    return batch.own(_first(-batch.join(cov), eligible, batch.take(ratio)))
+
+
+def high_entropy_mask(
+    entropy: Tensor, mask: Tensor | None = None, *, ratio: float = 0.2, group=None
+) -> Tensor:
+    """1[H_t >= tau] with tau the (1 - ratio) quantile of H over the masked tokens of the batch.
+
+    The quantile interpolates linearly, as torch.quantile. Arguments as in `clip_cov_mask`.
+
+    Source: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
+    Reinforcement Learning for LLM Reasoning" (2025), eq. 5-6.
+    """
+    _check_floating("entropy", entropy)
+    _check_ratio(ratio)
+    counted = _counted(mask, entropy) & ~entropy.isnan()
+    batch = _Batch(entropy, mask, group)
+    values, everyone = batch.join(entropy.detach().to(torch.float64)), batch.join(counted)
+    if values.numel() == 0:
+        return counted
+    ordered = torch.where(everyone, values, math.inf).sort().values
+    position = (1 - ratio) * (everyone.sum() - 1).clamp(min=0)
+    below, above = ordered[position.floor().long()], ordered[position.ceil().long()]
+    tau = torch.where(above > below, below + (above - below) * position.frac(), below)
+    return counted & (entropy.detach().to(torch.float64) >= tau)
+
+
+class _Batch:
+    """The flattened tokens of this process, or of all ranks of a group joined in rank order."""
+
+    def __init__(self, tokens: Tensor, mask: Tensor | None, group):
+        self.shape, self.group = tokens.shape, group
+        self.sizes = [tokens.numel()]
+        if group is not None:
+            size = torch.tensor([tokens.numel()], device=tokens.device)
+            sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(sizes, size, group=group)
+            self.sizes = [int(s) for s in sizes]
+        self.count = self.join(_counted(mask, tokens)).sum()
+
+    def join(self, tokens: Tensor) -> Tensor:
+        flat = tokens.detach().reshape(-1)
+        if self.group is None:
+            return flat
+        padded = flat.new_zeros(max(self.sizes))
+        padded[: flat.numel()] = flat
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes)])
+
+    def own(self, tokens: Tensor) -> Tensor:
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        return tokens.split(self.sizes)[rank].view(self.shape)
+
+    def take(self, ratio: float) -> Tensor:
+        """max(floor(ratio N), 1), on the device."""
+        _check_ratio(ratio)
+        return (self.count.to(torch.float64) * ratio).floor().clamp(min=1)
+
+
+def _first(key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """The `count` eligible tokens of the smallest key; `count` may be on the device."""
+    order = torch.where(eligible, key.to(torch.float64), math.inf).argsort(stable=True)
+    # An eligible key of +inf must still come before every token that is not eligible.
+    order = order[(~eligible[order]).to(torch.int8).argsort(stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    return eligible & (rank < count)
+
+
+def _counted(mask: Tensor | None, like: Tensor, name: str = "mask") -> Tensor:
+    if mask is None:
+        return torch.ones(like.shape, dtype=torch.bool, device=like.device)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(mask.shape)}"
+        )
+    if mask.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {mask.device}")
+    return mask != 0
+
+
+def _check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if like is not None and value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of logprob, {tuple(like.shape)}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def _check_ratio(ratio: float) -> None:
+    check_number("ratio", ratio, lambda v: 0 < v <= 1, "in (0, 1]")
