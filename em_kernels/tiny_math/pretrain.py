@@ -78,6 +78,7 @@ def build_model(vocab_size: int, tokenizer) -> Qwen2ForCausalLM:
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         temperature=1.0,
+        top_k=0,
     )
     return model
 
