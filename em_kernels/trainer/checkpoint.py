@@ -17,7 +17,7 @@ import torch
 
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
-from em_kernels.trainer.models import newest_checkpoint
+from em_kernels.trainer.models import list_checkpoints, newest_checkpoint
 
 CONFIG_FILE = "train_config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -64,18 +64,16 @@ def load_state(checkpoint: Path, device: torch.device) -> dict:
         raise CheckpointError(f"cannot resume from {checkpoint}: {_reason(error)}") from error
 
 
-def start_folder(config: TrainConfig) -> Path:
-    """Make the folder of a new run and write its settings.
-
-    Raises:
-        ValueError: it holds a run already.
-    """
-    folder = Path(config.output)
+def check_free(folder: Path) -> None:
+    """A new run must not mix with another."""
     if (folder / CONFIG_FILE).exists() or newest_checkpoint(folder):
         raise ValueError(f"output {folder} holds a run already: resume it or choose another folder")
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Make the run's folder, with its settings in it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
-    return folder
 
 
 def read_config(folder: str | Path) -> TrainConfig:
@@ -108,8 +106,11 @@ class Metrics:
     def add(self, line: dict) -> None:
         self.lines.append(line)
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.path}: {_reason(error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -120,10 +121,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove_oldest(folder: Path, keep: int) -> None:
-    if keep:
-        found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for old in found[:-keep]:
-            shutil.rmtree(old)
+    for old in list_checkpoints(folder)[:-keep] if keep else []:
+        shutil.rmtree(old)
 
 
 def _flush(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 
 from em_kernels.trainer.data import ONE_SHOT_PROMPT
 
 DTYPES = ("float32", "bfloat16")
-RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "sample_batch", "device")
+RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "device")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class TrainConfig:
     def __post_init__(self):
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
         object.__setattr__(self, "prompts", prompts)
+        for name in ("model", "output"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         _check_prompts(prompts)
         for name in ("updates", "responses", "micro_batch", "sample_batch", "max_new_tokens"):
             _check_int(name, getattr(self, name), 1)

@@ -269,7 +269,10 @@ def _sampling(config: TrainConfig) -> Sampling:
 
 def _start(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
     """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
-    folder, checkpoint = _open_folder(config, resume)
+    folder = Path(config.output) if config.output else None
+    checkpoint = _checkpoint_to_resume(config, folder) if resume else None
+    if folder and not resume:
+        checkpoints.check_free(folder)
     model, tokenizer = _get_model(config, model, tokenizer, checkpoint)
     head = read_head(model)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
@@ -289,25 +292,27 @@ def _start(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
         checkpoint=checkpoint,
         done=0,
     )
+    if folder:
+        checkpoints.write_config(folder, config)
     _restore(run)
     return run
 
 
-def _open_folder(config: TrainConfig, resume: bool) -> tuple[Path | None, Path | None]:
-    """(folder of the run, checkpoint to go on from)."""
-    if not resume:
-        return (checkpoints.start_folder(config) if config.output else None), None
-    if not config.output:
+def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:
+    """The newest, or None where the run was stopped before its first."""
+    if folder is None:
         raise ValueError("output must name the run's folder to resume it, got None")
-    check_resume(checkpoints.read_config(config.output), config)
-    return Path(config.output), newest_checkpoint(Path(config.output))
+    check_resume(checkpoints.read_config(folder), config)
+    return newest_checkpoint(folder)
 
 
 def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -> tuple:
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
     if model is None and config.model is None:
-        raise ValueError("model must be given: a folder or a hub name in the settings, or an object")
+        raise ValueError(
+            "model must be given: a folder or a hub name in the settings, or an object"
+        )
     if model is None:
         return load_model(str(checkpoint or config.model), config.device)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
@@ -322,9 +327,7 @@ def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter to train: all have requires_grad=False")
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _restore(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +60,7 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
             name, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:400]
         raise ModelError(f"cannot load a causal language model from {name!r}: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -69,11 +70,16 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
     return model.to(_device(device)), tokenizer
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
+    complete = [p for p in found if (p / "config.json").is_file()]
+    return sorted(complete, key=lambda p: int(p.name[len("checkpoint-") :]))
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of a run that has the most updates behind it."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
-    found = [p for p in found if (p / "config.json").is_file()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return (list_checkpoints(folder) or [None])[-1]
 
 
 def read_head(model) -> Head:
@@ -95,16 +101,11 @@ def read_head(model) -> Head:
 def hidden_states(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The final hidden states (B, T, D): what the head multiplies."""
     backbone = model.get_decoder()
-    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    kwargs = {"position_ids": positions} if has_padding_on_the_left(attention_mask) else {}
-    output = backbone(
-        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **kwargs
-    )
-    return output.last_hidden_state
-
-
-def has_padding_on_the_left(attention_mask: Tensor) -> bool:
-    return not bool(attention_mask[:, 0].all())
+    mask = attention_mask.long()
+    inputs = dict(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return backbone(**inputs).last_hidden_state
 
 
 @torch.no_grad()

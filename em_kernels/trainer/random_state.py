@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy
 import torch
 
 
@@ -16,9 +15,7 @@ class RandomState:
 
     def __init__(self, seed: int):
         around = _capture()
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        _seed(seed)
         self.state = _capture()
         _restore(around)
 
@@ -32,8 +29,18 @@ class RandomState:
         _restore(self._around)
 
 
+def _seed(seed: int) -> None:
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _capture() -> dict:
     """Made of numbers, strings and tensors only, so that it loads with weights_only=True."""
+    import numpy
+
     kind, keys, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),
@@ -44,6 +51,8 @@ def _capture() -> dict:
 
 
 def _restore(state: dict) -> None:
+    import numpy
+
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
