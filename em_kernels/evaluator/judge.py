@@ -75,7 +75,7 @@ def final_answer(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, else the rest of the line after the last ####, else None."""
+    r"""What the last \boxed{...} holds, else the line after the last ####, else None."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed

@@ -25,6 +25,7 @@ from em_kernels.trainer.models import (
     Head,
     ModelError,
     check_causal,
+    enable_gradient_checkpointing,
     hidden_states,
     load_model,
     newest_checkpoint,
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor
     attention_mask: Tensor
+    position_ids: Tensor | None
     loss_mask: Tensor
     entropy_weight: Tensor | None
     logprob_weight: Tensor | None
@@ -177,11 +179,13 @@ def _update(run: Run, update: int, objective: Objective) -> dict:
 
 def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
     """The masks and weights of the whole update, before it is cut."""
-    attention_mask, loss_mask = rollout.attention_mask, aligned_mask(rollout)
+    ids, attention_mask, positions = rollout.input_ids, rollout.attention_mask, None
+    loss_mask = aligned_mask(rollout)
     if run.config.compat == "official":
         attention_mask, loss_mask = official_masks(rollout, run.filler)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     weights = objective(rollout, loss_mask)
-    return Batch(rollout.input_ids, attention_mask, loss_mask, *weights)
+    return Batch(ids, attention_mask, positions, loss_mask, *weights)
 
 
 def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
@@ -199,7 +203,7 @@ def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
 
 def micro_batch_loss(model, head: Head, part: Batch, temperature: float):
     """Hidden states of the backbone, then entropy and gradient from them: no full logits."""
-    hidden = hidden_states(model, part.input_ids, part.attention_mask)
+    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
     return linear_token_loss(
         hidden,
         head.weight,
@@ -278,7 +282,7 @@ def _start(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
     prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
     check_causal(model, head, prompts[0])
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_gradient_checkpointing(model)
     run = Run(
         config=config,
         model=model,
@@ -310,15 +314,13 @@ def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
     if model is None and config.model is None:
-        raise ValueError(
-            "model must be given: a folder or a hub name in the settings, or an object"
-        )
+        raise ValueError("model must be given: a folder, a hub name or an object, got None")
     if model is None:
         return load_model(str(checkpoint or config.model), config.device)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
     if checkpoint:
-        saved, tokenizer = load_model(str(checkpoint), "cpu", model.dtype)
+        saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         model.load_state_dict(saved.state_dict())
     return model, tokenizer
 

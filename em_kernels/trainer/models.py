@@ -59,7 +59,7 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"cannot load a causal language model from {name!r}: {reason}") from error
     missing = sorted(report["missing_keys"])
@@ -98,14 +98,26 @@ def read_head(model) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), softcap, scale / divisor)
 
 
-def hidden_states(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The final hidden states (B, T, D): what the head multiplies."""
+def hidden_states(
+    model, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """The final hidden states (B, T, D): what the head multiplies.
+
+    Positions are counted from the first token that is attended to, unless given.
+    """
     backbone = model.get_decoder()
     mask = attention_mask.long()
     inputs = dict(input_ids=input_ids, attention_mask=mask, use_cache=False)
     if "position_ids" in inspect.signature(backbone.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        counted = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = counted if position_ids is None else position_ids
     return backbone(**inputs).last_hidden_state
+
+
+def enable_gradient_checkpointing(model) -> None:
+    """By either of the names that transformers 5 has had for it."""
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)()
 
 
 @torch.no_grad()
