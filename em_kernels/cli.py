@@ -226,7 +226,7 @@ def _info(arguments: argparse.Namespace) -> int:
     print("backends")
     for name, state in em_kernels.backends().items():
         print(f"  {name:11} {state}")
-    print(f"CPU           {_instruction_set()}, {torch.get_num_threads()} threads")
+    print(f"CPU           {_cpu()}; {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for gpu in gpus:
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -243,12 +243,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _instruction_set() -> str:
-    """Of the compiled kernels, or of torch where they are not built."""
+def _cpu() -> str:
+    """The instruction set of the compiled kernels, or of torch where they are not built."""
     try:
-        return importlib.import_module("em_kernels._C").instruction_set()
-    except (ImportError, AttributeError):
-        return f"{torch.backends.cpu.get_cpu_capability()} (torch's choice)"
+        built = importlib.import_module("em_kernels.cpu").build_info()
+    except ImportError:
+        return f"{torch.backends.cpu.get_cpu_capability().lower()}, torch's choice"
+    levels = ", ".join(built["isa_levels"])
+    return f"{built['isa']} in use out of {levels}; built by {built['compiler']}"
 
 
 def _print_training(result: TrainResult) -> None:

@@ -1,6 +1,6 @@
 """Accuracy of a model on problems with known answers."""
 
-from em_kernels.evaluator.evaluate import (
+from em_kernels.evaluator.accuracy import (
     Answer,
     EvalResult,
     Problem,

@@ -110,7 +110,8 @@ def train(
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
-            forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A.
+            forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
+            is not written down: pass it again to resume.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
         resume: go on from the newest checkpoint in `config.output`, or from the beginning where
@@ -313,10 +314,11 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | No
 def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -> tuple:
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
-    if model is None and config.model is None:
-        raise ValueError("model must be given: a folder, a hub name or an object, got None")
     if model is None:
-        return load_model(str(checkpoint or config.model), config.device)
+        name = checkpoint or config.model
+        if name is None:
+            raise ValueError("model must be given: a folder, a hub name or an object, got None")
+        return load_model(str(name), config.device)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
     if checkpoint:
