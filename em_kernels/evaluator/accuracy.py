@@ -1,0 +1,224 @@
+"""Sampled and greedy accuracy of a model on problems with known answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from em_kernels.evaluator.judge import Judge, make_judge
+from em_kernels.trainer.data import encode_prompt, read_jsonl, text_field
+from em_kernels.trainer.random_state import RandomState
+from em_kernels.trainer.rollout import Sampling, sample
+
+SMALL_MODEL_PARAMETERS = 50_000_000
+
+
+class Problem(NamedTuple):
+    """A question and its right answer."""
+
+    problem: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the model: its text, its length, whether it ended by itself and is right."""
+
+    text: str
+    tokens: int
+    finished: bool
+    correct: bool
+
+
+@dataclass(frozen=True)
+class ProblemRecord:
+    """Everything the model said to one problem; `greedy` is None where it was not asked."""
+
+    problem: str
+    answer: str
+    samples: list[Answer]
+    greedy: Answer | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies with standard errors over problems (None where not asked for).
+
+    The sampled accuracy of a problem is the mean over its samples; its standard error is that of
+    the mean over problems, so samples of one problem are not taken for independent problems.
+    """
+
+    problems: int
+    samples: int
+    temperature: float
+    sampled_accuracy: float | None
+    sampled_stderr: float | None
+    greedy_accuracy: float | None
+    greedy_stderr: float | None
+    response_length: float
+    truncated: float
+    judge: str
+    seconds: float
+    records: list[ProblemRecord]
+
+    def summary(self) -> dict:
+        """Everything but the records."""
+        return {name: value for name, value in vars(self).items() if name != "records"}
+
+    def write_json(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+    """The problems of a file of lines {"problem": ..., "answer": ...}, the first `limit` of them.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; a broken line, named by its number.
+    """
+    problems = [
+        Problem(text_field(path, number, line, "problem"), text_field(path, number, line, "answer"))
+        for number, line in read_jsonl(path)
+    ]
+    if not problems:
+        raise ValueError(f"{path}: no problems in the file")
+    return problems[:limit]
+
+
+def evaluate(
+    model,
+    tokenizer,
+    problems: Sequence[tuple[str, str]],
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    greedy: bool = True,
+    max_new_tokens: int = 2048,
+    batch_size: int | None = None,
+    judge: str | Judge = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> EvalResult:
+    """Ask every problem through the chat template and judge the answers.
+
+    Args:
+        model, tokenizer: a transformers causal language model.
+        problems: (problem, answer) pairs.
+        samples: answers drawn per problem at `temperature` and `top_p`; 0 for none.
+        greedy: also take the likeliest token each time, once per problem.
+        max_new_tokens: longest answer.
+        batch_size: answers generated at once, of problems of similar length; None is 256 for a
+            model below 50 million parameters, else 64 on a GPU and 8 on a CPU.
+        judge: a name (see `make_judge`) or a function (response, answer) -> bool.
+        seed: of the sampling; the caller's random state is left alone.
+
+    Raises:
+        ValueError: a bad argument, or a prompt longer than the model has positions.
+    """
+    _check_arguments(problems, samples, temperature, top_p, greedy, batch_size)
+    judge = make_judge(judge) if isinstance(judge, str) else judge
+    name = getattr(judge, "__name__", "function").replace("_", "-")
+    problems = [Problem(*problem) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem.problem) for problem in problems]
+    asked = _Asked(model, tokenizer, problems, prompts, batch_size or default_batch_size(model))
+    drawing = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    likeliest = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    started = time.perf_counter()
+    with RandomState(seed), _bar(len(problems) * (samples + greedy), progress) as bar:
+        drawn = asked.ask(drawing, samples, judge, bar)
+        best = asked.ask(likeliest, int(greedy), judge, bar)
+    records = [
+        ProblemRecord(*problem, drawn[i], best[i][0] if greedy else None)
+        for i, problem in enumerate(problems)
+    ]
+    return _summarise(records, samples, temperature, name, time.perf_counter() - started)
+
+
+def default_batch_size(model) -> int:
+    """As many answers at once as keep the cores busy without much memory."""
+    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL_PARAMETERS:
+        return 256
+    return 64 if model.device.type == "cuda" else 8
+
+
+class _Asked(NamedTuple):
+    """The problems and whom to ask."""
+
+    model: object
+    tokenizer: object
+    problems: list[Problem]
+    prompts: list[list[int]]
+    batch_size: int
+
+    def ask(self, sampling: Sampling, times: int, judge: Judge, bar) -> list[list[Answer]]:
+        """`times` answers to each problem, short problems first."""
+        answers: list[list[Answer]] = [[] for _ in self.problems]
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        turns = [i for i in order for _ in range(times)]
+        for start in range(0, len(turns), self.batch_size):
+            batch = turns[start : start + self.batch_size]
+            prompts = [self.prompts[i] for i in batch]
+            rollout = sample(self.model, self.tokenizer, prompts, sampling, len(batch))
+            tokens = [ids.tolist() for ids in rollout.answers()]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for i, text, ids, finished in zip(batch, texts, tokens, rollout.finished.tolist()):
+                right = bool(judge(text, self.problems[i].answer))
+                answers[i].append(Answer(text, len(ids), finished, right))
+            bar.update(len(batch))
+        return answers
+
+
+def _summarise(
+    records: list[ProblemRecord], samples: int, temperature: float, judge: str, seconds: float
+) -> EvalResult:
+    sampled = [statistics.fmean(a.correct for a in r.samples) for r in records if r.samples]
+    greedy = [float(r.greedy.correct) for r in records if r.greedy]
+    answers = [a for r in records for a in [*r.samples, r.greedy] if a]
+    return EvalResult(
+        problems=len(records),
+        samples=samples,
+        temperature=temperature,
+        sampled_accuracy=statistics.fmean(sampled) if sampled else None,
+        sampled_stderr=_standard_error(sampled),
+        greedy_accuracy=statistics.fmean(greedy) if greedy else None,
+        greedy_stderr=_standard_error(greedy),
+        response_length=statistics.fmean(a.tokens for a in answers),
+        truncated=statistics.fmean(not a.finished for a in answers),
+        judge=judge,
+        seconds=seconds,
+        records=records,
+    )
+
+
+def _standard_error(values: list[float]) -> float | None:
+    """Of the mean; None below two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _check_arguments(problems, samples, temperature, top_p, greedy, batch_size) -> None:
+    if not problems:
+        raise ValueError("problems must have at least one problem, got none")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples must be an int, 0 or more, got {samples!r}")
+    if samples == 0 and not greedy:
+        raise ValueError("samples must be 1 or more where greedy=False, got 0: nothing to do")
+    if not temperature > 0 or not math.isfinite(temperature):
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
+
+
+def _bar(total: int, show: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="eval", unit="answer", disable=not show)

@@ -1,0 +1,143 @@
+"""Checkpoints that are complete or not there, and the metrics file.
+
+A run's folder:
+    train_config.json     the settings it was started with
+    metrics.jsonl         one line per update
+    checkpoint-<update>/  a model folder for transformers, and trainer_state.pt to go on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.data import read_jsonl
+from em_kernels.trainer.models import list_checkpoints, newest_checkpoint
+
+CONFIG_FILE = "train_config.json"
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "trainer_state.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read."""
+
+
+def save_checkpoint(folder: Path, update: int, model, tokenizer, state: dict, keep: int) -> Path:
+    """Write checkpoint-<update>: to a temporary folder, then renamed, so that it is all there.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before still is.
+    """
+    final = folder / f"checkpoint-{update}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save({"update": update, **state}, temporary / STATE_FILE)
+        _flush(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except Exception as error:
+        last = newest_checkpoint(folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise CheckpointError(f"cannot write {final}: {_reason(error)}; {kept}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_oldest(folder, keep)
+    return final
+
+
+def load_state(checkpoint: Path, device: torch.device) -> dict:
+    """update, optimizer and random of a checkpoint."""
+    try:
+        return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot resume from {checkpoint}: {_reason(error)}") from error
+
+
+def check_free(folder: Path) -> None:
+    """A new run must not mix with another."""
+    if (folder / CONFIG_FILE).exists() or newest_checkpoint(folder):
+        raise ValueError(f"output {folder} holds a run already: resume it or choose another folder")
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Make the run's folder, with its settings in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_config(folder: str | Path) -> TrainConfig:
+    """The settings a run was started with."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no run to resume in {folder}: it has no {CONFIG_FILE}")
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class Metrics:
+    """metrics.jsonl: one line per update, each update once; in memory only without a folder."""
+
+    def __init__(self, folder: Path | None):
+        self.path = folder / METRICS_FILE if folder else None
+        self.lines: list[dict] = []
+
+    def rewind(self, update: int) -> None:
+        """Keep the lines of updates up to `update`: a killed run may have written more."""
+        if self.path.is_file():
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            write_text(self.path, whole)
+            self.lines = [m for _, m in read_jsonl(self.path) if m["update"] <= update]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, line: dict) -> None:
+        self.lines.append(line)
+        if self.path:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.path}: {_reason(error)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one go."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _remove_oldest(folder: Path, keep: int) -> None:
+    for old in list_checkpoints(folder)[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def _flush(folder: Path) -> None:
+    """Have the files on the disk before the rename says that they are."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,170 @@
+"""Everything that decides what a training run does."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+from em_kernels.trainer.data import ONE_SHOT_PROMPT
+
+DTYPES = ("float32", "bfloat16")
+RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "device")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One-shot entropy minimisation as published, unless told otherwise.
+
+    An update samples `responses` answers to the prompts from the current model, and takes one
+    AdamW step on the mean entropy of the next-token distributions that produced them,
+
+        L = sum_t mask_t H(softmax(z_t / loss_temperature)) / sum_t mask_t,
+
+    over every generated token of the update, the end token included. It uses no labels. However
+    the update is cut into micro-batches, L is the same.
+
+    Defaults are those of Gao et al., "One-shot Entropy Minimization" (2025); about 10 updates is
+    where their accuracy peaks, while L goes on falling.
+
+    Args:
+        model: a folder or a hub name, for `train` to load; None if a model is passed to it.
+        output: folder of the run (metrics.jsonl, checkpoint-*); None keeps everything in memory.
+        prompts: one text or several; response i of update u answers prompt (u * responses + i)
+            modulo their number, so several prompts take turns.
+        updates: optimiser updates in all, those before a resume included.
+        responses, micro_batch: sampled answers an update; how many go through the loss at once.
+        sample_batch: how many are sampled at once; it changes which answers are drawn, not how.
+        loss_temperature, sampling_temperature: T of the loss; of the sampling.
+        top_p, top_k, repetition_penalty: of the sampling; top_k = 0 truncates nothing. The
+            checkpoint's own generation settings are not used, its end tokens are.
+        max_new_tokens: longest answer; cut to what the model's positions leave after the prompt.
+        reduction: "token_mean" (L above) or "sequence_mean" (mean over each answer, then over
+            answers).
+        learning_rate, weight_decay, clip: of AdamW, constant; largest gradient norm.
+        dtype: "float32", or "bfloat16" for autocast around float32 parameters.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        gradient_checkpointing: recompute the layers in the backward pass to spare memory.
+        compat: None, or "official" to count as the published script does, for comparison:
+            - its mask: position t counts if t >= the number of prompt tokens that are not PAD and
+              token t is not PAD, with the distribution that position t itself emits. So the
+              distribution of the first generated token is left out and the one after the last
+              token put in; where PAD is the end token, the end token's own position is left out
+              too; where the prompt is left-padded by k, its last k tokens are put in;
+            - its mean: over each micro-batch by itself, then over micro-batches, so the loss
+              depends on `micro_batch`;
+            - its steps: "step" in the metrics counts micro-batches (32 an update by default), as
+              one process of the script would; "update", `updates` and `save_every` do not change.
+            Not reproduced: log(p + 1e-12) in bfloat16, and the library's top_k of 50 that the
+            script samples with (set top_k=50).
+        seed: of the sampling; the caller's random state is left alone.
+        save_every: updates between checkpoints (one is always written at the end); 0: only then.
+        keep_checkpoints: how many of the newest to keep; 0 keeps all.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
+
+    model: str | None = None
+    output: str | None = None
+    prompts: tuple[str, ...] = (ONE_SHOT_PROMPT,)
+    updates: int = 10
+    responses: int = 64
+    micro_batch: int = 2
+    sample_batch: int = 64
+    loss_temperature: float = 0.5
+    sampling_temperature: float = 0.5
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.15
+    max_new_tokens: int = 2048
+    reduction: str = "token_mean"
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dtype: str = "float32"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    compat: str | None = None
+    seed: int = 0
+    save_every: int = 5
+    keep_checkpoints: int = 0
+
+    def __post_init__(self):
+        prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
+        object.__setattr__(self, "prompts", prompts)
+        for name in ("model", "output"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        _check_prompts(prompts)
+        for name in ("updates", "responses", "micro_batch", "sample_batch", "max_new_tokens"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("top_k", "seed", "save_every", "keep_checkpoints"):
+            _check_int(name, getattr(self, name), 0)
+        for name in ("loss_temperature", "sampling_temperature", "repetition_penalty", "clip"):
+            _check_float(name, getattr(self, name), lambda v: v > 0, "positive")
+        _check_float("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
+        for name in ("learning_rate", "weight_decay"):
+            _check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
+        _check_choice("reduction", self.reduction, ("token_mean", "sequence_mean"))
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("compat", self.compat, (None, "official"))
+        if self.compat == "official" and self.reduction != "token_mean":
+            raise ValueError(
+                f"reduction must be 'token_mean' with compat='official', got {self.reduction!r}"
+            )
+
+    @property
+    def steps_per_update(self) -> int:
+        """How far "step" in the metrics advances with each optimiser update."""
+        return -(-self.responses // self.micro_batch) if self.compat == "official" else 1
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown settings of a training run: {sorted(unknown)}")
+        return cls(**values)
+
+
+def check_resume(old: TrainConfig, new: TrainConfig) -> None:
+    """A resumed run may go on for longer, or elsewhere, but not turn into another run."""
+    for field in fields(TrainConfig):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name not in RESUMABLE and before != after:
+            raise ValueError(
+                f"{field.name} cannot change when a run is resumed: "
+                f"it was started with {before!r}, got {after!r}"
+            )
+
+
+def _check_prompts(prompts: tuple) -> None:
+    if not prompts:
+        raise ValueError("prompts must have at least one prompt, got none")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts must be text, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError(f"prompt must not be empty, got {prompt!r}")
+
+
+def _check_int(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def _check_float(name: str, value, good, rule: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not good(value):
+        raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
+
+
+def _check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

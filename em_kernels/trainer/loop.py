@@ -1,0 +1,380 @@
+"""The training loop: sample, weigh, step, write down."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from em_kernels.objectives.em import (
+    micro_batch_mean_weights,
+    sequence_mean_weights,
+    token_mean_weights,
+)
+from em_kernels.token_loss import linear_token_loss
+from em_kernels.trainer import checkpoint as checkpoints
+from em_kernels.trainer.config import TrainConfig, check_resume
+from em_kernels.trainer.data import encode_prompt
+from em_kernels.trainer.models import (
+    Head,
+    ModelError,
+    check_causal,
+    enable_gradient_checkpointing,
+    hidden_states,
+    load_model,
+    newest_checkpoint,
+    read_head,
+)
+from em_kernels.trainer.random_state import RandomState
+from em_kernels.trainer.rollout import (
+    Rollout,
+    Sampling,
+    aligned_mask,
+    end_tokens,
+    official_masks,
+    pad_token,
+    sample,
+)
+
+
+class Batch(NamedTuple):
+    """What the loss of one update is computed from; all (B, T), T columns of prompt and answer.
+
+    `loss_mask` marks the positions that count; position t holds the distribution of token t + 1.
+    The loss is sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor | None
+    loss_mask: Tensor
+    entropy_weight: Tensor | None
+    logprob_weight: Tensor | None
+
+
+Objective = Callable[[Rollout, Tensor], tuple[Tensor | None, Tensor | None]]
+"""(rollout, loss mask) -> (entropy_weight, logprob_weight), over the whole update at once."""
+
+
+@dataclass
+class TrainResult:
+    """The trained model, its tokenizer, one dict of metrics per update, the last checkpoint."""
+
+    model: nn.Module
+    tokenizer: object
+    metrics: list[dict]
+    checkpoint: Path | None
+
+
+@dataclass
+class Run:
+    """A run under way."""
+
+    config: TrainConfig
+    model: nn.Module
+    tokenizer: object
+    head: Head
+    prompts: list[list[int]]
+    optimizer: torch.optim.Optimizer
+    random: RandomState
+    metrics: checkpoints.Metrics
+    folder: Path | None
+    checkpoint: Path | None
+    done: int
+
+    @property
+    def filler(self) -> int:
+        return pad_token(self.tokenizer, end_tokens(self.model, self.tokenizer))
+
+
+def train(
+    config: TrainConfig,
+    model=None,
+    tokenizer=None,
+    *,
+    objective: Objective | None = None,
+    on_step: Callable[[dict, nn.Module], dict | None] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Run `config.updates` updates of entropy minimisation on a causal language model.
+
+    Args:
+        config: the settings; `config.output=None` writes nothing.
+        model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
+            in the dtype and on the device that it has.
+        objective: replaces entropy minimisation by other weights that are known before the
+            forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
+            is not written down: pass it again to resume.
+        on_step: called after each update with its metrics and the model in eval mode; entries of
+            a dict it returns are added to the metrics. It cannot disturb the run's random state.
+        resume: go on from the newest checkpoint in `config.output`, or from the beginning where
+            there is none yet, with the numbers an uninterrupted run would have had.
+        progress: show a progress bar.
+
+    Returns:
+        TrainResult(model, tokenizer, metrics, checkpoint). Each update's metrics: update, step
+        (the same, but see `compat`), loss, mean_entropy (nats, at loss_temperature, mean over the
+        positions of the loss), response_length (tokens), response_tokens, truncated (fraction of
+        answers without an end), grad_norm (before clipping), tokens_per_second, sample_seconds,
+        loss_seconds.
+
+    Raises:
+        ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
+        CheckpointError: a checkpoint could not be written or read.
+        FloatingPointError: the loss or its gradient is not finite; the step is not taken.
+    """
+    run = _start(config, model, tokenizer, resume)
+    was_training = run.model.training
+    for update in _progress(run, progress):
+        with run.random:
+            line = _update(run, update, objective or _entropy_minimisation(config))
+        run.model.eval()
+        line.update((on_step(dict(line), run.model) if on_step else None) or {})
+        run.metrics.add(line)
+        run.done = update
+        if run.folder and _is_due(config, update):
+            _save(run)
+    run.model.train(was_training)
+    return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
+
+
+def _update(run: Run, update: int, objective: Objective) -> dict:
+    """Sample, then one optimiser step; returns the metrics."""
+    config, started = run.config, time.perf_counter()
+    with _autocast(run):
+        rollout = sample(
+            run.model,
+            run.tokenizer,
+            _prompts_of(run, update),
+            _sampling(config),
+            config.sample_batch,
+        )
+    _synchronize(run.model)
+    sampled = time.perf_counter()
+    batch = _batch(run, rollout, objective)
+    loss, entropy = _accumulate_gradients(run, batch)
+    grad_norm = _step(run, update, loss)
+    ended = time.perf_counter()
+    tokens = int(rollout.response_mask.sum())
+    return {
+        "update": update,
+        "step": update * config.steps_per_update,
+        "loss": loss,
+        "mean_entropy": entropy,
+        "response_length": tokens / config.responses,
+        "response_tokens": tokens,
+        "truncated": 1 - rollout.finished.float().mean().item(),
+        "grad_norm": grad_norm,
+        "tokens_per_second": tokens / (ended - started),
+        "sample_seconds": sampled - started,
+        "loss_seconds": ended - sampled,
+    }
+
+
+def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
+    """The masks and weights of the whole update, before it is cut."""
+    ids, attention_mask, positions = rollout.input_ids, rollout.attention_mask, None
+    loss_mask = aligned_mask(rollout)
+    if run.config.compat == "official":
+        attention_mask, loss_mask = official_masks(rollout, run.filler)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    weights = objective(rollout, loss_mask)
+    return Batch(ids, attention_mask, positions, loss_mask, *weights)
+
+
+def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
+    """Backward through the update, a micro-batch at a time: (loss, mean entropy)."""
+    loss, entropy = 0.0, 0.0
+    run.model.train()
+    for part in _micro_batches(run.config, batch):
+        with _autocast(run):
+            result = micro_batch_loss(run.model, run.head, part, run.config.loss_temperature)
+        result.loss.backward()
+        loss += result.loss.item()
+        entropy += (result.stats.entropy * part.loss_mask).sum().item()
+    return loss, entropy / max(int(batch.loss_mask.sum()), 1)
+
+
+def micro_batch_loss(model, head: Head, part: Batch, temperature: float):
+    """Hidden states of the backbone, then entropy and gradient from them: no full logits."""
+    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+    return linear_token_loss(
+        hidden,
+        head.weight,
+        part.input_ids.roll(-1, 1),
+        bias=head.bias,
+        entropy_weight=part.entropy_weight,
+        logprob_weight=part.logprob_weight,
+        outputs=("entropy",),
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        mask=part.loss_mask,
+    )
+
+
+def _step(run: Run, update: int, loss: float) -> float:
+    """Clip and step; returns the norm of the gradient before clipping."""
+    parameters = run.optimizer.param_groups[0]["params"]
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, run.config.clip))
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"update {update}: the loss is {loss} and its gradient's norm {grad_norm}; "
+            "the step was not taken"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def _micro_batches(config: TrainConfig, batch: Batch) -> Iterator[Batch]:
+    """`micro_batch` rows at a time, long answers first, without columns that are all padding."""
+    order = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+    if config.compat != "official":
+        order = batch.attention_mask.sum(1).argsort(descending=True, stable=True)
+    for rows in order.split(config.micro_batch):
+        used = batch.attention_mask[rows].any(0).nonzero()[:, 0]
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        yield Batch(*(None if x is None else x[rows, columns] for x in batch))
+
+
+def _entropy_minimisation(config: TrainConfig) -> Objective:
+    def weigh(rollout: Rollout, loss_mask: Tensor) -> tuple[Tensor, None]:
+        if config.compat == "official":
+            return micro_batch_mean_weights(loss_mask, config.micro_batch), None
+        if config.reduction == "sequence_mean":
+            return sequence_mean_weights(loss_mask), None
+        return token_mean_weights(loss_mask), None
+
+    return weigh
+
+
+def _prompts_of(run: Run, update: int) -> list[list[int]]:
+    """Prompts take turns, over the whole run."""
+    first = (update - 1) * run.config.responses
+    return [run.prompts[(first + i) % len(run.prompts)] for i in range(run.config.responses)]
+
+
+def _sampling(config: TrainConfig) -> Sampling:
+    return Sampling(
+        temperature=config.sampling_temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def _start(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
+    """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
+    folder = Path(config.output) if config.output else None
+    checkpoint = _checkpoint_to_resume(config, folder) if resume else None
+    if folder and not resume:
+        checkpoints.check_free(folder)
+    model, tokenizer = _get_model(config, model, tokenizer, checkpoint)
+    head = read_head(model)
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
+    check_causal(model, head, prompts[0])
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    run = Run(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        head=head,
+        prompts=prompts,
+        optimizer=_optimizer(config, model),
+        random=RandomState(config.seed),
+        metrics=checkpoints.Metrics(folder),
+        folder=folder,
+        checkpoint=checkpoint,
+        done=0,
+    )
+    if folder:
+        checkpoints.write_config(folder, config)
+    _restore(run)
+    return run
+
+
+def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:
+    """The newest, or None where the run was stopped before its first."""
+    if folder is None:
+        raise ValueError("output must name the run's folder to resume it, got None")
+    check_resume(checkpoints.read_config(folder), config)
+    return newest_checkpoint(folder)
+
+
+def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -> tuple:
+    if (model is None) != (tokenizer is None):
+        raise ValueError("model and tokenizer must be passed together, got only one")
+    if model is None:
+        name = checkpoint or config.model
+        if name is None:
+            raise ValueError("model must be given: a folder, a hub name or an object, got None")
+        return load_model(str(name), config.device)
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
+        raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
+    if checkpoint:
+        saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
+        model.load_state_dict(saved.state_dict())
+    return model, tokenizer
+
+
+def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model has no parameter to train: all have requires_grad=False")
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _restore(run: Run) -> None:
+    """Put optimiser, random state and metrics where the checkpoint left them."""
+    if run.checkpoint:
+        state = checkpoints.load_state(run.checkpoint, torch.device("cpu"))
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.random.state = state["random"]
+        run.done = state["update"]
+    if run.folder:
+        run.metrics.rewind(run.done)
+
+
+def _save(run: Run) -> None:
+    state = {"optimizer": run.optimizer.state_dict(), "random": run.random.state}
+    arguments = (run.folder, run.done, run.model, run.tokenizer, state)
+    run.checkpoint = checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints)
+
+
+def _is_due(config: TrainConfig, update: int) -> bool:
+    last = update == config.updates
+    return last or (config.save_every > 0 and update % config.save_every == 0)
+
+
+def _progress(run: Run, show: bool) -> Iterator[int]:
+    """The updates still to do, under a progress bar."""
+    from tqdm import tqdm
+
+    total = run.config.updates
+    with tqdm(total=total, initial=run.done, desc="train", unit="update", disable=not show) as bar:
+        for update in range(run.done + 1, total + 1):
+            yield update
+            line = run.metrics.lines[-1]
+            bar.set_postfix(loss=f"{line['loss']:.4f}", length=f"{line['response_length']:.0f}")
+            bar.update()
+
+
+def _autocast(run: Run) -> torch.autocast:
+    device = run.model.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=run.config.dtype == "bfloat16")
+
+
+def _synchronize(model) -> None:
+    """Let the clock between sampling and loss tell the truth on a GPU."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,180 @@
+"""Loading a causal language model, and its head as the ops take it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or that this package cannot train."""
+
+
+class Head(NamedTuple):
+    """logits = softcap(logit_scale * hidden @ weight.T + bias), softcap(u) = c tanh(u / c)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All the logits, in float32: for checks on a few tokens."""
+        logits = self.logit_scale * (hidden.float() @ self.weight.float().T)
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def require_transformers() -> ModuleType:
+    """The transformers package, or how to get it."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f"transformers cannot be imported ({error}); `pip install em-kernels[train]`"
+        ) from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"transformers must be 5.0 or newer, got {transformers.__version__}")
+    return transformers
+
+
+def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple:
+    """(model, tokenizer) from a folder or a hub name, the parameters in `dtype`.
+
+    Raises:
+        ModelError: nothing there, not a causal language model, or no weights for its head.
+    """
+    transformers = require_transformers()
+    _check_path(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot load a causal language model from {name!r}: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name!r} is not a causal language model: it has no weights for {', '.join(missing)}"
+        )
+    return model.to(_device(device)), tokenizer
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
+    complete = [p for p in found if (p / "config.json").is_file()]
+    return sorted(complete, key=lambda p: int(p.name[len("checkpoint-") :]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of a run that has the most updates behind it."""
+    return (list_checkpoints(folder) or [None])[-1]
+
+
+def read_head(model) -> Head:
+    """The model's head.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    layer = model.get_output_embeddings()
+    if getattr(layer, "weight", None) is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head")
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Head(layer.weight, getattr(layer, "bias", None), softcap, scale / divisor)
+
+
+def hidden_states(
+    model, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """The final hidden states (B, T, D): what the head multiplies.
+
+    Positions are counted from the first token that is attended to, unless given.
+    """
+    backbone = model.get_decoder()
+    mask = attention_mask.long()
+    inputs = dict(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        counted = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = counted if position_ids is None else position_ids
+    return backbone(**inputs).last_hidden_state
+
+
+def enable_gradient_checkpointing(model) -> None:
+    """By either of the names that transformers 5 has had for it."""
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)()
+
+
+@torch.no_grad()
+def check_causal(model, head: Head, prompt: list[int]) -> None:
+    """Make sure that hidden states and head give the model's own logits, and see no later token.
+
+    Raises:
+        ModelError: they do not, so a loss computed from them would be another model's.
+    """
+    ids = torch.tensor([prompt, prompt], device=model.device)
+    ids[1, -1] = (ids[1, -1] + 1) % head.weight.shape[0]
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    hidden = hidden_states(model, ids, mask)
+    expected = model(input_ids=ids[:1], attention_mask=mask[:1], use_cache=False).logits[0, -1:]
+    model.train(training)
+    if not _close(head.logits(hidden[0, -1:]), expected.float()):
+        raise ModelError(
+            f"{type(model).__name__}: the logits are not softcap(scale * hidden @ weight.T + bias) "
+            "of its final hidden states; such a head is not supported"
+        )
+    if not _close(hidden[1, :-1], hidden[0, :-1]):
+        raise ModelError(f"{type(model).__name__} is not causal: earlier positions see later ones")
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).norm() <= 0.02 * expected.norm())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def _check_path(name: str) -> None:
+    """Refuse what is meant as a path and is not a model folder, rather than ask the hub for it."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            newest = newest_checkpoint(path)
+            hint = f"; did you mean {newest}?" if newest else ""
+            raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
+    elif path.exists():
+        raise ModelError(f"a model is a folder, got the file {name}")
+    elif _looks_like_a_path(name):
+        raise ModelError(f"no such folder: {name}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    if name.startswith((".", "~", os.sep)) or name.endswith("/") or "\\" in name:
+        return True
+    return name.count("/") > 1 or ("/" in name and Path(name.split("/")[0]).exists())
