@@ -91,6 +91,15 @@ def error(out: Tensor, ref: Tensor) -> float:
     return difference if difference == 0 else difference / max(ref.norm().item(), 1e-300)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit; NaN equals NaN."""
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0))
+    )
+
+
 def random_logits(*shape: int, dtype=torch.float32, device="cpu", scale: float = 3.0) -> Tensor:
     return (scale * torch.randn(shape)).to(dtype).to(device)
 
