@@ -143,7 +143,7 @@ def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
 def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not good(value) or not math.isfinite(value):
+    if not (good(value) and abs(value) < math.inf):  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
 
 
