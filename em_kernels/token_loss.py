@@ -318,6 +318,8 @@ class _TokenLoss(torch.autograd.Function):
         elif inplace:
             rows = empty_rows(logits, names)
             ops.softmax_loss_(logits, rows, *spec, *weights, names, impl)
+            # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
+            torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits.detach())
         else:
             *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
