@@ -8,7 +8,6 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from types import ModuleType
 
@@ -92,8 +91,10 @@ def _why_not_compiled() -> str | None:
 
 
 def _why_not_triton(device: torch.device | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
+    try:
+        importlib.import_module("em_kernels.triton")
+    except ImportError as error:
+        return f"it cannot be imported ({error}); `pip install triton`"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
