@@ -10,6 +10,7 @@ from helpers import (
     DIFFERENTIABLE,
     DTYPES,
     IMPLS,
+    SLOW_INTERPRETER,
     eager,
     error,
     gradient,
@@ -31,6 +32,7 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 # Outputs are float32 or float64 whatever the input; gradients have the dtype of the input.
 OUTPUT_TOLERANCE = {torch.float64: 1e-13}
+# Triton's interpreter cuts bfloat16 off where hardware rounds, hence twice this without a GPU.
 GRADIENT_TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 2e-6,
@@ -38,7 +40,7 @@ GRADIENT_TOLERANCE = {
     torch.bfloat16: 2e-3,
 }
 # Differences of sums of both signs: the rounding of the sums is large next to the result.
-ILL_CONDITIONED = {"logit_mean": 30, "logit_skew": 30, "entropy_slope": 30}
+ILL_CONDITIONED = {"logit_mean": 10, "logit_skew": 30, "entropy_slope": 30}
 
 SHAPES = [
     (6, 100),
@@ -80,13 +82,21 @@ def check_outputs(out, x, target, **transform):
         limit = tolerance * ILL_CONDITIONED.get(name, 1)
         if name in budget:
             limit += error(budget[name], expected[name])
-        assert error(value, expected[name]) <= limit, name
+        scale = natural_scale(name, expected)
+        assert error(value, expected[name], scale) <= limit, name
+
+
+def natural_scale(name, expected):
+    """What the rounding of a result that may be 0 is measured by."""
+    if name == "logit_skew":
+        return torch.ones_like(expected["logit_skew"])
+    return expected["logit_var"].sqrt() if name == "logit_mean" else None
 
 
 def check_gradient(grad, x, target, upstream, **transform):
     exact = x.detach().double().requires_grad_()
     expected = gradient(truth(exact, target, **transform), upstream, exact)[0]
-    limit = GRADIENT_TOLERANCE[x.dtype]
+    limit = (2 if SLOW_INTERPRETER else 1) * GRADIENT_TOLERANCE[x.dtype]
     if not transform:
         leaf = x.detach().clone().requires_grad_()
         limit += error(gradient(eager(leaf, target), upstream, leaf)[0], expected)
@@ -221,7 +231,7 @@ def test_gradcheck(impl, device, output):
         )
         return getattr(stats, output)
 
-    assert torch.autograd.gradcheck(value, x)
+    assert torch.autograd.gradcheck(value, x, fast_mode=impl == "triton")
 
 
 def test_only_what_is_asked_for_is_computed(impl, device):
