@@ -7,7 +7,7 @@ be traced by torch.compile; the values of CPU tensors are checked inside the ope
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_logits(hidden, "hidden")
     check_logits(weight, "weight")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden, "
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
             f"got shape {tuple(weight.shape)}"
         )
     if weight.dtype != hidden.dtype:
@@ -46,7 +46,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
-    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
+    if chunk_tokens is not None and (not _is_int(chunk_tokens) or chunk_tokens < 1):
         raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
     if logits_dtype not in (None, torch.float32, hidden.dtype):
         raise ValueError(
@@ -59,6 +59,8 @@ def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str,
     """The outputs in their canonical order, each once."""
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs must be a tuple of names, got {type(outputs).__name__}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs must be among {OUTPUTS}, got {unknown[0]!r}")
@@ -95,8 +97,12 @@ def make_spec(
     if softcap is not None:
         check_number("softcap", softcap, lambda v: v > 0, "positive or None")
     check_number("logit_scale", logit_scale, lambda v: v != 0, "non-zero")
+    if not _is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     valid = vocab if valid_vocab is None else valid_vocab
-    if isinstance(valid, bool) or not 1 <= valid <= vocab:
+    if not _is_int(valid):
+        raise TypeError(f"valid_vocab must be an int or None, got {type(valid).__name__}")
+    if not 1 <= valid <= vocab:
         raise ValueError(f"valid_vocab must be in [1, {vocab}] or None, got {valid_vocab!r}")
     return RowSpec(
         bias=bias,
@@ -137,7 +143,7 @@ def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
 def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not good(value) or not math.isfinite(value):
+    if not (good(value) and abs(value) < math.inf):  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
 
 
@@ -165,6 +171,10 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
         raise ValueError("temperature must not require grad: it is treated as a constant")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return temperature.to(wide), 1.0
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, value) -> None:

@@ -8,7 +8,6 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from types import ModuleType
 
@@ -92,8 +91,10 @@ def _why_not_compiled() -> str | None:
 
 
 def _why_not_triton(device: torch.device | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
+    try:
+        importlib.import_module("em_kernels.triton")
+    except ImportError as error:
+        return f"it cannot be imported ({error}); `pip install triton`"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
@@ -125,12 +126,12 @@ def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
     return [*_loss_rows(logits, as_rows(logits), as_rows(out), args), out]
 
 
-def _softmax_loss_inplace(logits: Tensor, *args) -> list[Tensor]:
+def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
     view = as_rows(logits)
-    rows = _loss_rows(logits, view, view, args)
+    for row, value in zip(rows, _loss_rows(logits, view, view, args), strict=True):
+        row.copy_(value)
     if view.data_ptr() != logits.data_ptr():
         logits.copy_(view.view(logits.shape))
-    return rows
 
 
 def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
@@ -228,7 +229,8 @@ def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str) -> None:
         raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
 
 
-def _fake_rows(like: Tensor, outputs: list[str]) -> list[Tensor]:
+def empty_rows(like: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
+    """Memory for what the statistics operators return, of the leading shape of `like`."""
     dtype = accumulate_dtype(like.dtype)
     return [
         like.new_empty(like.shape[:-1], dtype=torch.bool if name == "is_top1" else dtype)
@@ -245,7 +247,7 @@ def _fake_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Need
 
 
 def _fake_softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    return _fake_rows(logits, args[-2])
+    return empty_rows(logits, args[-2])
 
 
 def _fake_softmax_grad(logits: Tensor, *args) -> list[Tensor]:
@@ -253,11 +255,15 @@ def _fake_softmax_grad(logits: Tensor, *args) -> list[Tensor]:
 
 
 def _fake_softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    return [*_fake_rows(logits, args[-2]), logits.new_empty(logits.shape)]
+    return [*empty_rows(logits, args[-2]), logits.new_empty(logits.shape)]
+
+
+def _fake_softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
+    return None
 
 
 def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return _fake_rows(hidden, args[-4])
+    return empty_rows(hidden, args[-4])
 
 
 def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
@@ -266,10 +272,11 @@ def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     needs = Needs(*args[-7:-4])
-    return [*_fake_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
+    return [*empty_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
 
 
-# name -> (schema arguments, implementation, fake); every operator returns a list of tensors.
+# name -> (schema arguments, implementation, fake). Operators return a list of tensors; the one in
+# place returns nothing, since torch.compile takes no mutating operator that returns a list.
 _OPERATORS = {
     "softmax_stats": (
         f"Tensor logits, {_SPEC}, str[] outputs, str impl",
@@ -287,9 +294,9 @@ _OPERATORS = {
         _fake_softmax_loss,
     ),
     "softmax_loss_": (
-        f"Tensor(a!) logits, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
+        f"Tensor(a!) logits, Tensor(b!)[] rows, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
         _softmax_loss_inplace,
-        _fake_softmax_stats,
+        _fake_softmax_loss_inplace,
     ),
     "linear_stats": (
         f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}",
@@ -310,6 +317,7 @@ _OPERATORS = {
 
 _library = torch.library.Library("em_kernels", "DEF")
 for _name, (_arguments, _implementation, _fake) in _OPERATORS.items():
-    _library.define(f"{_name}({_arguments}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    _returns = "()" if _name.endswith("_") else "Tensor[]"
+    _library.define(f"{_name}({_arguments}) -> {_returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"em_kernels::{_name}", _fake)

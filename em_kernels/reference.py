@@ -57,8 +57,9 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     z = torch.where(usable[:, None], z, 0)
     argmax = z.argmax(-1, keepdim=True)
     m = z.gather(1, argmax)
-    excluded = z == -math.inf
-    d = (z - m).masked_fill(excluded, 0)
+    d = z - m
+    excluded = d == -math.inf
+    d = d.masked_fill(excluded, 0)
     weight = d.exp().masked_fill(excluded, 0)
     others = weight.scatter(1, argmax, 0)
     r = others.sum(-1)
@@ -74,7 +75,7 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     if NEEDS_SECOND_ORDER.intersection(outputs):
         values.update(_second_order(weight / (1 + r)[:, None], d, log1p_r, mean_d, values))
     if NEEDS_LOGIT_MOMENTS.intersection(outputs):
-        values.update(_logit_moments(z, excluded, values["lse"]))
+        values.update(_logit_moments(z, z == -math.inf, values["lse"]))
 
     rows = [m[:, 0], log1p_r, mean_d, *(values[name] for name in outputs)]
     return [_apply_row_rules(row, usable, spec.mask) for row in rows]
@@ -111,8 +112,9 @@ def _logit_moments(z: Tensor, excluded: Tensor, lse: Tensor) -> dict[str, Tensor
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
     """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
     z = transform(logits, spec)
-    excluded = z == -math.inf
-    d = (z - saved.max[:, None]).masked_fill(excluded, 0)
+    d = z - saved.max[:, None]
+    excluded = d == -math.inf
+    d = d.masked_fill(excluded, 0)
     p = (d - saved.log1p_r[:, None]).exp().masked_fill(excluded, 0)
     gz = torch.zeros_like(z)
     if upstream.entropy is not None:

@@ -22,6 +22,7 @@ from em_kernels._checks import (
     make_spec,
     row_mask,
 )
+from em_kernels._ops import empty_rows
 from em_kernels._spec import OUTPUTS, RowSpec
 from em_kernels.linear_softmax_stats import autocast_inputs
 from em_kernels.softmax_stats import TokenStats, pack_stats
@@ -315,7 +316,10 @@ class _TokenLoss(torch.autograd.Function):
         if not need:
             rows = ops.softmax_stats(logits, *spec, names, impl)
         elif inplace:
-            rows = ops.softmax_loss_(logits, *spec, *weights, names, impl)
+            rows = empty_rows(logits, names)
+            ops.softmax_loss_(logits, rows, *spec, *weights, names, impl)
+            # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
+            torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits.detach())
         else:
             *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)

@@ -1,0 +1,42 @@
+"""Settings and fixtures every test shares."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+# One thread per test process: `pytest -n` is what uses the other cores.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("em_kernels", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("em_kernels")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(impl: str) -> str:
+    """Where the tensors of a test of backend `impl` live: on the GPU if there is one."""
+    return "cuda" if impl != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """New tensors start as NaN, so that an element a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

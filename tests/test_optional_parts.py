@@ -1,0 +1,104 @@
+"""Without triton and without the compiled part everything still works, and says what is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from em_kernels import backends
+
+ROOT = Path(__file__).parent.parent
+
+BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked} or name in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+EVERYTHING = """
+import torch
+import em_kernels
+from em_kernels import linear_entropy_loss, linear_softmax_stats, softmax_stats, token_loss
+
+torch.manual_seed(0)
+hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+target = torch.randint(0, 30, (5,))
+logits = hidden @ weight.T
+expected = torch.distributions.Categorical(logits=logits.double())
+for stats in (softmax_stats(logits, target), linear_softmax_stats(hidden, weight, target)):
+    assert (stats.entropy - expected.entropy()).abs().max() < 1e-5
+    assert (stats.logprob - expected.log_prob(target)).abs().max() < 1e-5
+for loss in (
+    token_loss(logits, entropy_weight=torch.full((5,), 0.2)).loss,
+    linear_entropy_loss(hidden, weight),
+):
+    assert abs(loss.item() - expected.entropy().mean().item()) < 1e-5
+    (grad,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (exact,) = torch.autograd.grad(expected.entropy().mean(), hidden, retain_graph=True)
+    assert (grad - exact).abs().max() < 1e-5
+"""
+
+
+def run(code, blocked):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = BLOCK.format(blocked=set(blocked)) + code
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "blocked",
+    (["triton"], ["em_kernels._C"], ["triton", "em_kernels._C", "numpy", "transformers", "trl"]),
+    ids=lambda names: "+".join(names),
+)
+def test_everything_works_without(blocked):
+    finished = run(EVERYTHING, blocked)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize(
+    "module, impl, remedy",
+    (
+        ("triton", "triton", "pip install triton"),
+        ("em_kernels._C", "cpu", "install a C\\+\\+ compiler and reinstall"),
+        ("em_kernels.triton", "triton", "."),
+    ),
+)
+def test_a_missing_part_is_named_with_its_remedy(module, impl, remedy):
+    code = f"""
+import re, torch, em_kernels
+reason = em_kernels.backends()[{impl!r}]
+assert reason != "available" and re.search({remedy!r}, reason), reason
+try:
+    em_kernels.softmax_stats(torch.zeros(2, 3), impl={impl!r})
+except ValueError as error:
+    assert reason in str(error), error
+else:
+    raise AssertionError("impl={impl} was served")
+"""
+    finished = run(code, [module])
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_importing_does_not_import_the_optional_parts():
+    code = """
+import em_kernels
+heavy = {"triton", "transformers", "trl", "numpy.testing", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    finished = run(code, [])
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="only where CI=true")
+@pytest.mark.parametrize("name", ("reference", "cpu", "triton"))
+def test_in_ci_no_backend_is_silently_left_out(name):
+    assert backends()[name] == "available"
