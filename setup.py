@@ -29,6 +29,7 @@ def compile_flags() -> list[str]:
     if os.name == "nt":
         return ["/O2", "/fp:precise", "/std:c++20"]
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12's own AVX-512 headers
     # Only the pragmas: the runtime is the one torch has loaded, so nothing is linked.
     return flags if platform.system() == "Darwin" else [*flags, "-fopenmp"]
 

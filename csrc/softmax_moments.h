@@ -8,8 +8,8 @@
 //
 // and its logits, where their moments are asked for, by count, mean and central sums. `merge` gives
 // the same of two parts together. The maximum itself is left out of every sum: that keeps relative
-// accuracy when r is tiny. A part without a finite logit has max -inf and r 0; r is NaN as soon as a
-// logit is NaN or +inf, and every merge keeps it NaN.
+// accuracy when r is tiny. A part without a finite logit has max -inf and r 0. A NaN logit makes r
+// NaN, a +inf logit makes max +inf, and every merge keeps that.
 #pragma once
 
 #include <cmath>

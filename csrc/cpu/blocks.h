@@ -30,6 +30,8 @@ struct Part {
 struct Prefetch {
   const char* start;
   int64_t element_bytes;
+
+  Prefetch skip(int64_t elements) const { return {start + elements * element_bytes, element_bytes}; }
 };
 
 template <class V>
@@ -86,41 +88,73 @@ static Block<T> load_block(
   return find_max<V>(scratch, padded);
 }
 
-// The sums of SoftmaxMoments. Every logit equal to the maximum is kept out of the vector sums; all
-// but one of them are then added again as ones.
-template <bool SecondOrder, class V, class T>
-static SoftmaxMoments<double> exp_sums(const Block<T>& block, const Prefetch& next) {
-  constexpr T lowest = -std::numeric_limits<T>::infinity();
-  const V zero = V::set(T(0)), one = V::set(T(1));
-  const V max = V::set(block.max == lowest ? T(0) : block.max);
-  V r[kUnroll], q[kUnroll], s[kUnroll], c[kUnroll], t[kUnroll], ties[kUnroll];
-  for (int j = 0; j < kUnroll; ++j) r[j] = q[j] = s[j] = c[j] = t[j] = ties[j] = zero;
-  for (int64_t i = 0; i < block.size; i += kStep<V>) {
-    for (int j = 0; j < kUnroll; ++j) {
-      EM_PREFETCH(next.start + (i + j * V::width) * next.element_bytes);
-      const V d = clamp_exponent(V::load(block.z + i + j * V::width) - max);
-      const auto top = d == zero;
-      const V w = select(top, zero, vexp(d));
-      ties[j] = ties[j] + select(top, one, zero);
-      r[j] = r[j] + w;
-      q[j] = fma(w, d, q[j]);
-      if constexpr (SecondOrder) {
-        const V w2 = w * w;
-        s[j] = fma(w * d, d, s[j]);
-        c[j] = c[j] + w2;
-        t[j] = fma(w2, d, t[j]);
+// The index of the first logit equal to the block's maximum.
+template <class V, class T>
+static int64_t find_first_max(const Block<T>& block) {
+  const V max = V::set(block.max);
+  int64_t i = 0;
+  for (; i + kStep<V> < block.size; i += kStep<V>) {
+    V m = V::load(block.z + i);
+    for (int j = 1; j < kUnroll; ++j) m = max_or_b(V::load(block.z + i + j * V::width), m);
+    if (V::any(m == max)) break;
+  }
+  return std::find(block.z + i, block.z + block.size, block.max) - block.z;
+}
+
+template <bool SecondOrder, class V>
+struct ExpSums {
+  using T = typename V::T;
+  V r[kUnroll], q[kUnroll], s[kUnroll], c[kUnroll], t[kUnroll];
+
+  ExpSums() {
+    for (int j = 0; j < kUnroll; ++j) r[j] = q[j] = s[j] = c[j] = t[j] = V::set(T(0));
+  }
+
+  EM_INLINE void add(const T* z, int64_t size, T max, const Prefetch& next) {
+    for (int64_t i = 0; i < size; i += kStep<V>) {
+      for (int j = 0; j < kUnroll; ++j) {
+        EM_PREFETCH(next.start + (i + j * V::width) * next.element_bytes);
+        const V d = clamp_exponent(V::load(z + i + j * V::width) - V::set(max));
+        const V w = vexp(d);
+        r[j] = r[j] + w;
+        q[j] = fma(w, d, q[j]);
+        if constexpr (SecondOrder) {
+          const V w2 = w * w;
+          s[j] = fma(w * d, d, s[j]);
+          c[j] = c[j] + w2;
+          t[j] = fma(w2, d, t[j]);
+        }
       }
     }
   }
-  const double again = std::max(total(ties) - 1, 0.0);
+};
+
+// The sums of SoftmaxMoments. The few vectors around the maximum are summed from a copy in which it
+// is -inf. A block without a finite logit sums to 0, or NaN if there is one in it.
+template <bool SecondOrder, class V, class T>
+static SoftmaxMoments<double> exp_sums(const Block<T>& block, const Prefetch& next) {
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
   SoftmaxMoments<double> out;
-  out.max = block.max;
-  out.r = total(r) + again;
-  out.q = total(q);
+  ExpSums<SecondOrder, V> sums;
+  if (block.max == lowest) {
+    sums.add(block.z, block.size, T(0), next);
+  } else {
+    out.max = block.max;
+    out.argmax = find_first_max<V>(block);
+    const int64_t before = out.argmax / kStep<V> * kStep<V>, after = before + kStep<V>;
+    T around[kStep<V>];
+    std::copy(block.z + before, block.z + after, around);
+    around[out.argmax - before] = lowest;
+    sums.add(block.z, before, block.max, next);
+    sums.add(around, kStep<V>, block.max, next.skip(before));
+    sums.add(block.z + after, block.size - after, block.max, next.skip(after));
+  }
+  out.r = total(sums.r);
+  out.q = total(sums.q);
   if constexpr (SecondOrder) {
-    out.s = total(s);
-    out.c = total(c) + again;
-    out.t = total(t);
+    out.s = total(sums.s);
+    out.c = total(sums.c);
+    out.t = total(sums.t);
   }
   return out;
 }
@@ -160,15 +194,6 @@ static LogitMoments<double> logit_moments(const Block<T>& block) {
   out.m2 = square - out.count * offset * offset;
   out.m3 = total(s3) - 3 * offset * square + 2 * out.count * offset * offset * offset;
   return out;
-}
-
-// The index of the first logit equal to the block's maximum.
-template <class V, class T>
-static int64_t find_first_max(const Block<T>& block) {
-  const V max = V::set(block.max);
-  int64_t i = 0;
-  while (i + V::width < block.size && !V::any(V::load(block.z + i) == max)) i += V::width;
-  return std::find(block.z + i, block.z + block.size, block.max) - block.z;
 }
 
 // The gradient of a row is gx = e^d (constant + linear d) slope, except at the target.

@@ -121,6 +121,10 @@ struct Lanes {
     for (int i = 0; i < W; ++i) out |= mask.lane[i];
     return out;
   }
+  // d - n ln 2 without loss, ln 2 cut in two (Cody and Waite).
+  friend EM_INLINE Lanes minus_n_ln2(Lanes d, Lanes n) {
+    return d - n * set(T(0.693359375)) + n * set(T(2.12194440e-4));
+  }
   // The float whose bits are those of k shifted left by 23; see vexp.
   friend EM_INLINE Lanes shift_to_exponent(Lanes k) {
     return make([&](int i) { return bit_cast<T>(Bits<T>(bit_cast<Bits<T>>(k.lane[i]) << 23)); });

@@ -5,17 +5,15 @@
 template <class T>
 constexpr T exp_floor = sizeof(T) == 4 ? T(-88) : T(-750);
 
-// Float: e^d = 2^n e^f, n = round(d log2 e), ln 2 = 0.693359375 - 2.1219444e-4 (Cody and Waite), and
-// for |f| <= ln 2 / 2 a polynomial fitted to the least largest relative error (3.1e-9); at most
-// 0.9 ulp with fused multiply-add, 1.5 without. Adding 1.5 * 2^23 + 127 rounds to an integer and
-// leaves the biased exponent in the low bits; n = -127 gives 0.
+// Float: e^d = 2^n e^f, n = round(d log2 e), f = d - n ln 2, and for |f| <= ln 2 / 2 a polynomial
+// fitted to the least largest relative error (3.1e-9). Adding 1.5 * 2^23 + 127 rounds to an integer
+// and leaves the biased exponent in the low bits; n = -127 gives 0.
 template <class V>
 EM_INLINE V vexp(V d) {
   const V magic = V::set(12583039.0f);
   const V k = fma(d, V::set(1.44269504f), magic);
   const V n = k - magic;
-  V f = fma(n, V::set(-0.693359375f), d);
-  f = fma(n, V::set(2.12194440e-4f), f);
+  const V f = minus_n_ln2(d, n);
   V p = V::set(0.00138144672f);
   p = fma(p, f, V::set(0.00836878084f));
   p = fma(p, f, V::set(0.0416683927f));

@@ -69,8 +69,7 @@ struct Rows {
     return {z[0], slope[0]};
   }
 
-  // Sums of one block. The index of its maximum is looked for only if it may be the row's.
-  Part sum_block(int64_t row, int64_t block, double max_before, T* scratch) const {
+  Part sum_block(int64_t row, int64_t block, T* scratch) const {
     const int64_t begin = block * kBlock, end = block_end(block);
     const In* x = logits(row) + begin;
     const Transform<T> f(p, row);
@@ -79,7 +78,7 @@ struct Rows {
     Part part;
     part.softmax = wanted({kVarentropy, kCollision, kEntropySlope}) ? exp_sums<true, V>(z, next)
                                                                     : exp_sums<false, V>(z, next);
-    if (column(kIsTop1) && z.max >= max_before) part.softmax.argmax = begin + find_first_max<V>(z);
+    part.softmax.argmax += begin;
     if (wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew}))
       part.logits = logit_moments<V>(z);
     return part;
@@ -114,7 +113,7 @@ struct Rows {
     if (!active(row)) return write_zeros(row);
     Part part;
     for (int64_t block = 0; block < blocks(); ++block)
-      merge_into(part, sum_block(row, block, part.softmax.max, scratch));
+      merge_into(part, sum_block(row, block, scratch));
     write_results(row, part);
   }
 
@@ -172,8 +171,7 @@ struct Rows {
       std::vector<Part> parts(p.rows * count);
       for_each_task<T>(parallel, p.rows * count, [&](int64_t task, T* scratch) {
         const int64_t row = task / count, block = task % count;
-        const double lowest = -std::numeric_limits<double>::infinity();
-        if (active(row)) parts[task] = sum_block(row, block, lowest, scratch);
+        if (active(row)) parts[task] = sum_block(row, block, scratch);
       });
       for (int64_t row = 0; row < p.rows; ++row) {
         if (!active(row)) {
