@@ -1,0 +1,14 @@
+// The kernels in plain C++, for any processor.
+#include "level.h"
+
+namespace em_kernels::cpu {
+namespace portable {
+#include "lanes.h"
+using F32 = Lanes<float, 8>;
+#include "math.h"
+#include "blocks.h"
+#include "rows.h"
+}  // namespace portable
+
+const Level kPortable = {"portable", portable::stats, portable::grad, portable::loss};
+}  // namespace em_kernels::cpu

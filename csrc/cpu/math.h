@@ -1,0 +1,115 @@
+// exp, tanh and the logit transform on vectors. Included inside the namespace of a level.
+
+// e^d for d in [exp_floor, 0], and NaN for NaN; exactly 0 at exp_floor. Callers clamp to the floor:
+// e^d is below the smallest normal number there, and -inf becomes an ordinary operand.
+template <class T>
+constexpr T exp_floor = sizeof(T) == 4 ? T(-88) : T(-750);
+
+// Float: e^d = 2^n e^f, n = round(d log2 e), f = d - n ln 2, and for |f| <= ln 2 / 2 a polynomial
+// fitted to the least largest relative error (3.1e-9). Adding 1.5 * 2^23 + 127 rounds to an integer
+// and leaves the biased exponent in the low bits; n = -127 gives 0.
+template <class V>
+EM_INLINE V vexp(V d) {
+  const V magic = V::set(12583039.0f);
+  const V k = fma(d, V::set(1.44269504f), magic);
+  const V n = k - magic;
+  const V f = minus_n_ln2(d, n);
+  V p = V::set(0.00138144672f);
+  p = fma(p, f, V::set(0.00836878084f));
+  p = fma(p, f, V::set(0.0416683927f));
+  p = fma(p, f, V::set(0.166665196f));
+  p = fma(p, f, V::set(0.49999994f));
+  p = fma(p, f, V::set(1.0f));
+  p = fma(p, f, V::set(1.0f));
+  return p * shift_to_exponent(k);
+}
+
+template <int W>
+EM_INLINE Lanes<double, W> vexp(Lanes<double, W> d) {
+  return Lanes<double, W>::make([&](int i) { return std::exp(d.lane[i]); });
+}
+
+template <class V>
+EM_INLINE V clamp_exponent(V d) {
+  return max_or_b(V::set(exp_floor<typename V::T>), d);
+}
+
+// tanh for |x| < 0.625: odd polynomial of degree 11 (Moshier, Cephes, tanhf).
+template <class V>
+EM_INLINE V tanh_near_zero(V x) {
+  const V x2 = x * x;
+  V p = V::set(-5.70498872745e-3f);
+  p = fma(p, x2, V::set(2.06390887954e-2f));
+  p = fma(p, x2, V::set(-5.37397155531e-2f));
+  p = fma(p, x2, V::set(1.33314422036e-1f));
+  p = fma(p, x2, V::set(-3.33332819422e-1f));
+  return fma(p * x2, x, x);
+}
+
+template <int W>
+EM_INLINE Lanes<double, W> tanh_near_zero(Lanes<double, W> x) {
+  return Lanes<double, W>::make([&](int i) { return std::tanh(x.lane[i]); });
+}
+
+// tanh x, and 1 - tanh^2 x without cancellation, from e = e^(-2 |x|).
+template <class V>
+struct Tanh {
+  V value, slope;
+};
+
+template <class V>
+EM_INLINE Tanh<V> vtanh(V x) {
+  using T = typename V::T;
+  const V one = V::set(T(1)), size = abs(x);
+  const V e = vexp(clamp_exponent(size * V::set(T(-2))));
+  const V inverse = one / (one + e);
+  const V far = (one - e) * inverse;
+  const V value = select(x < V::set(T(0)), V::set(T(0)) - far, far);
+  const V slope = V::set(T(4)) * e * inverse * inverse;
+  return {select(size < V::set(T(0.625)), tanh_near_zero(x), value), slope};
+}
+
+// z = softcap(scale * x + bias) / T of one row. Identity and Scaled are the cases worth their own
+// code: neither softcap nor bias, with scale / T equal to 1 or not.
+enum class Kind { Identity, Scaled, General };
+
+template <class T>
+struct Transform {
+  const T* bias;
+  T scale, inverse_temperature, softcap, scale_over_temperature;
+
+  Transform(const Problem& p, int64_t row)
+      : bias(static_cast<const T*>(p.bias)), scale(T(p.logit_scale)), softcap(T(p.softcap)) {
+    const T* rows = static_cast<const T*>(p.temperature_rows);
+    const double temperature = rows ? double(rows[row]) : p.temperature;
+    inverse_temperature = T(1 / temperature);
+    scale_over_temperature = T(p.logit_scale / temperature);
+  }
+
+  static Kind kind(const Problem& p) {
+    if (p.bias || p.softcap != 0) return Kind::General;
+    if (p.temperature_rows || p.temperature != p.logit_scale) return Kind::Scaled;
+    return Kind::Identity;
+  }
+};
+
+// z, and dz/dx up to the factor scale / T, of the logits at vocabulary index v.
+template <class V>
+struct Transformed {
+  V z, slope;
+};
+
+template <Kind K, class V, class T>
+EM_INLINE Transformed<V> transform(V x, const T* bias, const Transform<T>& f) {
+  const V one = V::set(T(1));
+  if constexpr (K == Kind::Identity) return {x, one};
+  if constexpr (K == Kind::Scaled) return {x * V::set(f.scale_over_temperature), one};
+  const V inverse_temperature = V::set(f.inverse_temperature);
+  V u = x * V::set(f.scale);
+  if (bias) u = u + V::load(bias);
+  if (f.softcap == 0) return {u * inverse_temperature, one};
+  const V cap = V::set(f.softcap);
+  const Tanh<V> th = vtanh(u / cap);
+  const auto infinite = abs(u) == V::set(std::numeric_limits<T>::infinity());
+  return {select(infinite, u, cap * th.value) * inverse_temperature, th.slope};
+}

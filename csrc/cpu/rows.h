@@ -1,0 +1,227 @@
+// Rows, tasks and threads over the block kernels. Included inside the namespace of a level.
+
+// Below this many logits a second thread costs more than it gives.
+constexpr int64_t kSerialLogits = 32768;
+// With fewer rows than this per thread, threads share rows instead of taking whole ones.
+constexpr int64_t kRowsPerThread = 4;
+
+// Calls body(task, scratch) for every task in [0, count), from several threads; a thread takes the
+// next task when it has finished one.
+template <class T, class F>
+static void for_each_task(const Parallel& parallel, int64_t count, const F& body) {
+  struct Shared {
+    const F& body;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+  } shared{body, count};
+  const auto worker = [](void* context) {
+    auto& shared = *static_cast<Shared*>(context);
+    Scratch<T> scratch;
+    for (int64_t task; (task = shared.next.fetch_add(1)) < shared.count;)
+      shared.body(task, scratch.z);
+  };
+  const int threads = int(std::min<int64_t>(parallel.threads, count));
+  if (threads > 1) {
+    parallel.run(threads, worker, &shared);
+  } else {
+    worker(&shared);
+  }
+}
+
+template <class V, class In, Kind K>
+struct Rows {
+  using T = typename V::T;
+  const Problem& p;
+  const Results* results;
+  const Gradient* g;
+
+  bool active(int64_t row) const { return !p.mask || p.mask[row]; }
+  int64_t blocks() const { return (p.valid_vocab + kBlock - 1) / kBlock; }
+  int64_t block_end(int64_t block) const { return std::min((block + 1) * kBlock, p.valid_vocab); }
+
+  const In* logits(int64_t row) const {
+    return static_cast<const In*>(p.logits) + row / p.inner * p.outer_stride +
+           row % p.inner * p.inner_stride;
+  }
+  In* out(int64_t row) const {
+    return static_cast<In*>(g->out) + row / p.inner * g->outer_stride +
+           row % p.inner * g->inner_stride;
+  }
+  const T* bias(int64_t v) const { return p.bias ? static_cast<const T*>(p.bias) + v : nullptr; }
+  T* column(Output name) const { return static_cast<T*>(results->column[name]); }
+  bool wanted(std::initializer_list<Output> names) const {
+    return std::any_of(names.begin(), names.end(), [&](Output name) { return column(name); });
+  }
+  static T read(const void* rows, int64_t row) {
+    return rows ? static_cast<const T*>(rows)[row] : T(0);
+  }
+
+  // z and its slope at the target.
+  Transformed<T> at_target(int64_t row) const {
+    const int64_t y = p.target[row];
+    In x[V::width] = {};
+    T b[V::width] = {}, z[V::width], slope[V::width];
+    x[0] = logits(row)[y];
+    if (p.bias) b[0] = *bias(y);
+    const auto at = transform<K>(V::load(x), p.bias ? b : nullptr, Transform<T>(p, row));
+    at.z.store(z);
+    at.slope.store(slope);
+    return {z[0], slope[0]};
+  }
+
+  Part sum_block(int64_t row, int64_t block, T* scratch) const {
+    const int64_t begin = block * kBlock, end = block_end(block);
+    const In* x = logits(row) + begin;
+    const Transform<T> f(p, row);
+    const auto z = load_block<K, V>(x, bias(begin), end - begin, f, scratch);
+    const Prefetch next{reinterpret_cast<const char*>(x + kBlock), sizeof(In)};
+    Part part;
+    part.softmax = wanted({kVarentropy, kCollision, kEntropySlope}) ? exp_sums<true, V>(z, next)
+                                                                    : exp_sums<false, V>(z, next);
+    part.softmax.argmax += begin;
+    if (wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew}))
+      part.logits = logit_moments<V>(z);
+    return part;
+  }
+
+  static void merge_into(Part& row, const Part& block) {
+    row.softmax = merge(row.softmax, block.softmax);
+    row.logits = merge(row.logits, block.logits);
+  }
+
+  void write_results(int64_t row, const Part& part) const {
+    double value[kOutputs] = {};
+    if (!usable(part.softmax)) {
+      std::fill(value, value + kOutputs, std::numeric_limits<double>::quiet_NaN());
+    } else {
+      finalize(part.softmax, part.logits, value);
+      if (p.target) {
+        const double d = double(at_target(row).z) - part.softmax.max;
+        finalize_target(part.softmax, d, part.softmax.argmax == p.target[row], value);
+      }
+    }
+    for (int name = 0; name < kOutputs; ++name)
+      if (T* to = column(Output(name))) to[row] = T(value[name]);
+  }
+
+  void write_zeros(int64_t row) const {
+    for (int name = 0; name < kOutputs; ++name)
+      if (T* to = column(Output(name))) to[row] = 0;
+  }
+
+  void stats_row(int64_t row, T* scratch) const {
+    if (!active(row)) return write_zeros(row);
+    Part part;
+    for (int64_t block = 0; block < blocks(); ++block)
+      merge_into(part, sum_block(row, block, scratch));
+    write_results(row, part);
+  }
+
+  // The gradient of logits [begin, end) of an active row.
+  void grad_range(int64_t row, int64_t begin, int64_t end) const {
+    const T max = read(g->max, row);
+    In* to = out(row);
+    if (std::isnan(max)) {
+      In nan;
+      from_float(std::numeric_limits<T>::quiet_NaN(), &nan);
+      return std::fill(to + begin, to + end, nan);
+    }
+    const Transform<T> f(p, row);
+    const double log1p_r = read(g->log1p_r, row), mean_d = read(g->mean_d, row);
+    const double logprob = read(g->g_logprob, row), entropy = read(g->g_entropy, row);
+    const double lse = read(g->g_lse, row);
+    const double factor = std::exp(-log1p_r) * f.scale_over_temperature;
+    const RowGradient<T> row_gradient{
+        max, T(factor * (entropy * mean_d + lse - logprob)), T(-factor * entropy)};
+    const bool has_target = g->g_logprob && begin <= p.target[row] && p.target[row] < end;
+    const Transformed<T> y = has_target ? at_target(row) : Transformed<T>{};
+    grad_block<K, V>(logits(row) + begin, bias(begin), end - begin, f, row_gradient, to + begin);
+    if (!has_target) return;
+    const double d = double(y.z) - max, log_p = d - log1p_r, prob = std::exp(log_p);
+    double own = -logprob * std::expm1(log_p);
+    if (prob > 0) own += prob * (entropy * (mean_d - d) + lse);
+    from_float(T(own * y.slope * f.scale_over_temperature), to + p.target[row]);
+  }
+
+  // Zeros where there is no gradient: beyond the valid vocabulary, and the whole of a masked row.
+  void zero_rest(int64_t row) const {
+    const int64_t begin = active(row) ? p.valid_vocab : 0;
+    std::memset(out(row) + begin, 0, (p.vocab - begin) * sizeof(In));
+  }
+
+  void grad_row(int64_t row) const {
+    if (active(row)) grad_range(row, 0, p.valid_vocab);
+    zero_rest(row);
+  }
+
+  // All rows, a row per task, or where rows are few a block per task.
+  void run(Parallel parallel) const {
+    if (p.rows * p.valid_vocab <= kSerialLogits) parallel.threads = 1;
+    if (parallel.threads > 1 && p.rows < kRowsPerThread * parallel.threads && blocks() > 1)
+      return run_blocks(parallel);
+    for_each_task<T>(parallel, p.rows, [&](int64_t row, T* scratch) {
+      if (results) stats_row(row, scratch);
+      if (g) grad_row(row);
+    });
+  }
+
+  void run_blocks(const Parallel& parallel) const {
+    const int64_t count = blocks();
+    if (results) {
+      std::vector<Part> parts(p.rows * count);
+      for_each_task<T>(parallel, p.rows * count, [&](int64_t task, T* scratch) {
+        const int64_t row = task / count, block = task % count;
+        if (active(row)) parts[task] = sum_block(row, block, scratch);
+      });
+      for (int64_t row = 0; row < p.rows; ++row) {
+        if (!active(row)) {
+          write_zeros(row);
+          continue;
+        }
+        Part part;
+        for (int64_t block = 0; block < count; ++block)
+          merge_into(part, parts[row * count + block]);
+        write_results(row, part);
+      }
+    }
+    if (!g) return;
+    for_each_task<T>(parallel, p.rows * count, [&](int64_t task, T*) {
+      const int64_t row = task / count, block = task % count;
+      if (active(row)) grad_range(row, block * kBlock, block_end(block));
+      if (block == count - 1) zero_rest(row);
+    });
+  }
+};
+
+template <class V, class In>
+static void run_rows(
+    const Problem& p, const Results* results, const Gradient* g, const Parallel& parallel) {
+  switch (Transform<typename V::T>::kind(p)) {
+    case Kind::Identity: return Rows<V, In, Kind::Identity>{p, results, g}.run(parallel);
+    case Kind::Scaled: return Rows<V, In, Kind::Scaled>{p, results, g}.run(parallel);
+    case Kind::General: return Rows<V, In, Kind::General>{p, results, g}.run(parallel);
+  }
+}
+
+static void run_dtype(
+    const Problem& p, const Results* results, const Gradient* g, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f32: return run_rows<F32, float>(p, results, g, parallel);
+    case DType::bf16: return run_rows<F32, bf16>(p, results, g, parallel);
+    case DType::f16: return run_rows<F32, f16>(p, results, g, parallel);
+    case DType::f64: return run_rows<Lanes<double, 4>, double>(p, results, g, parallel);
+  }
+}
+
+static void stats(const Problem& p, const Results& results, const Parallel& parallel) {
+  run_dtype(p, &results, nullptr, parallel);
+}
+
+static void grad(const Problem& p, const Gradient& g, const Parallel& parallel) {
+  run_dtype(p, nullptr, &g, parallel);
+}
+
+static void loss(
+    const Problem& p, const Results& results, const Gradient& g, const Parallel& parallel) {
+  run_dtype(p, &results, &g, parallel);
+}

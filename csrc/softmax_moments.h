@@ -1,0 +1,146 @@
+// The running accumulator of a softmax row, and the one associative operation on it.
+//
+// A part of a row (a block, a thread's share, a rank's vocabulary shard) with maximum m, first
+// attained at index a, and d_v = z_v - m, is summed up by
+//
+//     r = sum_{v != a} e^d_v             q = sum_{v != a} e^d_v d_v
+//     s = sum_{v != a} e^d_v d_v^2       c = sum_{v != a} e^2d_v      t = sum_{v != a} e^2d_v d_v
+//
+// and its logits, where their moments are asked for, by count, mean and central sums. `merge` gives
+// the same of two parts together. The maximum itself is left out of every sum: that keeps relative
+// accuracy when r is tiny. A part without a finite logit has max -inf and r 0. A NaN logit makes r
+// NaN, a +inf logit makes max +inf, and every merge keeps that.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define EM_HOST_DEVICE __host__ __device__
+#else
+#define EM_HOST_DEVICE
+#endif
+
+namespace em_kernels {
+
+template <class T>
+struct SoftmaxMoments {
+  T max = -std::numeric_limits<T>::infinity();
+  int64_t argmax = -1;
+  T r = 0, q = 0;
+  T s = 0, c = 0, t = 0;
+};
+
+// `low` re-based on the maximum of `high`, and added to it. Requires high.max >= low.max.
+template <class T>
+EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(SoftmaxMoments<T> high, const SoftmaxMoments<T>& low) {
+  if (low.max == -std::numeric_limits<T>::infinity()) {
+    high.r += low.r;
+    return high;
+  }
+  const T delta = low.max - high.max;
+  const T e = std::exp(delta);
+  high.r += e * (1 + low.r);
+  high.q += e * (low.q + delta * (1 + low.r));
+  high.s += e * (low.s + delta * (2 * low.q + delta * (1 + low.r)));
+  high.c += e * e * (1 + low.c);
+  high.t += e * e * (low.t + delta * (1 + low.c));
+  return high;
+}
+
+// On ties the lower index is the argmax.
+template <class T>
+EM_HOST_DEVICE inline SoftmaxMoments<T> merge(
+    const SoftmaxMoments<T>& x, const SoftmaxMoments<T>& y) {
+  const bool x_leads = x.max > y.max || (x.max == y.max && x.argmax <= y.argmax);
+  return x_leads ? absorb(x, y) : absorb(y, x);
+}
+
+// Population moments: count, mean, m2 = sum (z - mean)^2, m3 = sum (z - mean)^3.
+template <class T>
+struct LogitMoments {
+  T count = 0, mean = 0, m2 = 0, m3 = 0;
+};
+
+// Source: Chan, Golub, LeVeque (1979), eq. 2.1; Pebay, SAND2008-6212 (2008), eq. 2.1 for m3.
+template <class T>
+EM_HOST_DEVICE inline LogitMoments<T> merge(const LogitMoments<T>& x, const LogitMoments<T>& y) {
+  if (y.count == 0) return x;
+  if (x.count == 0) return y;
+  const T n = x.count + y.count;
+  const T delta = y.mean - x.mean;
+  const T fx = x.count / n, fy = y.count / n;
+  LogitMoments<T> out;
+  out.count = n;
+  out.mean = x.mean + delta * fy;
+  out.m2 = x.m2 + y.m2 + delta * delta * x.count * fy;
+  out.m3 = x.m3 + y.m3 + delta * delta * delta * x.count * fy * (fx - fy) +
+           3 * delta * (fx * y.m2 - fy * x.m2);
+  return out;
+}
+
+// What a whole row reports, in the order of the public outputs; the first three are what the
+// gradient needs.
+enum Output : int {
+  kMax,
+  kLog1pR,
+  kMeanD,
+  kLogprob,
+  kEntropy,
+  kLse,
+  kVarentropy,
+  kCollision,
+  kMaxProb,
+  kIsTop1,
+  kSelfCertainty,
+  kLogitMean,
+  kLogitVar,
+  kLogitSkew,
+  kEntropySlope,
+  kOutputs,
+};
+
+// Whether the row has a finite maximum and no NaN or +inf in it.
+template <class T>
+EM_HOST_DEVICE inline bool usable(const SoftmaxMoments<T>& x) {
+  return std::isfinite(x.max) && std::isfinite(x.r);
+}
+
+// Everything that needs no target, into out[kOutputs].
+template <class T>
+EM_HOST_DEVICE inline void finalize(
+    const SoftmaxMoments<T>& x, const LogitMoments<T>& logits, T* out) {
+  const T mass = 1 + x.r;
+  const T log1p_r = std::log1p(x.r);
+  const T mean_d = x.q / mass;
+  out[kMax] = x.max;
+  out[kLog1pR] = log1p_r;
+  out[kMeanD] = mean_d;
+  out[kEntropy] = log1p_r - mean_d;
+  out[kLse] = x.max + log1p_r;
+  out[kMaxProb] = 1 / mass;
+  out[kCollision] = (1 + x.c) / (mass * mass);
+  out[kVarentropy] = x.s / mass - mean_d * mean_d;
+  const T var = logits.m2 / logits.count;
+  out[kLogitMean] = logits.mean;
+  out[kLogitVar] = var;
+  out[kLogitSkew] = var > 0 ? logits.m3 / logits.count / (var * std::sqrt(var)) : 0;
+  out[kSelfCertainty] = out[kLse] - logits.mean - std::log(logits.count);
+}
+
+// What needs the target y, whose d_y is given (-inf for an excluded logit).
+// entropy_slope = -[p_y (l_y + H) - sum p^2 (l + H)], where l_v + H = d_v - mean_d.
+template <class T>
+EM_HOST_DEVICE inline void finalize_target(
+    const SoftmaxMoments<T>& x, T d_target, bool is_top1, T* out) {
+  const T mass = 1 + x.r;
+  const T mean_d = x.q / mass;
+  const T p = std::exp(d_target) / mass;
+  const T own = p > 0 ? p * (d_target - mean_d) : 0;
+  out[kLogprob] = d_target - std::log1p(x.r);
+  out[kIsTop1] = is_top1 ? 1 : 0;
+  out[kEntropySlope] = (x.t - mean_d * (1 + x.c)) / (mass * mass) - own;
+}
+
+}  // namespace em_kernels

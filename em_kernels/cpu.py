@@ -1,0 +1,38 @@
+"""The C++ backend: `stats`, `grad` and `loss` of `em_kernels.reference`, vectorised and threaded.
+
+One pass for the statistics, one for the gradient; `loss` does both to a row while it is in cache.
+The instruction set is chosen at run time; `set_isa` chooses another, for tests and measurements.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from em_kernels import _C
+from em_kernels._spec import RowSpec, Saved, Upstream
+
+isa_levels = _C.isa_levels  # instruction sets compiled and usable here, best first
+get_isa = _C.get_isa
+set_isa = _C.set_isa
+
+
+def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V)."""
+    return _C.stats(logits, *spec, outputs)
+
+
+def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
+    """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
+    _C.grad(logits, *spec, *saved, *upstream, out)
+
+
+def loss(
+    logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
+) -> list[Tensor]:
+    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
+    return _C.loss(logits, *spec, *upstream, outputs, out)
+
+
+def build_info() -> dict[str, object]:
+    """Compiler, the instruction sets usable here and the one in use."""
+    return {"compiler": _C.compiler(), "isa_levels": isa_levels(), "isa": get_isa()}
