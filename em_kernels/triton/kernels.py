@@ -8,8 +8,18 @@ lie; `rows`, the tensors of a RowSpec; `up`, those of an Upstream; `outs`, the r
 import triton
 import triton.language as tl
 
-from em_kernels.triton.elementary import expm1, log1p, tanh
-from em_kernels.triton.moments import INF, absorb, distance, merge, merge_shifted
+from em_kernels._spec import OUTPUTS, Saved
+from em_kernels.triton.elementary import exp, expm1, log1p, tanh_half
+from em_kernels.triton.moments import (
+    INF,
+    absorb,
+    distance,
+    merge,
+    merge_shifted,
+    quarters,
+)
+
+RESULTS = tl.constexpr(len(Saved._fields) + len(OUTPUTS))
 
 
 @triton.jit
@@ -44,19 +54,18 @@ def transform(x, bias, constants, how):
     scale, softcap, inverse_t = constants
     u = x.to(how.wide)
     slope = scale * 0 + 1
-    if bias is None and not how.capped:
-        if how.scaled:
+    if how.scaled:
+        if bias is None and not how.capped:
             u = u * (scale * inverse_t)
-    else:
-        if how.scaled:
+        else:
             u = u * scale
-        if bias is not None:
-            u += bias.to(how.wide)
-        if how.capped:
-            value, slope = tanh(u * (1 / softcap))
-            u = tl.where(tl.abs(u) < INF, value * softcap, u)
-        if how.scaled:
-            u = u * inverse_t
+    if bias is not None:
+        u += bias.to(how.wide)
+    if how.capped:
+        value, slope = tanh_half(u * (2 / softcap))
+        u = tl.where(tl.abs(u) < INF, value * (softcap * inverse_t), u)
+    elif bias is not None and how.scaled:
+        u = u * inverse_t
     return u, slope
 
 
@@ -90,21 +99,21 @@ def load_target(x, row, rows, valid, constants, how):
 def read_row(x, rows, valid, constants, how):
     """The lanes' state after a whole row: steps of `slices` full blocks, then masked blocks."""
     lanes = tl.arange(0, how.block)
-    zero = tl.zeros((how.block,), how.wide)
+    four = 4 * tl.arange(0, how.block // 4)
+    zero = tl.zeros((how.block // 4,), how.wide)
     sums = (zero, zero, zero, zero, zero)
-    state = (zero - INF, sums, (zero - INF, zero, zero, zero, zero), lanes)
+    state = (zero - INF, sums, (zero - INF, zero, zero, zero, zero), four)
     whole = valid // (how.block * how.slices) * (how.block * how.slices)
     for start in range(0, whole, how.block * how.slices):
         slices = ()
         for k in tl.static_range(how.slices):
-            at = start + k * how.block + lanes
-            z, _ = load_z(x, rows, at, None, constants, how)
-            slices = slices + (z,)
-        state = absorb(state, slices, start + lanes, how)
+            z, _ = load_z(x, rows, start + k * how.block + lanes, None, constants, how)
+            slices = slices + quarters(z)
+        state = absorb(state, slices, start + four, how)
     for start in range(whole, valid, how.block):
         at = start + lanes
         z, _ = load_z(x, rows, at, at < valid, constants, how)
-        state = absorb(state, (z,), at, how)
+        state = absorb(state, quarters(z), start + four, how)
     return state
 
 
@@ -116,7 +125,7 @@ def put(pointer, row, value):
 
 @triton.jit
 def put_zeros(outs, row):
-    for i in tl.static_range(len(outs)):
+    for i in tl.static_range(RESULTS):
         put(outs[i], row, 0.0)
 
 
@@ -130,7 +139,7 @@ def put_second_order(outs, row, r, q, t, c, b, d_target):
     put(outs.collision, row, (1 + c) / (norm * norm))
     if outs.entropy_slope is not None:
         d = distance(d_target, 0.0)
-        e = tl.exp(d)
+        e = exp(d)
         value = mean_d * ((e - 1) + e * r - c) + b - e * d * norm
         put(outs.entropy_slope, row, value / (norm * norm))
 
@@ -188,14 +197,14 @@ def gradient_terms(row, up, m, log1p_r, mean_d, constants):
         a += tl.load(up.lse + row)
     if up.logprob is not None:
         a -= tl.load(up.logprob + row)
-    norm = factor * tl.exp(-log1p_r)
+    norm = factor * exp(-log1p_r)
     return factor, a * norm, b * norm
 
 
 @triton.jit
 def target_gradient(row, up, d, slope, factor, log1p_r, mean_d):
     """The gradient at the target, where 1 - p_y is -expm1(log p_y): exact as p_y -> 1."""
-    p = tl.exp(distance(d, 0.0) - log1p_r)
+    p = exp(distance(d, 0.0) - log1p_r)
     g = -expm1(d - log1p_r) * tl.load(up.logprob + row)
     if up.entropy is not None:
         g += tl.load(up.entropy + row) * p * (mean_d - distance(d, 0.0))
@@ -205,11 +214,11 @@ def target_gradient(row, up, d, slope, factor, log1p_r, mean_d):
 
 
 @triton.jit
-def entry_gradient(z, slope, at, terms, up, how):
+def entry_gradient(z, slope, is_target, terms, up, how):
     """exp(d) (a - b d) softcap', or at the target what `target_gradient` says."""
-    m, a, b, y, g_target = terms
+    m, a, b, _, g_target = terms
     d = distance(z, m)
-    g = tl.exp(d)
+    g = exp(d)
     if up.entropy is None:
         g = g * a
     else:
@@ -217,7 +226,7 @@ def entry_gradient(z, slope, at, terms, up, how):
     if how.capped:
         g = g * slope
     if up.logprob is not None:
-        g = tl.where(at == y, g_target, g)
+        g = tl.where(is_target, g_target, g)
     return g
 
 
@@ -225,6 +234,7 @@ def entry_gradient(z, slope, at, terms, up, how):
 def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
     """The gradient of a row; 0 beyond `valid`. `out` may be `x`: a lane rereads only its own."""
     lanes = tl.arange(0, how.block)
+    y = terms[3]
     whole = valid // (how.block * how.slices) * (how.block * how.slices)
     for start in range(0, whole, how.block * how.slices):
         slices = ()
@@ -232,14 +242,15 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
             at = start + k * how.block + lanes
             slices = slices + (load_z(x, rows, at, None, constants, how),)
         for k in tl.static_range(how.slices):
-            at = start + k * how.block + lanes
+            base = start + k * how.block
             z, slope = slices[k]
-            tl.store(out + at, entry_gradient(z, slope, at, terms, up, how))
+            g = entry_gradient(z, slope, lanes == y - base, terms, up, how)
+            tl.store(out + base + lanes, g)
     for start in range(whole, vocab, how.block):
         at = start + lanes
         z, slope = load_z(x, rows, at, at < valid, constants, how)
-        g = tl.where(at < valid, entry_gradient(z, slope, at, terms, up, how), 0)
-        tl.store(out + at, g, mask=at < vocab)
+        g = entry_gradient(z, slope, at == y, terms, up, how)
+        tl.store(out + at, tl.where(at < valid, g, 0), mask=at < vocab)
 
 
 @triton.jit
@@ -301,7 +312,7 @@ def gradient(
         log1p_r = tl.load(saved.log1p_r + row)
         mean_d = tl.load(saved.mean_d + row)
         factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
-        terms = (m, a, b, None, None)
+        terms = (m, a, b, -1, 0.0)
         if up.logprob is not None:
             y, _, z, slope = load_target(x, row, rows, valid, constants, how)
             # No thread may overwrite the target's logit, in place, before all have read it.
@@ -340,7 +351,7 @@ def loss(
         state = read_row(x, rows, valid, constants, how)
         m, log1p_r, mean_d = put_row(outs, row, state, y, known, z_target, how)
         factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
-        terms = (m, a, b, None, None)
+        terms = (m, a, b, -1, 0.0)
         if up.logprob is not None:
             d = z_target - m
             g = target_gradient(row, up, d, slope, factor, log1p_r, mean_d)

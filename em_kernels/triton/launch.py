@@ -30,14 +30,15 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(vocab: int, dtype: torch.dtype) -> Plan:
+def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
     """16-byte loads, four in flight per thread, 16 warps where the row is long enough.
 
-    It depends on nothing else, so a row's bits do not depend on the other rows of the call.
+    With a softcap two loads: its registers would otherwise leave one program per multiprocessor.
+    Nothing else decides, so a row's bits do not depend on the other rows of the call.
     """
     per_warp = 32 * _LOAD_BYTES // dtype.itemsize
     num_warps = min(16, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
-    return Plan(per_warp * num_warps, 4, num_warps)
+    return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
 
 
 class View(NamedTuple):
@@ -120,7 +121,9 @@ def scale(grad: Tensor, scalar: Tensor) -> Tensor:
     if count:
         grid = (min(triton.cdiv(count, block), 2048),)
         with _device(grad):
-            kernels.multiply[grid](grad, scalar, count, BLOCK=block, num_warps=8)
+            kernels.multiply[grid](
+                grad, scalar, count, BLOCK=block, num_warps=8, enable_fp_fusion=True
+            )
     return grad
 
 
@@ -161,7 +164,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     count = logits.shape[0] * logits.shape[1]
     if count == 0:
         return
-    sizes = plan(spec.valid_vocab, logits.dtype)
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
     with _device(logits):
         kernel[(count,)](
             logits,
@@ -174,6 +177,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
             temperature=spec.temperature,
             how=_how(logits, spec, outputs, sizes),
             num_warps=sizes.num_warps,
+            enable_fp_fusion=True,
             **arguments,
         )
 

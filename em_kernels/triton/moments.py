@@ -14,6 +14,8 @@ of Chan et al. (1983) and Pebay (2008).
 import triton
 import triton.language as tl
 
+from em_kernels.triton.elementary import exp
+
 INF = tl.constexpr(float("inf"))
 # exp() of it is 0 and 0 times it is 0: the least distance from a maximum, in place of -inf.
 FAR = tl.constexpr(-1e4)
@@ -36,7 +38,7 @@ def distance(z, top):
 def rescale(sums, delta, how):
     """The sums about a maximum that is larger by -delta."""
     r, q, t, c, b = sums
-    scale = tl.exp(delta)
+    scale = exp(delta)
     if how.second:
         t = (t + delta * (2 * q + delta * r)) * scale
         b = (b + delta * c) * (scale * scale)
@@ -48,7 +50,7 @@ def rescale(sums, delta, how):
 def add(sums, d, how):
     """The sums with one more entry, at distance d from the maximum."""
     r, q, t, c, b = sums
-    e = tl.exp(d)
+    e = exp(d)
     ed = e * d
     if how.second:
         t += ed * d
@@ -68,15 +70,24 @@ def add_shifted(moments, z):
 
 
 @triton.jit
+def quarters(z):
+    """z[0::4], z[1::4], z[2::4], z[3::4]: of what one thread has loaded, so no data moves."""
+    even, odd = tl.split(tl.reshape(z, (z.shape[0] // 2, 2)))
+    first, third = tl.split(tl.reshape(even, (z.shape[0] // 4, 2)))
+    second, fourth = tl.split(tl.reshape(odd, (z.shape[0] // 4, 2)))
+    return first, second, third, fourth
+
+
+@triton.jit
 def absorb(state, slices, at, how):
-    """The lanes' state after one more entry per lane from each of the slices of a row."""
+    """The lanes' state after more entries of a row, slices[k][i] for lane i, which is at[i] + k."""
     hi, sums, moments, first = state
-    before = finite_top(hi)
+    before = hi
     losers = ()
     for k in tl.static_range(len(slices)):
         z = slices[k]
         if how.top1:
-            first = tl.where(z > hi, at + k * z.shape[0], first)
+            first = tl.where(z > hi, at + k // 4 * how.block + k % 4, first)
         if how.moments:
             moments = add_shifted(moments, z)
         losers = losers + (tl.minimum(hi, z),)
@@ -101,7 +112,7 @@ def merge(hi, sums, how):
 
     delta = distance(finite_top(hi), finite_top(m))
     r, q, t, c, b = rescale(sums, delta, how)
-    scale = tl.exp(delta)
+    scale = exp(delta)
     ties = tl.sum(tl.where(hi == m, 1.0, 0.0), 0) - 1
     own = tl.where(hi == m, 0, scale)
     r = tl.sum(r + own, 0) + ties
