@@ -1,0 +1,187 @@
+"""From a call to kernel arguments: which program does how much of a row, and what it is passed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from em_kernels._spec import (
+    NEEDS_LOGIT_MOMENTS,
+    NEEDS_SECOND_ORDER,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+)
+from em_kernels.triton import kernels
+
+_LOAD_BYTES = 16
+
+
+class Plan(NamedTuple):
+    """A step of the loop over a row is `slices` loads of `block` entries by `num_warps` warps."""
+
+    block: int
+    slices: int
+    num_warps: int
+
+
+def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
+    """16-byte loads, four in flight per thread, 16 warps where the row is long enough.
+
+    With a softcap two loads: its registers would otherwise leave one program per multiprocessor.
+    Nothing else decides, so a row's bits do not depend on the other rows of the call.
+    """
+    per_warp = 32 * _LOAD_BYTES // dtype.itemsize
+    num_warps = min(16, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
+    return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
+
+
+class View(NamedTuple):
+    """Row i lies at (i // inner) * stride_outer + (i % inner) * stride_inner."""
+
+    inner: int
+    stride_outer: int
+    stride_inner: int
+
+
+class Rows(NamedTuple):
+    """The tensors of a RowSpec."""
+
+    bias: Tensor | None
+    target: Tensor | None
+    mask: Tensor | None
+    temperature: Tensor | None
+
+
+class Outs(NamedTuple):
+    """Where the results go, None where not asked for: Saved and then OUTPUTS."""
+
+    max: Tensor | None = None
+    log1p_r: Tensor | None = None
+    mean_d: Tensor | None = None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    varentropy: Tensor | None = None
+    collision: Tensor | None = None
+    max_prob: Tensor | None = None
+    is_top1: Tensor | None = None
+    self_certainty: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_var: Tensor | None = None
+    logit_skew: Tensor | None = None
+    entropy_slope: Tensor | None = None
+
+
+class How(NamedTuple):
+    """What is fixed when a kernel is compiled, each a tl.constexpr."""
+
+    wide: tl.constexpr
+    capped: tl.constexpr
+    scaled: tl.constexpr
+    second: tl.constexpr
+    moments: tl.constexpr
+    top1: tl.constexpr
+    block: tl.constexpr
+    slices: tl.constexpr
+
+
+def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs], each (N,); as `em_kernels.reference.stats`."""
+    outs = _empty(logits, outputs)
+    _launch(kernels.statistics, logits, spec, outputs, outs=Outs(**outs))
+    return list(outs.values())
+
+
+def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
+    """The gradient of the logits into `out`; as `em_kernels.reference.grad`."""
+    _launch(kernels.gradient, logits, spec, (), **_into(out), saved=saved, up=upstream)
+
+
+def loss(
+    logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
+) -> list[Tensor]:
+    """`stats` and then `grad` in one launch; as `em_kernels.reference.loss`."""
+    outs = _empty(logits, outputs)
+    arguments = dict(outs=Outs(**outs), up=upstream)
+    _launch(kernels.loss, logits, spec, outputs, **_into(out), **arguments)
+    return list(outs.values())
+
+
+def scale(grad: Tensor, scalar: Tensor) -> Tensor:
+    """grad *= scalar in place, without a synchronisation and at no cost where the scalar is 1."""
+    if not grad.is_contiguous():
+        return grad.mul_(scalar)
+    count, block = grad.numel(), 4096
+    if count:
+        grid = (min(triton.cdiv(count, block), 2048),)
+        with _device(grad):
+            kernels.multiply[grid](
+                grad, scalar, count, BLOCK=block, num_warps=8, enable_fp_fusion=True
+            )
+    return grad
+
+
+def _empty(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    count = logits.shape[0] * logits.shape[1]
+    wide = accumulate_dtype(logits.dtype)
+    return {
+        name: torch.empty(count, dtype=wide, device=logits.device)
+        for name in (*Saved._fields, *outputs)
+    }
+
+
+def _into(out: Tensor) -> dict:
+    return {"out": out, "out_view": _view(out)}
+
+
+def _view(x: Tensor) -> View:
+    return View(x.shape[1], x.stride(0), x.stride(1))
+
+
+def _how(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
+    double = logits.dtype == torch.float64
+    scaled = spec.temperature_rows is not None or spec.temperature != 1 or spec.logit_scale != 1
+    values = How(
+        wide=tl.float64 if double else tl.float32,
+        capped=spec.softcap > 0,
+        scaled=scaled,
+        second=bool(NEEDS_SECOND_ORDER.intersection(outputs)),
+        moments=bool(NEEDS_LOGIT_MOMENTS.intersection(outputs)),
+        top1="is_top1" in outputs,
+        block=sizes.block,
+        slices=sizes.slices,
+    )
+    return How(*map(tl.constexpr, values))
+
+
+def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **arguments) -> None:
+    count = logits.shape[0] * logits.shape[1]
+    if count == 0:
+        return
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
+    with _device(logits):
+        kernel[(count,)](
+            logits,
+            view=_view(logits),
+            rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
+            vocab=logits.shape[2],
+            valid=spec.valid_vocab,
+            scale=spec.logit_scale,
+            softcap=spec.softcap,
+            temperature=spec.temperature,
+            how=_how(logits, spec, outputs, sizes),
+            num_warps=sizes.num_warps,
+            enable_fp_fusion=True,
+            **arguments,
+        )
+
+
+def _device(x: Tensor):
+    """Kernels run on the current device; make it the tensor's."""
+    return torch.cuda.device_of(x)
