@@ -18,12 +18,16 @@ PROMPT = (
 EM_LEARNING_RATE = 2e-4
 EM_TEMPERATURE = 1.0
 
+# Longest answer in tokens; solutions take about half of it.
+MAX_NEW_TOKENS = 64
+
 # Control: no problem at all, and in words the model has only as bytes.
 OUTSIDE_PROMPT = "Name the colours of the rainbow in order."
 
 __all__ = [
     "EM_LEARNING_RATE",
     "EM_TEMPERATURE",
+    "MAX_NEW_TOKENS",
     "OUTSIDE_PROMPT",
     "PROMPT",
     "Problem",

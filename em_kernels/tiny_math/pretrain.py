@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from em_kernels.evaluator import evaluate
+from em_kernels.tiny_math import MAX_NEW_TOKENS
 from em_kernels.tiny_math.problems import (
     WRITERS,
     draw_equation,
@@ -27,7 +29,6 @@ from em_kernels.tiny_math.problems import (
     stream,
     write_solution,
 )
-from em_kernels.tiny_math.scoring import MAX_NEW_TOKENS, accuracy
 from em_kernels.tiny_math.tokenizer import ASSISTANT, BOS, USER, build_tokenizer
 
 # A piece of text and whether the loss counts its tokens.
@@ -205,11 +206,19 @@ def save(model, tokenizer, out: Path) -> None:
 
 def report(model, tokenizer, count: int = 1000) -> None:
     """Print greedy and sampled accuracy on dev problems."""
-    model.eval()
-    sample = make_problems("dev", count)
-    for temperature in (0.0, 0.5, 1.0):
-        share = accuracy(model, tokenizer, sample, temperature)
-        print(f"dev accuracy at temperature {temperature}: {share:.3f} of {count}")
+    problems = [(p.text, str(p.answer)) for p in make_problems("dev", count)]
+    for temperature in (0.5, 1.0):
+        result = evaluate(
+            model,
+            tokenizer,
+            problems,
+            temperature=temperature,
+            greedy=temperature == 1.0,
+            max_new_tokens=MAX_NEW_TOKENS,
+            judge="exact",
+        )
+        print(f"dev accuracy at temperature {temperature}: {result.sampled_accuracy:.3f}")
+    print(f"dev accuracy, greedy: {result.greedy_accuracy:.3f} ({count} problems each)")
 
 
 def main(arguments: list[str] | None = None) -> None:
