@@ -87,10 +87,13 @@ def test_target_on_a_minus_inf_logit_has_logprob_minus_inf(impl, device):
     x = random_logits(2, VOCAB, device=device)
     target = torch.tensor([4100, 3], device=device)
     x[torch.arange(2), target] = -INF
-    stats, grad = run(impl, x, target)
+    upstream = random_upstream(2, device=device)
+    stats, grad = run(impl, x, target, upstream)
     assert (stats["logprob"] == -INF).all()
     assert stats["entropy"].isfinite().all() and stats["entropy_slope"].isfinite().all()
     assert grad.isfinite().all()
+    # As in torch.log_softmax: the target's own logit has the gradient 1 - p = 1.
+    assert torch.equal(grad[torch.arange(2), target], upstream["logprob"])
 
 
 # Rows that cannot be computed

@@ -18,27 +18,37 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 @st.composite
 def batches(draw, max_rows=7, max_vocab=130):
-    """(logits, target, mask, temperature): any leading shape, any view of any larger memory."""
+    """Any leading shape, any view of any larger memory; see `place`."""
     lead = draw(st.lists(st.integers(0, max_rows), max_size=3))
     vocab = draw(st.integers(1, max_vocab))
     pad = [draw(st.integers(0, 2)) for _ in (*lead, 0)]
     torch.manual_seed(draw(st.integers(0, 2**31)))
     big = torch.randn([size + extra for size, extra in zip((*lead, vocab), pad)])
     big = (big * draw(st.sampled_from((0.0, 0.1, 3.0, 30.0)))).to(draw(st.sampled_from(DTYPES)))
-    view = big[tuple(slice(extra, None) for extra in pad)]
-    if len(lead) > 1 and draw(st.booleans()):
-        view = view.transpose(0, 1)
-    shape = view.shape[:-1]
+    swapped = len(lead) > 1 and draw(st.booleans())
+
+    def cut(memory):
+        view = memory[tuple(slice(extra, None) for extra in pad)]
+        return view.transpose(0, 1) if swapped else view
+
+    shape = cut(big).shape[:-1]
     target = torch.randint(0, vocab, shape)
     mask = torch.rand(shape) < draw(st.sampled_from((0.0, 0.5, 1.0)))
-    temperature = draw(st.sampled_from((1.0, 0.5, 1.7))) * torch.ones(shape)
-    return view, target, mask, temperature.to(torch.float64 if big.dtype == DTYPES[3] else None)
+    wide = torch.float64 if big.dtype == torch.float64 else torch.float32
+    temperature = torch.full(shape, draw(st.sampled_from((1.0, 0.5, 1.7))), dtype=wide)
+    return big, cut, target, mask, temperature
+
+
+def place(batch, device):
+    """(logits, target, mask, temperature) of a batch, on a device, the logits being the view."""
+    big, cut, *rows = batch
+    return cut(big.to(device)), *(row.to(device) for row in rows)
 
 
 @EXAMPLES
 @given(batch=batches())
-def test_outputs_are_those_of_the_truth_where_the_mask_is(impl, batch):
-    x, target, mask, temperature = batch
+def test_outputs_are_those_of_the_truth_where_the_mask_is(impl, device, batch):
+    x, target, mask, temperature = place(batch, device)
     stats = softmax_stats(x, target, mask=mask, temperature=temperature, outputs=OUTPUTS, impl=impl)
     expected = truth(x, target, temperature=temperature)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -53,8 +63,8 @@ def test_outputs_are_those_of_the_truth_where_the_mask_is(impl, batch):
 
 @EXAMPLES
 @given(batch=batches())
-def test_ranges(impl, batch):
-    x, target, _, temperature = batch
+def test_ranges(impl, device, batch):
+    x, target, _, temperature = place(batch, device)
     stats = softmax_stats(x, target, temperature=temperature, outputs=OUTPUTS, impl=impl)
     slack = 1e-5
     assert (stats.entropy >= 0).all()
@@ -69,11 +79,11 @@ def test_ranges(impl, batch):
 
 @EXAMPLES
 @given(batch=batches())
-def test_the_gradient_is_zero_where_the_mask_is_and_sums_to_zero(impl, batch):
-    x, target, mask, temperature = batch
+def test_the_gradient_is_zero_where_the_mask_is_and_sums_to_zero(impl, device, batch):
+    x, target, mask, temperature = place(batch, device)
     x = x.requires_grad_()
     stats = softmax_stats(x, target, mask=mask, temperature=temperature, impl=impl)
-    upstream = torch.randn(mask.shape, dtype=stats.entropy.dtype)
+    upstream = torch.randn_like(stats.entropy)
     (grad,) = torch.autograd.grad((upstream * (stats.entropy - stats.logprob)).sum(), x)
     assert grad.shape == x.shape and grad.dtype == x.dtype
     assert (grad[~mask] == 0).all() and grad.isfinite().all()
@@ -83,8 +93,8 @@ def test_the_gradient_is_zero_where_the_mask_is_and_sums_to_zero(impl, batch):
 
 @EXAMPLES
 @given(batch=batches(), other=st.integers(0, 6))
-def test_a_row_computed_alone_has_the_same_bits(impl, batch, other):
-    x, target, _, temperature = batch
+def test_a_row_computed_alone_has_the_same_bits(impl, device, batch, other):
+    x, target, _, temperature = place(batch, device)
     if target.numel() == 0:
         return
     if impl not in ROWWISE_IMPLS:
@@ -100,8 +110,8 @@ def test_a_row_computed_alone_has_the_same_bits(impl, batch, other):
 
 @EXAMPLES
 @given(batch=batches(max_vocab=20), reduction=st.sampled_from(("token_mean", "sequence_mean")))
-def test_a_mean_loss_is_within_the_entropies_it_is_the_mean_of(impl, batch, reduction):
-    x, _, mask, _ = batch
+def test_a_mean_loss_is_within_the_entropies_it_is_the_mean_of(impl, device, batch, reduction):
+    x, _, mask, _ = place(batch, device)
     loss = entropy_loss(x, mask, reduction=reduction, impl=impl)
     entropy = truth(x)["entropy"][mask]
     if entropy.numel() == 0:
@@ -117,11 +127,11 @@ def test_a_mean_loss_is_within_the_entropies_it_is_the_mean_of(impl, batch, redu
     chunk=st.integers(1, 9),
     frozen=st.booleans(),
 )
-def test_linear_is_softmax_stats_of_the_product(impl, batch, vocab, chunk, frozen):
-    hidden, _, mask, temperature = batch
+def test_linear_is_softmax_stats_of_the_product(impl, device, batch, vocab, chunk, frozen):
+    hidden, _, mask, temperature = place(batch, device)
     hidden = (hidden.clamp(-5, 5) / hidden.shape[-1] ** 0.5).requires_grad_()
-    weight = torch.randn(vocab, hidden.shape[-1]).to(hidden.dtype).requires_grad_(not frozen)
-    target = torch.randint(0, vocab, mask.shape)
+    weight = torch.randn(vocab, hidden.shape[-1]).to(hidden).requires_grad_(not frozen)
+    target = torch.randint(0, vocab, mask.shape, device=device)
     options = dict(mask=mask, temperature=temperature, impl=impl)
     stats = linear_softmax_stats(hidden, weight, target, chunk_tokens=chunk, **options)
     wide, wide_weight = hidden.detach().double().requires_grad_(), weight.detach().double()

@@ -21,7 +21,7 @@ from helpers import (
     truth,
 )
 
-from em_kernels import softmax_stats
+from em_kernels import entropy_loss, softmax_stats
 from em_kernels._spec import OUTPUTS, as_rows
 
 pytestmark = [
@@ -264,6 +264,16 @@ def test_no_grad_keeps_nothing_for_backward(impl, device):
     with torch.no_grad():
         stats = softmax_stats(x, impl=impl)
     assert not stats.entropy.requires_grad
+
+
+def test_inference_mode(impl, device):
+    x = random_logits(3, 50, device=device)
+    with torch.inference_mode():
+        y = x * 1.0
+        entropy = softmax_stats(y, impl=impl).entropy
+        loss = entropy_loss(y, inplace=True, impl=impl)
+    assert error(entropy, truth(x)["entropy"]) < 1e-6
+    assert error(loss, truth(x)["entropy"].mean()) < 1e-6
 
 
 def test_second_derivative_is_refused(impl, device):

@@ -14,6 +14,7 @@ from helpers import (
     truth,
 )
 
+from benchmarks.common import peak_memory
 from em_kernels import (
     EntropyLoss,
     LinearEntropyLoss,
@@ -440,6 +441,24 @@ def test_linear_autocast(impl, device):
     assert same_bits(loss, expected)
     for out, ref in zip(grads, torch.autograd.grad(expected, rounded), strict=True):
         assert out.dtype == torch.float32 and same_bits(out, ref.float())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the workspace is 1 GiB")
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name == "cpu"])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_linear_takes_under_200_mb_however_many_tokens(impl, dtype):
+    """All the logits would be 400 MB (200 MB in bfloat16), four times over."""
+    torch.use_deterministic_algorithms(False)
+    hidden, weight = make_linear(2048, dim=16, vocab=50021, dtype=dtype)
+
+    def step():
+        torch.autograd.grad(linear_entropy_loss(hidden, weight, impl=impl), (hidden, weight))
+
+    step()
+    peak = peak_memory(step, "cpu")
+    if peak is None:
+        pytest.skip("no resettable peak in /proc/self/status here")
+    assert peak < 200e6
 
 
 # Modules

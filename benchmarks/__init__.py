@@ -1,0 +1,1 @@
+"""Microbenchmarks, one file per operator: `python -m benchmarks --help`."""

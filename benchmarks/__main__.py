@@ -1,0 +1,71 @@
+"""Time every operator against its peers on the same inputs, and say what was wrong instead.
+
+python -m benchmarks                          all operators, float32 and bfloat16
+python -m benchmarks token_loss --n 64 --dtype bfloat16 --threads 2
+python -m benchmarks --quick --out /tmp/results
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+import torch
+
+from benchmarks.common import LEAST_REPEATS, REPEATS, Sizes, measure, print_table, save
+
+OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
+LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("op", nargs="*", help=f"any of {', '.join(OPERATORS)}; all by default")
+    parser.add_argument("--n", type=int, help="tokens; default 256 from logits, 1024 from hidden")
+    parser.add_argument("--v", type=int, help="vocabulary; default 151936")
+    parser.add_argument("--d", type=int, help="hidden size; default 896")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16", "float16", "float64"],
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's default if left out")
+    parser.add_argument("--out", help="folder for <device>-<date>.json and .md")
+    parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
+    options = parser.parse_args(arguments)
+    unknown = set(options.op) - set(OPERATORS)
+    if unknown:
+        parser.error(f"op must be among {', '.join(OPERATORS)}, got {', '.join(sorted(unknown))}")
+    return options
+
+
+def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
+    rows = HIDDEN_ROWS if operator.startswith("linear") else LOGITS_ROWS
+    n, v, d = (48, 3001, 64) if options.quick else (rows, 151936, 896)
+    return Sizes(options.n or n, options.v or v, options.d or d)
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = []
+    for operator in options.op or OPERATORS:
+        for name in options.dtype:
+            sizes, dtype = sizes_of(operator, options), getattr(torch, name)
+            module = import_module(f"benchmarks.{operator}")
+            for case in module.cases(sizes, dtype, options.device, compiled=not options.quick):
+                found = measure(case, LEAST_REPEATS if options.quick else REPEATS)
+                print_table(case, found)
+                rows += found
+    if options.out:
+        print("saved", *save(rows, options.out, options.device))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

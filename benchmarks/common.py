@@ -1,0 +1,247 @@
+"""Checking, timing, memory and tables for the benchmarks of one operator.
+
+What is timed has first been checked against float64 truth on a sample of its results: an
+implementation that is wrong gets the word "wrong" and its error in place of a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Results = dict[str, Tensor]
+
+# ||out - truth|| / ||truth|| above which a result is called wrong; eager PyTorch stays below.
+LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SECONDS, REPEATS, LEAST_REPEATS = 4.0, 9, 3
+PEERS = ("eager", "TRL", "Liger", "torch.compile")
+
+
+class Sizes(NamedTuple):
+    n: int  # tokens
+    v: int  # vocabulary
+    d: int  # hidden size
+
+
+class Case(NamedTuple):
+    """One table: implementations of the same computation on the same inputs."""
+
+    name: str
+    sizes: Sizes
+    dtype: torch.dtype
+    device: str
+    contenders: dict[str, Callable[[], Results]]
+    floor: tuple[str, Callable[[], object]]  # what no implementation can be faster than
+    truth: dict[str, tuple[Tensor, Tensor]]  # result name -> (indices, float64 values there)
+    left_out: dict[str, str]  # implementation -> why it is not in the table
+    bytes_moved: int  # the least that memory has to move
+    flops: int = 0  # of the matrix products
+    kept_bytes: int = 0  # gradients and their accumulators: not counted as extra memory
+
+
+def measure(case: Case, repeats: int = REPEATS) -> list[dict]:
+    """One row for the floor and for each contender; times are medians of interleaved rounds."""
+    errors = {name: error_of(case, run) for name, run in case.contenders.items()}
+    limit = LIMIT[case.dtype]
+    right = {name: run for name, run in case.contenders.items() if errors[name] <= limit}
+    floor_name, floor = case.floor
+    floor()
+    times, peaks = time_all({floor_name: floor, **right}, case.device, repeats)
+    rows = [row_of(case, floor_name, times, peaks, None)]
+    return rows + [row_of(case, name, times, peaks, errors[name]) for name in case.contenders]
+
+
+def error_of(case: Case, run: Callable[[], Results]) -> float:
+    """The largest relative error among the results; this call is the warm-up as well."""
+    results = run()
+    worst = 0.0
+    for name, (index, expected) in case.truth.items():
+        out = results[name].detach()
+        out = (out if out.dim() == 0 else out[index]).double().to(expected.device)
+        error = ((out - expected).norm() / expected.norm()).item()
+        worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
+
+
+def time_all(
+    runs: dict[str, Callable[[], object]], device: str, repeats: int
+) -> tuple[dict[str, float], dict[str, int | None]]:
+    """Median seconds and peak bytes of each; rounds are interleaved: noise hits all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int | None] = {}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            if repeat >= LEAST_REPEATS and sum(samples[name]) > SECONDS:
+                continue
+            if repeat == 0:
+                peaks[name] = peak_memory(run, device)
+            samples[name].append(time_once(run, device))
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}, peaks
+
+
+def time_once(run: Callable[[], object], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int | None:
+    """Bytes held at the peak of one call beyond those held before it; None if not to be had."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    except (OSError, AttributeError):
+        return None
+    before = resident("VmRSS")
+    run()
+    return max(0, resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def row_of(case: Case, name: str, times: dict, peaks: dict, error: float | None) -> dict:
+    seconds, floor = times.get(name), times[case.floor[0]]
+    peak = peaks.get(name)
+    return {
+        "op": case.name,
+        **case.sizes._asdict(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "implementation": name,
+        "seconds": seconds,
+        "faster_than": {
+            peer: times[peer] / seconds
+            for peer in PEERS
+            if seconds and peer in times and name != case.floor[0]
+        },
+        "times_floor": seconds and seconds / floor,
+        "gigabytes_per_second": seconds and case.bytes_moved / seconds / 1e9,
+        "gigaflops": seconds and case.flops / seconds / 1e9,
+        "peak_bytes": peak,
+        "extra_bytes": None if peak is None else max(0, peak - case.kept_bytes),
+        "error": error,
+    }
+
+
+HEADER = (
+    "implementation",
+    "ms",
+    *(f"x {peer}" for peer in PEERS),
+    "/ floor",
+    "GB/s",
+    "GFLOP/s",
+    "peak MB",
+    "extra MB",
+    "error",
+)
+
+
+def cells(row: dict) -> list[str]:
+    if row["seconds"] is None:
+        time_cells = ["wrong"] + ["-"] * (len(PEERS) + 3)
+    else:
+        ratios = [row["faster_than"].get(peer) for peer in PEERS]
+        gflops = row["gigaflops"]
+        time_cells = [
+            f"{row['seconds'] * 1e3:.2f}",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            f"{row['times_floor']:.2f}",
+            f"{row['gigabytes_per_second']:.1f}",
+            f"{gflops:.0f}" if gflops else "-",
+        ]
+    memory = [row["peak_bytes"], row["extra_bytes"]]
+    return [
+        row["implementation"],
+        *time_cells,
+        *("-" if size is None else f"{size / 1e6:.0f}" for size in memory),
+        "-" if row["error"] is None else f"{row['error']:.1e}",
+    ]
+
+
+def title(row: dict) -> str:
+    size = " ".join(f"{key.upper()}={row[key]}" for key in "nvd" if row[key])
+    return f"{row['op']}, {row['dtype']}, {size}"
+
+
+def table(rows: list[dict]) -> str:
+    lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def print_table(case: Case, rows: list[dict]) -> None:
+    print(f"\n{title(rows[0])}\n{table(rows)}")
+    for name, reason in case.left_out.items():
+        print(f"{name} is left out: {reason}")
+
+
+def environment(device: str) -> dict:
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+LEGEND = """\
+"x peer" is the peer's time over this one's: above 1 is faster than the peer. "/ floor" is this
+time over that of the first line, which is a copy of the logits or the bare matrix products. GB/s
+and GFLOP/s count what the computation has to move and multiply, whatever an implementation does.
+"extra MB" is the peak less gradients and their float32 accumulators. "error" is
+||out - truth|| / ||truth|| against float64, on a sample of rows; "wrong" is not timed.
+"""
+
+
+def save(rows: list[dict], folder: str, device: str) -> list[Path]:
+    """Write <device>-<date>.json and .md; return their paths."""
+    facts = environment(device)
+    stem = f"{facts['device']}-{facts['date'][:10]}".lower().replace(" ", "-").replace("/", "-")
+    directory = Path(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    by_table: dict[str, list[dict]] = {}
+    for row in rows:
+        by_table.setdefault(title(row), []).append(row)
+    parts = [f"# Benchmarks\n\n{', '.join(f'{k} {v}' for k, v in facts.items())}\n\n{LEGEND}"]
+    parts += [f"## {name}\n\n{table(group)}\n" for name, group in by_table.items()]
+    paths = [directory / f"{stem}.json", directory / f"{stem}.md"]
+    paths[0].write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    paths[1].write_text("\n".join(parts))
+    return paths

@@ -1,0 +1,105 @@
+"""Entropy and log-probability from hidden states: forward, and forward + backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Case, Sizes
+from benchmarks.peers import Function, linear_truth, peers
+from em_kernels import linear_softmax_stats
+
+
+def make_hidden(
+    sizes: Sizes, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, target, upstream gradients; logits spread as in benchmarks.softmax_stats."""
+    torch.manual_seed(0)
+    spread = torch.linspace(1, 6, sizes.n)[:, None]
+    hidden = (spread * torch.randn(sizes.n, sizes.d)).to(dtype).to(device)
+    weight = (torch.randn(sizes.v, sizes.d) * sizes.d**-0.5).to(dtype).to(device)
+    target = torch.randint(0, sizes.v, (sizes.n,), device=device)
+    return hidden, weight, target, torch.randn(2, sizes.n, device=device)
+
+
+def products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[], None]:
+    """The bare matrix products: logits, and with `backward` dX and dW too, into given memory."""
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    grads = [torch.empty_like(hidden), torch.empty_like(weight)]
+
+    def run():
+        torch.mm(hidden, weight.T, out=logits)
+        if backward:
+            torch.mm(logits, weight, out=grads[0])
+            torch.mm(logits.T, hidden, out=grads[1])
+
+    return run
+
+
+def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    stats = linear_softmax_stats(hidden, weight, target)
+    return stats.logprob, stats.entropy
+
+
+def forward(function: Function, *inputs: Tensor):
+    def run():
+        with torch.no_grad():
+            logprob, entropy = function(*inputs)
+        return {"logprob": logprob, "entropy": entropy}
+
+    return run
+
+
+def forward_backward(
+    function: Function, hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor
+):
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+
+    def run():
+        logprob, entropy = function(*leaves, target)
+        loss = (upstream[0] * logprob).sum() + (upstream[1] * entropy).sum()
+        grads = torch.autograd.grad(loss, leaves)
+        named = dict(zip(("grad_hidden", "grad_weight"), grads))
+        return {"logprob": logprob, "entropy": entropy, **named}
+
+    return run
+
+
+def gradient_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """Both gradients and, for 16-bit weights, the float32 accumulator of the weight's."""
+    size = hidden.element_size()
+    accumulator = 4 * weight.numel() if size < 4 else 0
+    return size * (hidden.numel() + weight.numel()) + accumulator
+
+
+def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
+    hidden, weight, target, upstream = make_hidden(sizes, dtype, device)
+    others, left_out = peers(linear=True, compiled=compiled)
+    functions = {"em_kernels": ours, **others}
+    truth = linear_truth(hidden, weight, target, *upstream)
+    read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d
+    common = dict(sizes=sizes, dtype=dtype, device=device, left_out=left_out)
+    yield Case(
+        name="linear_softmax_stats forward",
+        contenders={name: forward(f, hidden, weight, target) for name, f in functions.items()},
+        floor=("one bare matrix product", products(hidden, weight, backward=False)),
+        truth={name: truth[name] for name in ("logprob", "entropy")},
+        bytes_moved=read,
+        flops=product,
+        **common,
+    )
+    yield Case(
+        name="linear_softmax_stats forward + backward",
+        contenders={
+            name: forward_backward(f, hidden, weight, target, upstream)
+            for name, f in functions.items()
+        },
+        floor=("three bare matrix products", products(hidden, weight, backward=True)),
+        truth=truth,
+        bytes_moved=3 * read,
+        flops=3 * product,
+        kept_bytes=gradient_bytes(hidden, weight),
+        **common,
+    )
