@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from tiny_qwen2 import WORDS, make_model, make_tokenizer
-from trainer_runs import TIMES, Spy, run, settings, without_times
+from trainer_runs import TIMES, Spy, plain_entropy, run, settings, without_times
 
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
@@ -18,11 +18,7 @@ from em_kernels.objectives.em import (
     token_mean_weights,
 )
 from em_kernels.trainer import ONE_SHOT_PROMPT, Rollout, TrainConfig, loop
-
-
-def plain_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    logp = (logits.double() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+from em_kernels.trainer.run import start_run
 
 
 def plain_loss(model, rollout: Rollout, temperature: float, reduction: str) -> torch.Tensor:
@@ -73,7 +69,7 @@ def test_metrics_describe_the_rollout(compat):
 def gradients(config: TrainConfig, rollout: Rollout, **changes) -> tuple[float, torch.Tensor]:
     """The loss of a given rollout, and its gradient as one vector."""
     config = dataclasses.replace(config, **changes)
-    state = loop._start(config, make_model(), make_tokenizer(), resume=False)
+    state = start_run(config, make_model(), make_tokenizer(), resume=False)
     batch = loop._batch(state, rollout, loop._entropy_minimisation(config))
     loss, _ = loop._accumulate_gradients(state, batch)
     return loss, torch.cat([p.grad.flatten() for p in state.model.parameters()])
@@ -137,6 +133,7 @@ def test_official_steps_count_micro_batches():
 def test_an_objective_may_weigh_log_probabilities():
     """A policy gradient: loss = -sum_i A_i log p(answer i) / tokens, by plain autograd."""
     advantage = torch.linspace(-1, 1, 10)
+    advantage[3] = 0
 
     def weigh(rollout, mask):
         return None, -advantage[:, None] * mask / mask.sum()
@@ -145,13 +142,17 @@ def test_an_objective_may_weigh_log_probabilities():
     line = run(settings(updates=1, loss_temperature=1.0), objective=spy).metrics[0]
     rollout, model = spy.rollouts[0], make_model()
     loss = 0.0
+    entropies = []
     for i, (ids, shown, generated) in enumerate(zip(*rollout[:3])):
         logp = model(input_ids=ids[shown][None]).logits[0, :-1].double().log_softmax(-1)
         picked = logp.gather(1, ids[shown][1:, None])[:, 0][generated[shown][1:]]
         loss = loss - advantage[i] * picked.sum() / rollout.response_mask.sum()
+        if advantage[i] != 0:
+            entropies.append(-(logp.exp() * logp).sum(-1)[generated[shown][1:]])
     loss.backward()
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert line["grad_norm"] == pytest.approx(grad_norm(model), rel=1e-4)
+    assert line["mean_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -181,7 +182,7 @@ def test_frozen_parameters_stay():
 
 
 def test_entropy_falls():
-    lines = run(settings(updates=8, loss_temperature=1.0, sampling_temperature=1.0)).metrics
+    lines = run(settings(updates=8, loss_temperature=1.0, learning_rate=1e-2)).metrics
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 

@@ -76,7 +76,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_the_settings_of_a_resumed_run_cannot_change(tmp_path):
     config = settings(output=tmp_path, updates=1)
     run(config)
-    with pytest.raises(ValueError, match=r"learning_rate cannot change .* 0.01, got 0.5"):
+    with pytest.raises(ValueError, match=r"learning_rate cannot change .* 0.001, got 0.5"):
         run(dataclasses.replace(config, learning_rate=0.5), resume=True)
     with pytest.raises(ValueError, match="holds a run already"):
         run(config)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from tiny_qwen2 import WORDS, make_model, make_tokenizer, save
-from trainer_runs import run, settings
+from trainer_runs import plain_entropy, run, settings
 
-from em_kernels.trainer import ModelError, load_model, read_prompts, train
+from em_kernels.objectives.em import token_mean_weights
+from em_kernels.trainer import ModelError, load_model, loop, read_prompts, train
 from em_kernels.trainer.data import encode_prompt, read_jsonl
 from em_kernels.trainer.models import check_causal, hidden_states, read_head
 
@@ -46,10 +47,16 @@ def test_heads_with_softcap_scale_and_bias_match_the_models_logits(name):
     ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     hidden = hidden_states(model, ids, mask)
+    counted = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]])
+    entropies = []
     for row, start in ((0, 2), (1, 0)):
         expected = model(input_ids=ids[row : row + 1, start:]).logits[0]
         actual = head.logits(hidden[row, start:])
         assert torch.allclose(actual, expected, atol=1e-4 * expected.abs().max().item())
+        entropies.append(plain_entropy(expected, 0.5)[counted[row, start:] > 0])
+    batch = loop.Batch(ids, mask, None, counted, token_mean_weights(counted), None)
+    loss = loop.micro_batch_loss(model, head, batch, 0.5).loss
+    assert loss.item() == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 
 
 def test_a_head_that_is_not_linear_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_qwen2 import WORDS, make_bigram_model, make_tokenizer
+from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.trainer import Rollout, Sampling, sample
 from em_kernels.trainer.data import encode_prompt
@@ -82,6 +82,21 @@ def test_sampling_ignores_the_checkpoints_generation_settings():
     assert len(firsts) == 10
     assert {len(answer) for answer in rollout.answers()} == {2}
     assert model.generation_config is kept
+
+
+def test_no_token_is_cut_off_by_rank_unless_asked():
+    model = make_model(vocab_size=200)
+    torch.nn.init.normal_(model.lm_head.weight, std=1e-3)
+    torch.manual_seed(0)
+
+    def distinct(**kwargs) -> int:
+        drawn = sample(
+            model, make_tokenizer(), [[5]] * 2000, Sampling(max_new_tokens=1, **kwargs), 500
+        )
+        return len({answer[0].item() for answer in drawn.answers()})
+
+    assert distinct() == 200
+    assert distinct(top_k=7) == 7
 
 
 def test_sampling_temperature_and_nucleus_shape_what_is_drawn():

@@ -14,8 +14,21 @@ torch.set_num_threads(1)
 
 
 def settings(**changes) -> TrainConfig:
-    base = dict(prompts=("1 2 a", "3"), updates=2, responses=10, micro_batch=3, learning_rate=1e-2)
-    return TrainConfig(**{**base, "max_new_tokens": 12, **changes})
+    base = dict(
+        prompts=("1 2 a", "3"),
+        updates=2,
+        responses=10,
+        micro_batch=3,
+        learning_rate=1e-3,
+        sampling_temperature=1.0,
+        max_new_tokens=12,
+    )
+    return TrainConfig(**{**base, **changes})
+
+
+def plain_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logp = (logits.double() / temperature).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
 
 
 def run(config: TrainConfig, model=None, tokenizer=None, **kwargs) -> TrainResult:

@@ -18,35 +18,16 @@ from em_kernels.objectives.em import (
     token_mean_weights,
 )
 from em_kernels.token_loss import linear_token_loss
-from em_kernels.trainer import checkpoint as checkpoints
-from em_kernels.trainer.config import TrainConfig, check_resume
-from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.models import (
-    Head,
-    ModelError,
-    check_causal,
-    enable_gradient_checkpointing,
-    hidden_states,
-    load_model,
-    newest_checkpoint,
-    read_head,
-)
-from em_kernels.trainer.random_state import RandomState
-from em_kernels.trainer.rollout import (
-    Rollout,
-    Sampling,
-    aligned_mask,
-    end_tokens,
-    official_masks,
-    pad_token,
-    sample,
-)
+from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.models import Head, hidden_states
+from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, official_masks, sample
+from em_kernels.trainer.run import Run, save_run, start_run
 
 
 class Batch(NamedTuple):
     """What the loss of one update is computed from; all (B, T), T columns of prompt and answer.
 
-    `loss_mask` marks the positions that count; position t holds the distribution of token t + 1.
+    `loss_mask` marks the positions with a weight; position t holds the distribution of token t + 1.
     The loss is sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1).
     """
 
@@ -70,27 +51,6 @@ class TrainResult:
     tokenizer: object
     metrics: list[dict]
     checkpoint: Path | None
-
-
-@dataclass
-class Run:
-    """A run under way."""
-
-    config: TrainConfig
-    model: nn.Module
-    tokenizer: object
-    head: Head
-    prompts: list[list[int]]
-    optimizer: torch.optim.Optimizer
-    random: RandomState
-    metrics: checkpoints.Metrics
-    folder: Path | None
-    checkpoint: Path | None
-    done: int
-
-    @property
-    def filler(self) -> int:
-        return pad_token(self.tokenizer, end_tokens(self.model, self.tokenizer))
 
 
 def train(
@@ -119,10 +79,10 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        TrainResult(model, tokenizer, metrics, checkpoint). Each update's metrics: update, step
-        (the same, but see `compat`), loss, mean_entropy (nats, at loss_temperature, mean over the
-        positions of the loss), response_length (tokens), response_tokens, truncated (fraction of
-        answers without an end), grad_norm (before clipping), tokens_per_second, sample_seconds,
+        TrainResult(model, tokenizer, metrics, checkpoint). Each update's metrics: update; step (the
+        same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
+        that carry weight); response_length (tokens); response_tokens; truncated (fraction of
+        answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
         loss_seconds.
 
     Raises:
@@ -130,7 +90,7 @@ def train(
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
     """
-    run = _start(config, model, tokenizer, resume)
+    run = start_run(config, model, tokenizer, resume)
     was_training = run.model.training
     for update in _progress(run, progress):
         with run.random:
@@ -140,7 +100,7 @@ def train(
         run.metrics.add(line)
         run.done = update
         if run.folder and _is_due(config, update):
-            _save(run)
+            save_run(run)
     run.model.train(was_training)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
@@ -186,7 +146,8 @@ def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
         attention_mask, loss_mask = official_masks(rollout, run.filler)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     weights = objective(rollout, loss_mask)
-    return Batch(ids, attention_mask, positions, loss_mask, *weights)
+    weighted = torch.stack([w != 0 for w in weights if w is not None]).any(0)
+    return Batch(ids, attention_mask, positions, loss_mask & weighted, *weights)
 
 
 def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
@@ -270,85 +231,6 @@ def _sampling(config: TrainConfig) -> Sampling:
         repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
     )
-
-
-def _start(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
-    """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
-    folder = Path(config.output) if config.output else None
-    checkpoint = _checkpoint_to_resume(config, folder) if resume else None
-    if folder and not resume:
-        checkpoints.check_free(folder)
-    model, tokenizer = _get_model(config, model, tokenizer, checkpoint)
-    head = read_head(model)
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
-    check_causal(model, head, prompts[0])
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    run = Run(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        head=head,
-        prompts=prompts,
-        optimizer=_optimizer(config, model),
-        random=RandomState(config.seed),
-        metrics=checkpoints.Metrics(folder),
-        folder=folder,
-        checkpoint=checkpoint,
-        done=0,
-    )
-    if folder:
-        checkpoints.write_config(folder, config)
-    _restore(run)
-    return run
-
-
-def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:
-    """The newest, or None where the run was stopped before its first."""
-    if folder is None:
-        raise ValueError("output must name the run's folder to resume it, got None")
-    check_resume(checkpoints.read_config(folder), config)
-    return newest_checkpoint(folder)
-
-
-def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -> tuple:
-    if (model is None) != (tokenizer is None):
-        raise ValueError("model and tokenizer must be passed together, got only one")
-    if model is None:
-        name = checkpoint or config.model
-        if name is None:
-            raise ValueError("model must be given: a folder, a hub name or an object, got None")
-        return load_model(str(name), config.device)
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
-        raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
-    if checkpoint:
-        saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
-        model.load_state_dict(saved.state_dict())
-    return model, tokenizer
-
-
-def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("model has no parameter to train: all have requires_grad=False")
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _restore(run: Run) -> None:
-    """Put optimiser, random state and metrics where the checkpoint left them."""
-    if run.checkpoint:
-        state = checkpoints.load_state(run.checkpoint, torch.device("cpu"))
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.random.state = state["random"]
-        run.done = state["update"]
-    if run.folder:
-        run.metrics.rewind(run.done)
-
-
-def _save(run: Run) -> None:
-    state = {"optimizer": run.optimizer.state_dict(), "random": run.random.state}
-    arguments = (run.folder, run.done, run.model, run.tokenizer, state)
-    run.checkpoint = checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints)
 
 
 def _is_due(config: TrainConfig, update: int) -> bool:
