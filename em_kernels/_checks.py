@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from em_kernels._ops import IMPLS
-from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec
+from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_OUTPUTS = ("logprob", "entropy")
@@ -169,8 +169,7 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
         raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
     if temperature.requires_grad:
         raise ValueError("temperature must not require grad: it is treated as a constant")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return temperature.to(wide), 1.0
+    return temperature.to(accumulate_dtype(x.dtype)), 1.0
 
 
 def _is_int(value) -> bool:

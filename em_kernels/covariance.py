@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._checks import check_number
+from em_kernels._spec import accumulate_dtype
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 
 
@@ -40,8 +41,7 @@ def token_covariance(
     """
     _check_floating("logprob", logprob)
     _check_floating("advantage", advantage, like=logprob)
-    counted = _counted(mask, logprob)
-    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    counted, dtype = _counted(mask, logprob), logprob.dtype
     logprob, advantage = (
         torch.where(counted, x.detach().to(torch.float64), 0) for x in (logprob, advantage)
     )
@@ -50,7 +50,7 @@ def token_covariance(
         dist.all_reduce(sums, group=group)
     count = sums[0].clamp(min=1)
     cov = (advantage - sums[1] / count) * (logprob - sums[2] / count)
-    return torch.where(counted, cov, 0).to(dtype)
+    return torch.where(counted, cov, 0).to(accumulate_dtype(dtype))
 
 
 def linear_token_covariance(

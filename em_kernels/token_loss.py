@@ -23,7 +23,7 @@ from em_kernels._checks import (
     row_mask,
 )
 from em_kernels._ops import empty_rows
-from em_kernels._spec import OUTPUTS, RowSpec
+from em_kernels._spec import OUTPUTS, RowSpec, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs
 from em_kernels.softmax_stats import TokenStats, pack_stats
 
@@ -237,7 +237,7 @@ def _weigh(
         raise ValueError("entropy_weight or logprob_weight must be given, got None for both")
     if logprob_weight is not None and spec.target is None:
         raise ValueError("logprob_weight needs a target, got target=None")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(x.dtype)
     weights, weighted = [], None
     for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
         if weight is not None:
@@ -256,7 +256,11 @@ def _reduction_weight(x: Tensor, mask: Tensor | None, reduction: str | float) ->
     counted = row_mask(x, None, 0, mask)
     if counted is None:
         counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    counted = counted.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return reduction_weight(counted.to(accumulate_dtype(x.dtype)), reduction)
+
+
+def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:
+    """What `entropy_loss` multiplies H with: `counted` (1 or 0 per token) over its normaliser."""
     match reduction:
         case "sum":
             return counted

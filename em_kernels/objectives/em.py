@@ -11,19 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels.token_loss import reduction_weight
+
 
 def token_mean_weights(mask: Tensor) -> Tensor:
     """w = mask / sum(mask): every token of the batch counts the same. float32; no token gives 0."""
-    mask = mask.float()
-    return mask / mask.sum().clamp(min=1)
+    return reduction_weight(mask.float(), "token_mean")
 
 
 def sequence_mean_weights(mask: Tensor) -> Tensor:
     """w_bt = mask_bt / (n_b B'), n_b the tokens of row b and B' the rows that have any: every
     answer counts the same, however long it is. float32."""
-    mask = mask.float()
-    lengths = mask.sum(-1, keepdim=True)
-    return mask / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+    return reduction_weight(mask.float(), "sequence_mean")
 
 
 def micro_batch_mean_weights(mask: Tensor, micro_batch: int) -> Tensor:
