@@ -20,6 +20,7 @@ from em_kernels._spec import (
 from em_kernels.triton import kernels
 
 _LOAD_BYTES = 16
+_MAX_ROWS = 2**31 - 1  # of a launch grid
 
 
 class Plan(NamedTuple):
@@ -42,11 +43,25 @@ def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
 
 
 class View(NamedTuple):
-    """Row i lies at (i // inner) * stride_outer + (i % inner) * stride_inner."""
+    """Row i lies at (i // inner) * stride_outer + (i % inner) * stride_inner.
+
+    Where one stride is enough, `inner` is more than any number of rows: kernels are compiled anew
+    for some values of their integers, and the number of rows should not be one of them.
+    """
 
     inner: int
     stride_outer: int
     stride_inner: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> View:
+        outer, inner, _ = x.shape
+        stride_outer, stride_inner, _ = x.stride()
+        if inner == 1:
+            return cls(_MAX_ROWS, 0, stride_outer)
+        if outer == 1 or stride_outer == inner * stride_inner:
+            return cls(_MAX_ROWS, 0, stride_inner)
+        return cls(inner, stride_outer, stride_inner)
 
 
 class Rows(NamedTuple):
@@ -137,11 +152,7 @@ def _empty(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _into(out: Tensor) -> dict:
-    return {"out": out, "out_view": _view(out)}
-
-
-def _view(x: Tensor) -> View:
-    return View(x.shape[1], x.stride(0), x.stride(1))
+    return {"out": out, "out_view": View.of(out)}
 
 
 def _how(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
@@ -168,7 +179,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     with _device(logits):
         kernel[(count,)](
             logits,
-            view=_view(logits),
+            view=View.of(logits),
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
             vocab=logits.shape[2],
             valid=spec.valid_vocab,
