@@ -32,13 +32,13 @@ class Plan(NamedTuple):
 
 
 def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
-    """16-byte loads, four in flight per thread, 16 warps where the row is long enough.
+    """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
 
-    With a softcap two loads: its registers would otherwise leave one program per multiprocessor.
-    Nothing else decides, so a row's bits do not depend on the other rows of the call.
+    That is 3 or 4 programs per multiprocessor: one merges its lanes while others load. With a
+    softcap two loads, because its registers would leave fewer programs. Nothing else decides, so a row's bits do not depend on the other rows of the call.
     """
     per_warp = 32 * _LOAD_BYTES // dtype.itemsize
-    num_warps = min(16, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
+    num_warps = min(8, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
     return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
 
 

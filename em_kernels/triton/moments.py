@@ -47,26 +47,18 @@ def rescale(sums, delta, how):
 
 
 @triton.jit
-def add(sums, d, how):
-    """The sums with one more entry, at distance d from the maximum."""
-    r, q, t, c, b = sums
-    e = exp(d)
-    ed = e * d
-    if how.second:
-        t += ed * d
-        c += e * e
-        b += e * ed
-    return r + e, q + ed, t, c, b
-
-
-@triton.jit
-def add_shifted(moments, z):
+def add_shifted(moments, slices):
     """Count and sums of powers of z - shift over finite z; the first of them is the shift."""
     shift, n, s1, s2, s3 = moments
-    finite = z > -INF
-    shift = tl.where(shift > -INF, shift, z)
-    u = tl.where(finite, z - shift, 0)
-    return shift, n + tl.where(finite, 1, 0), s1 + u, s2 + u * u, s3 + u * u * u
+    for k in tl.static_range(len(slices)):
+        z = slices[k]
+        shift = tl.where(shift > -INF, shift, z)
+        u = tl.where(z > -INF, z - shift, 0)
+        n += tl.where(z > -INF, 1, 0)
+        s1 += u
+        s2 += u * u
+        s3 += u * u * u
+    return shift, n, s1, s2, s3
 
 
 @triton.jit
@@ -88,15 +80,22 @@ def absorb(state, slices, at, how):
         z = slices[k]
         if how.top1:
             first = tl.where(z > hi, at + k // 4 * how.block + k % 4, first)
-        if how.moments:
-            moments = add_shifted(moments, z)
         losers = losers + (tl.minimum(hi, z),)
         hi = tl.maximum(hi, z, propagate_nan=tl.PropagateNan.ALL)
+    if how.moments:
+        moments = add_shifted(moments, slices)
     top = finite_top(hi)
-    sums = rescale(sums, distance(before, top), how)
+    r, q, t, c, b = rescale(sums, distance(before, top), how)
     for k in tl.static_range(len(slices)):
-        sums = add(sums, distance(losers[k], top), how)
-    return hi, sums, moments, first
+        d = tl.maximum(losers[k] - top, FAR)
+        e = exp(d)
+        r += e
+        q += e * d
+        if how.second:
+            t += e * d * d
+            c += e * e
+            b += e * e * d
+    return hi, (r, q, t, c, b), moments, first
 
 
 @triton.jit
