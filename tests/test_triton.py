@@ -222,7 +222,7 @@ def check_relative(logits, spec, tolerance):
     """Entropy, logprob and both gradients to a relative error, at near-certain rows too."""
     want, got = true_stats(logits, spec), stats(logits, spec)
     assert want["entropy"].min() < 1e-9 and want["entropy"].max() > 1
-    for name in ("entropy", "logprob", "log1p_r", "mean_d", "varentropy"):
+    for name in ("entropy", "logprob", "log1p_r", "mean_d", "varentropy", "entropy_slope"):
         error = (got[name].double() / want[name] - 1).abs().max().item()
         assert error <= tolerance, f"{name}: {error:.3g}"
     ones = torch.ones_like(got["max"])
@@ -253,13 +253,13 @@ def rough_exp(x):
         t = x * 1.4426950408889634
         sign = tl.where((t * 1024).to(tl.int32) % 2 == 0, 1.0, -1.0)
         value = tl.exp2(t) * (1 + sign * 2.0**-22)
-        value = tl.where(t < -126, 0, value)
+        value = tl.where(t == 0, 1, tl.where(t < -126, 0, value))
     return value
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="it replaces the interpreter's exact exp")
 def test_error_budget_with_the_exp_of_a_gpu(small_plan, monkeypatch):
-    """Rows with H from 1e-9 to log V keep 1e-4; measured 1e-6 to 1e-5."""
+    """Rows with H from 1e-9 to log V keep 1e-4."""
     for module in (elementary, moments, kernels):
         monkeypatch.setattr(module, "exp", rough_exp)
     logits, spec = certain_rows(GAPS)

@@ -35,7 +35,8 @@ def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
     """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
 
     That is 3 or 4 programs per multiprocessor: one merges its lanes while others load. With a
-    softcap two loads, because its registers would leave fewer programs. Nothing else decides, so a row's bits do not depend on the other rows of the call.
+    softcap two loads, because its registers would leave fewer programs. Nothing else decides, so
+    a row's bits do not depend on the other rows of the call.
     """
     per_warp = 32 * _LOAD_BYTES // dtype.itemsize
     num_warps = min(8, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))

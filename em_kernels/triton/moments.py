@@ -6,6 +6,10 @@ exp(d)^2 d. Every z is compared with `hi` once and the smaller of the two joins 
 maximum is never in them, a tie counts once each, and r keeps its relative accuracy when it is
 1e-12. All terms of a sum have one sign: nothing cancels.
 
+Error budget of r, q and so of H, relative, in float32: 2^-22 for the exp instruction, |d| 2^-23 for
+the rounding of d and of d log2(e), and at worst 2^-24 for each of the V / lanes additions (297 at
+V = 151936 in bfloat16, 594 in float32). At d = -30 that is at most 4e-5, typically 1e-6.
+
 Moments of z itself are kept per lane as sums of powers about the lane's first finite z (which
 multiplies rounding by at most the number of entries the lane has seen) and merged by the formulas
 of Chan et al. (1983) and Pebay (2008).
@@ -72,7 +76,8 @@ def quarters(z):
 
 @triton.jit
 def absorb(state, slices, at, how):
-    """The lanes' state after more entries of a row, slices[k][i] for lane i, which is at[i] + k."""
+    """The lanes' state after more entries of a row: the quarters of consecutive blocks, the first
+    of which begins with the entries `at`."""
     hi, sums, moments, first = state
     before = hi
     losers = ()
