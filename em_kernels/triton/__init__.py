@@ -1,5 +1,5 @@
 """The Triton backend: the functions of `em_kernels.reference` as GPU kernels."""
 
-from em_kernels.triton.launch import grad, loss, scale, stats
+from em_kernels.triton.launch import grad, loss, stats
 
-__all__ = ["grad", "loss", "scale", "stats"]
+__all__ = ["grad", "loss", "stats"]

@@ -5,13 +5,11 @@ for the instruction and |x| 2^-24 for its argument. Everything else is built on 
 from there, because Triton's interpreter has no library of device functions.
 """
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -40,7 +38,7 @@ def expm1(x):
     """exp(x) - 1 for x <= 0, to rounding in relative terms: the Taylor series above -1/2."""
     series = x * 0 + 1.0
     for k in tl.static_range(14):
-        series = 1 + x * series / (15 - k)
+        series = 1 + x * series * (1.0 / (15 - k))
     return tl.where(x > -0.5, x * series, exp(x) - 1)
 
 

@@ -360,17 +360,3 @@ def loss(
     else:
         put_zeros(outs, row)
         write_zeros(out, vocab, how)
-
-
-@triton.jit
-def multiply(x, factor, count, BLOCK: tl.constexpr):
-    """x *= factor, unless the factor, read on the device, is 1."""
-    value = tl.load(factor)
-    if value != 1:
-        lanes = tl.arange(0, BLOCK)
-        for start in range(
-            tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK
-        ):
-            at = start + lanes
-            loaded = tl.load(x + at, mask=at < count)
-            tl.store(x + at, loaded * value, mask=at < count)

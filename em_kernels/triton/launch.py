@@ -20,6 +20,7 @@ from em_kernels._spec import (
 from em_kernels.triton import kernels
 
 _LOAD_BYTES = 16
+_MAX_ROWS = 2**31 - 1  # of a launch grid
 
 
 class Plan(NamedTuple):
@@ -31,22 +32,37 @@ class Plan(NamedTuple):
 
 
 def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
-    """16-byte loads, four in flight per thread, 16 warps where the row is long enough.
+    """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
 
-    With a softcap two loads: its registers would otherwise leave one program per multiprocessor.
-    Nothing else decides, so a row's bits do not depend on the other rows of the call.
+    That is 3 or 4 programs per multiprocessor: one merges its lanes while others load. With a
+    softcap two loads, because its registers would leave fewer programs. Nothing else decides, so
+    a row's bits do not depend on the other rows of the call.
     """
     per_warp = 32 * _LOAD_BYTES // dtype.itemsize
-    num_warps = min(16, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
+    num_warps = min(8, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
     return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
 
 
 class View(NamedTuple):
-    """Row i lies at (i // inner) * stride_outer + (i % inner) * stride_inner."""
+    """Row i lies at (i // inner) * stride_outer + (i % inner) * stride_inner.
+
+    Where one stride is enough, `inner` is more than any number of rows: kernels are compiled anew
+    for some values of their integers, and the number of rows should not be one of them.
+    """
 
     inner: int
     stride_outer: int
     stride_inner: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> View:
+        outer, inner, _ = x.shape
+        stride_outer, stride_inner, _ = x.stride()
+        if inner == 1:
+            return cls(_MAX_ROWS, 0, stride_outer)
+        if outer == 1 or stride_outer == inner * stride_inner:
+            return cls(_MAX_ROWS, 0, stride_inner)
+        return cls(inner, stride_outer, stride_inner)
 
 
 class Rows(NamedTuple):
@@ -113,20 +129,6 @@ def loss(
     return list(outs.values())
 
 
-def scale(grad: Tensor, scalar: Tensor) -> Tensor:
-    """grad *= scalar in place, without a synchronisation and at no cost where the scalar is 1."""
-    if not grad.is_contiguous():
-        return grad.mul_(scalar)
-    count, block = grad.numel(), 4096
-    if count:
-        grid = (min(triton.cdiv(count, block), 2048),)
-        with _device(grad):
-            kernels.multiply[grid](
-                grad, scalar, count, BLOCK=block, num_warps=8, enable_fp_fusion=True
-            )
-    return grad
-
-
 def _empty(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
     count = logits.shape[0] * logits.shape[1]
     wide = accumulate_dtype(logits.dtype)
@@ -137,11 +139,7 @@ def _empty(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _into(out: Tensor) -> dict:
-    return {"out": out, "out_view": _view(out)}
-
-
-def _view(x: Tensor) -> View:
-    return View(x.shape[1], x.stride(0), x.stride(1))
+    return {"out": out, "out_view": View.of(out)}
 
 
 def _how(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
@@ -168,7 +166,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     with _device(logits):
         kernel[(count,)](
             logits,
-            view=_view(logits),
+            view=View.of(logits),
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
             vocab=logits.shape[2],
             valid=spec.valid_vocab,

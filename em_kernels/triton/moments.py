@@ -6,6 +6,10 @@ exp(d)^2 d. Every z is compared with `hi` once and the smaller of the two joins 
 maximum is never in them, a tie counts once each, and r keeps its relative accuracy when it is
 1e-12. All terms of a sum have one sign: nothing cancels.
 
+Error budget of r, q and so of H, relative, in float32: 2^-22 for the exp instruction, |d| 2^-23 for
+the rounding of d and of d log2(e), and at worst 2^-24 for each of the V / lanes additions (297 at
+V = 151936 in bfloat16, 594 in float32). At d = -30 that is at most 4e-5, typically 1e-6.
+
 Moments of z itself are kept per lane as sums of powers about the lane's first finite z (which
 multiplies rounding by at most the number of entries the lane has seen) and merged by the formulas
 of Chan et al. (1983) and Pebay (2008).
@@ -47,26 +51,18 @@ def rescale(sums, delta, how):
 
 
 @triton.jit
-def add(sums, d, how):
-    """The sums with one more entry, at distance d from the maximum."""
-    r, q, t, c, b = sums
-    e = exp(d)
-    ed = e * d
-    if how.second:
-        t += ed * d
-        c += e * e
-        b += e * ed
-    return r + e, q + ed, t, c, b
-
-
-@triton.jit
-def add_shifted(moments, z):
+def add_shifted(moments, slices):
     """Count and sums of powers of z - shift over finite z; the first of them is the shift."""
     shift, n, s1, s2, s3 = moments
-    finite = z > -INF
-    shift = tl.where(shift > -INF, shift, z)
-    u = tl.where(finite, z - shift, 0)
-    return shift, n + tl.where(finite, 1, 0), s1 + u, s2 + u * u, s3 + u * u * u
+    for k in tl.static_range(len(slices)):
+        z = slices[k]
+        shift = tl.where(shift > -INF, shift, z)
+        u = tl.where(z > -INF, z - shift, 0)
+        n += tl.where(z > -INF, 1, 0)
+        s1 += u
+        s2 += u * u
+        s3 += u * u * u
+    return shift, n, s1, s2, s3
 
 
 @triton.jit
@@ -80,7 +76,8 @@ def quarters(z):
 
 @triton.jit
 def absorb(state, slices, at, how):
-    """The lanes' state after more entries of a row, slices[k][i] for lane i, which is at[i] + k."""
+    """The lanes' state after more entries of a row: the quarters of consecutive blocks, the first
+    of which begins with the entries `at`."""
     hi, sums, moments, first = state
     before = hi
     losers = ()
@@ -88,15 +85,22 @@ def absorb(state, slices, at, how):
         z = slices[k]
         if how.top1:
             first = tl.where(z > hi, at + k // 4 * how.block + k % 4, first)
-        if how.moments:
-            moments = add_shifted(moments, z)
         losers = losers + (tl.minimum(hi, z),)
         hi = tl.maximum(hi, z, propagate_nan=tl.PropagateNan.ALL)
+    if how.moments:
+        moments = add_shifted(moments, slices)
     top = finite_top(hi)
-    sums = rescale(sums, distance(before, top), how)
+    r, q, t, c, b = rescale(sums, distance(before, top), how)
     for k in tl.static_range(len(slices)):
-        sums = add(sums, distance(losers[k], top), how)
-    return hi, sums, moments, first
+        d = tl.maximum(losers[k] - top, FAR)
+        e = exp(d)
+        r += e
+        q += e * d
+        if how.second:
+            t += e * d * d
+            c += e * e
+            b += e * e * d
+    return hi, (r, q, t, c, b), moments, first
 
 
 @triton.jit

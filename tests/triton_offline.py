@@ -1,0 +1,145 @@
+"""Compile the Triton kernels for GPUs that are not here and report what the machine code uses.
+
+    python tests/triton_offline.py            prints the report as JSON
+    python tests/triton_offline.py --write    also renews tests/triton_resources.json
+
+The kernels are compiled through their launchers, with the arguments a call on a GPU would give
+them; only the launch itself is left out. A loop without a division or a 64-bit product, and loads
+of 16 bytes, are read off the PTX; registers and stack (where spills go) off the machine code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from em_kernels import triton as backend
+from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+
+ARCHITECTURES = (80, 90, 100)
+VOCAB = 151936
+TABLE = Path(__file__).with_name("triton_resources.json")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Target:
+    """What Triton asks of a GPU driver before it compiles."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases(arch: int) -> Iterator[tuple[str, Callable]]:
+    """Every kernel, plain and with everything on; on sm_90 also float64 and all outputs."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for capped in (False, True):
+            yield from calls(dtype, capped, ("logprob", "entropy"))
+    if arch == 90:
+        yield from calls(torch.float64, True, ("logprob", "entropy"))
+        yield next(calls(torch.bfloat16, True, OUTPUTS))
+
+
+def calls(
+    dtype: torch.dtype, capped: bool, outputs: tuple[str, ...]
+) -> Iterator[tuple[str, Callable]]:
+    logits = torch.empty(1, 16, VOCAB, dtype=dtype)
+    row = torch.zeros(16, dtype=accumulate_dtype(dtype))
+    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=VOCAB)
+    if capped:
+        spec = spec._replace(
+            bias=torch.zeros(VOCAB, dtype=dtype),
+            mask=torch.ones(16, dtype=torch.bool),
+            temperature_rows=row,
+            softcap=30.0,
+            logit_scale=0.5,
+        )
+    up, saved = Upstream(row, row), Saved(row, row, row)
+    name = "-".join([str(dtype).removeprefix("torch."), "full" if capped else "plain"])
+    name += "-all" if outputs == OUTPUTS else ""
+    yield f"stats-{name}", lambda: backend.stats(logits, spec, outputs)
+    yield f"grad-{name}", lambda: backend.grad(logits, spec, saved, up, torch.empty_like(logits))
+    yield f"loss-{name}", lambda: backend.loss(logits, spec, up, outputs, logits)
+
+
+def compiled(call: Callable):
+    """The kernel that `call` would launch."""
+    kernels = []
+
+    def capture(kernel, grid):
+        return lambda *args, **kwargs: kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    with patch.object(KernelInterface, "__getitem__", capture):
+        call()
+    (kernel,) = kernels
+    return kernel
+
+
+def loops(ptx: str) -> str:
+    """The lines of all loop bodies: from a label to a branch back to it."""
+    lines = ptx.splitlines()
+    starts = [re.match(r"(\$L\w+):", line) for line in lines]
+    labels = {start[1]: i for i, start in enumerate(starts) if start}
+    inside = []
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if branch and labels[branch[1]] < i:
+            inside += lines[labels[branch[1]] : i]
+    return "\n".join(inside)
+
+
+def report(kernel) -> dict:
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [CUOBJDUMP, "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
+    slow = r"\b(?:div|rem|rcp|sqrt|mul\.lo\.s64|mad\.lo\.s64)\S*"
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+        "loop_exponentials": loops(ptx).count("ex2.approx"),
+        "slow_in_loops": sorted(set(re.findall(slow, loops(ptx)))),
+    }
+
+
+def main() -> None:
+    found = {}
+    for arch in ARCHITECTURES:
+        driver.set_active(Target(arch))
+        found[f"sm_{arch}"] = {name: report(compiled(call)) for name, call in cases(arch)}
+    print(json.dumps(found))
+    if "--write" in sys.argv:
+        table = {
+            arch: {name: [r["registers"], r["stack"]] for name, r in kernels.items()}
+            for arch, kernels in found.items()
+        }
+        text = json.dumps({"triton": triton.__version__, "registers, stack bytes": table}, indent=1)
+        TABLE.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
