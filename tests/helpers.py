@@ -116,6 +116,21 @@ def random_upstream(*shape: int, dtype=torch.float32, device="cpu") -> dict[str,
     return {name: torch.randn(shape, dtype=wide, device=device) for name in DIFFERENTIABLE}
 
 
+def make_weights(kind, *lead, device="cpu"):
+    weights = {}
+    if kind != "logprob":
+        weights["entropy_weight"] = torch.randn(lead, device=device)
+    if kind != "entropy":
+        weights["logprob_weight"] = torch.randn(lead, device=device)
+    return weights
+
+
+def make_linear(*lead, dim=16, vocab=301, dtype=torch.float32, device="cpu"):
+    hidden = random_logits(*lead, dim, dtype=dtype, device=device, scale=1.0)
+    weight = random_logits(vocab, dim, dtype=dtype, device=device, scale=3 * dim**-0.5)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
 def rows_of_entropy(entropies: Tensor, vocab: int) -> Tensor:
     """float32 logits (len(entropies), vocab) whose entropies are close to those given.
 
