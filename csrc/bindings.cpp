@@ -138,7 +138,7 @@ std::vector<Tensor> make_results(
 }
 
 Gradient make_gradient(
-    Call& call, const Tensor& logits, const OptionalTensor& g_logprob,
+    Call& call, const Tensor& logits, const OptionalTensor& target, const OptionalTensor& g_logprob,
     const OptionalTensor& g_entropy, const OptionalTensor& g_lse, const Tensor& out) {
   check_rows_view("out", out);
   TORCH_CHECK_VALUE(
@@ -146,7 +146,7 @@ Gradient make_gradient(
       "out must have the shape and dtype of logits, got ", out.sizes(), " ", out.scalar_type());
   const auto real = real_type(logits);
   const int64_t rows = call.problem.rows;
-  TORCH_CHECK_VALUE(!g_logprob || call.problem.target, "g_logprob needs a target, got None");
+  TORCH_CHECK_VALUE(!g_logprob || target, "g_logprob needs a target, got None");
   Gradient g;
   g.g_logprob = call.keep(g_logprob, real, rows, "g_logprob");
   g.g_entropy = call.keep(g_entropy, real, rows, "g_entropy");
@@ -179,7 +179,7 @@ void grad(
     const Tensor& mean_d, const OptionalTensor& g_logprob, const OptionalTensor& g_entropy,
     const OptionalTensor& g_lse, const Tensor& out) {
   Call call = make_call(logits, EM_SPEC_ARGUMENTS);
-  Gradient g = make_gradient(call, logits, g_logprob, g_entropy, g_lse, out);
+  Gradient g = make_gradient(call, logits, target, g_logprob, g_entropy, g_lse, out);
   const auto real = real_type(logits);
   g.max = call.keep(max, real, call.problem.rows, "max");
   g.log1p_r = call.keep(log1p_r, real, call.problem.rows, "log1p_r");
@@ -194,7 +194,7 @@ std::vector<Tensor> loss(
   Call call = make_call(logits, EM_SPEC_ARGUMENTS);
   Results results;
   auto tensors = make_results(logits, call.problem.rows, outputs, results);
-  Gradient g = make_gradient(call, logits, g_logprob, g_entropy, g_lse, out);
+  Gradient g = make_gradient(call, logits, target, g_logprob, g_entropy, g_lse, out);
   g.max = results.column[kMax];
   g.log1p_r = results.column[kLog1pR];
   g.mean_d = results.column[kMeanD];
