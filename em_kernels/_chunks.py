@@ -3,7 +3,8 @@
 Forward is one matrix product, backward three (the logits again, dX, dW); where the loss weights
 are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
 out before the first product. dW is accumulated over chunks in float32 (float64 for float64) and
-rounded once.
+rounded once; where the device has no product of 16-bit operands that adds to a float32 matrix, the
+product of each chunk is rounded to 16 bits before it is added.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def grad(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
-    sums = _Gradients(linear, spec, needs)
+    sums = _Gradients(linear, spec, needs, backend)
     for rows, x, logits, row_spec in _chunks(linear, spec):
         _multiply(x, linear.weight[: spec.valid_vocab], logits)
         chunk_saved = Saved(*(s[rows] for s in saved))
@@ -100,7 +101,7 @@ def loss(
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
     results = _empty_rows(linear, spec, 3 + len(outputs))
-    sums = _Gradients(linear, spec, needs)
+    sums = _Gradients(linear, spec, needs, backend)
     for rows, x, logits, row_spec in _chunks(linear, spec):
         _multiply(x, linear.weight[: spec.valid_vocab], logits)
         values = backend.loss(logits[None], row_spec, _pick(upstream, rows), outputs, logits[None])
@@ -113,13 +114,16 @@ def loss(
 class _Gradients:
     """dX, dW and db, summed over chunks."""
 
-    def __init__(self, linear: Linear, spec: RowSpec, needs: Needs):
-        self.linear, self.spec, self.needs = linear, spec, needs
+    def __init__(self, linear: Linear, spec: RowSpec, needs: Needs, backend: ModuleType):
+        self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
+        several = _count_rows(linear, spec) > linear.chunk_tokens
         self.hidden = torch.zeros_like(hidden) if needs.hidden else hidden.new_empty(0)
         self.weight = torch.zeros(
-            weight.shape if needs.weight else 0, dtype=wide, device=weight.device
+            weight.shape if needs.weight else 0,
+            dtype=wide if several else weight.dtype,
+            device=weight.device,
         )
         self.bias = torch.zeros(
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
@@ -131,7 +135,7 @@ class _Gradients:
         if self.needs.hidden:
             self.hidden[rows] = operand @ self.linear.weight[:valid]
         if self.needs.weight:
-            _accumulate(self.weight[:valid], operand, x)
+            _accumulate(self.weight[:valid], operand, x, self.backend)
         if self.needs.bias:
             self.bias[:valid] += grad_logits.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
 
@@ -173,13 +177,19 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
-def _accumulate(total: Tensor, grad_logits: Tensor, x: Tensor) -> None:
-    """total += grad_logits.T @ x, with `total` in float32 or float64."""
+def _accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, backend: ModuleType) -> None:
+    """total += grad_logits.T @ x, where `total` may be wider than the operands."""
     if total.dtype == x.dtype:
         total.addmm_(grad_logits.T, x)
         return
+    if hasattr(backend, "add_product") and backend.add_product(total, grad_logits, x):
+        return
     for part, columns in zip(total.split(8192), grad_logits.split(8192, dim=1)):
         part += columns.T @ x
+
+
+def _count_rows(linear: Linear, spec: RowSpec) -> int:
+    return linear.hidden.shape[0] if spec.mask is None else int(spec.mask.sum())
 
 
 def _empty_rows(linear: Linear, spec: RowSpec, count: int) -> list[Tensor]:

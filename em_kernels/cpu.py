@@ -33,6 +33,14 @@ def loss(
     return _C.loss(logits, *spec, *upstream, outputs, out)
 
 
+def add_product(total: Tensor, grad_logits: Tensor, x: Tensor) -> bool:
+    """total += grad_logits.T @ x for a float32 total and bfloat16 operands, in float32 throughout.
+
+    Returns False, having done nothing, for other dtypes and where the processor cannot do it fast.
+    """
+    return _C.add_product(total, grad_logits, x)
+
+
 def build_info() -> dict[str, object]:
     """Compiler, the instruction sets usable here and the one in use."""
     return {"compiler": _C.compiler(), "isa_levels": isa_levels(), "isa": get_isa()}
