@@ -166,16 +166,22 @@ def test_strided_views(impl, device, dtype, cut):
     check_gradient(gradient(out._asdict(), upstream, view)[0], view, target, upstream)
 
 
-@pytest.mark.parametrize("layout", ("transposed", "vocab_stride_2", "expanded", "permuted_4d"))
+@pytest.mark.parametrize(
+    "layout", ("transposed", "vocab_stride_2", "expanded", "permuted_4d", "tail_4d")
+)
 def test_layouts_that_are_no_plain_rows(impl, device, layout):
     x = {
         "transposed": random_logits(70, 6, device=device).T,
         "vocab_stride_2": random_logits(6, 140, device=device)[:, ::2],
         "expanded": random_logits(1, 70, device=device).expand(6, 70),
         "permuted_4d": random_logits(3, 2, 4, 70, device=device).permute(1, 2, 0, 3),
-    }[layout]
+        "tail_4d": random_logits(2, 3, 5, 70, device=device)[:, :, :-1],
+    }[layout].requires_grad_()
     target = random_target(*x.shape[:-1], vocab=70, device=device)
-    check_outputs(softmax_stats(x, target, outputs=OUTPUTS, impl=impl), x, target)
+    upstream = random_upstream(*x.shape[:-1], dtype=x.dtype, device=device)
+    out = softmax_stats(x, target, outputs=OUTPUTS, impl=impl)
+    check_outputs(out, x.detach(), target)
+    check_gradient(gradient(out._asdict(), upstream, x)[0], x, target, upstream)
 
 
 def test_row_strided_logits_are_read_in_place(impl):
