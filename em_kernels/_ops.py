@@ -116,14 +116,15 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    module = backend(impl, logits.device)
-    module.grad(as_rows(logits), flatten_spec(spec), _flat(saved), _flat(upstream), as_rows(out))
+    module, view = backend(impl, logits.device), as_rows(logits)
+    module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
 
 def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return [*_loss_rows(logits, as_rows(logits), as_rows(out), args), out]
+    view = as_rows(logits)
+    return [*_loss_rows(logits, view, out.view(view.shape), args), out]
 
 
 def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
