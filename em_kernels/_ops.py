@@ -116,10 +116,8 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    module = backend(impl, logits.device)
-    view = as_rows(logits)
-    out_view = out.view(view.shape)
-    module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out_view)
+    module, view = backend(impl, logits.device), as_rows(logits)
+    module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
 
