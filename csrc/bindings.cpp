@@ -66,7 +66,8 @@ void advise_huge_pages(const Tensor& x) {
   constexpr uintptr_t huge = 2 << 20;
   if (!x.is_contiguous() || x.nbytes() < 4 * huge) return;
   const auto start = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t begin = (start + huge - 1) / huge * huge, end = (start + x.nbytes()) / huge * huge;
+  const uintptr_t begin = (start + huge - 1) / huge * huge;
+  const uintptr_t end = (start + x.nbytes()) / huge * huge;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -235,9 +236,11 @@ Tensor pack_pairs(const Tensor& x) {
     for (; begin < end; ++begin) {
       const int64_t first = begin * kProductColumns;
       const int64_t columns = std::min(kProductColumns, width - first);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c)
-          to[first * even + r / 2 * columns * 2 + c * 2 + r % 2] = from[r * x.stride(0) + first + c];
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* row = from + r * x.stride(0) + first;
+        auto* pairs = to + first * even + r / 2 * columns * 2 + r % 2;
+        for (int64_t c = 0; c < columns; ++c) pairs[c * 2] = row[c];
+      }
     }
   });
   return packed;

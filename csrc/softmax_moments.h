@@ -34,7 +34,8 @@ struct SoftmaxMoments {
 
 // `low` re-based on the maximum of `high`, and added to it. Requires high.max >= low.max.
 template <class T>
-EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(SoftmaxMoments<T> high, const SoftmaxMoments<T>& low) {
+EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
+    SoftmaxMoments<T> high, const SoftmaxMoments<T>& low) {
   if (low.max == -std::numeric_limits<T>::infinity()) {
     high.r += low.r;
     return high;

@@ -31,7 +31,7 @@ struct Prefetch {
   const char* start;
   int64_t element_bytes;
 
-  Prefetch skip(int64_t elements) const { return {start + elements * element_bytes, element_bytes}; }
+  Prefetch skip(int64_t count) const { return {start + count * element_bytes, element_bytes}; }
 };
 
 template <class V>

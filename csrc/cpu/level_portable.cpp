@@ -4,7 +4,11 @@
 namespace em_kernels::cpu {
 namespace portable {
 #include "lanes.h"
+#if defined(__GNUC__)
+#include "vec_generic.h"
+#else
 using F32 = Lanes<float, 8>;
+#endif
 #include "math.h"
 #include "blocks.h"
 #include "rows.h"

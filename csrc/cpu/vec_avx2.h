@@ -45,7 +45,8 @@ struct F32 {
     return {_mm256_blendv_ps(no.v, yes.v, mask.v)};
   }
   static EM_INLINE bool any(Mask mask) { return _mm256_movemask_ps(mask.v) != 0; }
-  // One step: float(ln 2) is off by only 1.9e-9, which is 0.5 ulp of e^d at d = -20, 2 at -87.
+  // One step: float(ln 2) is off by only 1.9e-9. e^d then is within 1.4 ulp for d > -20, 2.8 for
+  // d > -50, 4.5 for all; in two steps it would be 0.9 throughout, where e^d < 1e-9 gains nothing.
   friend EM_INLINE F32 minus_n_ln2(F32 d, F32 n) { return fma(n, set(-0.693147182f), d); }
   friend EM_INLINE F32 shift_to_exponent(F32 k) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(k.v), 23))};
