@@ -32,7 +32,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+                why = getattr(error, "msg", "not UTF-8 text")
+                raise ValueError(f"{path}, line {number}: not valid JSON ({why})") from None
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {kind}")
