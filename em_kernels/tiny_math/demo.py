@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.utils import logging
 
 from em_kernels import tiny_math
 from em_kernels.evaluator import evaluate
 from em_kernels.trainer import TrainConfig, TrainResult, load_model, train
 
 PROBLEMS = 600
+RUN = "demo-run"  # folder of the run inside --out; one of an earlier demo is replaced
 # What to measure: label, temperature (0 is greedy).
 MODES = (("sampled, T = 1", 1.0), ("sampled, T = 0.5", 0.5), ("greedy", 0.0))
 
@@ -80,6 +84,7 @@ def measure(
 
 def run(out: Path, problem_count: int, updates: int, seed: int) -> dict:
     """Measure, train, measure; returns what demo.json holds."""
+    shutil.rmtree(out / RUN, ignore_errors=True)
     problems = heldout(problem_count)
     model, tokenizer = load_model(str(tiny_math.model_path()), "cpu")
     print(f"Before: {problem_count} held-out problems, one answer each ...", flush=True)
@@ -91,7 +96,7 @@ def run(out: Path, problem_count: int, updates: int, seed: int) -> dict:
 
     print(f"One-shot EM: {updates} updates on one unlabelled prompt:\n  {tiny_math.PROMPT}")
     print("Accuracy is measured after every update, which is most of the time.", flush=True)
-    config = em_config(output=str(out / "run"), updates=updates, seed=seed, save_every=0)
+    config = em_config(output=str(out / RUN), updates=updates, seed=seed, save_every=0)
     result = train(config, model, tokenizer, on_step=watch)
     after = {label: measure(model, tokenizer, problems, t, seed) for label, t in MODES}
     return _summary(before, after, curve, result, problem_count, seed)
@@ -190,11 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     given = parser.parse_args(arguments)
     began = time.perf_counter()
+    logging.disable_progress_bar()
     summary = run(given.out, given.problems, given.updates, given.seed)
     (given.out / "demo.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     plot(summary, given.out / "demo.png")
     print(f"\n{table(summary)}\n")
-    print(f"picture: {given.out / 'demo.png'}; checkpoint: {given.out / 'run'}")
+    print(f"picture: {given.out / 'demo.png'}; checkpoint: {given.out / RUN}")
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 
