@@ -9,7 +9,8 @@ from pathlib import Path
 
 from em_kernels.tiny_math.problems import Problem, make_problems, write_problems
 
-# The one unlabelled prompt of one-shot EM: a dev problem whose sampled answers vary a lot.
+# The one unlabelled prompt of one-shot EM: of three dev problems whose sampled answers vary a lot,
+# the one EM gains most with on dev problems.
 PROMPT = (
     "Finn has 65 apples. Finn sells 26. Finn doubles the number. How many apples does Finn have?"
 )
