@@ -31,7 +31,7 @@ def mean_entropy(function: Function, target: Tensor):
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     hidden, weight, target, _ = make_hidden(sizes, dtype, device)
-    functions, left_out = peers(linear=True, compiled=compiled)
+    functions, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
     losses = {name: mean_entropy(f, target) for name, f in functions.items()}
     each = torch.full((sizes.n,), 1 / sizes.n, device=device)
     truth = linear_truth(hidden, weight, target, 0 * each, each)

@@ -76,7 +76,7 @@ def gradient_bytes(hidden: Tensor, weight: Tensor) -> int:
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     hidden, weight, target, upstream = make_hidden(sizes, dtype, device)
-    others, left_out = peers(linear=True, compiled=compiled)
+    others, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
     functions = {"em_kernels": ours, **others}
     truth = linear_truth(hidden, weight, target, *upstream)
     read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d

@@ -17,7 +17,12 @@ TRL_VOCABULARY_CHUNK = 32768  # what TRL's trainers pass
 
 
 def eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """What a user writes without a library, in the dtype of the logits."""
+    """What a careful user writes without a library: in float32 (float64 stays)."""
+    return eager_as_is(logits if logits.dtype == torch.float64 else logits.float(), target)
+
+
+def eager_as_is(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the dtype of the logits."""
     log_p = torch.log_softmax(logits, -1)
     logprob = log_p.gather(-1, target[..., None])[..., 0]
     return logprob, -(log_p.exp() * log_p).sum(-1)
@@ -25,6 +30,10 @@ def eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return eager(hidden @ weight.T, target)
+
+
+def eager_linear_as_is(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_as_is(hidden @ weight.T, target)
 
 
 def trl() -> Function:
@@ -72,10 +81,14 @@ def verl_linear() -> Function:
     return lambda hidden, weight, target: function(hidden, weight, target)
 
 
-def peers(linear: bool, compiled: bool) -> tuple[dict[str, Function], dict[str, str]]:
+def peers(
+    linear: bool, compiled: bool, dtype: torch.dtype
+) -> tuple[dict[str, Function], dict[str, str]]:
     """({name: function}, {name: why it is left out}), eager PyTorch first."""
     plain = eager_linear if linear else eager
     found, left_out = {"eager": plain}, {}
+    if dtype.itemsize == 2:
+        found["eager, 16-bit"] = eager_linear_as_is if linear else eager_as_is
     others = (trl_linear, liger_linear, verl_linear) if linear else (trl, liger, verl)
     for name, load in zip(("TRL", "Liger", "verl"), others, strict=True):
         try:

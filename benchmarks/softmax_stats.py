@@ -49,7 +49,7 @@ def forward_backward(function: Function, logits: Tensor, target: Tensor, upstrea
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     sizes = sizes._replace(d=0)
     logits, target = make_logits(sizes, dtype, device)
-    others, left_out = peers(linear=False, compiled=compiled)
+    others, left_out = peers(linear=False, compiled=compiled, dtype=dtype)
     functions = {"em_kernels": ours, **others}
     rows = sample(sizes.n, device=device)
     _, logprob, entropy = moments(logits[rows], target[rows])

@@ -49,7 +49,7 @@ def our_inplace_step(logits: Tensor):
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     sizes = sizes._replace(d=0)
     logits, target = make_logits(sizes, dtype, device)
-    functions, left_out = peers(linear=False, compiled=compiled)
+    functions, left_out = peers(linear=False, compiled=compiled, dtype=dtype)
     rows = sample(sizes.n, device=device)
     entropies = [moments(x, y)[2] for x, y in zip(logits.split(32), target.split(32))]
     weight = torch.full((len(rows),), 1 / sizes.n, device=device)
