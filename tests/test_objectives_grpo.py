@@ -111,6 +111,15 @@ def test_no_token_at_all():
     assert (loss == 0).all() and all(value == 0 for value in metrics.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_inputs_are_computed_in_float32(dtype):
+    inputs = [x.detach().to(dtype) for x in policy_inputs()[:3]]
+    mask = policy_inputs()[3]
+    loss = grpo_loss(*inputs, mask).loss
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, grpo_loss(*(x.float() for x in inputs), mask).loss)
+
+
 def test_surrogate_at_advantage_zero_is_not_clipped():
     loss, clipped = clipped_surrogate(torch.tensor([3.0]), torch.tensor([0.0]), 0.2, 0.2)
     assert loss == 0 and not clipped
