@@ -1,9 +1,90 @@
 """What the methods minimise: short functions of tensors, free of any trainer."""
 
+from em_kernels.objectives._inputs import PolicyLoss
+from em_kernels.objectives.advantages import group_advantage
+from em_kernels.objectives.aggregation import (
+    aggregate_loss,
+    aggregation_denominator,
+    aggregation_weight,
+)
+from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
     token_mean_weights,
 )
+from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
+from em_kernels.objectives.entropy_bonus import (
+    active_entropy_coef,
+    entropy_bonus,
+    next_entropy_coef,
+)
+from em_kernels.objectives.grpo import clipped_surrogate, grpo_loss
+from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask, grpo_plus_plus_loss
+from em_kernels.objectives.high_entropy import high_entropy_loss
+from em_kernels.objectives.kl import kl_estimate
+from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
+from em_kernels.objectives.l_grpo import l_grpo_reward
+from em_kernels.objectives.ppl import (
+    PreferenceLoss,
+    label_kl,
+    logprob_at,
+    ppl_loss,
+    pseudo_label_kl,
+    segment_regret,
+    token_regret,
+    topk_label_kl,
+)
+from em_kernels.objectives.rewards import (
+    format_reward,
+    length_reward,
+    majority_reward,
+    negative_entropy_reward,
+    random_reward,
+    self_certainty_reward,
+    verified_reward,
+)
 
-__all__ = ["micro_batch_mean_weights", "sequence_mean_weights", "token_mean_weights"]
+__all__ = [
+    "PolicyLoss",
+    "PreferenceLoss",
+    "active_entropy_coef",
+    "aggregate_loss",
+    "aggregation_denominator",
+    "aggregation_weight",
+    "answer_clusters",
+    "clip_cov_loss",
+    "clip_cov_selection",
+    "clipped_surrogate",
+    "dynamic_sampling_mask",
+    "empo_mask",
+    "empo_reward",
+    "entropy_bonus",
+    "format_reward",
+    "group_advantage",
+    "grpo_loss",
+    "grpo_plus_plus_loss",
+    "high_entropy_loss",
+    "kl_cov_loss",
+    "kl_cov_selection",
+    "kl_estimate",
+    "l_grpo_reward",
+    "label_kl",
+    "length_reward",
+    "logprob_at",
+    "majority_reward",
+    "micro_batch_mean_weights",
+    "negative_entropy_reward",
+    "next_entropy_coef",
+    "ppl_loss",
+    "pseudo_label_kl",
+    "random_reward",
+    "segment_regret",
+    "self_certainty_reward",
+    "semantic_entropy",
+    "sequence_mean_weights",
+    "token_mean_weights",
+    "token_regret",
+    "topk_label_kl",
+    "verified_reward",
+]

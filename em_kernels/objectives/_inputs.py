@@ -1,0 +1,126 @@
+"""What the policy losses share: checked, masked per-token inputs, and sums over prompt groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels._spec import accumulate_dtype
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are held to +-20 (exp(20) = 5e8), without gradient outside, so that none overflows."""
+
+
+class PolicyLoss(NamedTuple):
+    """A loss per token and what to log about it.
+
+    loss: (..., T), 0 where the mask is 0, to be reduced by `aggregate_loss`.
+    metrics: detached 0-d tensors, means over the masked tokens passed in (0 if there is none);
+    over micro-batches, average them weighted by tokens.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class PolicyTokens(NamedTuple):
+    """Inputs of one shape and of float32 or float64, with 0 wherever `counted` is False."""
+
+    logprob: Tensor
+    old_logprob: Tensor
+    advantage: Tensor
+    counted: Tensor
+
+
+def policy_tokens(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor
+) -> PolicyTokens:
+    check_floating("logprob", logprob)
+    check_floating("old_logprob", old_logprob, logprob)
+    check_floating("advantage", advantage)
+    if advantage.shape == logprob.shape[:-1] != logprob.shape:
+        advantage = advantage.unsqueeze(-1).expand(logprob.shape)
+    check_shape("advantage", advantage, logprob)
+    counted = count_mask(mask, logprob)
+    dtype = accumulate_dtype(logprob.dtype)
+    logprob, old_logprob, advantage = (
+        masked(x, counted, dtype) for x in (logprob, old_logprob.detach(), advantage.detach())
+    )
+    return PolicyTokens(logprob, old_logprob, advantage, counted)
+
+
+def masked(x: Tensor, counted: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x where counted, else 0: neither a value nor a gradient, NaN included, crosses the mask."""
+    return torch.where(counted, x.to(dtype or accumulate_dtype(x.dtype)), 0)
+
+
+def log_ratio(tokens: PolicyTokens) -> Tensor:
+    return (tokens.logprob - tokens.old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def masked_mean(x: Tensor, counted: Tensor) -> Tensor:
+    """Detached mean over the counted tokens, 0 if there is none."""
+    x = masked(x.detach(), counted)
+    return x.sum() / counted.sum().clamp(min=1)
+
+
+def policy_kl(tokens: PolicyTokens) -> Tensor:
+    """Mean of rho - 1 - log rho: KL(old || current) estimated on the old policy's tokens, >= 0."""
+    change = log_ratio(tokens).detach()
+    return masked_mean(torch.expm1(change) - change, tokens.counted)
+
+
+def count_mask(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
+    check_tensor(name, mask)
+    check_shape(name, mask, like)
+    return mask != 0
+
+
+def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if like is not None:
+        check_shape(name, value, like)
+
+
+def check_shape(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+class Groups:
+    """The answers of one prompt: rows with equal entries of `prompt`, in any order."""
+
+    def __init__(self, prompt: Tensor, like: Tensor):
+        check_tensor("prompt", prompt)
+        if prompt.is_floating_point() or prompt.dim() != 1:
+            raise ValueError(
+                f"prompt must be (N,) integer ids, got {prompt.dtype} of shape "
+                f"{tuple(prompt.shape)}"
+            )
+        check_shape("prompt", prompt, like)
+        _, self.index, sizes = prompt.unique(return_inverse=True, return_counts=True)
+        self.number, self.size = len(sizes), sizes[self.index]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over each row's group, per row, in float64."""
+        sums = x.new_zeros(self.number, dtype=torch.float64)
+        return sums.index_add_(0, self.index, x.to(torch.float64))[self.index]
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.total(x) / self.size
+
+    def all(self, condition: Tensor) -> Tensor:
+        return self.total(condition) == self.size

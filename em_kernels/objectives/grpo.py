@@ -1,0 +1,90 @@
+"""GRPO: the clipped policy-gradient loss, with clip-higher and a KL penalty as options."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from em_kernels._checks import check_number
+from em_kernels.objectives._inputs import (
+    PolicyLoss,
+    check_floating,
+    log_ratio,
+    masked,
+    masked_mean,
+    policy_kl,
+    policy_tokens,
+)
+from em_kernels.objectives.kl import kl_estimate
+
+
+def grpo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> PolicyLoss:
+    """L_t = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coef KL_t.
+
+    rho = exp(logprob - old_logprob), A the advantage of the answer, KL_t the estimate of
+    KL(p || p_ref) at the sampled token. clip_high > clip_low is DAPO's clip-higher.
+
+    Args:
+        logprob: (..., T) floating point, of the sampled tokens under the current policy.
+        old_logprob: (..., T) under the policy that sampled them; `logprob.detach()` on-policy.
+        advantage: (..., T), or (...) with one value per answer. No gradient.
+        mask: (..., T) bool or numeric, tokens where it is non-zero count; NaN elsewhere is ignored.
+        clip_low, clip_high: distances of the clip bounds from 1, >= 0.
+        ref_logprob: (..., T) under the reference policy; needed by kl_coef > 0.
+        kl_coef: beta of the KL penalty, >= 0.
+        kl_estimator: "k1", "k2" or "k3" of `kl_estimate`.
+
+    Returns:
+        PolicyLoss: `loss` (..., T) float32 (float64 for float64) for `aggregate_loss`; `metrics`
+        clip_fraction (tokens whose clipped term is the active one and thus have no gradient),
+        policy_kl (old || current, nats) and, with a reference, ref_kl (nats). The log-ratio is
+        held to [-20, 20].
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al.,
+    "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025), section 3.1.
+    """
+    check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
+    if kl_coef > 0 and ref_logprob is None:
+        raise ValueError(f"ref_logprob must be given for kl_coef={kl_coef!r}, got None")
+    tokens = policy_tokens(logprob, old_logprob, advantage, mask)
+    loss, clipped = clipped_surrogate(
+        log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
+    )
+    metrics = {
+        "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),
+        "policy_kl": policy_kl(tokens),
+    }
+    if ref_logprob is not None:
+        check_floating("ref_logprob", ref_logprob, logprob)
+        ref_logprob = masked(ref_logprob, tokens.counted, loss.dtype)
+        kl = kl_estimate(tokens.logprob, ref_logprob, estimator=kl_estimator)
+        loss, metrics["ref_kl"] = loss + kl_coef * kl, masked_mean(kl, tokens.counted)
+    return PolicyLoss(loss, metrics)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """(-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), where the clipped term is smaller).
+
+    Shapes (...), `ratio` and `advantage` alike; the second result is bool. Source: as `grpo_loss`.
+    """
+    check_number("clip_low", clip_low, lambda v: v >= 0, "at least 0")
+    check_number("clip_high", clip_high, lambda v: v >= 0, "at least 0")
+    plain = -ratio * advantage
+    bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return torch.maximum(plain, bounded), (bounded > plain).detach()

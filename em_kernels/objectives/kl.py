@@ -1,0 +1,52 @@
+"""Estimates of KL(p || p_ref) from the log-probabilities of tokens sampled from p."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from em_kernels._spec import accumulate_dtype
+from em_kernels.objectives._inputs import MAX_LOG_RATIO, check_floating
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(logprob: Tensor, ref_logprob: Tensor, *, estimator: str = "k3") -> Tensor:
+    """Per token, with d = logprob_ref - logprob:
+
+    k1 = -d                  unbiased, of either sign; its gradient has mean 0 under p
+    k2 = d^2 / 2             biased, >= 0; its gradient is that of KL(p || p_ref) on average
+    k3 = exp(d) - d - 1      unbiased, >= 0, small variance; the gradient of KL(p_ref || p) on
+                             average
+
+    "On average" is over tokens sampled from p itself, with the sampling not differentiated. For
+    k3, d is held to [-20, 20] (no gradient outside), which keeps it finite in float32.
+
+    Args:
+        logprob: (...) floating point, of the sampled tokens under the current policy p.
+        ref_logprob: (...) of the same tokens under the reference; no gradient is sent to it.
+        estimator: one of `KL_ESTIMATORS`.
+
+    Returns:
+        (...) float32 (float64 for float64), in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+
+    Source: Schulman, "Approximating KL Divergence" (2020); k3 in GRPO: Shao et al.,
+    "DeepSeekMath" (2024), eq. 4.
+    """
+    check_floating("logprob", logprob)
+    check_floating("ref_logprob", ref_logprob, logprob)
+    dtype = accumulate_dtype(logprob.dtype)
+    d = ref_logprob.detach().to(dtype) - logprob.to(dtype)
+    match estimator:
+        case "k1":
+            return -d
+        case "k2":
+            return d.square() / 2
+        case "k3":
+            d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            return torch.expm1(d) - d
+        case _:
+            raise ValueError(f"estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")
