@@ -37,7 +37,8 @@ def token_covariance(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
-    Models" (2025), eq. 10.
+    Models" (2025), arXiv:2505.22617, the token-wise centred cross-product of
+    Clip-Cov and KL-Cov.
     """
     _check_floating("logprob", logprob)
     _check_floating("advantage", advantage, like=logprob)
@@ -113,7 +114,7 @@ def clip_cov_mask(
     Returns:
         (...) bool.
 
-    Source: Cui et al. (2025), Algorithm 1 and eq. 11-12.
+    Source: Cui et al. (2025), arXiv:2505.22617, Clip-Cov.
     """
     _check_floating("cov", cov)
     eligible = _counted(mask, cov) & (cov > lower) & (cov < upper)
@@ -137,7 +138,7 @@ def kl_cov_mask(
     Exactly that many: on ties the earlier token is taken. They get the KL penalty
     -A rho + beta |logprob - logprob_old|, the others -A rho. Arguments as in `clip_cov_mask`.
 
-    Source: Cui et al. (2025), Algorithm 1 and eq. 13-14.
+    Source: Cui et al. (2025), arXiv:2505.22617, KL-Cov.
     """
     _check_floating("cov", cov)
     batch = _Batch(cov, mask, group)
@@ -153,7 +154,7 @@ def high_entropy_mask(
     The quantile interpolates linearly, as torch.quantile. Arguments as in `clip_cov_mask`.
 
     Source: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
-    Reinforcement Learning for LLM Reasoning" (2025), eq. 5-6.
+    Reinforcement Learning for LLM Reasoning" (2025), arXiv:2506.01939.
     """
     _check_floating("entropy", entropy)
     _check_ratio(ratio)

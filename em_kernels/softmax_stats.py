@@ -89,8 +89,8 @@ def softmax_stats(
 
     Source: S. Kullback, Information Theory and Statistics (1959) for H and KL; Cui et al.,
     "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (2025),
-    Theorem 1, for entropy_slope; Zhao et al., "Learning to Reason without External Rewards"
-    (2025), eq. 3, for self_certainty.
+    arXiv:2505.22617, its covariance theorem, for entropy_slope; Zhao et al., "Learning to Reason
+    without External Rewards" (2025) for self_certainty.
     """
     check_logits(logits)
     spec = make_spec(

@@ -165,7 +165,7 @@ def entropy_loss(
     No token at all gives 0. Further arguments (softcap, logit_scale, valid_vocab, inplace, group,
     impl) as in `token_loss`.
 
-    Source: Gao et al., "One-shot Entropy Minimization" (2025), eq. 2, is token_mean.
+    Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
     check_logits(logits)
     weight = _reduction_weight(logits, mask, reduction)

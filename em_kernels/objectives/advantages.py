@@ -37,7 +37,7 @@ def group_advantage(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Shao et al., "DeepSeekMath" (2024), section 4.1.2; without std: Liu et al.,
-    "Understanding R1-Zero-Like Training: A Critical Perspective" (2025), section 3.2.
+    "Understanding R1-Zero-Like Training: A Critical Perspective" (2025).
     """
     check_floating("reward", reward)
     check_number("eps", eps, lambda v: v >= 0, "at least 0")

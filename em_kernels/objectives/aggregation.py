@@ -43,9 +43,9 @@ def aggregate_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: token_mean: Yu et al., "DAPO" (2025), section 3.3; sequence_mean: Shao et al.,
+    Source: token_mean: Yu et al., "DAPO" (2025); sequence_mean: Shao et al.,
     "DeepSeekMath" (2024), eq. 3; constant normaliser: Liu et al., "Understanding R1-Zero-Like
-    Training" (2025), section 3.2.
+    Training" (2025).
     """
     check_floating("loss", loss)
     counted = count_mask(mask, loss)

@@ -47,7 +47,7 @@ def clip_cov_selection(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
-    Models" (2025), eq. 10-12.
+    Models" (2025), arXiv:2505.22617, Clip-Cov.
     """
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     _, clipped = clipped_surrogate(log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high)
@@ -83,7 +83,7 @@ def clip_cov_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: Cui et al. (2025), eq. 12.
+    Source: Cui et al. (2025), arXiv:2505.22617, Clip-Cov.
     """
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     selected = count_mask(selected, logprob, "selected")

@@ -3,7 +3,7 @@
 The loss is sum_t w_t H_t with weights known before the forward pass, as `linear_token_loss` takes
 them. Each function here maps a mask (B, T) of the tokens that count to weights of that shape.
 
-Source: Gao et al., "One-shot Entropy Minimization" (2025), eq. 2.
+Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def entropy_bonus(loss: Tensor, entropy: Tensor, mask: Tensor, *, coef: float) -
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning
-    Algorithms" (1991); Mnih et al., "Asynchronous Methods for Deep RL" (2016), section 4.
+    Algorithms" (1991); Mnih et al., "Asynchronous Methods for Deep RL" (2016).
     """
     check_floating("loss", loss)
     check_floating("entropy", entropy, loss)

@@ -55,7 +55,7 @@ def grpo_loss(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al.,
-    "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025), section 3.1.
+    "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025).
     """
     check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
     if kl_coef > 0 and ref_logprob is None:

@@ -60,7 +60,7 @@ def dynamic_sampling_mask(correct: Tensor, prompt: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: Yu et al., "DAPO" (2025), section 3.2 and eq. 11.
+    Source: Yu et al., "DAPO" (2025), dynamic sampling.
     """
     check_tensor("correct", correct)
     groups, right = Groups(prompt, correct), correct != 0

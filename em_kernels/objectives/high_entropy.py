@@ -35,7 +35,7 @@ def high_entropy_loss(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
-    Reinforcement Learning for LLM Reasoning" (2025), eq. 5-6.
+    Reinforcement Learning for LLM Reasoning" (2025), arXiv:2506.01939.
     """
     loss, metrics = grpo_loss(
         logprob, old_logprob, advantage, mask, clip_low=clip_low, clip_high=clip_high

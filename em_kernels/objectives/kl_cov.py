@@ -37,7 +37,7 @@ def kl_cov_selection(
         TypeError, ValueError: naming the argument and what was received.
 
     Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
-    Models" (2025), eq. 10 and 13.
+    Models" (2025), arXiv:2505.22617, KL-Cov.
     """
     tokens = policy_tokens(logprob, logprob, advantage, mask)
     cov = token_covariance(tokens.logprob, tokens.advantage, tokens.counted, group=group)
@@ -69,7 +69,7 @@ def kl_cov_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: Cui et al. (2025), eq. 14.
+    Source: Cui et al. (2025), arXiv:2505.22617, KL-Cov.
     """
     check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)

@@ -63,7 +63,7 @@ def ppl_loss(
 
     Source: Cho et al., "Policy-labeled Preference Learning: Is Preference Enough for RLHF?"
     (2025), regret-based objective and contrastive KL regularisation; without labels: Hejna et al.,
-    "Contrastive Preference Learning" (2024), eq. 5.
+    "Contrastive Preference Learning" (2024).
     """
     if (chosen_kl is None) != (rejected_kl is None):
         given = "chosen_kl" if rejected_kl is None else "rejected_kl"

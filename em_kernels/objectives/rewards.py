@@ -29,7 +29,7 @@ def verified_reward(
     Raises:
         ValueError: `answers` and `responses` differ in length.
 
-    Source: Lambert et al., "Tulu 3" (2024), section 6, verifiable rewards.
+    Source: Lambert et al., "Tulu 3" (2024), verifiable rewards.
     """
     # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
     from em_kernels.evaluator.judge import make_judge
@@ -53,7 +53,7 @@ def majority_reward(cluster: Tensor, prompt: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: Zuo et al., "TTRL: Test-Time Reinforcement Learning" (2025), section 2.
+    Source: Zuo et al., "TTRL: Test-Time Reinforcement Learning" (2025).
     """
     answered = cluster != NO_ANSWER
     share = torch.where(answered, empo_reward(cluster, prompt), 0)
@@ -97,7 +97,7 @@ def self_certainty_reward(self_certainty: Tensor, mask: Tensor) -> Tensor:
 
     Returns, raises: as `negative_entropy_reward`.
 
-    Source: Zhao et al., "Learning to Reason without External Rewards" (2025), eq. 3, Intuitor.
+    Source: Zhao et al., "Learning to Reason without External Rewards" (2025), Intuitor.
     """
     return _answer_mean("self_certainty", self_certainty, mask)
 
@@ -142,7 +142,7 @@ def random_reward(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
 
-    Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025), section 2.
+    Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025).
     """
     check_tensor("like", like)
     check_number("probability", probability, lambda v: 0 <= v <= 1, "in [0, 1]")
@@ -154,7 +154,7 @@ def format_reward(responses: Sequence[str]) -> Tensor:
     r"""1 where the response marks an answer (a filled \boxed{...}, or a line after ####), right or
     wrong, else 0: a control arm. (N,) float32.
 
-    Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025), section 2.
+    Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025).
     """
     from em_kernels.evaluator.judge import marked_answer
 
