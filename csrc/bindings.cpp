@@ -3,15 +3,12 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/extension.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/spare_block.h"
 
 namespace {
 
@@ -59,18 +56,24 @@ Parallel parallel() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_threads};
 }
 
-// Asks for 2 MB pages under a large tensor about to be filled: fresh memory then costs a fault per
-// 2 MB instead of one per 4 KB, which takes longer than computing what goes there.
-void advise_huge_pages(const Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = 2 << 20;
-  if (!x.is_contiguous() || x.nbytes() < 4 * huge) return;
-  const auto start = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t begin = (start + huge - 1) / huge * huge;
-  const uintptr_t end = (start + x.nbytes()) / huge * huge;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+// Never destroyed: tensors may outlive static objects at exit.
+cpu::SpareBlock& spare_block() {
+  static auto* block = new cpu::SpareBlock;
+  return *block;
 }
+
+// Below this a fresh allocation costs little.
+constexpr size_t kSpareBytes = 8 << 20;
+
+// An uninitialised contiguous tensor, a large one in memory that is kept for the next when freed.
+Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
+  const size_t bytes = c10::multiply_integers(shape) * c10::elementSize(dtype);
+  if (bytes < kSpareBytes) return at::empty(shape, dtype);
+  const auto block = spare_block().take(bytes);
+  return at::from_blob(block.start, shape, [block](void*) { spare_block().give(block); }, dtype);
+}
+
+void release_memory() { spare_block().clear(); }
 
 void check_rows_view(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(
@@ -153,7 +156,6 @@ Gradient make_gradient(
   g.g_entropy = call.keep(g_entropy, real, rows, "g_entropy");
   g.g_lse = call.keep(g_lse, real, rows, "g_lse");
   g.out = out.data_ptr();
-  if (g.out != call.problem.logits) advise_huge_pages(out);
   g.outer_stride = out.stride(0);
   g.inner_stride = out.stride(1);
   return g;
@@ -331,6 +333,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grad", &grad, release());
   m.def("loss", &loss, release());
   m.def("add_product", &add_product, release());
+  m.def("empty", &empty);
+  m.def("release_memory", &release_memory);
   m.def("isa_levels", &isa_levels);
   m.def("set_isa", &set_isa);
   m.def("get_isa", &get_isa);

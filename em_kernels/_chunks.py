@@ -66,7 +66,7 @@ def stats(
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product."""
     results = _empty_rows(linear, spec, 3 + len(outputs))
-    for rows, x, logits, row_spec in _chunks(linear, spec):
+    for rows, x, logits, row_spec in _chunks(linear, spec, backend):
         _multiply(x, linear.weight[: spec.valid_vocab], logits)
         for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
             result[rows] = value
@@ -83,7 +83,7 @@ def grad(
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
     sums = _Gradients(linear, spec, needs, backend)
-    for rows, x, logits, row_spec in _chunks(linear, spec):
+    for rows, x, logits, row_spec in _chunks(linear, spec, backend):
         _multiply(x, linear.weight[: spec.valid_vocab], logits)
         chunk_saved = Saved(*(s[rows] for s in saved))
         backend.grad(logits[None], row_spec, chunk_saved, _pick(upstream, rows), logits[None])
@@ -102,13 +102,22 @@ def loss(
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
     results = _empty_rows(linear, spec, 3 + len(outputs))
     sums = _Gradients(linear, spec, needs, backend)
-    for rows, x, logits, row_spec in _chunks(linear, spec):
+    for rows, x, logits, row_spec in _chunks(linear, spec, backend):
         _multiply(x, linear.weight[: spec.valid_vocab], logits)
         values = backend.loss(logits[None], row_spec, _pick(upstream, rows), outputs, logits[None])
         for result, value in zip(results, values):
             result[rows] = value
         sums.add(rows, x, logits)
     return [*results, *sums.finish()]
+
+
+def empty(
+    backend: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """torch.empty, from memory that the backend keeps for it where it does."""
+    if hasattr(backend, "empty"):
+        return backend.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Gradients:
@@ -146,7 +155,7 @@ class _Gradients:
 
 
 def _chunks(
-    linear: Linear, spec: RowSpec
+    linear: Linear, spec: RowSpec, backend: ModuleType
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, RowSpec]]:
     """(rows, hidden rows, a logits buffer to fill, their spec); the buffer is reused."""
     hidden, size = linear.hidden, linear.chunk_tokens
@@ -154,9 +163,8 @@ def _chunks(
     if spec.mask is not None and not bool(spec.mask.all()):
         index = spec.mask.nonzero()[:, 0]
     count = hidden.shape[0] if index is None else index.shape[0]
-    buffer = torch.empty(
-        min(size, count), spec.valid_vocab, dtype=linear.logits_dtype, device=hidden.device
-    )
+    shape = (min(size, count), spec.valid_vocab)
+    buffer = empty(backend, shape, linear.logits_dtype, hidden.device)
     spec = spec._replace(mask=None) if index is None else spec
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count)) if index is None else index[start:][:size]

@@ -115,15 +115,15 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     module, view = backend(impl, logits.device), as_rows(logits)
+    out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
     module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
 
 def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    view = as_rows(logits)
+    module, view = backend(args[-1], logits.device), as_rows(logits)
+    out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
     return [*_loss_rows(logits, view, out.view(view.shape), args), out]
 
 

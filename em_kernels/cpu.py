@@ -6,6 +6,7 @@ The instruction set is chosen at run time; `set_isa` chooses another, for tests 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from em_kernels import _C
@@ -31,6 +32,20 @@ def loss(
 ) -> list[Tensor]:
     """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
     return _C.loss(logits, *spec, *upstream, outputs, out)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised and contiguous, for gradients and chunks of logits.
+
+    The memory of a large one is kept, when the tensor is freed, for the next: pages that were in
+    use before need no page faults. At most one block is kept, until `release_memory`.
+    """
+    return _C.empty(shape, dtype)
+
+
+def release_memory() -> None:
+    """Give the block kept by `empty` back to the system."""
+    _C.release_memory()
 
 
 def add_product(total: Tensor, grad_logits: Tensor, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("em_kernels._C")
 
-from em_kernels import cpu, reference
+from em_kernels import cpu, entropy_loss, reference
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream
 
 LEVELS = cpu.isa_levels()
@@ -339,3 +339,29 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="g_logprob needs a target"):
         upstream = Upstream(logprob=torch.ones(2))
         cpu.loss(logits, RowSpec(valid_vocab=10), upstream, (), logits)
+
+
+def test_memory_of_a_freed_gradient_serves_the_next():
+    cpu.release_memory()
+    first = cpu.empty((64, 40_000), torch.float32)
+    place = first.data_ptr()
+    second = cpu.empty((64, 40_000), torch.float32)
+    assert second.data_ptr() != place, "a block in use was given out"
+    del first
+    smaller = cpu.empty((2, 30, 40_000), torch.float32)
+    assert smaller.data_ptr() == place and smaller.is_contiguous()
+    assert smaller.fill_(1).sum() == smaller.numel()
+    del smaller
+    tiny = cpu.empty((3, 5), torch.bfloat16)
+    assert tiny.shape == (3, 5) and tiny.dtype == torch.bfloat16 and tiny.data_ptr() != place
+    cpu.release_memory()
+
+
+def test_gradients_of_two_steps_do_not_share_memory():
+    x = torch.randn(64, 40_000, requires_grad=True)
+    grads = [torch.autograd.grad(entropy_loss(x * k, impl="cpu"), x)[0] for k in (1.0, 2.0)]
+    expected = [
+        torch.autograd.grad(entropy_loss(x * k, impl="reference"), x)[0] for k in (1.0, 2.0)
+    ]
+    for found, want in zip(grads, expected):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-9)
