@@ -34,7 +34,7 @@ OUTCOME = re.compile(
     r"|^(?P<alone>tests/.*?) (?P<last>[A-Z]+)(?: \(.*\))? +\[ *\d+%\]$",
     re.M,
 )
-MOST_FAILURES = 40
+MOST_FAILURES, LONGEST_LINE = 40, 300
 
 
 def main() -> None:
@@ -76,7 +76,10 @@ def said(command: list[str]) -> str | None:
     """What a command prints; None where there is no such command."""
     if shutil.which(command[0]) is None:
         return None
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as reason:
+        return str(reason)
     return finished.stdout.strip() or finished.stderr.strip()
 
 
@@ -100,7 +103,7 @@ def read_tests(text: str) -> dict:
     failures = re.findall(r"^(?:FAILED|ERROR) tests/.*", text, re.M)
     result = {
         "counts": counts,
-        "failures": failures[:MOST_FAILURES],
+        "failures": [line[:LONGEST_LINE] for line in failures[:MOST_FAILURES]],
         "skipped_because": re.findall(r"^SKIPPED \[\d+\] .*", text, re.M),
     }
     return result if outcomes else {**result, "problem": "no test was run"}
@@ -143,11 +146,11 @@ def markdown(results: list[dict], date: str) -> str:
     lines = ["| stage | result | time | note |", "| --- | --- | ---: | --- |"]
     parts.append("\n".join(lines + [f"| {stage_line(result)} |" for result in results]))
     parts += [tests_part(result) for result in results if "counts" in result]
+    left_out = {k: v for result in results for k, v in result.get("left_out", {}).items()}
+    parts.append("\n".join(f"- {name} is left out: {why}" for name, why in left_out.items()))
     rows = [row for result in results for row in result.get("rows", [])]
     if rows:
         parts += ["## Goals", goals_table(rows), "## Benchmarks", LEGEND.strip()]
-    left_out = {k: v for result in results for k, v in result.get("left_out", {}).items()}
-    parts += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     for name in dict.fromkeys(map(title, rows)):
         parts += [f"### {name}", table([row for row in rows if title(row) == name])]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -152,6 +152,18 @@ def test_stages_see_a_gpu_and_this_repository(monkeypatch):
     assert variables["PYTHONPATH"].split(":") == [str(gpu.ROOT), "/elsewhere"]
 
 
+def test_tests_of_what_is_not_installed_are_left_out_and_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_report, "version_of", {"transformers": "4.57.1"}.get)
+    command = gpu.pytest_command()
+    assert "--ignore-glob=tests/test_trainer*.py" in command and command[-1] == "tests"
+    found = gpu.read_tests(LOG)
+    assert found["left_out"]["test_cli.py"] == "needs transformers 5, found 4.57.1"
+    result = {"stage": "tests", "status": "passed", "seconds": 1.0, "note": "", **found}
+    assert "- test_cli.py is left out: needs transformers 5" in markdown([result], "2026-01-01")
+    monkeypatch.setattr(gpu_report, "version_of", lambda package: "9.1")
+    assert gpu.left_out_tests() == {}
+
+
 def test_at_most_eight_small_files():
     logs = {made.log for made in gpu.STAGES}
     assert len(logs) + len((".json", ".md")) <= 8
