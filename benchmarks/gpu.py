@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,12 +95,12 @@ BUILD = python("setup.py", "build_ext", "--inplace")
 STAGES = (
     Stage("environment", 40, REPORT, "environment.log", gpu_report.read_environment, False),
     Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
-    Stage("tests", 210, pytest_command(), "tests.log", read_tests),
-    bench("logits, bfloat16", 90, *LOGITS, "--dtype", "bfloat16"),
-    bench("hidden, D=4096", 90, *HIDDEN, *SHAPE_A),
-    bench("memory, N=32768", 40, *MEMORY, *SHAPE_A),
-    bench("hidden, D=3584", 60, *HIDDEN, *SHAPE_B, *EAGER_PEERS),
-    bench("logits, float32", 60, *LOGITS, "--dtype", "float32", *EAGER_PEERS),
+    Stage("tests", 240, pytest_command(), "tests.log", read_tests),
+    bench("logits-bfloat16", 90, *LOGITS, "--dtype", "bfloat16"),
+    bench("hidden-4096", 90, *HIDDEN, *SHAPE_A),
+    bench("memory-32768", 40, *MEMORY, *SHAPE_A),
+    bench("hidden-3584", 60, *HIDDEN, *SHAPE_B, *EAGER_PEERS),
+    bench("logits-float32", 60, *LOGITS, "--dtype", "float32", *EAGER_PEERS),
 )
 
 
@@ -182,6 +183,9 @@ def understand(stage: Stage, text: str) -> dict:
 
 def wait(command: list[str], output, limit: float) -> int | None:
     """The exit code, or None where the command and all it started had to be stopped."""
+    if shutil.which(command[0]) is None:
+        output.write(f"{command[0]}: not found\n".encode())
+        return 127
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -130,6 +130,14 @@ def test_a_log_that_cannot_be_read_fails_its_stage_only(tmp_path):
     assert second["status"] == "passed"
 
 
+def test_a_program_that_is_not_installed_fails_its_stage_only(tmp_path):
+    missing = stage("sanitizer")._replace(command=["no-such-sanitizer", "python"])
+    first, second = gpu.run_all([missing, stage("next")], tmp_path, 60)
+    assert (first["status"], first["note"]) == ("failed", "exit code 127")
+    assert (tmp_path / "sanitizer.log").read_text() == "no-such-sanitizer: not found\n"
+    assert second["status"] == "passed"
+
+
 def test_a_long_log_keeps_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LOG_BYTES", 1000)
     gpu.run_all([stage("long", "print('x' * 5000); print('the end')")], tmp_path, 60)
