@@ -2,14 +2,17 @@
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
+# make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python
 # make study   the seeds and controls behind the README's table of the demo
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q -c constraints.txt
+GPU_PYTHON ?= python3
+OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench study clean
+.PHONY: setup demo test bench gpu study clean
 
 setup: $(VENV)/ready
 
@@ -31,8 +34,11 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)"
+
 study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output em_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output em_kernels/_C*.so

@@ -8,11 +8,13 @@ python -m benchmarks --quick --out /tmp/results
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from importlib import import_module
 
 import torch
 
-from benchmarks.common import LEAST_REPEATS, REPEATS, Sizes, measure, print_table, save
+from benchmarks.common import LEAST_REPEATS, REPEATS, Case, Sizes, measure, print_table, save
 
 OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
 LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
@@ -35,6 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's default if left out")
     parser.add_argument("--out", help="folder for <device>-<date>.json and .md")
+    parser.add_argument("--only", nargs="+", help="implementations by name; all by default")
+    parser.add_argument("--rows", action="store_true", help="print each row as a line of JSON too")
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
     options = parser.parse_args(arguments)
     unknown = set(options.op) - set(OPERATORS)
@@ -49,6 +53,28 @@ def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
     return Sizes(options.n or n, options.v or v, options.d or d)
 
 
+def pick(case: Case, only: list[str] | None) -> Case:
+    """The case with the implementations asked for; variants of one share its first word."""
+    if only is None:
+        return case
+    kept = {name: run for name, run in case.contenders.items() if name.split()[0] in only}
+    return case._replace(contenders=kept)
+
+
+def measure_operator(operator: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
+    """The rows of all its tables, printed as they are found; its tensors are free afterwards."""
+    module, rows = import_module(f"benchmarks.{operator}"), []
+    sizes = sizes_of(operator, options)
+    for case in module.cases(sizes, dtype, options.device, compiled=not options.quick):
+        case = pick(case, options.only)
+        found = measure(case, LEAST_REPEATS if options.quick else REPEATS)
+        print_table(case, found)
+        if options.rows:
+            print(*map(json.dumps, found), sep="\n", flush=True)
+        rows += found
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
     if options.threads:
@@ -56,16 +82,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     rows = []
     for operator in options.op or OPERATORS:
         for name in options.dtype:
-            sizes, dtype = sizes_of(operator, options), getattr(torch, name)
-            module = import_module(f"benchmarks.{operator}")
-            for case in module.cases(sizes, dtype, options.device, compiled=not options.quick):
-                found = measure(case, LEAST_REPEATS if options.quick else REPEATS)
-                print_table(case, found)
-                rows += found
+            rows += measure_operator(operator, getattr(torch, name), options)
     if options.out:
         print("saved", *save(rows, options.out, options.device))
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    ours = [row for row in main() if row["implementation"].startswith("em_kernels")]
+    sys.exit(any(row["failure"] for row in ours))

@@ -26,6 +26,8 @@ Results = dict[str, Tensor]
 # bfloat16 from hidden states, where logits are rounded, its gradients are off by 5e-2.
 LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 SECONDS, REPEATS, LEAST_REPEATS = 4.0, 9, 3
+# The GPU waits this long (2 ms) before it starts: launches are queued by then and not timed.
+HEAD_START_CYCLES = 4_000_000
 PEERS = ("eager", "TRL", "Liger", "torch.compile")
 
 
@@ -49,18 +51,35 @@ class Case(NamedTuple):
     bytes_moved: int  # the least that memory has to move
     flops: int = 0  # of the matrix products
     kept_bytes: int = 0  # gradients and their accumulators: not counted as extra memory
+    floor_bytes: int = 0  # what the floor moves, where it is a copy
 
 
 def measure(case: Case, repeats: int = REPEATS) -> list[dict]:
     """One row for the floor and for each contender; times are medians of interleaved rounds."""
-    errors = {name: error_of(case, run) for name, run in case.contenders.items()}
+    errors, failures = {}, {}
+    for name, run in case.contenders.items():
+        try:
+            errors[name] = error_of(case, run)
+        except Exception as reason:
+            failures[name] = what_failed(reason)
     limit = LIMIT[case.dtype]
-    right = {name: run for name, run in case.contenders.items() if errors[name] <= limit}
+    failures.update({name: "wrong" for name, error in errors.items() if not error <= limit})
+    right = {name: run for name, run in case.contenders.items() if name not in failures}
     floor_name, floor = case.floor
     floor()
     times, peaks = time_all({floor_name: floor, **right}, case.device, repeats)
-    rows = [row_of(case, floor_name, times, peaks, None)]
-    return rows + [row_of(case, name, times, peaks, errors[name]) for name in case.contenders]
+    return [
+        row_of(case, name, times, peaks, errors.get(name), failures.get(name))
+        for name in (floor_name, *case.contenders)
+    ]
+
+
+def what_failed(reason: Exception) -> str:
+    """One line for the table; memory a failed run still holds goes with its traceback."""
+    reason.__traceback__ = None
+    if isinstance(reason, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())}"[:120].replace("|", "/")
 
 
 def error_of(case: Case, run: Callable[[], Results]) -> float:
@@ -103,6 +122,7 @@ def time_once(run: Callable[[], object], device: str) -> float:
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     run()
     end.record()
@@ -134,9 +154,13 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def row_of(case: Case, name: str, times: dict, peaks: dict, error: float | None) -> dict:
+def row_of(
+    case: Case, name: str, times: dict, peaks: dict, error: float | None, failure: str | None
+) -> dict:
     seconds, floor = times.get(name), times[case.floor[0]]
-    peak = peaks.get(name)
+    peak, is_floor = peaks.get(name), name == case.floor[0]
+    moved = case.floor_bytes if is_floor and case.floor_bytes else case.bytes_moved
+    speed = seconds and moved / seconds
     return {
         "op": case.name,
         **case.sizes._asdict(),
@@ -146,14 +170,16 @@ def row_of(case: Case, name: str, times: dict, peaks: dict, error: float | None)
         "faster_than": {
             peer: times[peer] / seconds
             for peer in PEERS
-            if seconds and peer in times and name != case.floor[0]
+            if seconds and peer in times and not is_floor
         },
         "times_floor": seconds and seconds / floor,
-        "gigabytes_per_second": seconds and case.bytes_moved / seconds / 1e9,
+        "gigabytes_per_second": speed and speed / 1e9,
+        "of_copy_bandwidth": speed and case.floor_bytes and speed * floor / case.floor_bytes,
         "gigaflops": seconds and case.flops / seconds / 1e9,
         "peak_bytes": peak,
         "extra_bytes": None if peak is None else max(0, peak - case.kept_bytes),
         "error": error,
+        "failure": failure,
     }
 
 
@@ -163,6 +189,7 @@ HEADER = (
     *(f"x {peer}" for peer in PEERS),
     "/ floor",
     "GB/s",
+    "of copy",
     "GFLOP/s",
     "peak MB",
     "extra MB",
@@ -172,15 +199,16 @@ HEADER = (
 
 def cells(row: dict) -> list[str]:
     if row["seconds"] is None:
-        time_cells = ["wrong"] + ["-"] * (len(PEERS) + 3)
+        time_cells = [row["failure"]] + ["-"] * (len(PEERS) + 4)
     else:
         ratios = [row["faster_than"].get(peer) for peer in PEERS]
-        gflops = row["gigaflops"]
+        share, gflops = row["of_copy_bandwidth"], row["gigaflops"]
         time_cells = [
             f"{row['seconds'] * 1e3:.2f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             f"{row['times_floor']:.2f}",
             f"{row['gigabytes_per_second']:.1f}",
+            f"{share:.0%}" if share else "-",
             f"{gflops:.0f}" if gflops else "-",
         ]
     memory = [row["peak_bytes"], row["extra_bytes"]]
@@ -230,7 +258,8 @@ def device_name(device: str) -> str:
 LEGEND = """\
 "x peer" is the peer's time over this one's: above 1 is faster than the peer. "/ floor" is this
 time over that of the first line, which is a copy of the logits or the bare matrix products. GB/s
-and GFLOP/s count what the computation has to move and multiply, whatever an implementation does.
+and GFLOP/s count what the computation has to move and multiply, whatever an implementation does;
+"of copy" is that GB/s over the copy's, which reads and writes.
 "extra MB" is the peak less gradients and their float32 accumulators. "error" is
 ||out - truth|| / ||truth|| against float64, on a sample of rows; "wrong" is not timed.
 """

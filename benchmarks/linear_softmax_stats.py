@@ -17,9 +17,9 @@ def make_hidden(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, weight, target, upstream gradients; logits from nearly uniform to peaked."""
     torch.manual_seed(0)
-    spread = torch.linspace(0.5, 3, sizes.n)[:, None]
-    hidden = (spread * torch.randn(sizes.n, sizes.d)).to(dtype).to(device)
-    weight = (torch.randn(sizes.v, sizes.d) * sizes.d**-0.5).to(dtype).to(device)
+    spread = torch.linspace(0.5, 3, sizes.n, device=device)[:, None]
+    hidden = (spread * torch.randn(sizes.n, sizes.d, device=device)).to(dtype)
+    weight = (torch.randn(sizes.v, sizes.d, device=device) * sizes.d**-0.5).to(dtype)
     target = torch.randint(0, sizes.v, (sizes.n,), device=device)
     return hidden, weight, target, torch.randn(2, sizes.n, device=device)
 
@@ -67,6 +67,20 @@ def forward_backward(
     return run
 
 
+def backward(function: Function, hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor):
+    """The gradients alone, each time from the same forward pass."""
+    leaves, results = [x.detach().requires_grad_() for x in (hidden, weight)], []
+
+    def run():
+        if not results:
+            results.extend(function(*leaves, target))
+        given = [g.to(result.dtype) for g, result in zip(upstream, results, strict=True)]
+        grads = torch.autograd.grad(results, leaves, given, retain_graph=True)
+        return dict(zip(("grad_hidden", "grad_weight"), grads))
+
+    return run
+
+
 def gradient_bytes(hidden: Tensor, weight: Tensor) -> int:
     """Both gradients and, for 16-bit weights, the float32 accumulator of the weight's."""
     size = hidden.element_size()
@@ -98,6 +112,19 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         },
         floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth=truth,
+        bytes_moved=3 * read,
+        flops=3 * product,
+        kept_bytes=gradient_bytes(hidden, weight),
+        **common,
+    )
+    yield Case(
+        name="linear_softmax_stats backward",
+        contenders={
+            name: backward(functions[name], hidden, weight, target, upstream)
+            for name in ("em_kernels", "eager")
+        },
+        floor=("three bare matrix products", products(hidden, weight, backward=True)),
+        truth={name: truth[name] for name in ("grad_hidden", "grad_weight")},
         bytes_moved=3 * read,
         flops=3 * product,
         kept_bytes=gradient_bytes(hidden, weight),

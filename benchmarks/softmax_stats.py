@@ -15,9 +15,9 @@ from em_kernels import softmax_stats
 def make_logits(sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """Rows from nearly uniform to nearly certain, as the tokens of a language model are."""
     torch.manual_seed(0)
-    spread = torch.linspace(1, 6, sizes.n)[:, None]
-    logits = (spread * torch.randn(sizes.n, sizes.v)).to(dtype).to(device)
-    return logits, torch.randint(0, sizes.v, (sizes.n,), device=device)
+    logits = torch.randn(sizes.n, sizes.v, device=device)
+    logits *= torch.linspace(1, 6, sizes.n, device=device)[:, None]
+    return logits.to(dtype), torch.randint(0, sizes.v, (sizes.n,), device=device)
 
 
 def ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,19 @@ def forward_backward(function: Function, logits: Tensor, target: Tensor, upstrea
     return run
 
 
+def backward(function: Function, logits: Tensor, target: Tensor, upstream: Tensor):
+    """The gradient alone, each time from the same forward pass."""
+    leaf, results = logits.detach().requires_grad_(), []
+
+    def run():
+        if not results:
+            results.extend(function(leaf, target))
+        given = [g.to(result.dtype) for g, result in zip(upstream, results, strict=True)]
+        return {"grad": torch.autograd.grad(results, leaf, given, retain_graph=True)[0]}
+
+    return run
+
+
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     sizes = sizes._replace(d=0)
     logits, target = make_logits(sizes, dtype, device)
@@ -57,6 +70,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     copy, size = torch.empty_like(logits), logits.numel() * logits.element_size()
     common = dict(sizes=sizes, dtype=dtype, device=device, left_out=left_out)
     common["floor"] = ("copy of the logits", lambda: copy.copy_(logits))
+    common["floor_bytes"] = 2 * size
     yield Case(
         name="softmax_stats forward",
         contenders={name: forward(f, logits, target) for name, f in functions.items()},
@@ -73,6 +87,17 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         },
         truth={**truth, "grad": (rows, grad)},
         bytes_moved=3 * size,
+        kept_bytes=size,
+        **common,
+    )
+    yield Case(
+        name="softmax_stats backward",
+        contenders={
+            name: backward(functions[name], logits, target, upstream)
+            for name in ("em_kernels", "eager")
+        },
+        truth={"grad": (rows, grad)},
+        bytes_moved=2 * size,
         kept_bytes=size,
         **common,
     )

@@ -66,6 +66,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
             **{name: step(f, logits, target) for name, f in functions.items()},
         },
         floor=("copy of the logits", lambda: copy.copy_(logits)),
+        floor_bytes=2 * size,
         truth={"loss": (rows, torch.cat(entropies).mean()), "grad": (rows, grad)},
         bytes_moved=2 * size,
         kept_bytes=size,

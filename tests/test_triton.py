@@ -106,6 +106,7 @@ def upstream(logits, logprob=True, entropy=True, lse=True) -> Upstream:
 
 def assert_close(got, want, tolerance, what=""):
     """|got - want| <= tolerance * (1 + |want|), with NaN and infinities equal."""
+    want = want.to(got.device)
     finite = want.isfinite()
     torch.testing.assert_close(got.double()[~finite], want[~finite], equal_nan=True, rtol=0, atol=0)
     error = ((got.double() - want).abs() / (1 + want.abs()))[finite]

@@ -1,0 +1,236 @@
+"""Everything that needs a GPU in one command: build, tests, benchmarks, and one report of them all.
+
+    make gpu                    or: python -m benchmarks.gpu --out gpu-output
+    python -m benchmarks.gpu --only environment build
+
+Nothing is downloaded and nothing installed. Each stage is a process of its own with a time limit
+and a log; the report is written anew after every stage, so that what was found is kept whatever
+happens later. The exit code is 0 if every stage did what it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import gpu_report
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 525.0  # for all stages together; with starting and reporting, under nine minutes
+LEAST_SECONDS = 5.0  # with less time left than this a stage is not begun
+LOG_BYTES = 4 << 20  # of a stage's log are kept
+BIG_MEMORY = 64 << 30  # a GPU with as much also runs the tests of more than 2^31 logits
+# Tests of the trainer, not of a kernel: left out where a package or its version is missing.
+NEEDED = {
+    ("matplotlib", 3): ("test_demo.py",),
+    ("transformers", 5): (
+        *("test_cli.py", "test_demo.py", "test_evaluator.py"),
+        *("test_tiny_math.py", "test_trainer*.py"),
+    ),
+}
+
+
+class Stage(NamedTuple):
+    """One command, and how what it prints becomes a result."""
+
+    name: str
+    seconds: float  # its time limit, shortened where less is left of the whole
+    command: list[str]
+    log: str  # file in the output folder; stages that share one append to it
+    read: Callable[[str], dict] = lambda text: {}  # a "problem" in the result is a failure
+    needs_gpu: bool = True
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def left_out_tests() -> dict[str, str]:
+    """Test file -> the package it needs and this machine lacks."""
+    reasons = {}
+    for (package, least), files in NEEDED.items():
+        found = gpu_report.version_of(package)
+        if found is None or int(found.split(".")[0]) < least:
+            reasons.update(dict.fromkeys(files, f"needs {package} {least}, found {found}"))
+    return reasons
+
+
+def read_tests(text: str) -> dict:
+    return {**gpu_report.read_tests(text), "left_out": left_out_tests()}
+
+
+def pytest_command() -> list[str]:
+    command = python("-m", "pytest", "-vv", "-rfEs", "--tb=short", "-p", "no:cacheprovider")
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "180"]
+    command += [f"--ignore-glob=tests/{name}" for name in left_out_tests()]
+    return [*command, "tests"]
+
+
+def bench(name: str, seconds: float, *arguments: str) -> Stage:
+    command = python("-m", "benchmarks", *arguments, "--device", "cuda", "--rows")
+    return Stage(name, seconds, command, "benchmarks.log", gpu_report.read_rows)
+
+
+LOGITS = ("softmax_stats", "token_loss", "--n", "8192", "--v", "151936")
+HIDDEN = ("linear_entropy_loss", "linear_softmax_stats", "--n", "8192", "--dtype", "bfloat16")
+MEMORY = ("linear_entropy_loss", "--n", "32768", "--dtype", "bfloat16", "--only", "em_kernels")
+SHAPE_A = ("--d", "4096", "--v", "131072")  # Liger's published one
+SHAPE_B = ("--d", "3584", "--v", "152064")  # the head of Qwen2.5-7B
+EAGER_PEERS = ("--only", "em_kernels", "eager", "TRL", "Liger", "verl")  # nothing to compile
+
+REPORT = python("-m", "benchmarks.gpu_report")
+BUILD = python("setup.py", "build_ext", "--inplace")
+STAGES = (
+    Stage("environment", 40, REPORT, "environment.log", gpu_report.read_environment, False),
+    Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
+    Stage("tests", 240, pytest_command(), "tests.log", read_tests),
+    bench("logits-bfloat16", 90, *LOGITS, "--dtype", "bfloat16"),
+    bench("hidden-4096", 90, *HIDDEN, *SHAPE_A),
+    bench("memory-32768", 40, *MEMORY, *SHAPE_A),
+    bench("hidden-3584", 60, *HIDDEN, *SHAPE_B, *EAGER_PEERS),
+    bench("logits-float32", 60, *LOGITS, "--dtype", "float32", *EAGER_PEERS),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    chosen = [stage for stage in STAGES if stage.name in (options.only or names())]
+    results = run_all(chosen, options.out, options.seconds)
+    paths = gpu_report.save(results, options.out)
+    print("saved", *paths)
+    return 0 if all(result["status"] == "passed" for result in results) else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("gpu-output"), help="folder of the report")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", choices=names(), help=str(names()))
+    return parser.parse_args(arguments)
+
+
+def names() -> list[str]:
+    return [stage.name for stage in STAGES]
+
+
+def run_all(stages: list[Stage], folder: Path, seconds: float) -> list[dict]:
+    """One result per stage, each {stage, status, seconds, note, **what `read` found}."""
+    end = time.monotonic() + seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in {stage.log for stage in stages}:
+        (folder / log).unlink(missing_ok=True)
+    results: list[dict] = []
+    for stage in stages:
+        left = end - time.monotonic()
+        reason = why_skipped(stage, left)
+        result = skipped(reason) if reason else run(stage, folder / stage.log, left)
+        results.append({"stage": stage.name, **result})
+        print(gpu_report.stage_line(results[-1]), flush=True)
+        gpu_report.save(results, folder)
+    return results
+
+
+def why_skipped(stage: Stage, left: float) -> str | None:
+    if left < LEAST_SECONDS:
+        return "no time was left"
+    if stage.needs_gpu and not gpu_memory():
+        return "no GPU is visible"
+    return None
+
+
+def skipped(reason: str) -> dict:
+    return {"status": "skipped", "seconds": 0.0, "note": reason}
+
+
+def run(stage: Stage, log: Path, left: float) -> dict:
+    """Run one stage for as long as it may, and read what it printed, even if it was stopped."""
+    limit, start = min(stage.seconds, left), time.monotonic()
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as output:
+        code = wait(stage.command, output, limit)
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    shorten(log)
+    notes = [f"had {limit:.0f} of its {stage.seconds:.0f} s"] if limit < stage.seconds else []
+    if code is None:
+        notes.insert(0, f"stopped after {limit:.0f} s")
+    elif code:
+        notes.insert(0, f"exit code {code}")
+    found = understand(stage, text)
+    notes += [found["problem"]] if "problem" in found else []
+    status = "failed" if code != 0 or "problem" in found else "passed"
+    seconds = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": seconds, "note": "; ".join(notes), **found}
+
+
+def understand(stage: Stage, text: str) -> dict:
+    try:
+        return stage.read(text)
+    except Exception as reason:  # a log cut short anywhere must not cost the other stages
+        return {"problem": f"its log cannot be read: {type(reason).__name__}: {reason}"}
+
+
+def wait(command: list[str], output, limit: float) -> int | None:
+    """The exit code, or None where the command and all it started had to be stopped."""
+    if shutil.which(command[0]) is None:
+        output.write(f"{command[0]}: not found\n".encode())
+        return 127
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Of the stages: this repository first, GPU kernels on the GPU, no backend left out."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    variables.update(PYTHONPATH=os.pathsep.join(path), PYTHONUNBUFFERED="1", CI="true")
+    if gpu_memory() >= BIG_MEMORY:
+        variables["EM_KERNELS_BIG_TESTS"] = "1"
+    return variables
+
+
+def gpu_memory() -> int:
+    """Bytes on the first GPU; 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def shorten(log: Path) -> None:
+    """Keep the end of a log, where the summary and the error are."""
+    content = log.read_bytes()
+    if len(content) > LOG_BYTES:
+        log.write_bytes(b"[the beginning is left out]\n" + content[-LOG_BYTES:])
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stage is not left behind
+    sys.exit(main())

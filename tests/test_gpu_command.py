@@ -1,0 +1,297 @@
+"""The one GPU command, with stages made up for the test; none of it needs a GPU."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_report
+from benchmarks.__main__ import main as bench
+from benchmarks.common import Case, Sizes, measure, table
+from benchmarks.gpu import Stage
+from benchmarks.gpu_report import markdown, measured, read_build, read_rows, read_tests
+
+
+def stage(name, code="print('done')", seconds=20.0, **options):
+    options = {"log": f"{name}.log", "needs_gpu": False, **options}
+    return Stage(name, seconds, [sys.executable, "-c", code], **options)
+
+
+def row(**changes):
+    base = dict(op="softmax_stats forward", n=8, v=50, d=0, dtype="bfloat16", seconds=0.01)
+    base |= dict(implementation="em_kernels", faster_than={}, times_floor=1.1, error=1e-3)
+    base |= dict(gigabytes_per_second=900.0, of_copy_bandwidth=0.93, gigaflops=0.0)
+    base |= dict(peak_bytes=10, extra_bytes=1 << 30, failure=None)
+    return {**base, **changes}
+
+
+def saved(folder):
+    (path,) = folder.glob("gpu-*.json")
+    return json.loads(path.read_text())["stages"]
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Replace the stages of the command."""
+    return lambda *made: monkeypatch.setattr(gpu, "STAGES", made)
+
+
+def test_a_failing_stage_keeps_what_is_before_and_after_it(stages, tmp_path, capsys):
+    lines = [json.dumps(row()), json.dumps(row(implementation="eager", seconds=0.05))]
+    stages(
+        stage("first", f"print({chr(10).join(lines)!r})", read=read_rows),
+        stage("second", "import sys; print('the reason'); sys.exit(3)"),
+        stage("third", "import os; os.abort()"),
+        stage("fourth"),
+    )
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    results = {result["stage"]: result for result in saved(tmp_path)}
+    statuses = [result["status"] for result in results.values()]
+    assert statuses == ["passed", "failed", "failed", "passed"]
+    assert results["first"]["rows"] == [row(), row(implementation="eager", seconds=0.05)]
+    assert results["second"]["note"] == "exit code 3" and results["third"]["note"]
+    assert "the reason" in (tmp_path / "second.log").read_text()
+    markdown = next(tmp_path.glob("*.md")).read_text()
+    assert "| second | failed | 0 s | exit code 3 |" in markdown
+    assert "| em_kernels | 10.00 |" in markdown and "| eager | 50.00 |" in markdown
+    assert "second | failed" in capsys.readouterr().out
+
+
+def test_all_stages_passed_is_exit_code_0(stages, tmp_path):
+    stages(stage("one"), stage("two"))
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    assert gpu.main(["--out", str(tmp_path), "--only", "two"]) == 0
+    assert [result["stage"] for result in saved(tmp_path)] == ["two"]
+
+
+def test_the_deadline_stops_and_skips_and_says_so(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+    slow = "import time; print('began', flush=True); time.sleep(60)"
+    stages(stage("quick"), stage("endless", slow, seconds=600), stage("late"))
+    start = time.monotonic()
+    assert gpu.main(["--out", str(tmp_path), "--seconds", "2.5"]) == 1
+    assert time.monotonic() - start < 20
+    quick, endless, late = saved(tmp_path)
+    assert quick["status"] == "passed"
+    assert endless["status"] == "failed"
+    assert endless["note"].startswith("stopped after 2 s; had 2 of its 600 s")
+    assert "began" in (tmp_path / "endless.log").read_text()
+    assert (late["status"], late["note"]) == ("skipped", "no time was left")
+
+
+def test_a_stage_is_stopped_at_its_own_limit_with_all_it_started(stages, tmp_path):
+    file = tmp_path / "written"
+    child = f"import time; time.sleep(3); open({str(file)!r}, 'w')"
+    parent = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"print({json.dumps(row())!r}, flush=True)\ntime.sleep(60)"
+    )
+    stages(stage("bench", parent, seconds=1.5, read=read_rows), stage("next"))
+    gpu.main(["--out", str(tmp_path)])
+    stopped, after = saved(tmp_path)
+    assert stopped["status"] == "failed" and stopped["rows"] == [row()]
+    assert after["status"] == "passed"
+    time.sleep(3)
+    assert not file.exists()
+
+
+def test_the_report_is_written_after_every_stage(tmp_path):
+    seen = []
+    look = stage(
+        "look",
+        f"import os; print(os.listdir({str(tmp_path)!r}))",
+        read=lambda text: seen.append(text) or {},
+    )
+    gpu.run_all([stage("before"), look], tmp_path, 60)
+    (text,) = seen
+    assert "gpu-none-" in text and ".json" in text and ".md" in text
+
+
+def test_stages_that_share_a_log_read_their_own_part(tmp_path):
+    texts = []
+    made = [
+        stage(
+            name, f"print({name!r})", log="shared.log", read=lambda text: texts.append(text) or {}
+        )
+        for name in ("one", "two")
+    ]
+    gpu.run_all(made, tmp_path, 60)
+    assert [text.strip() for text in texts] == ["one", "two"]
+    assert (tmp_path / "shared.log").read_text().split() == ["one", "two"]
+
+
+def test_a_log_that_cannot_be_read_fails_its_stage_only(tmp_path):
+    broken = stage("broken", "print('no json')", read=gpu_report.read_environment)
+    first, second = gpu.run_all([broken, stage("next")], tmp_path, 60)
+    assert first["status"] == "failed" and "its log cannot be read" in first["note"]
+    assert second["status"] == "passed"
+
+
+def test_a_program_that_is_not_installed_fails_its_stage_only(tmp_path):
+    missing = stage("sanitizer")._replace(command=["no-such-sanitizer", "python"])
+    first, second = gpu.run_all([missing, stage("next")], tmp_path, 60)
+    assert (first["status"], first["note"]) == ("failed", "exit code 127")
+    assert (tmp_path / "sanitizer.log").read_text() == "no-such-sanitizer: not found\n"
+    assert second["status"] == "passed"
+
+
+def test_a_long_log_keeps_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOG_BYTES", 1000)
+    gpu.run_all([stage("long", "print('x' * 5000); print('the end')")], tmp_path, 60)
+    log = (tmp_path / "long.log").read_text()
+    assert len(log) < 1100 and log.rstrip().endswith("the end")
+
+
+def test_without_a_gpu_its_stages_are_skipped(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_memory", lambda: 0)
+    stages(stage("build"), stage("measure", needs_gpu=True))
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert [result["note"] for result in saved(tmp_path)] == ["", "no GPU is visible"]
+
+
+def test_stages_see_a_gpu_and_this_repository(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    variables = gpu.environment()
+    assert "TRITON_INTERPRET" not in variables
+    assert variables["PYTHONPATH"].split(":") == [str(gpu.ROOT), "/elsewhere"]
+
+
+def test_tests_of_what_is_not_installed_are_left_out_and_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_report, "version_of", {"transformers": "4.57.1"}.get)
+    command = gpu.pytest_command()
+    assert "--ignore-glob=tests/test_trainer*.py" in command and command[-1] == "tests"
+    found = gpu.read_tests(LOG)
+    assert found["left_out"]["test_cli.py"] == "needs transformers 5, found 4.57.1"
+    result = {"stage": "tests", "status": "passed", "seconds": 1.0, "note": "", **found}
+    assert "- test_cli.py is left out: needs transformers 5" in markdown([result], "2026-01-01")
+    monkeypatch.setattr(gpu_report, "version_of", lambda package: "9.1")
+    assert gpu.left_out_tests() == {}
+
+
+def test_at_most_eight_small_files():
+    logs = {made.log for made in gpu.STAGES}
+    assert len(logs) + len((".json", ".md")) <= 8
+    assert sum(made.seconds for made in gpu.STAGES[:3]) < gpu.SECONDS < 540
+    assert len(set(gpu.names())) == len(gpu.STAGES)
+
+
+# Reading logs
+
+LOG = """\
+[gw1] [  3%] PASSED tests/test_a.py::test_one[float32-a b]
+[gw0] [  3%] FAILED tests/test_a.py::test_two
+tests/test_a.py::test_three
+[gw0] [ 10%] SKIPPED tests/test_b.py::test_four
+[gw0] [ 10%] PASSED tests/test_b.py::test_five
+=== short test summary info ===
+SKIPPED [1] tests/test_b.py:7: needs trl
+FAILED tests/test_a.py::test_two - AssertionError: 3 PASSED
+"""
+
+
+def test_tests_are_counted_even_if_pytest_was_stopped():
+    found = read_tests(LOG)
+    assert found["counts"] == {"FAILED": 1, "PASSED": 2, "SKIPPED": 1}
+    assert found["failures"] == ["FAILED tests/test_a.py::test_two - AssertionError: 3 PASSED"]
+    assert found["skipped_because"] == ["SKIPPED [1] tests/test_b.py:7: needs trl"]
+    assert read_tests(LOG[:150])["counts"] == {"FAILED": 1, "PASSED": 1}
+    alone = "tests/test_a.py::test_one PASSED   [ 50%]\ntests/test_a.py::test_two FAILED [100%]\n"
+    assert read_tests(alone)["counts"] == {"FAILED": 1, "PASSED": 1}
+    assert read_tests("ModuleNotFoundError: No module named 'pytest'")["problem"]
+
+
+def test_a_real_pytest_log_is_understood(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    tests = "def test_good(): pass\n\ndef test_bad(): assert 0\n"
+    (tmp_path / "tests/test_small.py").write_text(tests)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as in this repository
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
+    made = stage("tests", read=read_tests)._replace(command=gpu.pytest_command())
+    (result,) = gpu.run_all([made], tmp_path / "out", 60)
+    assert result["note"] == "exit code 1"
+    assert result["counts"] == {"FAILED": 1, "PASSED": 1}
+    assert result["failures"][0].startswith("FAILED tests/test_small.py::test_bad")
+
+
+def test_a_build_without_the_compiled_part_is_a_problem():
+    assert read_build("building 'em_kernels._C' extension\n") == {}
+    warning = "em_kernels: WARNING: installing without the compiled CPU kernels: no compiler"
+    assert read_build(f"running build_ext\n{warning}\n")["problem"].endswith("no compiler")
+
+
+def test_rows_are_read_up_to_where_the_stage_was_stopped():
+    text = f"| a | table |\n{json.dumps(row())}\n{json.dumps(row(n=9))[:-20]}"
+    assert read_rows(text)["rows"] == [row()]
+    text = f"{json.dumps(row())}\nverl is left out: No module named 'verl'\n"
+    assert read_rows(text)["left_out"] == {"verl": "No module named 'verl'"}
+    assert read_rows("Traceback")["problem"] == "nothing was measured"
+
+
+# Benchmarks that fail on a GPU
+
+
+def test_what_runs_out_of_memory_or_fails_gets_a_row_and_the_rest_is_timed():
+    x = torch.randn(4, 50)
+
+    def too_big():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def broken():
+        raise NotImplementedError("not | on\nthis GPU")
+
+    right = {"sum": x.sum(-1)}
+    case = Case(
+        name="sum",
+        sizes=Sizes(4, 50, 0),
+        dtype=torch.float32,
+        device="cpu",
+        contenders={"TRL": too_big, "Liger": broken, "eager": lambda: right},
+        floor=("copy", x.clone),
+        truth={"sum": (torch.arange(4), x.double().sum(-1))},
+        left_out={},
+        bytes_moved=x.numel() * 4,
+    )
+    rows = measure(case, repeats=3)
+    by_name = {found["implementation"]: found for found in rows}
+    assert by_name["TRL"]["failure"] == "out of memory"
+    assert by_name["Liger"]["failure"] == "NotImplementedError: not / on this GPU"
+    assert by_name["eager"]["seconds"] > 0 and by_name["eager"]["failure"] is None
+    assert "| TRL | out of memory |" in table(rows)
+
+
+def test_implementations_are_picked_by_name():
+    arguments = ["token_loss", "--quick", "--n", "4", "--v", "50", "--dtype", "float32"]
+    names = {found["implementation"] for found in bench([*arguments, "--only", "em_kernels"])}
+    assert names == {"copy of the logits", "em_kernels", "em_kernels inplace, with a copy"}
+
+
+# Goals
+
+
+def test_goals_are_measured_on_their_own_rows():
+    rows = [row(), row(implementation="TRL", seconds=0.02), row(implementation="eager", seconds=9)]
+    assert measured(rows[0], gpu_report.COPY, rows) == 0.93
+    assert measured(rows[0], gpu_report.PEERS, rows) == 2.0
+    assert measured(rows[0], gpu_report.PEERS, [*rows[:1], row(n=9, implementation="TRL")]) is None
+    assert measured(rows[0], gpu_report.MEMORY, rows) is None
+    assert measured(row(n=32768), gpu_report.MEMORY, rows) == 1.0
+    assert measured(row(seconds=None), gpu_report.COPY, rows) is None
+    goals = gpu_report.goals_table(rows)
+    assert "| softmax_stats forward: >= 0.9 of copy bandwidth | 0.930 |" in goals
+    assert goals.count("| yes |") == 1 and "| no |" in gpu_report.goals_table(
+        [row(of_copy_bandwidth=0.4)]
+    )
+
+
+def test_the_environment_stage_reports_this_machine(tmp_path):
+    """The stage itself; it fails where there is no GPU, and tells of the machine all the same."""
+    (made,) = (s for s in gpu.STAGES if s.name == "environment")
+    (result,) = gpu.run_all([made], tmp_path, 60)
+    assert result["machine"]["packages"]["torch"]
+    assert result["machine"]["python"] in markdown([result], "2026-01-01")
+    assert (result["status"] == "passed") == ("gpu" in result["machine"]), result["note"]
