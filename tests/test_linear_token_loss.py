@@ -160,7 +160,7 @@ def test_linear_takes_under_200_mb_however_many_tokens(impl, dtype):
     peak = peak_memory(step, "cpu")
     if peak is None:
         pytest.skip("no resettable peak in /proc/self/status here")
-    assert peak < 200e6
+    assert 100e6 < peak < 200e6, "a chunk of logits is 160 MB: less was not measured"
 
 
 @FAST_IMPL
