@@ -20,7 +20,7 @@ DEFAULT_OUTPUTS = ("logprob", "entropy")
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
-    _check_tensor(name, logits)
+    check_tensor(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -37,12 +37,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
-    _check_device("weight", weight, hidden)
+    check_device("weight", weight, hidden)
     if bias is not None:
         check_logits(bias, "bias")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
-        _check_device("bias", bias, hidden)
+        check_device("bias", bias, hidden)
 
 
 def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
@@ -131,13 +131,40 @@ def row_mask(
 
 def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
     """`rows` is a tensor of the leading shape of `x`, on its device."""
-    _check_tensor(name, rows)
+    check_tensor(name, rows)
     if rows.shape != x.shape[:-1]:
         raise ValueError(
             f"{name} must have the leading shape {tuple(x.shape[:-1])}, "
             f"got shape {tuple(rows.shape)}"
         )
-    _check_device(name, rows, x)
+    check_device(name, rows, x)
+
+
+def count_mask(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
+    check_tensor(name, mask)
+    check_shape(name, mask, like)
+    return mask != 0
+
+
+def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if like is not None:
+        check_shape(name, value, like)
+
+
+def check_shape(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(value.shape)}"
+        )
+    check_device(name, value, like)
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
@@ -176,11 +203,6 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_tensor(name: str, value) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _check_device(name: str, value: Tensor, x: Tensor) -> None:
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
     if value.device != x.device:
         raise ValueError(f"{name} must be on {x.device}, got {value.device}")

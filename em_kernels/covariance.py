@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_floating, check_number, count_mask
 from em_kernels._spec import accumulate_dtype
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 
@@ -40,8 +40,8 @@ def token_covariance(
     Models" (2025), arXiv:2505.22617, the token-wise centred cross-product of
     Clip-Cov and KL-Cov.
     """
-    _check_floating("logprob", logprob)
-    _check_floating("advantage", advantage, like=logprob)
+    check_floating("logprob", logprob)
+    check_floating("advantage", advantage, logprob)
     counted, dtype = _counted(mask, logprob), logprob.dtype
     logprob, advantage = (
         torch.where(counted, x.detach().to(torch.float64), 0) for x in (logprob, advantage)
@@ -116,7 +116,7 @@ def clip_cov_mask(
 
     Source: Cui et al. (2025), arXiv:2505.22617, Clip-Cov.
     """
-    _check_floating("cov", cov)
+    check_floating("cov", cov)
     eligible = _counted(mask, cov) & (cov > lower) & (cov < upper)
     if exclude is not None:
         eligible &= ~_counted(exclude, cov, "exclude")
@@ -140,7 +140,7 @@ def kl_cov_mask(
 
     Source: Cui et al. (2025), arXiv:2505.22617, KL-Cov.
     """
-    _check_floating("cov", cov)
+    check_floating("cov", cov)
     batch = _Batch(cov, mask, group)
     eligible = batch.join(_counted(mask, cov) & ~cov.isnan())
     return batch.own(_first(-batch.join(cov), eligible, batch.take(ratio)))
@@ -156,7 +156,7 @@ def high_entropy_mask(
     Source: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
     Reinforcement Learning for LLM Reasoning" (2025), arXiv:2506.01939.
     """
-    _check_floating("entropy", entropy)
+    check_floating("entropy", entropy)
     _check_ratio(ratio)
     counted = _counted(mask, entropy) & ~entropy.isnan()
     batch = _Batch(entropy, mask, group)
@@ -216,27 +216,7 @@ def _first(key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
 def _counted(mask: Tensor | None, like: Tensor, name: str = "mask") -> Tensor:
     if mask is None:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
-    if mask.shape != like.shape:
-        raise ValueError(
-            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(mask.shape)}"
-        )
-    if mask.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {mask.device}")
-    return mask != 0
-
-
-def _check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if like is not None and value.shape != like.shape:
-        raise ValueError(
-            f"{name} must have the shape of logprob, {tuple(like.shape)}, "
-            f"got shape {tuple(value.shape)}"
-        )
+    return count_mask(mask, like, name)
 
 
 def _check_ratio(ratio: float) -> None:

@@ -142,7 +142,11 @@ def test_high_entropy_mask_is_the_quantile():
     ("call", "error", "message"),
     [
         (lambda x: token_covariance([1.0], x), TypeError, "logprob must be a tensor, got list"),
-        (lambda x: token_covariance(x, x[:2]), ValueError, "advantage must have the shape"),
+        (
+            lambda x: token_covariance(x, x[:2]),
+            ValueError,
+            r"advantage must have shape",
+        ),
         (lambda x: token_covariance(x, x, x[:2]), ValueError, r"mask must have shape \(4,\)"),
         (lambda x: token_covariance(x, x, x.to("meta")), ValueError, "mask must be on cpu"),
         (lambda x: kl_cov_mask(x, ratio=20), ValueError, r"ratio must be in \(0, 1\].*got 20"),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_kernels._checks import check_floating, check_shape, check_tensor, count_mask
 from em_kernels._spec import accumulate_dtype
 
 MAX_LOG_RATIO = 20.0
@@ -70,34 +71,6 @@ def policy_kl(tokens: PolicyTokens) -> Tensor:
     """Mean of rho - 1 - log rho: KL(old || current) estimated on the old policy's tokens, >= 0."""
     change = log_ratio(tokens).detach()
     return masked_mean(torch.expm1(change) - change, tokens.counted)
-
-
-def count_mask(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
-    check_tensor(name, mask)
-    check_shape(name, mask, like)
-    return mask != 0
-
-
-def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if like is not None:
-        check_shape(name, value, like)
-
-
-def check_shape(name: str, value: Tensor, like: Tensor) -> None:
-    if value.shape != like.shape:
-        raise ValueError(
-            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(value.shape)}"
-        )
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
-
-
-def check_tensor(name: str, value) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 class Groups:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_floating, check_number
 from em_kernels._spec import accumulate_dtype
-from em_kernels.objectives._inputs import Groups, check_floating
+from em_kernels.objectives._inputs import Groups
 
 
 def group_advantage(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels._checks import count_mask
 from em_kernels.covariance import clip_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
     PolicyLoss,
-    count_mask,
     log_ratio,
     masked_mean,
     policy_kl,

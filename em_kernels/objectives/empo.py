@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number
-from em_kernels.objectives._inputs import Groups, check_tensor
+from em_kernels._checks import check_number, check_tensor
+from em_kernels.objectives._inputs import Groups
 
 NO_ANSWER = -1
 """The cluster of a response without a final answer: it agrees with nothing, itself included."""

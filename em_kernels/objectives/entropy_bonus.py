@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from em_kernels._checks import check_number
-from em_kernels.objectives._inputs import check_floating, count_mask, masked
+from em_kernels._checks import check_floating, check_number, count_mask
+from em_kernels.objectives._inputs import masked
 
 
 def entropy_bonus(loss: Tensor, entropy: Tensor, mask: Tensor, *, coef: float) -> Tensor:

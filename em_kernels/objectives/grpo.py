@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_floating, check_number
 from em_kernels.objectives._inputs import (
     PolicyLoss,
-    check_floating,
     log_ratio,
     masked,
     masked_mean,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.objectives._inputs import PolicyLoss, count_mask, masked_mean
+from em_kernels._checks import count_mask
+from em_kernels.objectives._inputs import PolicyLoss, masked_mean
 from em_kernels.objectives.grpo import grpo_loss
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels._checks import check_floating
 from em_kernels._spec import accumulate_dtype
-from em_kernels.objectives._inputs import MAX_LOG_RATIO, check_floating
+from em_kernels.objectives._inputs import MAX_LOG_RATIO
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_number, count_mask
 from em_kernels.covariance import kl_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
     PolicyLoss,
-    count_mask,
     log_ratio,
     masked_mean,
     policy_kl,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_floating, check_number, check_shape, count_mask
 from em_kernels._spec import accumulate_dtype
-from em_kernels.objectives._inputs import check_floating, check_shape, count_mask, masked
+from em_kernels.objectives._inputs import masked
 from em_kernels.softmax_stats import softmax_stats
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number
-from em_kernels.objectives._inputs import Groups, check_floating, check_tensor, count_mask, masked
+from em_kernels._checks import check_floating, check_number, check_tensor, count_mask
+from em_kernels.objectives._inputs import Groups, masked
 from em_kernels.objectives.empo import NO_ANSWER, empo_reward
 from em_kernels.objectives.l_grpo import length_term
 
