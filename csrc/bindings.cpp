@@ -248,9 +248,11 @@ Tensor pack_pairs(const Tensor& x) {
   return packed;
 }
 
-// total[v, :] += sum_r g[r, v] x[r, :] for v in [first, last), through a transposed copy of g.
+// total[v, :] = (total[v, :] if add) + sum_r g[r, v] x[r, :] for v in [first, last), through a
+// transposed copy of g.
 void add_product_rows(
-    const Tensor& total, const Tensor& g, const at::BFloat16* packed, int64_t first, int64_t last) {
+    const Tensor& total, const Tensor& g, const at::BFloat16* packed, bool add, int64_t first,
+    int64_t last) {
   const int64_t rows = g.size(0), width = total.size(1), even = (rows + 1) / 2 * 2;
   const auto* from = g.const_data_ptr<at::BFloat16>();
   float* to = total.mutable_data_ptr<float>();
@@ -264,7 +266,7 @@ void add_product_rows(
     for (int64_t c = 0; c < width; c += kProductColumns) {
       const int64_t columns = std::min(kProductColumns, width - c);
       brgemm(
-          count, columns, even, even, columns, total.stride(0), true, transposed.data(),
+          count, columns, even, even, columns, total.stride(0), add, transposed.data(),
           packed + c * even, to + first * total.stride(0) + c);
     }
   }
@@ -274,9 +276,9 @@ void add_product_rows(
 bool has_brgemm() { return false; }
 #endif
 
-// total (V, D) float32 += g (rows, V)^T @ x (rows, D), both bfloat16, without rounding the product
-// to bfloat16. False, and nothing done, where that is not at hand.
-bool add_product(const Tensor& total, const Tensor& g, const Tensor& x) {
+// total (V, D) float32 = (total if add) + g (rows, V)^T @ x (rows, D), both bfloat16, without rounding
+// the product to bfloat16. False, and nothing done, where that is not at hand.
+bool add_product(const Tensor& total, const Tensor& g, const Tensor& x, bool add) {
   const bool bf16 = g.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16;
   if (!bf16 || total.scalar_type() != at::kFloat || !has_brgemm()) return false;
   TORCH_CHECK_VALUE(
@@ -289,7 +291,7 @@ bool add_product(const Tensor& total, const Tensor& g, const Tensor& x) {
   const int64_t vocab = g.size(1);
   at::parallel_for(0, at::divup(vocab, kProductRows), 8, [&](int64_t begin, int64_t end) {
     add_product_rows(
-        total, g, packed.const_data_ptr<at::BFloat16>(), begin * kProductRows,
+        total, g, packed.const_data_ptr<at::BFloat16>(), add, begin * kProductRows,
         std::min(end * kProductRows, vocab));
   });
 #endif

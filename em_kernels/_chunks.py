@@ -127,16 +127,21 @@ class _Gradients:
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
-        several = _count_rows(linear, spec) > linear.chunk_tokens
+        rows = _count_rows(linear, spec)
+        several = rows > linear.chunk_tokens
+        # The first chunk overwrites it: zeros would only cost the page faults.
+        make = torch.empty if rows else torch.zeros
         self.hidden = torch.zeros_like(hidden) if needs.hidden else hidden.new_empty(0)
-        self.weight = torch.zeros(
+        self.weight = make(
             weight.shape if needs.weight else 0,
             dtype=wide if several else weight.dtype,
             device=weight.device,
         )
+        self.weight[spec.valid_vocab :] = 0
         self.bias = torch.zeros(
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
         )
+        self.started = False
 
     def add(self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor) -> None:
         valid = self.spec.valid_vocab
@@ -144,7 +149,8 @@ class _Gradients:
         if self.needs.hidden:
             self.hidden[rows] = operand @ self.linear.weight[:valid]
         if self.needs.weight:
-            _accumulate(self.weight[:valid], operand, x, self.backend)
+            _accumulate(self.weight[:valid], operand, x, self.started, self.backend)
+            self.started = True
         if self.needs.bias:
             self.bias[:valid] += grad_logits.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
 
@@ -185,15 +191,21 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
-def _accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, backend: ModuleType) -> None:
-    """total += grad_logits.T @ x, where `total` may be wider than the operands."""
+def _accumulate(
+    total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend: ModuleType
+) -> None:
+    """total = (total if add) + grad_logits.T @ x; `total` may be wider than the operands."""
     if total.dtype == x.dtype:
-        total.addmm_(grad_logits.T, x)
+        if add:
+            total.addmm_(grad_logits.T, x)
+        else:
+            torch.mm(grad_logits.T, x, out=total)
         return
-    if hasattr(backend, "add_product") and backend.add_product(total, grad_logits, x):
+    if hasattr(backend, "add_product") and backend.add_product(total, grad_logits, x, add):
         return
     for part, columns in zip(total.split(8192), grad_logits.split(8192, dim=1)):
-        part += columns.T @ x
+        product = columns.T @ x
+        part.copy_(part + product if add else product)
 
 
 def _count_rows(linear: Linear, spec: RowSpec) -> int:

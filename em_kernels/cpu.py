@@ -48,12 +48,12 @@ def release_memory() -> None:
     _C.release_memory()
 
 
-def add_product(total: Tensor, grad_logits: Tensor, x: Tensor) -> bool:
-    """total += grad_logits.T @ x for a float32 total and bfloat16 operands, in float32 throughout.
+def add_product(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
+    """total = (total if add) + grad_logits.T @ x, in float32 throughout, for bfloat16 operands.
 
     Returns False, having done nothing, for other dtypes and where the processor cannot do it fast.
     """
-    return _C.add_product(total, grad_logits, x)
+    return _C.add_product(total, grad_logits, x, add)
 
 
 def build_info() -> dict[str, object]:

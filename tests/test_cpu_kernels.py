@@ -315,13 +315,16 @@ def test_levels_are_named_and_checked():
         cpu.set_isa("mmx")
 
 
+@pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("rows, width, vocab", [(1, 5, 9), (7, 130, 200), (64, 128, 64)])
-def test_add_product_does_not_round_the_product(rows, width, vocab):
+def test_add_product_does_not_round_the_product(rows, width, vocab, add):
     g = make_logits((rows, vocab + 3), torch.bfloat16)[:, :vocab]
     x = make_logits((rows, width), torch.bfloat16, seed=1)
     total = make_logits((vocab, width), torch.float32, seed=2)
-    expected = total.double() + g.double().T @ x.double()
-    if not cpu.add_product(total, g, x):
+    expected = add * total.double() + g.double().T @ x.double()
+    if not add:
+        total.fill_(math.nan)
+    if not cpu.add_product(total, g, x, add):
         pytest.skip("no bfloat16 product into float32 on this processor")
     assert relative_error(total, expected) < 1e-6
 
