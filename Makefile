@@ -41,4 +41,4 @@ study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output em_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so

@@ -1,6 +1,6 @@
 """Time every operator against its peers on the same inputs, and say what was wrong instead.
 
-python -m benchmarks                          all operators, float32 and bfloat16
+python -m benchmarks      all operators, float32 and bfloat16; saved in benchmark-output/
 python -m benchmarks token_loss --n 64 --dtype bfloat16 --threads 2
 python -m benchmarks --quick --out /tmp/results
 """
@@ -36,7 +36,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's default if left out")
-    parser.add_argument("--out", help="folder for <device>-<date>.json and .md")
+    parser.add_argument(
+        "--out",
+        default="benchmark-output",
+        help="folder for <device>-<date>.json and .md (default %(default)s)",
+    )
     parser.add_argument("--only", nargs="+", help="implementations by name; all by default")
     parser.add_argument("--rows", action="store_true", help="print each row as a line of JSON too")
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
@@ -83,8 +87,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for operator in options.op or OPERATORS:
         for name in options.dtype:
             rows += measure_operator(operator, getattr(torch, name), options)
-    if options.out:
-        print("saved", *save(rows, options.out, options.device))
+    print("saved", *save(rows, options.out, options.device))
     return rows
 
 
