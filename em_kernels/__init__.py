@@ -1,6 +1,7 @@
 """Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
 
 from em_kernels._ops import backends
+from em_kernels._spec import TokenStats
 from em_kernels.covariance import (
     clip_cov_mask,
     high_entropy_mask,
@@ -9,7 +10,7 @@ from em_kernels.covariance import (
     token_covariance,
 )
 from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.softmax_stats import TokenStats, softmax_stats
+from em_kernels.softmax_stats import softmax_stats
 from em_kernels.token_loss import (
     EntropyLoss,
     LinearEntropyLoss,

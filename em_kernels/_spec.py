@@ -7,20 +7,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OUTPUTS = (
-    "logprob",
-    "entropy",
-    "lse",
-    "varentropy",
-    "collision",
-    "max_prob",
-    "is_top1",
-    "self_certainty",
-    "logit_mean",
-    "logit_var",
-    "logit_skew",
-    "entropy_slope",
-)
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, each of the leading shape, None where not asked for.
+
+    With p = softmax(z), l = log p, z as in `softmax_stats`, entropies in nats:
+
+    logprob: l_y.  entropy: H = -sum p l.  lse: log sum exp z.  varentropy: sum p l^2 - H^2.
+    collision: sum p^2.  max_prob: max p.  is_top1: y is the first argmax (bool).
+    self_certainty: KL(U || p) = lse - mean z - log n, U uniform over the n finite logits.
+    logit_mean, logit_var, logit_skew: population moments of the finite z.
+    entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per unit
+    of learning rate x advantage in a policy-gradient step on token y, taken in logit space.
+    """
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    varentropy: Tensor | None = None
+    collision: Tensor | None = None
+    max_prob: Tensor | None = None
+    is_top1: Tensor | None = None
+    self_certainty: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_var: Tensor | None = None
+    logit_skew: Tensor | None = None
+    entropy_slope: Tensor | None = None
+
+
+OUTPUTS = TokenStats._fields
 DIFFERENTIABLE = ("logprob", "entropy", "lse")
 NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope"})
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})

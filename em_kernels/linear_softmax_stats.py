@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import check_cut, check_linear, check_outputs, make_spec
-from em_kernels._spec import RowSpec
-from em_kernels.softmax_stats import TokenStats, pack_stats, split_rows, upstream_of
+from em_kernels._spec import RowSpec, TokenStats
+from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
 
 def linear_softmax_stats(

@@ -23,9 +23,9 @@ from em_kernels._checks import (
     row_mask,
 )
 from em_kernels._ops import empty_rows
-from em_kernels._spec import OUTPUTS, RowSpec, accumulate_dtype
+from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs
-from em_kernels.softmax_stats import TokenStats, pack_stats
+from em_kernels.softmax_stats import pack_stats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 _SPEC_LENGTH = len(RowSpec._fields)

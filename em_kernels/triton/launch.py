@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from em_kernels._spec import (
     NEEDS_LOGIT_MOMENTS,
     NEEDS_SECOND_ORDER,
+    OUTPUTS,
     RowSpec,
     Saved,
     Upstream,
@@ -74,24 +76,9 @@ class Rows(NamedTuple):
     temperature: Tensor | None
 
 
-class Outs(NamedTuple):
-    """Where the results go, None where not asked for: Saved and then OUTPUTS."""
-
-    max: Tensor | None = None
-    log1p_r: Tensor | None = None
-    mean_d: Tensor | None = None
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    lse: Tensor | None = None
-    varentropy: Tensor | None = None
-    collision: Tensor | None = None
-    max_prob: Tensor | None = None
-    is_top1: Tensor | None = None
-    self_certainty: Tensor | None = None
-    logit_mean: Tensor | None = None
-    logit_var: Tensor | None = None
-    logit_skew: Tensor | None = None
-    entropy_slope: Tensor | None = None
+_NAMES = (*Saved._fields, *OUTPUTS)
+Outs = namedtuple("Outs", _NAMES, defaults=[None] * len(_NAMES))
+"""Where the results go, None where not asked for: Saved and then OUTPUTS."""
 
 
 class How(NamedTuple):
