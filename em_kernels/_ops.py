@@ -180,6 +180,17 @@ def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return [*rows, *_shape_grads(results[-3:], needs, hidden)]
 
 
+def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
+    """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to the kernel."""
+    if x.device.type == "cpu" and impl != "triton":
+        if factor.item() != 1:
+            x.mul_(factor)
+    elif impl != "reference" and why_not("triton", x.device) is None:
+        importlib.import_module("em_kernels.triton").scale_(x, factor)
+    else:
+        x.mul_(factor)
+
+
 def _take(kind: type, args: tuple) -> tuple:
     """Split off the leading arguments that make up one NamedTuple."""
     count = len(kind._fields)
@@ -263,6 +274,10 @@ def _fake_softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> Non
     return None
 
 
+def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
+    return None
+
+
 def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return empty_rows(hidden, args[-4])
 
@@ -314,6 +329,7 @@ _OPERATORS = {
         _linear_loss,
         _fake_linear_loss,
     ),
+    "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fake_scale_inplace),
 }
 
 _library = torch.library.Library("em_kernels", "DEF")

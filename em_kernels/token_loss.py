@@ -302,12 +302,16 @@ def _finish(ctx, outputs: tuple[str, ...], names: tuple[str, ...], rows, weights
     return _combine(stats, weights, like), *results
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream, without a pass over memory for the usual upstream of 1 on a CPU."""
-    eager_cpu = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and upstream.item() == 1:
-        return grad
-    return grad * upstream.to(grad.dtype)
+# Whether the backward pass that is running leaves the graph for another.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
+    """grad * upstream; in place, where the usual upstream of 1 costs nothing, if used only once."""
+    if torch.compiler.is_compiling() or _keeps_graph():
+        return grad * upstream
+    torch.ops.em_kernels.scale_(grad, upstream, impl)
+    return grad
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -328,13 +332,14 @@ class _TokenLoss(torch.autograd.Function):
         else:
             *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
             ctx.save_for_backward(grad)
+        ctx.impl = impl
         return _finish(ctx, outputs, names, rows, weights, logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         (grad,) = ctx.saved_tensors
-        return _scaled(grad, upstream), *[None] * (_SPEC_LENGTH + 7)
+        return _scaled(grad, upstream, ctx.impl), *[None] * (_SPEC_LENGTH + 7)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -351,12 +356,12 @@ class _LinearTokenLoss(torch.autograd.Function):
             ctx.save_for_backward(*(g for g, need in zip(grads, needs) if need))
         else:
             rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
-        ctx.needs = needs
+        ctx.needs, ctx.impl = needs, impl
         return _finish(ctx, outputs, names, rows, weights, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         grads = iter(ctx.saved_tensors)
-        scaled = [_scaled(next(grads), upstream) if need else None for need in ctx.needs]
+        scaled = [_scaled(next(grads), upstream, ctx.impl) if need else None for need in ctx.needs]
         return *scaled, *[None] * (_SPEC_LENGTH - 1 + 8)

@@ -50,6 +50,7 @@ def operator_arguments(name, dtype, device, impl):
         "linear_stats": (*operands, *spec(device, bias), OUTPUTS, *cut),
         "linear_grad": (*operands, *spec(device, bias), *rows(3), *rows(3), *needs, *cut),
         "linear_loss": (*operands, *spec(device, bias), *rows(3), *needs, ("entropy",), *cut),
+        "scale_": (logits, torch.tensor(0.5, dtype=wide, device=device), impl),
     }[name]
 
 
