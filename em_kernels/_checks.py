@@ -55,6 +55,11 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
         )
 
 
+def check_filter_eps(eps: float | None) -> None:
+    if eps is not None:
+        check_number("filter_eps", eps, lambda v: 0 < v < 1, "in (0, 1) or None")
+
+
 def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
     """The outputs in their canonical order, each once."""
     if isinstance(outputs, str):

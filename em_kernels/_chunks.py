@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from em_kernels import _products
+from em_kernels._columns import BLOCK, kept_columns
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
 
 CPU_WORKSPACE_BYTES = 160 << 20
@@ -27,11 +28,16 @@ GPU_ROW_ALIGN = 8  # entries: rows of logits, and of their 16-bit gradient, star
 
 
 class Needs(NamedTuple):
-    """Which of the three gradients are wanted: a frozen input costs neither time nor memory."""
+    """Which of the three gradients are wanted: a frozen input costs neither time nor memory.
+
+    With `filter_eps`, columns of the vocabulary are left out of their products where every entry
+    of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
+    """
 
     hidden: bool
     weight: bool
     bias: bool
+    filter_eps: float | None = None
 
 
 class Linear(NamedTuple):
@@ -125,8 +131,9 @@ def grad(
     for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):
         out = _room_for_gradient(logits, x.dtype, backend)
         chunk_saved = Saved(*(s[part] for s in saved))
-        backend.grad(logits[None], row_spec, chunk_saved, _pick(upstream, part), out[None])
-        sums.add(part, x, out)
+        weights = _pick(upstream, part)
+        backend.grad(logits[None], row_spec, chunk_saved, weights, out[None])
+        sums.add(part, x, out, weights)
     return sums.finish()
 
 
@@ -144,10 +151,11 @@ def loss(
     sums = _Gradients(linear, spec, needs, backend, rows)
     for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):
         out = _room_for_gradient(logits, x.dtype, backend)
-        values = backend.loss(logits[None], row_spec, _pick(upstream, part), outputs, out[None])
+        weights = _pick(upstream, part)
+        values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
         for result, value in zip(results, values):
             result[part] = value
-        sums.add(part, x, out)
+        sums.add(part, x, out, weights)
     return [*results, *sums.finish()]
 
 
@@ -171,7 +179,8 @@ class _Gradients:
         wide = accumulate_dtype(hidden.dtype)
         several = rows.count > rows.chunk
         # The first chunk overwrites it: zeros would only cost the page faults.
-        make = torch.empty if rows.count else torch.zeros
+        self.started = needs.filter_eps is not None
+        make = torch.empty if rows.count and not self.started else torch.zeros
         self.hidden = torch.zeros_like(hidden) if needs.hidden else hidden.new_empty(0)
         self.weight = make(
             weight.shape if needs.weight else 0,
@@ -182,18 +191,44 @@ class _Gradients:
         self.bias = torch.zeros(
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
         )
-        self.started = False
 
-    def add(self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor) -> None:
-        valid = self.spec.valid_vocab
-        operand = grad_logits.to(x.dtype)
-        if self.needs.hidden:
-            self.hidden[rows] = operand @ self.linear.weight[:valid]
-        if self.needs.weight:
-            _products.accumulate(self.weight[:valid], operand, x, self.started, self.backend)
-            self.started = True
+    def add(self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, upstream: Upstream) -> None:
+        valid, kept = self.spec.valid_vocab, None
         if self.needs.bias:
             self.bias[:valid] += grad_logits.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
+        if self.needs.filter_eps is not None:
+            kept = kept_columns(grad_logits, upstream, self.needs.filter_eps)
+        if kept is None:
+            self._add_all(rows, x, grad_logits.to(x.dtype), self.linear.weight[:valid])
+        else:
+            self._add_columns(rows, x, grad_logits, kept)
+
+    def _add_all(
+        self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, weight: Tensor
+    ) -> None:
+        if self.needs.hidden:
+            self.hidden[rows] = grad_logits @ weight
+        if self.needs.weight:
+            total = self.weight[: weight.shape[0]]
+            _products.accumulate(total, grad_logits, x, self.started, self.backend)
+            self.started = True
+
+    def _add_columns(
+        self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, kept: Tensor
+    ) -> None:
+        """The same for some of the columns, gathered a block at a time."""
+        wide = x.new_zeros(x.shape, dtype=accumulate_dtype(x.dtype))
+        for columns in kept.split(BLOCK):
+            part = grad_logits[:, columns].to(x.dtype)
+            if self.needs.hidden:
+                weight = self.linear.weight[columns]
+                _products.accumulate(wide, part.T, weight, True, self.backend)
+            if self.needs.weight:
+                product = self.weight.new_empty(len(columns), x.shape[1])
+                _products.accumulate(product, part, x, False, self.backend)
+                self.weight.index_add_(0, columns, product)
+        if self.needs.hidden:
+            self.hidden[rows] = wide.to(x.dtype)
 
     def finish(self) -> list[Tensor]:
         weight = self.weight.to(self.linear.weight.dtype)

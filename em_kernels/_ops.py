@@ -35,7 +35,7 @@ _SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
 _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
 _LINEAR = "Tensor hidden, Tensor weight"
 _CUT = "int? chunk_tokens, ScalarType? logits_dtype, str impl"
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
 
 
 def why_not(impl: str, device: torch.device | None = None) -> str | None:
@@ -283,11 +283,11 @@ def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 
 def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return _fake_grads(hidden, weight, args[0], Needs(*args[-6:-3]))
+    return _fake_grads(hidden, weight, args[0], Needs(*args[-7:-3]))
 
 
 def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    needs = Needs(*args[-7:-4])
+    needs = Needs(*args[-8:-4])
     return [*empty_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
 
 

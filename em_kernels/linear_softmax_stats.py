@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from em_kernels._checks import check_cut, check_linear, check_outputs, make_spec
+from em_kernels._checks import check_cut, check_filter_eps, check_linear, check_outputs, make_spec
 from em_kernels._spec import RowSpec, TokenStats
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
@@ -28,6 +28,7 @@ def linear_softmax_stats(
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
@@ -45,6 +46,15 @@ def linear_softmax_stats(
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
+        filter_eps: None is exact. Else, in (0, 1), columns of the vocabulary are left out of the
+            products of dX and dW, chunk by chunk, where |dz| < filter_eps w in every row of the
+            chunk; dz is the gradient of hidden @ weight.T, w the largest upstream gradient by
+            magnitude in the chunk. With L the columns left out,
+                |dX_i - exact| <= filter_eps w sum_{v in L} |weight_v|       for every token i
+                |dW_v - exact| <= filter_eps sum_chunks w sum_i |hidden_i|   for every column v
+            entry by entry and to rounding; statistics and the gradient of `bias` stay exact. It
+            pays where rows are peaked; a row spread over many more than 1 / filter_eps words can
+            lose its whole gradient.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
@@ -52,6 +62,7 @@ def linear_softmax_stats(
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias)
     check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
     spec = make_spec(
         hidden,
         weight.shape[0],
@@ -68,7 +79,8 @@ def linear_softmax_stats(
     )
     outputs = check_outputs(outputs, target)
     cut = (chunk_tokens, logits_dtype, impl)
-    return pack_stats(outputs, _LinearStats.apply(hidden, weight, *spec, outputs, *cut))
+    rows = _LinearStats.apply(hidden, weight, *spec, outputs, filter_eps, *cut)
+    return pack_stats(outputs, rows)
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +97,7 @@ def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl = args
+        *spec, outputs, ctx.filter_eps, chunk_tokens, logits_dtype, impl = args
         ctx.cut = (chunk_tokens, logits_dtype, impl)
         rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
         saved, results = split_rows(ctx, outputs, rows)
@@ -101,10 +113,10 @@ class _LinearStats(torch.autograd.Function):
         spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
         upstream = upstream_of(ctx.outputs, grads)
         needs = ctx.needs_input_grad[:3]
-        none = [None] * (len(RowSpec._fields) + 3)
+        none = [None] * (len(RowSpec._fields) + 4)
         if all(g is None for g in upstream):
             return None, None, None, *none
         grads = torch.ops.em_kernels.linear_grad(
-            hidden, weight, *spec, *saved, *upstream, *needs, *ctx.cut
+            hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut
         )
         return *(g if need else None for g, need in zip(grads, needs)), *none

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import (
     check_cut,
+    check_filter_eps,
     check_linear,
     check_logits,
     check_number,
@@ -22,6 +23,7 @@ from em_kernels._checks import (
     make_spec,
     row_mask,
 )
+from em_kernels._chunks import Needs
 from em_kernels._ops import empty_rows
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs
@@ -114,10 +116,12 @@ def linear_token_loss(
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
 ) -> TokenLoss:
     """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
 
-    Args: as in `token_loss` and `linear_softmax_stats`. Memory beyond inputs and gradients: the
+    Args: as in `token_loss` and `linear_softmax_stats` (the upstream gradients of `filter_eps` are
+    the weights here). Memory beyond inputs and gradients: the
     logits of `chunk_tokens` rows and, for 16-bit weights cut into several chunks, one float32
     accumulator of the weight's shape.
 
@@ -126,6 +130,7 @@ def linear_token_loss(
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias)
     check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
     arguments = dict(
         temperature=temperature,
         softcap=softcap,
@@ -142,6 +147,7 @@ def linear_token_loss(
     outputs = check_outputs(outputs, target)
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = Needs(*needs, filter_eps)
     cut = (chunk_tokens, logits_dtype, impl)
     results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
     return TokenLoss(results[0], pack_stats(outputs, results[1:]))
@@ -187,8 +193,8 @@ def linear_entropy_loss(
 ) -> Tensor:
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
 
-    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, group, impl)
-    as in `linear_token_loss`.
+    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
+    group, impl) as in `linear_token_loss`.
     """
     check_logits(hidden, "hidden")
     loss = linear_token_loss(
@@ -350,13 +356,13 @@ class _LinearTokenLoss(torch.autograd.Function):
         cut = (chunk_tokens, logits_dtype, impl)
         names = _all_outputs(outputs, weights)
         ops = torch.ops.em_kernels
-        if any(needs):
+        if any(needs[:3]):
             results = ops.linear_loss(hidden, weight, *spec, *weights, *needs, names, *cut)
             rows, grads = results[:-3], results[-3:]
             ctx.save_for_backward(*(g for g, need in zip(grads, needs) if need))
         else:
             rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
-        ctx.needs, ctx.impl = needs, impl
+        ctx.needs, ctx.impl = needs[:3], impl
         return _finish(ctx, outputs, names, rows, weights, hidden)
 
     @staticmethod

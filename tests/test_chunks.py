@@ -132,6 +132,21 @@ def test_a_single_chunk_writes_the_weight_gradient_at_once(gpu):
     assert [product.out.shape for product in gpu] == [(N, V)], "only the logits are wider"
 
 
+@pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
+@pytest.mark.parametrize("chunk", (5, 100))
+def test_filtered_products_on_a_gpu(gpu, monkeypatch, adds, chunk):
+    """Only gathered columns meet the wide products, and the result is close to the exact one."""
+    monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: adds)
+    monkeypatch.setattr(_chunks, "BLOCK", 40)
+    (hidden, weight), (spec, upstream) = operands(), call()
+    weight = 3 * weight
+    filtered = gradients(hidden, weight, spec, upstream, chunk, reference, Needs(*ALL[:3], 1e-3))
+    sums = [product.out for product in gpu if product.out.shape[1] == D]
+    assert sums and all(len(out) in (len(hidden[:chunk]), N % 5) or len(out) <= 40 for out in sums)
+    for out, ref in zip(filtered, exact(hidden, weight, spec, upstream), strict=True):
+        assert error(out, ref) < 2e-2
+
+
 def test_pieces_are_bounded(gpu, monkeypatch):
     monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: False)
     monkeypatch.setattr(_products, "GPU_PIECE_BYTES", 128 * D * 4)
