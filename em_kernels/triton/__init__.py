@@ -2,4 +2,8 @@
 
 from em_kernels.triton.launch import grad, loss, stats
 
-__all__ = ["grad", "loss", "stats"]
+__all__ = ["grad", "loss", "narrows", "stats"]
+
+narrows = True
+"""`grad` and `loss` take a 16-bit `out` for float32 logits, which may lie over them: row i of
+`out` then begins at the byte where row i of the logits does."""
