@@ -51,10 +51,12 @@ class Target:
 
 
 def cases(arch: int) -> Iterator[tuple[str, Callable]]:
-    """Every kernel, plain and with everything on; on sm_90 also float64 and all outputs."""
+    """Every kernel, plain, narrowing and with everything on; on sm_90 also float64 and all
+    outputs."""
     for dtype in (torch.bfloat16, torch.float32):
         for capped in (False, True):
             yield from calls(dtype, capped, ("logprob", "entropy"))
+    yield from narrowing()
     if arch == 90:
         yield from calls(torch.float64, True, ("logprob", "entropy"))
         yield next(calls(torch.bfloat16, True, OUTPUTS))
@@ -80,6 +82,16 @@ def calls(
     yield f"stats-{name}", lambda: backend.stats(logits, spec, outputs)
     yield f"grad-{name}", lambda: backend.grad(logits, spec, saved, up, torch.empty_like(logits))
     yield f"loss-{name}", lambda: backend.loss(logits, spec, up, outputs, logits)
+
+
+def narrowing() -> Iterator[tuple[str, Callable]]:
+    """float32 logits overwritten with a bfloat16 gradient."""
+    logits, row = torch.empty(1, 16, VOCAB), torch.zeros(16)
+    out = logits.view(torch.bfloat16)[..., :VOCAB]
+    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=VOCAB)
+    up, saved = Upstream(row, row), Saved(row, row, row)
+    yield "grad-narrow", lambda: backend.grad(logits, spec, saved, up, out)
+    yield "loss-narrow", lambda: backend.loss(logits, spec, up, ("logprob", "entropy"), out)
 
 
 def compiled(call: Callable):
@@ -108,6 +120,13 @@ def loops(ptx: str) -> str:
     return "\n".join(inside)
 
 
+def accesses(ttgir: str) -> list[str]:
+    """What each loop does in order: L loads, B a barrier, S stores."""
+    letters = {"tt.load": "L", "barrier": "B", "tt.store": "S"}
+    loops = [re.findall(r"tt\.load|tt\.store|\bbarrier\b", loop) for loop in ttgir.split("scf.for")]
+    return [re.sub(r"(.)\1+", r"\1", "".join(map(letters.get, loop))) for loop in loops[1:]]
+
+
 def report(kernel) -> dict:
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -122,6 +141,7 @@ def report(kernel) -> dict:
         "stack": int(stack),
         "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
         "loop_exponentials": loops(ptx).count("ex2.approx"),
+        "accesses": accesses(kernel.asm["ttgir"]),
         "slow_in_loops": sorted(set(re.findall(slow, loops(ptx)))),
     }
 

@@ -102,7 +102,10 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
-    """The gradient of the logits into `out`; as `em_kernels.reference.grad`."""
+    """The gradient of the logits into `out`; as `em_kernels.reference.grad`.
+
+    `out` may be the logits, or narrower and begin at the same bytes, row for row.
+    """
     _launch(kernels.gradient, logits, spec, (), **_into(out), saved=saved, up=upstream)
 
 
