@@ -207,7 +207,7 @@ class _Gradients:
         self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, weight: Tensor
     ) -> None:
         if self.needs.hidden:
-            self.hidden[rows] = grad_logits @ weight
+            self.hidden[rows] = _products.back_multiply(grad_logits, weight)
         if self.needs.weight:
             total = self.weight[: weight.shape[0]]
             _products.accumulate(total, grad_logits, x, self.started, self.backend)

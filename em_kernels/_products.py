@@ -32,6 +32,19 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
+def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """grad_logits @ weight, in the dtype of both.
+
+    On a GPU the sum over the vocabulary may be cut between multiprocessors, and 16-bit results let
+    the library round each part: ask for float32 and round once.
+    """
+    if weight.dtype.itemsize != 2 or not is_gpu(weight):
+        return grad_logits @ weight
+    out = weight.new_empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32)
+    mm_wide(grad_logits, weight, out)
+    return out.to(weight.dtype)
+
+
 def accumulate(
     total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend: ModuleType
 ) -> None:

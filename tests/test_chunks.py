@@ -75,6 +75,10 @@ def exact(hidden, weight, spec, upstream):
     return torch.autograd.grad(total, (*wide, bias))
 
 
+def weight_gradients(calls):
+    return [product for product in calls if product.b.shape[1] == D and product.a.shape[1] != V]
+
+
 def call(masked=False, vocab=V):
     mask = torch.arange(N) % 3 > 0 if masked else None
     spec = RowSpec(target=random_target(N, vocab=vocab), mask=mask, valid_vocab=vocab)
@@ -108,9 +112,11 @@ def test_products_read_the_narrow_gradient_where_the_logits_were(gpu, name):
     linear = Linear.cut(hidden, weight, 5, None)
     _chunks.loss(linear, spec, upstream, (), ALL, backend(name, torch.device("cpu")))
     logits = [product.out for product in gpu if product.out.shape[1] == V]
-    operand = [product.a.T for product in gpu if product.out.shape[1] == D]
-    assert len(logits) == len(operand) == 3
-    for wide, narrow in zip(logits, operand):
+    operands_of_dx = [product.a for product in gpu if product.a.shape[1] == V]
+    operands_of_dw = [product.a.T for product in weight_gradients(gpu)]
+    assert len(logits) == len(operands_of_dx) == len(operands_of_dw) == 3
+    for wide, narrow, same in zip(logits, operands_of_dx, operands_of_dw):
+        assert narrow.data_ptr() == same.data_ptr() and narrow.stride() == same.stride()
         assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16
         assert narrow.data_ptr() == wide.data_ptr() and narrow.shape == wide.shape
         assert narrow.stride() == (2 * wide.stride(0), 1)
@@ -120,7 +126,7 @@ def test_products_read_the_narrow_gradient_where_the_logits_were(gpu, name):
 def test_the_weight_gradient_is_summed_in_its_product(gpu):
     (hidden, weight), (spec, upstream) = operands(), call()
     _chunks.loss(Linear.cut(hidden, weight, 4, None), spec, upstream, (), ALL, reference)
-    sums = [product for product in gpu if product.out.shape[1] == D]
+    sums = weight_gradients(gpu)
     assert [product.kind for product in sums] == ["mm", "addmm", "addmm"]
     assert len({product.out.data_ptr() for product in sums}) == 1
     assert all(product.out.dtype == torch.float32 for product in sums)
@@ -129,7 +135,7 @@ def test_the_weight_gradient_is_summed_in_its_product(gpu):
 def test_a_single_chunk_writes_the_weight_gradient_at_once(gpu):
     (hidden, weight), (spec, upstream) = operands(), call()
     _chunks.loss(Linear.cut(hidden, weight, N, None), spec, upstream, (), ALL, reference)
-    assert [product.out.shape for product in gpu] == [(N, V)], "only the logits are wider"
+    assert [product.out.shape for product in gpu] == [(N, V), (N, D)], "dW is not among the wider"
 
 
 @pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
@@ -152,7 +158,7 @@ def test_pieces_are_bounded(gpu, monkeypatch):
     monkeypatch.setattr(_products, "GPU_PIECE_BYTES", 128 * D * 4)
     (hidden, weight), (spec, upstream) = operands(), call()
     _chunks.loss(Linear.cut(hidden, weight, 6, None), spec, upstream, (), ALL, reference)
-    sums = [product.out for product in gpu if product.out.shape[1] == D]
+    sums = [product.out for product in weight_gradients(gpu)]
     assert [len(out) for out in sums] == [V, 128, 128, V - 256]
     assert len({out.data_ptr() for out in sums[1:]}) == 1
 

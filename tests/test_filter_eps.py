@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import FAST_IMPLS, error, product_flops, random_target, same_bits
 
+from benchmarks import filter_eps
 from em_kernels import _chunks, linear_entropy_loss, linear_softmax_stats, linear_token_loss
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -229,3 +230,13 @@ def test_bad_values_raise(function, eps, exception):
     rows = {"entropy_weight": torch.ones(N)} if function is linear_token_loss else {}
     with pytest.raises(exception, match="filter_eps must be"):
         function(hidden, weight, filter_eps=eps, **rows)
+
+
+def test_the_benchmark_runs(tmp_path):
+    table = filter_eps.main(
+        ["--n", "12", "--d", "16", "--v", "300", "--repeats", "1", "--out", str(tmp_path)]
+    )
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 2 * len(filter_eps.KINDS) * len(filter_eps.EPS)
+    assert all(float(row[5]) >= 0 and (row[4] != "None" or row[6] == "1.00") for row in rows)
+    assert table in (tmp_path / "filter_eps.md").read_text()
