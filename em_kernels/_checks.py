@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._ops import IMPLS
@@ -89,8 +90,6 @@ def make_spec(
     bias: Tensor | None = None,
 ) -> RowSpec:
     """Check the arguments that every public function shares; `x` gives leading shape and device."""
-    if group is not None:
-        raise NotImplementedError("group: vocabulary-parallel statistics are not supported yet")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     per_row, scalar = _temperature(temperature, x)
@@ -99,11 +98,6 @@ def make_spec(
     check_number("logit_scale", logit_scale, lambda v: v != 0, "non-zero")
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    valid = vocab if valid_vocab is None else valid_vocab
-    if not _is_int(valid):
-        raise TypeError(f"valid_vocab must be an int or None, got {type(valid).__name__}")
-    if not 1 <= valid <= vocab:
-        raise ValueError(f"valid_vocab must be in [1, {vocab}] or None, got {valid_vocab!r}")
     return RowSpec(
         bias=bias,
         target=_target(target, x),
@@ -112,8 +106,20 @@ def make_spec(
         temperature=scalar,
         softcap=float(softcap or 0.0),
         logit_scale=float(logit_scale),
-        valid_vocab=valid,
+        valid_vocab=_valid_vocab(valid_vocab, vocab, group),
+        group=group_name(group),
     )
+
+
+def group_name(group) -> str | None:
+    """The name under which torch.distributed knows the group; TypeError if it is none of this rank."""
+    if group is None:
+        return None
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+        got = "a group that this rank is not in" if outside else type(group).__name__
+        raise TypeError(f"group must be a torch.distributed process group or None, got {got}")
+    return group.group_name
 
 
 def row_mask(
@@ -197,6 +203,18 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
     if temperature.requires_grad:
         raise ValueError("temperature must not require grad: it is treated as a constant")
     return temperature.to(accumulate_dtype(x.dtype)), 1.0
+
+
+def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
+    """With a group the size of the whole vocabulary is only known in the operator; 0 is all."""
+    if valid_vocab is None:
+        return vocab if group is None else 0
+    if not _is_int(valid_vocab):
+        raise TypeError(f"valid_vocab must be an int or None, got {type(valid_vocab).__name__}")
+    if valid_vocab < 1 or (group is None and valid_vocab > vocab):
+        rule = "positive" if group is not None else f"in [1, {vocab}]"
+        raise ValueError(f"valid_vocab must be {rule} or None, got {valid_vocab!r}")
+    return valid_vocab
 
 
 def _is_int(value) -> bool:

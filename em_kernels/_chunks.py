@@ -40,14 +40,19 @@ class Linear(NamedTuple):
 
     @classmethod
     def cut(
-        cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        chunk: int | None,
+        dtype: torch.dtype | None,
+        backend: ModuleType,
     ) -> Linear:
         """Flatten the leading dimensions and fill in what the caller left open."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
         dtype = dtype or default_logits_dtype(hidden)
-        return cls(
-            hidden, weight, chunk or default_chunk_tokens(hidden, weight.shape[0], dtype), dtype
-        )
+        # All ranks of a group must cut alike.
+        vocab = getattr(backend, "widest_shard", weight.shape[0])
+        return cls(hidden, weight, chunk or default_chunk_tokens(hidden, vocab, dtype), dtype)
 
 
 def default_logits_dtype(hidden: Tensor) -> torch.dtype:
