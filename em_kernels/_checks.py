@@ -20,18 +20,20 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_OUTPUTS = ("logprob", "entropy")
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
+def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> None:
+    """`empty`: a rank of a group may hold no entry of the vocabulary."""
     check_tensor(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not empty):
         raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False) -> None:
     check_logits(hidden, "hidden")
     check_logits(weight, "weight")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    none = weight.shape[:1] == (0,) and not empty
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or none:
         raise ValueError(
             f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
             f"got shape {tuple(weight.shape)}"
@@ -40,7 +42,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
     check_device("weight", weight, hidden)
     if bias is not None:
-        check_logits(bias, "bias")
+        check_logits(bias, "bias", empty)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
         check_device("bias", bias, hidden)
@@ -107,12 +109,12 @@ def make_spec(
         softcap=float(softcap or 0.0),
         logit_scale=float(logit_scale),
         valid_vocab=_valid_vocab(valid_vocab, vocab, group),
-        group=group_name(group),
+        group=check_group(group),
     )
 
 
-def group_name(group) -> str | None:
-    """The name under which torch.distributed knows the group; TypeError if it is none of this rank."""
+def check_group(group) -> str | None:
+    """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
     if group is None:
         return None
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):

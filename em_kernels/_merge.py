@@ -10,8 +10,8 @@ agree in most of their digits: a row with an entropy of 1e-9 keeps its relative 
 shards its entries lie in. All of it is done in float64 and shard by shard in one order, so whoever
 merges the same numbers gets the same bits.
 
-Sources: grouping property of the entropy (Shannon, A Mathematical Theory of Communication, 1948,
-section 6), its analogue for the Kullback-Leibler divergence (the chain rule), law of total variance.
+Sources: the grouping property of the entropy (Shannon, A Mathematical Theory of Communication,
+1948, section 6), its like for the Kullback-Leibler divergence (chain rule), law of total variance.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _entropy_slope(mixture: _Mixture, parts: dict[str, Tensor], owner: Tensor) -
 
 
 def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Total mean, variance and third moment; KL(U || p) = sum f KL_k + KL(f || w), f_k = n_k / n."""
+    """Mean, variance, third moment; KL(U || p) = sum f_k KL_k + KL(f || w) with f_k = n_k / n."""
     count = parts["count"]
     share = count / _sum(count)
     values = {}
