@@ -389,6 +389,7 @@ CASES = {
     "linear loss": linear_loss_of(torch.float32),
     "linear loss, chunks of 3": linear_loss_of(torch.float32, chunk_tokens=3),
     "linear loss, valid_vocab": linear_loss_of(torch.float32, chunk_tokens=3, valid_vocab=28),
+    "linear loss, bfloat16": linear_loss_of(torch.bfloat16, chunk_tokens=5, valid_vocab=28),
     "linear loss, frozen weight": linear_loss_of(torch.float32, ("weight",)),
     "linear loss, frozen hidden": linear_loss_of(torch.float32, ("hidden",)),
     "linear loss, frozen": linear_loss_of(torch.float32, ("hidden", "weight", "bias")),
@@ -457,9 +458,11 @@ def groups_that_are_none():
     cut = Cut(group, int(dist.get_rank() != 0), (20, 43))
     x = cut.part(logits)
     inside = dist.get_rank() in members
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     call = lambda: softmax_stats(x, target, group=group)  # noqa: E731
     return {
         "entropy": call().entropy.detach() if inside else message(call),
+        "alone": softmax_stats(logits, target, group=alone).entropy,
         "text": message(lambda: softmax_stats(x, group="WORLD")),
         "covariance": message(lambda: token_covariance(x[..., 0], x[..., 0], group=0)),
         "weights": message(lambda: linear_entropy_loss(x, x[0], group=object())),
@@ -536,7 +539,9 @@ def opcheck():
 def dtensors():
     """Losses and gradients by what holds the weight, and errors."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     head, target = draw_head(WHOLE)
     weight, bias, hidden = (x.detach() for x in (head.weight, head.bias, head.hidden))
@@ -568,8 +573,26 @@ def dtensors():
         loss = token_loss(x, target, entropy_weight=rows).loss
         return [loss.detach(), torch.autograd.grad(loss, x)[0].full_tensor()]
 
+    def sequence_parallel():
+        x = distribute_tensor(hidden, tensor_parallel, [Shard(1)]).requires_grad_()
+        linear = torch.nn.Linear(8, VOCAB)
+        linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        parallelize_module(linear, tensor_parallel, ColwiseParallel())
+        loss = linear_entropy_loss(x, linear.weight, bias=linear.bias)
+        (grad,) = torch.autograd.grad(loss, x)
+        return [loss.detach(), grad.full_tensor()]
+
+    def fully_sharded():
+        linear = torch.nn.Linear(8, VOCAB)
+        linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        fully_shard(linear)
+        result = linear_token_loss(
+            own, linear.weight, target, bias=linear.bias, entropy_weight=rows, logprob_weight=rows
+        )
+        result.loss.backward()
+        return [linear.weight.grad.full_tensor(), linear.bias.grad.full_tensor()]
+
     own = hidden * (1 + dist.get_rank())  # other tokens on every data-parallel rank
-    sharded = distribute_tensor(hidden, tensor_parallel, [Shard(1)])
     return {
         "tensor parallel": loss(tensor_parallel, Shard(0)),
         "group given": loss(data_parallel, Shard(0), group=data_parallel.get_group()),
@@ -577,9 +600,8 @@ def dtensors():
         "data parallel": loss(data_parallel, Shard(0), hidden=own),
         "collectives": count_collectives(lambda: loss(tensor_parallel, Shard(0)))[0],
         "gathered": count_collectives(lambda: loss(data_parallel, Shard(0)))[0],
-        "sequence parallel": linear_entropy_loss(
-            sharded, distribute_tensor(weight, tensor_parallel, [Shard(0)])
-        ),
+        "sequence parallel": sequence_parallel(),
+        "fully_shard": fully_sharded(),
         "logits": logits(Shard(2)),
         "logits, group given": logits(Shard(2), tensor_parallel.get_group()),
         "logits, replicated": logits(Replicate()),
