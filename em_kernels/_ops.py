@@ -219,18 +219,19 @@ def _serve(
     With a group both are those of this rank's shard, `vocab` its size, and `options` what all ranks
     must have been given alike.
     """
-    module, spec = backend(impl, x.device), flatten_spec(spec)
+    module, ready = backend(impl, x.device), _checked if check else flatten_spec
     if spec.group is None:
-        return module, _checked(spec) if check else spec
-    shards = _vocab_parallel.agree(spec, vocab, x, options)
-    if check:
-        _checked(spec._replace(valid_vocab=shards.ends[-1]))
+        return module, ready(spec)
+    options = (module.__name__, x.dtype, *options)
+    shards = _vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
+    spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
     return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)
 
 
 def _checked(spec: RowSpec) -> RowSpec:
-    """The spec, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
+    """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
     the kernels answer a target out of range or a non-positive temperature with NaN."""
+    spec = flatten_spec(spec)
     if spec.target is not None and spec.target.device.type == "cpu":
         _check_rows(
             (spec.target >= 0) & (spec.target < spec.valid_vocab),

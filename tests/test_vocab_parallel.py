@@ -113,6 +113,8 @@ def test_sure_rows_keep_their_relative_accuracy(ranks, world, impl):
             r"ValueError: group: every rank must be given the same number of tokens.*\[18, 9",
         ),
         ("outputs", "ValueError: group: every rank must be given the same options"),
+        ("impl", "the same options"),
+        ("dtype", "the same options"),
         ("temperature", "the same options"),
         ("chunk", "the same options"),
         ("frozen", "the same options"),

@@ -436,6 +436,8 @@ def called_differently():
         "target": stats(other),
         "tokens": message(lambda: softmax_stats(x[: 1 + first], group=cut.group)),
         "outputs": stats(outputs=("lse",) if first else ("entropy",)),
+        "impl": stats(impl=usable_impls()[0 if first else -1]),
+        "dtype": message(lambda: softmax_stats(x.double() if first else x, group=cut.group)),
         "temperature": stats(temperature=0.5 if first else 0.7),
         "chunk": message(
             lambda: linear_softmax_stats(hidden, weight, chunk_tokens=4 + first, group=cut.group)
