@@ -24,7 +24,12 @@ from em_kernels._merge import merge, parts_of
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
-_SHARED = ("number of tokens", "mask (or ignored targets)", "target", "options")
+_SHARED = (
+    "number of tokens",
+    "mask and ignored targets",
+    "target",
+    "options (dtype, impl, outputs, temperature, chunk_tokens, whether hidden is frozen, ...)",
+)
 
 
 class Shards(NamedTuple):
@@ -68,7 +73,8 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple) -> Shards:
     sizes, *shared = _gather(own, group).T.tolist()
     for name, values in zip(_SHARED, shared, strict=True):
         if len(set(values)) > 1:
-            raise ValueError(f"group: every rank must be given the same {name}, got {values}")
+            got = values if name == _SHARED[0] else f"checksums {values}"
+            raise ValueError(f"group: every rank must be given the same {name}, got {got}")
     return _lay_out(group, sizes, spec.valid_vocab)
 
 

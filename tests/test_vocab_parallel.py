@@ -155,6 +155,11 @@ def test_collectives_and_products_of_a_call(ranks):
         assert result["from logits"] == (2, 0, 0)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_cut_their_rows_as_the_largest_shard_needs(ranks, world):
+    assert results_of(ranks, world, "uneven chunks") == [(1 + 2, 0)] * world
+
+
 def test_opcheck_with_a_group(ranks):
     assert results_of(ranks, 2, "opcheck") == ["passed"] * 2
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import em_kernels
 from em_kernels import (
+    _chunks,
     entropy_loss,
     linear_entropy_loss,
     linear_softmax_stats,
@@ -25,7 +26,7 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
-from em_kernels._spec import OUTPUTS
+from em_kernels._spec import OUTPUTS, RowSpec, Upstream
 
 VOCAB = 63
 SIZES = {2: (40, 23), 3: (30, 5, 28)}
@@ -522,18 +523,35 @@ def count_collectives(call) -> tuple[int, int]:
     return counts["all_gather"], counts["all_reduce"]
 
 
+def uneven_chunks():
+    """Collectives of a call whose smallest shard would fit in one chunk, the largest in two."""
+    sizes = OTHER_SIZES[dist.get_world_size()][0]
+    head, _ = draw_head(own_cut(sizes))
+    budget, _chunks.CPU_WORKSPACE_BYTES = _chunks.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
+    try:
+        return count_collectives(
+            lambda: linear_softmax_stats(head.hidden, head.weight, group=dist.group.WORLD)
+        )
+    finally:
+        _chunks.CPU_WORKSPACE_BYTES = budget
+
+
 def opcheck():
-    """The operators with a group, in step on all ranks."""
-    cut = own_cut()
-    head, target = draw_head(cut)
-    spec = (head.bias.detach(), target.view(-1), None, None, 1.0, 0.0, 1.0, 0)
-    spec = (*spec, dist.group.WORLD.group_name)
-    hidden, weight = head.hidden.detach().view(18, 8), head.weight.detach()
-    arguments = (*spec, (None, torch.ones(18), None), (True, True, True), ("entropy",), 7, None)
-    flat = [x for a in arguments[9:11] for x in a]
+    """An operator with a group, in step on all ranks."""
+    head, target = draw_head(own_cut())
     torch.library.opcheck(
         torch.ops.em_kernels.linear_loss.default,
-        (hidden, weight, *spec, *flat, *arguments[11:], "reference"),
+        (
+            head.hidden.detach().view(18, 8),
+            head.weight.detach(),
+            *RowSpec(head.bias.detach(), target.view(-1), group=dist.group.WORLD.group_name),
+            *Upstream(entropy=torch.ones(18)),
+            *_chunks.Needs(True, True, True),
+            ("entropy",),
+            7,
+            None,
+            "reference",
+        ),
     )
     return "passed"
 
@@ -620,6 +638,7 @@ CHECKS = {
     "called differently": called_differently,
     "groups that are none": groups_that_are_none,
     "costs": costs,
+    "uneven chunks": uneven_chunks,
     "opcheck": opcheck,
     "dtensors": dtensors,
 }
