@@ -65,15 +65,19 @@ class Rows(NamedTuple):
     chunk: int
 
     @classmethod
-    def counted(cls, linear: Linear, mask: Tensor | None, bytes_per_logit: int) -> Rows:
+    def counted(
+        cls, linear: Linear, mask: Tensor | None, bytes_per_logit: int, backend: ModuleType
+    ) -> Rows:
         """The rows where `mask` is set; finding their number waits for the device, once a call."""
         index, count = None, linear.hidden.shape[0]
         if mask is not None:
             kept = mask.nonzero()[:, 0]
             if kept.shape[0] < count:
                 index, count = kept, kept.shape[0]
+        # All ranks of a group must cut alike.
+        vocab = getattr(backend, "widest_shard", linear.weight.shape[0])
         gpu = _products.is_gpu(linear.hidden)
-        chunk = default_chunk_tokens(count, linear.weight.shape[0], bytes_per_logit, gpu)
+        chunk = default_chunk_tokens(count, vocab, bytes_per_logit, gpu)
         return cls(index, count, linear.chunk_tokens or chunk)
 
     def chunks(self) -> Iterator[Tensor | slice]:
@@ -109,7 +113,7 @@ def stats(
     linear: Linear, spec: RowSpec, outputs: tuple[str, ...], backend: ModuleType
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product."""
-    rows = Rows.counted(linear, spec.mask, linear.logits_dtype.itemsize)
+    rows = Rows.counted(linear, spec.mask, linear.logits_dtype.itemsize, backend)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     for part, _, logits, row_spec in _chunks(linear, spec, rows, backend):
         for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
@@ -126,7 +130,7 @@ def grad(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
-    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend))
+    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend), backend)
     sums = _Gradients(linear, spec, needs, backend, rows)
     for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):
         out = _room_for_gradient(logits, x.dtype, backend)
@@ -146,7 +150,7 @@ def loss(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
-    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend))
+    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend), backend)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     sums = _Gradients(linear, spec, needs, backend, rows)
     for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from em_kernels import _chunks, reference
+from em_kernels import _chunks, _vocab_parallel, reference
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
     RowSpec,
@@ -24,12 +24,13 @@ from em_kernels._spec import (
     as_rows,
     flatten_spec,
 )
+from em_kernels._vocab_parallel import VocabParallel
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, int valid_vocab"
+    "float softcap, float logit_scale, int valid_vocab, str? group"
 )
 _SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
 _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
@@ -106,8 +107,8 @@ def _why_not_triton(device: torch.device | None) -> str | None:
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
     spec, (outputs, impl) = _take(RowSpec, args)
-    module = backend(impl, logits.device)
-    rows = module.stats(as_rows(logits), _checked(spec), tuple(outputs))
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
+    rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
@@ -115,9 +116,9 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
-    module, view = backend(impl, logits.device), as_rows(logits)
-    out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
-    module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out.view(view.shape))
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
+    view, out = as_rows(logits), _chunks.empty(module, logits.shape, logits.dtype, logits.device)
+    module.grad(view, spec, _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
 
@@ -138,17 +139,18 @@ def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
 def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     upstream, (outputs, impl) = _take(Upstream, args)
-    module = backend(impl, logits.device)
-    rows = module.loss(view, _checked(spec), _flat(upstream), tuple(outputs), out)
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
+    rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out)
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, (outputs, chunk, dtype, impl) = _take(RowSpec, args)
+    options = (outputs, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = _chunks.stats(linear, _checked(spec), tuple(outputs), module)
+        rows = _chunks.stats(linear, spec, tuple(outputs), module)
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -157,27 +159,25 @@ def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     saved, args = _take(Saved, args)
     upstream, args = _take(Upstream, args)
     needs, (chunk, dtype, impl) = _take(Needs, args)
+    options = (needs.hidden, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options, check=False)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _chunks.grad(
-            linear, flatten_spec(spec), _flat(saved), _flat(upstream), needs, module
-        )
-    return _shape_grads(grads, needs, hidden)
+        grads = _chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module)
+    return _shape_grads(grads, needs, hidden, module)
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     upstream, args = _take(Upstream, args)
     needs, (outputs, chunk, dtype, impl) = _take(Needs, args)
+    options = (outputs, needs.hidden, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        results = _chunks.loss(
-            linear, _checked(spec), _flat(upstream), tuple(outputs), needs, module
-        )
+        results = _chunks.loss(linear, spec, _flat(upstream), tuple(outputs), needs, module)
     rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
-    return [*rows, *_shape_grads(results[-3:], needs, hidden)]
+    return [*rows, *_shape_grads(results[-3:], needs, hidden, module)]
 
 
 def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
@@ -211,9 +211,32 @@ def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> li
     ]
 
 
-def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
+def _shape_grads(
+    grads: list[Tensor], needs: Needs, hidden: Tensor, module: ModuleType | VocabParallel
+) -> list[Tensor]:
     grad_hidden, *rest = grads
-    return [grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *rest]
+    if not needs.hidden:
+        return grads
+    if isinstance(module, VocabParallel):
+        grad_hidden = module.sum(grad_hidden)
+    return [grad_hidden.view(hidden.shape), *rest]
+
+
+def _serve(
+    impl: str, x: Tensor, vocab: int, spec: RowSpec, options: tuple = (), check: bool = True
+) -> tuple[ModuleType | VocabParallel, RowSpec]:
+    """The backend, and the spec flattened and its values checked.
+
+    With a group both are those of this rank's shard, `vocab` its size, and `options` what all ranks
+    must have been given alike.
+    """
+    module, ready = backend(impl, x.device), _checked if check else flatten_spec
+    if spec.group is None:
+        return module, ready(spec)
+    options = (module.__name__, x.dtype, *options)
+    shards = _vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
+    spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
+    return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)
 
 
 def _checked(spec: RowSpec) -> RowSpec:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import check_cut, check_filter_eps, check_linear, check_outputs, make_spec
+from em_kernels._dtensor import local_operands
 from em_kernels._spec import RowSpec, TokenStats
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
@@ -41,6 +42,11 @@ def linear_softmax_stats(
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
         bias: (V,) or None; added in float32.
+        group: as in `softmax_stats`: `weight` and `bias` are this rank's rows of the vocabulary,
+            `hidden` is the same on every rank and its gradient is summed over the ranks, once. A
+            weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
+            dimension is named "tp", "tensor", "tensor_parallel" or "vocab" or is that of `group`;
+            sharded over another mesh (FSDP2) it is gathered, its gradient averaged.
         chunk_tokens: rows per chunk; None fits the logits of a chunk into 160 MB on a CPU, 1 GiB
             on a GPU.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
@@ -59,8 +65,9 @@ def linear_softmax_stats(
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
     """
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
     check_filter_eps(filter_eps)
     spec = make_spec(

@@ -24,6 +24,7 @@ from em_kernels._checks import (
     row_mask,
 )
 from em_kernels._chunks import Needs
+from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import empty_rows
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs
@@ -77,7 +78,8 @@ def token_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
     """
-    check_logits(logits)
+    logits, group = local_logits(logits, group)
+    check_logits(logits, empty=group is not None)
     arguments = dict(
         temperature=temperature,
         softcap=softcap,
@@ -127,8 +129,9 @@ def linear_token_loss(
 
     Returns, raises: as `token_loss`.
     """
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
     check_filter_eps(filter_eps)
     arguments = dict(
@@ -173,7 +176,7 @@ def entropy_loss(
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
-    check_logits(logits)
+    check_logits(logits, empty=kwargs.get("group") is not None)
     weight = _reduction_weight(logits, mask, reduction)
     loss = token_loss(
         logits, mask=mask, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs

@@ -29,7 +29,7 @@ def spec(device, bias=None):
     mask = torch.tensor([True, False, True, True], device=device)
     temperature = 0.5 + torch.rand(N, device=device)
     target = random_target(N, vocab=V - 2, device=device)
-    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2
+    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, None
 
 
 def operator_arguments(name, dtype, device, impl):
@@ -65,7 +65,7 @@ def test_opcheck(impl, device, name, dtype):
 def test_opcheck_without_the_optional_arguments(impl, device, name):
     logits, hidden = random_logits(N, V, device=device), random_logits(N, D, device=device)
     weight, ones = random_logits(V, D, device=device), torch.ones(N, device=device)
-    plain = (None, None, None, None, 1.0, 0.0, 1.0, V)
+    plain = (None, None, None, None, 1.0, 0.0, 1.0, V, None)
     saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False, None)
     arguments = {
         "softmax_stats": (logits, *plain, ("entropy",), impl),
