@@ -8,7 +8,8 @@ import torch
 import vocab_cases
 from distributed import run_on_ranks
 from helpers import error, same_bits, truth
-from vocab_cases import CASES, CHECKS, OTHER_SIZES, WHOLE, own_cut, sure_rows
+from vocab_cases import CASES, OTHER_SIZES, WHOLE, own_cut, sure_rows
+from vocab_checks import CHECKS
 
 from em_kernels import linear_entropy_loss, linear_token_loss, softmax_stats, token_loss
 
@@ -125,6 +126,8 @@ def test_sure_rows_keep_their_relative_accuracy(ranks, world, impl):
     ],
 )
 def test_a_mismatch_is_an_error_on_every_rank(ranks, world, difference, text):
+    if difference == "impl" and len(vocab_cases.usable_impls()) == 1:
+        pytest.skip("there is one backend only")
     for result in results_of(ranks, world, "called differently"):
         assert re.match(f".*{text}", result[difference]), result[difference]
 
