@@ -152,6 +152,17 @@ def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
+def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, (outputs,) = _take(RowSpec, args)
+    reason = why_not("triton", hidden.device)
+    if reason is not None:
+        raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
+    module = importlib.import_module("em_kernels.triton.linear")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = module.linear_stats(rows, weight, _checked(spec), tuple(outputs))
+    return _shape_rows(rows, outputs, hidden.shape[:-1])
+
+
 def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     saved, args = _take(Saved, args)
@@ -267,6 +278,10 @@ def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return empty_rows(hidden, args[-4])
 
 
+def _fake_linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    return empty_rows(hidden, args[-1])
+
+
 def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return _fake_grads(hidden, weight, args[0], Needs(*args[-6:-3]))
 
@@ -303,6 +318,11 @@ _OPERATORS = {
         f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}",
         _linear_stats,
         _fake_linear_stats,
+    ),
+    "linear_stats_fused": (
+        f"{_LINEAR}, {_SPEC}, str[] outputs",
+        _linear_stats_fused,
+        _fake_linear_stats_fused,
     ),
     "linear_grad": (
         f"{_LINEAR}, {_SPEC}, {_SAVED}, {_UPSTREAM}, {_NEEDS}, {_CUT}",
