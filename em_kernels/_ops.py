@@ -8,7 +8,6 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -92,10 +91,9 @@ def _why_not_compiled() -> str | None:
 
 def _why_not_triton(device: torch.device | None) -> str | None:
     try:
-        importlib.import_module("em_kernels.triton")
+        interpreted = importlib.import_module("em_kernels.triton").interpreted
     except ImportError as error:
         return f"it cannot be imported ({error}); `pip install triton`"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
         return None if usable else "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
+import triton
+import triton.language as tl
 from triton_rows import DEVICE, DTYPES, NAMES, ROUNDINGS, assert_close, double, rounding
 
 from em_kernels import linear_softmax_stats, reference
@@ -202,6 +204,20 @@ def test_one_output_needs_no_more_memory_than_its_own(monkeypatch):
         linear.linear_stats(hidden, weight, spec, outputs)
     assert [sum(p is not None for p in part) for part in seen] == [3, 4, 6, 7, 11]
     assert all(p is None or p.shape == (N, 4) for part in seen for p in part)
+
+
+@triton.jit
+def count_assignments(counts, row_blocks, splits, group):
+    block, split = linear.assignment(tl.program_id(0), row_blocks, splits, group)
+    tl.atomic_add(counts + block * splits + split, 1)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 16), (5, 3, 16), (16, 4, 16), (33, 5, 16), (7, 6, 2)])
+def test_every_tile_is_assigned_once(sizes):
+    row_blocks, splits, group = sizes
+    counts = torch.zeros(row_blocks, splits, dtype=torch.int32, device=DEVICE)
+    count_assignments[(row_blocks * splits,)](counts, row_blocks, splits, group)
+    assert counts.eq(1).all()
 
 
 # The public function

@@ -162,7 +162,7 @@ def put_part(parts, at, inside, part, moments, first, how):
         tl.store(parts.first + at, first, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def statistics_of_parts(
     hidden,
     weight,
@@ -228,7 +228,7 @@ def load_lanes(pointer, at, inside, other, wide):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish(parts, z_target, rows, outs, splits, valid, how, lanes: tl.constexpr):
     """Merge the parts of a row and store what was asked for."""
     row = tl.program_id(0)
@@ -263,16 +263,14 @@ def plan(dtype: torch.dtype, light: bool, shared_memory: int) -> Launch:
 
     `light` says that neither a softcap nor higher moments need registers beside a tile of 256.
     """
-    match dtype.itemsize:
-        case 2:
-            entries = 256 if light and shared_memory >= _ROOM_FOR_256 else 128
-            tile = Tile(
-                128, entries, 64, 1024 // entries, group=16, cuts=4 if entries == 256 else 3
-            )
-        case 4:
-            tile = Tile(64, 128, 32, walk=8, group=32, cuts=0)
-        case _:
-            tile = Tile(64, 64, 16, walk=16, group=32, cuts=0)
+    if dtype.itemsize == 2 and light and shared_memory >= _ROOM_FOR_256:
+        tile = Tile(128, 256, 64, walk=4, group=16, cuts=4)
+    elif dtype.itemsize == 2:
+        tile = Tile(128, 128, 64, walk=8, group=16, cuts=2)
+    elif dtype.itemsize == 4:
+        tile = Tile(64, 128, 32, walk=8, group=32, cuts=0)
+    else:
+        tile = Tile(64, 64, 16, walk=16, group=32, cuts=0)
     stage = (tile.rows + tile.entries) * tile.depth * dtype.itemsize
     return Launch(tile, 8, max(1, min(4, shared_memory // stage)))
 
@@ -342,7 +340,7 @@ def _parts(hidden: Tensor, how, count: int, splits: int) -> Parts:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory a program may have."""
+    """Bytes of shared memory a program may have; 0 off a GPU."""
     if device.type != "cuda":
         return 0
     properties = torch.cuda.get_device_properties(device)
