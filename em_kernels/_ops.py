@@ -8,7 +8,6 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -93,10 +92,9 @@ def _why_not_compiled() -> str | None:
 
 def _why_not_triton(device: torch.device | None) -> str | None:
     try:
-        importlib.import_module("em_kernels.triton")
+        interpreted = importlib.import_module("em_kernels.triton").interpreted
     except ImportError as error:
         return f"it cannot be imported ({error}); `pip install triton`"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
         return None if usable else "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
@@ -151,6 +149,17 @@ def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = _chunks.stats(linear, spec, tuple(outputs), module)
+    return _shape_rows(rows, outputs, hidden.shape[:-1])
+
+
+def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, (outputs,) = _take(RowSpec, args)
+    reason = why_not("triton", hidden.device)
+    if reason is not None:
+        raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
+    module = importlib.import_module("em_kernels.triton.linear")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = module.linear_stats(rows, weight, _checked(flatten_spec(spec)), tuple(outputs))
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -305,6 +314,10 @@ def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return empty_rows(hidden, args[-4])
 
 
+def _fake_linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    return empty_rows(hidden, args[-1])
+
+
 def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return _fake_grads(hidden, weight, args[0], Needs(*args[-7:-3]))
 
@@ -341,6 +354,11 @@ _OPERATORS = {
         f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}",
         _linear_stats,
         _fake_linear_stats,
+    ),
+    "linear_stats_fused": (
+        f"{_LINEAR}, {_SPEC}, str[] outputs",
+        _linear_stats_fused,
+        _fake_linear_stats_fused,
     ),
     "linear_grad": (
         f"{_LINEAR}, {_SPEC}, {_SAVED}, {_UPSTREAM}, {_NEEDS}, {_CUT}",

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import check_cut, check_filter_eps, check_linear, check_outputs, make_spec
 from em_kernels._dtensor import local_operands
-from em_kernels._spec import RowSpec, TokenStats
+from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
 
@@ -30,6 +30,7 @@ def linear_softmax_stats(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     filter_eps: float | None = None,
+    fuse_product: bool = False,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
@@ -61,6 +62,10 @@ def linear_softmax_stats(
             entry by entry and to rounding; statistics and the gradient of `bias` stay exact. It
             pays where rows are peaked; a row spread over many more than 1 / filter_eps words can
             lose its whole gradient.
+        fuse_product: True multiplies and reduces in one Triton kernel, which keeps no logits at
+            all, only about 12 bytes a token for every 1024 entries of the vocabulary; the logits
+            are never rounded. Without gradients only, and without `group`, `chunk_tokens` and
+            another `impl`.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
@@ -70,6 +75,8 @@ def linear_softmax_stats(
     check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
     check_filter_eps(filter_eps)
+    if fuse_product:
+        _check_fused((hidden, weight, bias), group, chunk_tokens, logits_dtype, impl)
     spec = make_spec(
         hidden,
         weight.shape[0],
@@ -85,9 +92,34 @@ def linear_softmax_stats(
         bias=bias,
     )
     outputs = check_outputs(outputs, target)
+    if fuse_product:
+        rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
+        return pack_stats(outputs, rows[3:])
     cut = (chunk_tokens, logits_dtype, impl)
     rows = _LinearStats.apply(hidden, weight, *spec, outputs, filter_eps, *cut)
     return pack_stats(outputs, rows)
+
+
+def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
+    """What `fuse_product=True` cannot be combined with."""
+    names = ("hidden", "weight", "bias")
+    if torch.is_grad_enabled():
+        for name, x in zip(names, tensors):
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"fuse_product=True has no gradient, got {name} that requires grad: "
+                    "call it under torch.no_grad()"
+                )
+    wide = accumulate_dtype(tensors[0].dtype)
+    refused = {
+        "group": (group, (None,)),
+        "chunk_tokens": (chunk_tokens, (None,)),
+        "logits_dtype": (logits_dtype, (None, wide)),
+        "impl": (impl, ("auto", "triton")),
+    }
+    for name, (value, allowed) in refused.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed} with fuse_product, got {value!r}")
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
