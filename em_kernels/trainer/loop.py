@@ -19,7 +19,7 @@ from em_kernels.objectives.em import (
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.distributed import joined_ranks
 from em_kernels.trainer.loss import Batch
-from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, official_masks, sample
+from em_kernels.trainer.rollout import Rollout, aligned_mask, official_masks
 from em_kernels.trainer.run import Run, save_run, start_run
 
 Objective = Callable[[Rollout, Tensor], tuple[Tensor | None, Tensor | None]]
@@ -92,14 +92,7 @@ def _update(run: Run, update: int, objective: Objective) -> dict:
     """Sample, then one optimiser step; returns the metrics."""
     config, started = run.config, time.perf_counter()
     with run.weights.sampling() as model:
-        rollout = sample(
-            model,
-            run.tokenizer,
-            _prompts_of(run, update),
-            _sampling(config),
-            config.sample_batch,
-            run.ranks,
-        )
+        rollout = run.sampler(model, _prompts_of(run, update), update)
     _synchronize(run.model)
     sampled = time.perf_counter()
     with run.ranks.together():
@@ -199,16 +192,6 @@ def _prompts_of(run: Run, update: int) -> list[list[int]]:
     """Prompts take turns, over the whole run."""
     first = (update - 1) * run.config.responses
     return [run.prompts[(first + i) % len(run.prompts)] for i in range(run.config.responses)]
-
-
-def _sampling(config: TrainConfig) -> Sampling:
-    return Sampling(
-        temperature=config.sampling_temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=config.repetition_penalty,
-        max_new_tokens=config.max_new_tokens,
-    )
 
 
 def _is_due(config: TrainConfig, update: int) -> bool:
