@@ -24,12 +24,14 @@ import transformers
 from tiny_qwen2 import make_model, make_tokenizer
 from trainer_runs import TIMES, without_times
 
-from em_kernels import tiny_math
+from em_kernels import cli, tiny_math
 from em_kernels.trainer import (
     CheckpointError,
+    ModelError,
     RankError,
     Rollout,
     TrainConfig,
+    load_model,
     loop,
     merge_checkpoint,
     train,
@@ -45,7 +47,7 @@ def config(**changes) -> TrainConfig:
     base = dict(
         model=str(tiny_math.model_path()),
         prompts=(tiny_math.PROMPT, SECOND_PROMPT),
-        updates=3,
+        updates=2,
         responses=7,
         micro_batch=2,
         sample_batch=4,
@@ -53,7 +55,7 @@ def config(**changes) -> TrainConfig:
         loss_temperature=0.7,
         sampling_temperature=0.9,
         top_k=50,
-        max_new_tokens=40,
+        max_new_tokens=24,
         device="cpu",
     )
     return TrainConfig(**{**base, **changes})
@@ -156,9 +158,9 @@ def hooks(folder: Path) -> dict:
 
 
 GO_ON = {
-    "two": dict(updates=4),
-    "shards": dict(updates=4, shards_only=True),
-    "one-then-two": dict(updates=4),
+    "two": dict(updates=3),
+    "shards": dict(updates=3, shards_only=True),
+    "one-then-two": dict(updates=3),
 }
 
 
@@ -172,7 +174,7 @@ def resumed(folder: Path) -> dict:
     train(config(output=folder / "shards", updates=2, shards_only=True), progress=False)
     if first:
         shutil.copytree(folder / "shards", folder / "shards-then-one")
-    again = {"whole": report(train(config(updates=4), progress=False))}
+    again = {"whole": report(train(config(updates=3), progress=False))}
     for name, changes in GO_ON.items():
         dist.barrier()
         settings = dataclasses.replace(two, **changes, output=str(folder / name))
@@ -329,7 +331,7 @@ def test_on_step_is_called_on_rank_0_with_the_whole_model(ranks):
 
 
 def test_resume_on_another_number_of_ranks_goes_on_with_the_same_numbers(shared, ranks):
-    expected = report(train(config(updates=4), progress=False))
+    expected = report(train(config(updates=3), progress=False))
     for reports in ranks("resumed"):
         for name in ("whole", *GO_ON):
             check_same_run(reports[name], expected)
@@ -341,22 +343,25 @@ def test_resume_on_another_number_of_ranks_goes_on_with_the_same_numbers(shared,
         ("two-then-one", dict(save_every=1, keep_checkpoints=1)),
         ("shards-then-one", dict(shards_only=True)),
     ):
-        settings = config(output=shared / name, updates=4, **options)
+        settings = config(output=shared / name, updates=3, **options)
         check_same_run(report(train(settings, resume=True, progress=False)), expected)
         lines = [json.loads(line) for line in (shared / name / "metrics.jsonl").open()]
-        assert [line["update"] for line in lines] == [1, 2, 3, 4]
-    assert [p.name for p in (shared / "two").glob("*checkpoint-*")] == ["checkpoint-4"]
+        assert [line["update"] for line in lines] == [1, 2, 3]
+    assert [p.name for p in (shared / "two").glob("*checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_sharded_checkpoints_hold_a_part_of_each_rank_and_merge(shared, ranks, tmp_path):
     state = ranks("resumed")[0]["shards"]["state"]
-    checkpoint = shared / "shards" / "checkpoint-4"
+    checkpoint = shared / "shards" / "checkpoint-3"
     parts = sorted((checkpoint / "shards").glob("*.distcp"))
     sizes = [part.stat().st_size for part in parts]
     assert len(parts) == 2 and min(sizes) > 0.5 * max(sizes)
     assert not list(checkpoint.glob("*.safetensors"))
-    merged = merge_checkpoint(checkpoint, tmp_path / "merged")
-    for folder in (merged, shared / "two" / "checkpoint-4"):
+    with pytest.raises(ModelError, match=r"is in parts: `em-kernels merge .*checkpoint-3`"):
+        load_model(str(checkpoint))
+    merged = tmp_path / "merged"
+    assert cli.main(["merge", str(checkpoint), "--output", str(merged)]) == 0
+    for folder in (merged, shared / "two" / "checkpoint-3"):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert all(torch.equal(v, state[name]) for name, v in loaded.state_dict().items())
         assert loaded.generation_config.eos_token_id == 2
@@ -428,7 +433,7 @@ def test_the_command_line_under_torchrun(tmp_path):
         *("--prompt", expected.prompts[0], "--prompt", expected.prompts[1]),
         *("--responses", "7", "--micro-batch", "2", "--sample-batch", "4"),
         *("--learning-rate", "2e-4", "--loss-temperature", "0.7", "--sampling-temperature", "0.9"),
-        *("--top-k", "50", "--max-new-tokens", "40", "--device", "cpu", "--updates", "1"),
+        *("--top-k", "50", "--max-new-tokens", "24", "--device", "cpu", "--updates", "1"),
     ]
     run = str(tmp_path / "run")
     process = torchrun("train", "--model", expected.model, "--output", run, *settings)

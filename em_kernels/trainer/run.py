@@ -71,7 +71,7 @@ def start_run(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
-        sampler = make_sampler(config, model, tokenizer, ranks)
+        sampler = make_sampler(config, model, tokenizer, max(map(len, prompts)), ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,
