@@ -67,7 +67,9 @@ def start_run(
             checkpoints.check_free(folder)
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
-        check_causal(model, read_head(model), prompts[0])
+        head = read_head(model)
+        if ranks.is_first:
+            check_causal(model, head, prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
