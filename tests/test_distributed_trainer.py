@@ -193,6 +193,7 @@ def test_sharded_checkpoints_hold_a_part_of_each_rank_and_merge(shared, ranks, t
         ("model", 1, "ModelError", "no such folder"),
         ("taken", 0, "ValueError", "holds a run already"),
         ("shards", 0, "CheckpointError", "cannot write"),
+        ("metrics", 0, "CheckpointError", "metrics.jsonl"),
     ],
 )
 def test_an_error_on_one_rank_ends_the_run_on_all(ranks, name, failing, kind, message):

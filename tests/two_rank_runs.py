@@ -58,13 +58,17 @@ def outcome(call) -> tuple[str, str]:
 
 SAME = {
     "a run": {},
-    "three answers": dict(responses=3, reduction="sequence_mean"),
+    "three answers": dict(responses=3, reduction="sequence_mean", gradient_checkpointing=True),
     "one answer": dict(responses=1),
-    "micro-batches of one": dict(responses=4, micro_batch=1, prompts=tiny_math.PROMPT),
-    "one micro-batch": dict(micro_batch=64, sample_batch=64),
+    "one micro-batch": dict(
+        micro_batch=64,
+        sample_batch=64,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        sampling_temperature=1.0,
+    ),
     "official": dict(compat="official", responses=5),
-    "gradient checkpointing": dict(gradient_checkpointing=True),
-    "no truncation": dict(top_p=1.0, top_k=0, repetition_penalty=1.0, sampling_temperature=1.0),
 }
 
 
@@ -129,7 +133,7 @@ def bfloat16(folder: Path) -> dict:
 
 
 def bfloat16_run(folder: Path) -> dict:
-    settings = config(dtype="bfloat16", output=folder / "bfloat16", updates=2)
+    settings = config(dtype="bfloat16", output=folder / "bfloat16", updates=1)
     return report(train(settings, progress=False))
 
 
@@ -202,6 +206,13 @@ def errors(folder: Path) -> dict:
         (folder / "blocked" / ".checkpoint-1.shards.tmp").write_text("in the way")
     dist.barrier()
     found["shards"] = outcome(lambda: train(blocked, **run))
+
+    def block(line, model):
+        (folder / "full" / "metrics.jsonl").unlink()
+        (folder / "full" / "metrics.jsonl").mkdir()
+
+    full = config(output=folder / "full", updates=1)
+    found["metrics"] = outcome(lambda: train(full, on_step=block, **run))
     found["afterwards"] = outcome(lambda: train(config(updates=1), **run))
     return found
 

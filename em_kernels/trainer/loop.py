@@ -86,7 +86,9 @@ def train(
         for update in _progress(run, progress):
             with run.random:
                 line = _update(run, update, objective or _entropy_minimisation(config))
-            run.metrics.add(_shown(run, line, on_step))
+            line = _shown(run, line, on_step)
+            with ranks.together():
+                run.metrics.add(line)
             run.done = update
             if run.folder and _is_due(config, update):
                 save_run(run)
