@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or that this package cannot train."""
@@ -68,6 +70,23 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
             f"{name!r} is not a causal language model: it has no weights for {', '.join(missing)}"
         )
     return model.to(_device(device)), tokenizer
+
+
+def load_architecture(folder: Path, device: str = "auto") -> tuple:
+    """(model, tokenizer) of a model folder, in float32, the weights not those of the folder."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.random.fork_rng():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            settings = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = settings
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot make the model of {folder}: {reason}") from error
+    return model.eval().to(_device(device)), tokenizer
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -168,6 +187,8 @@ def _check_path(name: str) -> None:
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
+        if (path / SHARDS).is_dir() and not any(path.glob("*.safetensors")):
+            raise ModelError(f"{name} is in parts: `em-kernels merge {name}` makes a model of them")
     elif path.exists():
         raise ModelError(f"a model is a folder, got the file {name}")
     elif _looks_like_a_path(name):
