@@ -51,8 +51,11 @@ def release_memory() -> None:
 def add_product(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
     """total = (total if add) + grad_logits.T @ x, in float32 throughout, for bfloat16 operands.
 
-    Returns False, having done nothing, for other dtypes and where the processor cannot do it fast.
+    Returns False, having done nothing, for other dtypes, for an empty product and where the
+    processor cannot do it fast.
     """
+    if grad_logits.numel() == 0:
+        return False
     return _C.add_product(total, grad_logits, x, add)
 
 

@@ -25,12 +25,12 @@ def _on_rank(rank: int, world: int, case, names: list[str], folder: str) -> None
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT
     )
-    results = {}
-    for name in names:
-        try:
+    results = dict.fromkeys(names, "Traceback: not run, because a case before it failed")
+    try:
+        for name in names:
             results[name] = case(name)
-        except Exception:
-            results[name] = traceback.format_exc()
+        dist.barrier()
+    except Exception:  # the ranks are out of step now; leaving tells those that wait
+        results[name] = traceback.format_exc()
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
     dist.destroy_process_group()
