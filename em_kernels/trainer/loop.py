@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from em_kernels.heads import Head
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
@@ -19,7 +20,7 @@ from em_kernels.objectives.em import (
 )
 from em_kernels.token_loss import linear_token_loss
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.models import Head, hidden_states
+from em_kernels.trainer.models import hidden_states
 from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, official_masks, sample
 from em_kernels.trainer.run import Run, save_run, start_run
 
