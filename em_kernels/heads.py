@@ -25,12 +25,17 @@ class Head(NamedTuple):
         """All but the weight, by the names that the `linear_*` functions have for it."""
         return dict(bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale)
 
+    def transform(self, products: Tensor) -> Tensor:
+        """The logits out of what the model's own layer gives, hidden @ weight.T + its bias."""
+        logits = self.logit_scale * products
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """All the logits, in float32: for checks on a few tokens."""
-        logits = self.logit_scale * (hidden.float() @ self.weight.float().T)
+        products = hidden.float() @ self.weight.float().T
         if self.bias is not None:
-            logits = logits + self.bias.float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            products = products + self.bias.float() / self.logit_scale
+        return self.transform(products)
 
 
 def read_head(model) -> Head:
