@@ -15,7 +15,6 @@ The numbers are TRL's up to rounding, in float32, with entropies that stay exact
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,6 +23,7 @@ import trl.kernels
 import trl.trainer.utils as trl_utils
 from torch import Tensor
 
+from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
 from em_kernels.trl_api import NEVER_IGNORED, selective_log_softmax_and_entropy
@@ -48,7 +48,7 @@ def apply_to_trl() -> None:
     """
     if not is_applied():
         trl.kernels.ChunkedLogProbFunction.apply = staticmethod(chunked_log_probs)
-        _rebind(_REPLACEMENTS)
+        rebind("trl", _REPLACEMENTS)
         if _TRL_USE_TRITON is not None:
             trl_utils._use_triton = _only_scored_positions
 
@@ -57,7 +57,7 @@ def remove_from_trl() -> None:
     """Undo `apply_to_trl`; without it nothing happens."""
     if is_applied():
         del trl.kernels.ChunkedLogProbFunction.apply  # the inherited one shows again
-        _rebind({ours: theirs for theirs, ours in _REPLACEMENTS.items()})
+        rebind("trl", {ours: theirs for theirs, ours in _REPLACEMENTS.items()})
         if _TRL_USE_TRITON is not None:
             trl_utils._use_triton = _TRL_USE_TRITON
 
@@ -162,12 +162,3 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 }
 if hasattr(trl.kernels, "selective_log_softmax_and_entropy"):  # where triton is installed
     _REPLACEMENTS[trl.kernels.selective_log_softmax_and_entropy] = selective_log_softmax_and_entropy
-
-
-def _rebind(replacements: dict[Callable, Callable]) -> None:
-    """In every loaded module of TRL, put the values in the place of the keys."""
-    by_id = {id(old): new for old, new in replacements.items()}
-    for module in [m for name, m in list(sys.modules.items()) if name.split(".")[0] == "trl"]:
-        for name, value in list(vars(module).items()):
-            if id(value) in by_id:
-                setattr(module, name, by_id[id(value)])
