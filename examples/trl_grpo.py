@@ -25,7 +25,7 @@ def problems(count: int) -> Dataset:
 
 
 def main(trainer_class=GRPOTrainer, **more) -> list[dict]:
-    apply_to_trl()  # the one line: RLOOTrainer, SFTTrainer, DPOTrainer and KTOTrainer as well
+    apply_to_trl()  # the one line; it serves RLOOTrainer, SFTTrainer and DPOTrainer as well
     folder = tiny_math.model_path()
     settings = dict(
         output_dir=tempfile.mkdtemp(),

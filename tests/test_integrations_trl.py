@@ -77,6 +77,17 @@ def sft(model, tokenizer, folder, **settings):
     )
 
 
+def dpo(model, tokenizer, folder, **settings):
+    problems = tiny_math.make_problems("dev", 12)
+    rows = [
+        {"prompt": chat(p.text), "chosen": str(p.answer), "rejected": str(p.answer + 1)}
+        for p in problems
+    ]
+    arguments = trl.DPOConfig(output_dir=folder, max_length=64, **{**SHARED, **settings})
+    data = datasets.Dataset.from_list(rows)
+    return trl.DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+
+
 def train(make, folder, **settings):
     """(lines of the log, trained model, model before)."""
     model, tokenizer = load_model(str(tiny_math.model_path()), "cpu")
@@ -109,6 +120,7 @@ CASES = {
         dict(entropy_coef=0.01, num_iterations=2, top_entropy_quantile=0.5),
     ),
     "rloo": (rloo, {}),
+    "dpo": (dpo, {}),
     "sft": (sft, dict(completion_only_loss=True)),
     "sft on all tokens, dft": (sft, dict(loss_type="dft", completion_only_loss=False)),
 }

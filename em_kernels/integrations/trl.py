@@ -6,7 +6,7 @@
     with patched():                # or for the length of a block
         trainer.train()
 
-GRPOTrainer, RLOOTrainer, SFTTrainer, DPOTrainer and KTOTrainer get their per-token numbers from
+GRPOTrainer, RLOOTrainer, SFTTrainer and DPOTrainer get their per-token numbers from
 `trl.kernels.ChunkedLogProbFunction`, given the hidden states and the head: its `apply` is replaced.
 Code that has logits calls `selective_log_softmax`, `entropy_from_logits` or
 `selective_log_softmax_and_entropy`: these are replaced wherever a module of TRL has imported them.
