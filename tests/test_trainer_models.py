@@ -8,11 +8,12 @@ import transformers
 from tiny_qwen2 import WORDS, make_model, make_tokenizer, save
 from trainer_runs import plain_entropy, run, settings
 
+from em_kernels.heads import read_head
 from em_kernels.objectives.em import token_mean_weights
 from em_kernels.trainer import ModelError, load_model, read_prompts, train
 from em_kernels.trainer.data import encode_prompt, read_jsonl
 from em_kernels.trainer.loss import Batch, micro_batch_loss
-from em_kernels.trainer.models import check_causal, hidden_states, read_head
+from em_kernels.trainer.models import check_causal, hidden_states
 
 SMALL = dict(
     vocab_size=len(WORDS),

@@ -1,4 +1,4 @@
-"""Loading a causal language model, and its head as the ops take it."""
+"""Loading a causal language model, and the hidden states that its head multiplies."""
 
 from __future__ import annotations
 
@@ -7,32 +7,13 @@ import inspect
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from em_kernels.heads import Head, ModelError
+
 SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, or that this package cannot train."""
-
-
-class Head(NamedTuple):
-    """logits = softcap(logit_scale * hidden @ weight.T + bias), softcap(u) = c tanh(u / c)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All the logits, in float32: for checks on a few tokens."""
-        logits = self.logit_scale * (hidden.float() @ self.weight.float().T)
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def require_transformers() -> ModuleType:
@@ -99,22 +80,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of a run that has the most updates behind it."""
     return (list_checkpoints(folder) or [None])[-1]
-
-
-def read_head(model) -> Head:
-    """The model's head.
-
-    Raises:
-        ModelError: the model has no linear head.
-    """
-    layer = model.get_output_embeddings()
-    if getattr(layer, "weight", None) is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head")
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(layer.weight, getattr(layer, "bias", None), softcap, scale / divisor)
 
 
 def hidden_states(

@@ -8,18 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from em_kernels.heads import ModelError, read_head
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
 from em_kernels.trainer.models import (
-    ModelError,
     check_causal,
     enable_gradient_checkpointing,
     load_architecture,
     load_model,
     newest_checkpoint,
-    read_head,
 )
 from em_kernels.trainer.random_state import RandomState
 from em_kernels.trainer.rollout import end_tokens, pad_token
