@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q -c constraints.txt
 GPU_PYTHON ?= python3
 OUT ?= gpu-output
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py cuda_build.py constraints.txt $(shell find csrc -type f)
 
 .PHONY: setup demo test bench gpu study clean
 
@@ -41,4 +41,4 @@ study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so em_kernels/_cuda*.so
