@@ -95,8 +95,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     yield Case(
         name="softmax_stats backward",
         contenders={
-            name: backward(functions[name], logits, target, upstream)
-            for name in (*own, "eager")
+            name: backward(functions[name], logits, target, upstream) for name in (*own, "eager")
         },
         truth={"grad": (rows, grad)},
         bytes_moved=2 * size,
