@@ -127,7 +127,7 @@ def _gradient(
 def _keep(
     name: str, x: Tensor | None, dtype: torch.dtype, size: int, like: Tensor, kept: list[Tensor]
 ) -> int:
-    """The address of `x` as a contiguous (size,) of `dtype`, which `kept` keeps alive; 0 if None."""
+    """The address of `x` as a contiguous (size,) of `dtype`, kept alive by `kept`; 0 if None."""
     if x is None:
         return 0
     if x.numel() != size or x.device != like.device:

@@ -1,0 +1,342 @@
+// The kernels. `stream_rows`: a block per row, read from global memory: statistics, gradient, or one
+// after the other. `resident_loss`: a cluster per row, which is brought into shared memory once.
+#include "kernels.h"
+
+#include "limits.h"
+#include "rows.h"
+
+namespace em_kernels::cuda {
+
+// Calls body(vectors, indices) for chunks of kLoads vectors per thread of the n numbers at `x`;
+// before(k) comes before chunk k is read. Which thread takes which number when depends on n and the
+// number of threads alone, not on how `x` is aligned.
+template <class In, class Before, class Body>
+EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Body& body) {
+  constexpr int width = Vector<In>::width;
+  const int stride = block_threads() * width, chunk = kLoads * stride;
+  const bool aligned = aligned16(x);
+  Vector<In> v[kLoads];
+  int at[kLoads], k = 0, begin = thread_index() * width;
+  const int whole = aligned ? n / chunk * chunk : 0;
+  for (; k * chunk < whole; ++k, begin += chunk) {
+    before(k);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      at[i] = begin + i * stride;
+      v[i] = load_aligned(x + at[i]);
+    }
+    body(v, at);
+  }
+  for (; k * chunk < n; ++k, begin += chunk) {
+    before(k);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      at[i] = begin + i * stride;
+      v[i] = load_guarded(x + at[i], n - at[i], aligned);
+    }
+    body(v, at);
+  }
+}
+
+struct Nothing {
+  EM_DEVICE void operator()(int) const {}
+};
+
+
+// This thread's share of the sums over the n numbers at `x`. kPlain: `transform` is simple and
+// nothing beyond the first order is wanted.
+template <bool kPlain, class In, class Before>
+EM_DEVICE Part<Real<In>> sum_up(
+    const In* x, int n, const Transform<Real<In>>& transform, const Extras& extras,
+    const Before& before) {
+  using T = Real<In>;
+  constexpr int width = Vector<In>::width;
+  const Scaling<T> by = transform.scaling();
+  if constexpr (kPlain) {
+    Sums<Vector<In>, false> sums;
+    for_each_chunk(x, n, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+      sums.add(v, at, by, extras);
+    });
+    return sums.total(by);
+  } else {
+    Sums<Lanes<T, width>, true> sums;
+    for_each_chunk(x, n, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+      Lanes<T, width> z[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k)
+#pragma unroll
+        for (int i = 0; i < width; ++i)
+          z[k].lane[i] = at[k] + i < n ? transform.summand(v[k].get(i), at[k] + i) : T(-INFINITY);
+      sums.add(z, at, by, extras);
+    });
+    return sums.total(by);
+  }
+}
+
+template <class In>
+EM_DEVICE void store_gradient(
+    const Lanes<Real<In>, Vector<In>::width>& g, void* out, DType dtype, int64_t at, int count,
+    bool aligned) {
+  if constexpr (sizeof(In) == 4) {
+    if (dtype == DType::bf16)
+      return store_guarded(g, static_cast<bf16*>(out) + at, count, aligned);
+    if (dtype == DType::f16) return store_guarded(g, static_cast<f16*>(out) + at, count, aligned);
+  }
+  store_guarded(g, static_cast<In*>(out) + at, count, aligned);
+}
+
+// The gradient of the n numbers at `x` into `out`, where number 0 has index `first`.
+//
+// `out` may lie on the logits. Of the same width, a thread overwrites only what it has read itself.
+// A narrow `out` begins at the row's first byte, so number i is written to where number i / 2 was:
+// behind all that later chunks read, and within what the block has read once every thread has the
+// numbers of its chunk in registers. Hence the one barrier per chunk.
+template <bool kPlain, class In>
+EM_DEVICE void write_gradient(
+    const In* x, int n, void* out, DType dtype, const Transform<Real<In>>& transform,
+    const GradientTerms<Real<In>>& terms) {
+  using T = Real<In>;
+  constexpr int width = Vector<In>::width;
+  const Scaling<T> by(1);
+  const bool narrow = sizeof(In) == 4 && dtype != DType::f32;
+  const bool aligned = narrow ? reinterpret_cast<uintptr_t>(out) % 8 == 0 : aligned16(out);
+  for_each_chunk(x, n, Nothing(), [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+    if (narrow) sync_block();
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      Lanes<T, width> g;
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const T number = v[k].get(i);
+        if constexpr (kPlain) {
+          g.lane[i] = terms({number * transform.scale, 1}, by);
+        } else {
+          g.lane[i] = at[k] + i < n ? terms(transform(number, at[k] + i), by) : T(0);
+        }
+      }
+      store_gradient<In>(g, out, dtype, at[k], n - at[k], aligned);
+    }
+  });
+}
+
+template <class In>
+EM_DEVICE const In* row_of(const Problem& p, int64_t row) {
+  return static_cast<const In*>(p.logits) +
+         row_offset(row, p.inner, p.outer_stride, p.inner_stride);
+}
+
+EM_DEVICE int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+EM_DEVICE char* gradient_row(const Problem& p, const Gradient& g, int64_t row) {
+  return static_cast<char*>(g.out) +
+         row_offset(row, p.inner, g.outer_stride, g.inner_stride) * size_of(g.out_dtype);
+}
+
+// Zeros in the gradient of a row from index `begin` on.
+EM_DEVICE void zero_from(
+    const Problem& p, const Gradient& g, char* out, int64_t begin, int first, int step) {
+  const int size = size_of(g.out_dtype);
+  store_zeros(out + begin * size, out + p.vocab * size, first, step);
+}
+
+EM_DEVICE Extras wanted(const Results& results) {
+  Extras out;
+  out.second_order = true;
+  out.moments = results.column[kSelfCertainty] || results.column[kLogitMean] ||
+                results.column[kLogitVar] || results.column[kLogitSkew];
+  out.argmax = results.column[kIsTop1];
+  return out;
+}
+
+template <class T>
+struct StreamScratch {
+  BlockScratch<T> merge;
+  Saved<T> saved;
+};
+
+// One block per row. Without kPlain one kernel serves all three operations, told apart by `what`.
+template <class In, bool kPlain, bool kStats, bool kGrad, int kBlocks>
+EM_KERNEL(kMaxThreads, kBlocks)
+stream_rows(const Problem p, const Results results, const Gradient g, const Operation what) {
+  using T = Real<In>;
+  static_assert(sizeof(StreamScratch<T>) <= kStreamScratchBytes);
+  auto& scratch = *reinterpret_cast<StreamScratch<T>*>(shared_memory());
+  const bool stats = kStats && (kPlain || what != Operation::gradient);
+  const bool grad = kGrad && (kPlain || what != Operation::statistics);
+  const int64_t row = block_index();
+  const int thread = thread_index(), valid = static_cast<int>(p.valid_vocab);
+  char* out = grad ? gradient_row(p, g, row) : nullptr;
+  if (p.mask && !p.mask[row]) {
+    if (stats && thread == 0) put_zeros<T>(results, row);
+    if (grad) zero_from(p, g, out, 0, thread, block_threads());
+    return;
+  }
+  const In* x = row_of<In>(p, row);
+  const Transform<T> transform(p, row);
+  Target<T> target;
+  Saved<T> saved;
+  if (stats) {
+    Part<T> part = sum_up<kPlain>(x, valid, transform, wanted(results), Nothing());
+    if (thread == 0) target.read(p, row, x, transform);
+    part = merge_block<!kPlain>(part, scratch.merge);
+    if (thread == 0) scratch.saved = put_row<!kPlain>(results, row, part, target);
+    if (!grad) return;
+    sync_block();
+    saved = scratch.saved;
+  } else {
+    saved = {read_row<T>(g.max, row), read_row<T>(g.log1p_r, row), read_row<T>(g.mean_d, row)};
+    if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
+    sync_block();  // the target's logit is read before anything is overwritten
+  }
+  const GradientTerms<T> terms(g, row, saved, target, transform);
+  write_gradient<kPlain>(x, valid, out, g.out_dtype, transform, terms);
+  sync_block();
+  if (thread == 0 && terms.has_target) {
+    Lanes<T, Vector<In>::width> own;
+    own.lane[0] = terms.at_target;
+    store_gradient<In>(own, out, g.out_dtype, target.y, 1, false);
+  }
+  zero_from(p, g, out, valid, thread, block_threads());
+}
+
+#if defined(EM_HAS_CLUSTERS)
+template <class T>
+struct ResidentScratch {
+  BlockScratch<T> merge;
+  Part<T> part;
+  Saved<T> saved;
+  Arrival arrivals[kMaxChunks];
+};
+
+// Brings the n numbers at `x` into shared memory. Afterwards chunk k, of `chunk` numbers, is there
+// for those who have waited for arrival k. Numbers up to the end of the last vector are -inf.
+template <class In>
+EM_DEVICE void bring_in(const In* x, int n, int chunk, In* slice, Arrival* arrivals) {
+  constexpr int width = Vector<In>::width;
+  const int thread = thread_index(), chunks = (n + chunk - 1) / chunk;
+  const int bulk = aligned16(x) ? n / width * width : 0;
+  if (thread == 0) {
+    init_arrivals(arrivals, chunks);
+    for (int k = 0; k < chunks; ++k) {
+      int count = bulk - k * chunk;
+      count = count < 0 ? 0 : count > chunk ? chunk : count;
+      start_copy(slice + k * chunk, x + k * chunk, count * sizeof(In), arrivals + k);
+    }
+  }
+#pragma unroll 4
+  for (int i = bulk + thread; i < n; i += block_threads()) slice[i] = x[i];
+  sync_block();
+}
+
+// One cluster per row: block b holds numbers [b slice, (b + 1) slice) of it in shared memory from
+// the first read to the last use, so the logits are read once, and `out` may be the logits.
+template <class In>
+EM_KERNEL(kMaxThreads, 3)
+resident_loss(const Problem p, const Results results, const Gradient g, const int64_t slice) {
+  using T = Real<In>;
+  static_assert(sizeof(ResidentScratch<T>) <= kScratchBytes);
+  auto& scratch = *reinterpret_cast<ResidentScratch<T>*>(shared_memory());
+  In* const held = reinterpret_cast<In*>(shared_memory() + kScratchBytes);
+  const int rank = cluster_rank(), blocks = cluster_blocks(), thread = thread_index();
+  const int64_t row = block_index() / blocks;
+  char* const out = gradient_row(p, g, row);
+  if (p.mask && !p.mask[row]) {
+    if (rank == 0 && thread == 0) put_zeros<T>(results, row);
+    zero_from(p, g, out, 0, rank * block_threads() + thread, blocks * block_threads());
+    return;
+  }
+  const In* const x = row_of<In>(p, row);
+  const int64_t begin = rank * slice, rest = p.valid_vocab - begin;
+  const int n = static_cast<int>(rest < 0 ? 0 : rest < slice ? rest : slice);
+  const int chunk = kLoads * Vector<In>::width * block_threads();
+  bring_in(x + begin, n, chunk, held, scratch.arrivals);
+
+  const Transform<T> transform(p, row);
+  Target<T> target;
+  if (thread == 0) target.read(p, row, x, transform);
+  const auto arrived = [&](int k) { wait_copy(scratch.arrivals + k); };
+  Part<T> part = sum_up<true>(held, n, transform, Extras(), arrived);
+  part = merge_block<false>(part, scratch.merge);
+  if (thread == 0) scratch.part = part;
+  // From here on all of the row is in shared memory, so `out` may overwrite it.
+  cluster_arrive();
+  cluster_wait();
+  if (thread == 0) {
+    part = *of_peer(&scratch.part, 0);
+    for (int peer = 1; peer < blocks; ++peer)
+      part = merge_parts<false>(part, *of_peer(&scratch.part, peer));
+    Results own = results;
+    if (rank != 0) own = Results();
+    scratch.saved = put_row<false>(own, row, part, target);
+  }
+  cluster_arrive();  // this block has read what it needs of the others
+  sync_block();
+
+  const GradientTerms<T> terms(g, row, scratch.saved, target, transform);
+  char* const own_out = out + begin * size_of(g.out_dtype);
+  write_gradient<true>(held, n, own_out, g.out_dtype, transform, terms);
+  sync_block();
+  if (thread == 0 && terms.has_target && begin <= target.y && target.y < begin + n) {
+    Lanes<T, Vector<In>::width> one;
+    one.lane[0] = terms.at_target;
+    store_gradient<In>(one, out, g.out_dtype, target.y, 1, false);
+  }
+  zero_from(
+      p, g, out, p.valid_vocab, rank * block_threads() + thread, blocks * block_threads());
+  cluster_wait();  // the others may still be reading this block's shared memory
+}
+#else
+template <class In>
+EM_KERNEL(kMaxThreads, 3)
+resident_loss(const Problem, const Results, const Gradient, const int64_t) {}
+#endif
+
+template <class In, bool kPlain, bool kStats, bool kGrad, int kBlocks>
+void launch_stream(
+    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
+    Operation operation, void* stream) {
+  launch(
+      stream_rows<In, kPlain, kStats, kGrad, kBlocks>, plan, stream, p, results, g, operation);
+}
+
+template <class In>
+void run_plain(
+    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
+    Operation operation, void* stream) {
+  switch (operation) {
+    case Operation::statistics:
+      return launch_stream<In, true, true, false, 5>(plan, p, results, g, operation, stream);
+    case Operation::gradient:
+      return launch_stream<In, true, false, true, 4>(plan, p, results, g, operation, stream);
+    case Operation::loss:
+      if (plan.resident)
+        return launch(resident_loss<In>, plan, stream, p, results, g, plan.slice);
+      return launch_stream<In, true, true, true, 4>(plan, p, results, g, operation, stream);
+  }
+}
+
+template <class In>
+void run_any(
+    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
+    Operation operation, void* stream) {
+  if constexpr (sizeof(In) <= 4)
+    if (plan.plain) return run_plain<In>(plan, p, results, g, operation, stream);
+  launch_stream<In, false, true, true, 2>(plan, p, results, g, operation, stream);
+}
+
+void run(
+    Operation operation, const Problem& p, const Results& results, const Gradient& g,
+    const Device& device, void* stream) {
+  const Plan how = plan(operation, p, results, g, device);
+  if (how.blocks == 0) return;
+  switch (p.dtype) {
+    case DType::f32: return run_any<float>(how, p, results, g, operation, stream);
+    case DType::bf16: return run_any<bf16>(how, p, results, g, operation, stream);
+    case DType::f16: return run_any<f16>(how, p, results, g, operation, stream);
+    case DType::f64: return run_any<double>(how, p, results, g, operation, stream);
+  }
+}
+
+}  // namespace em_kernels::cuda
