@@ -2,7 +2,7 @@
 // after the other. `resident_loss`: a cluster per row, which is brought into shared memory once.
 #include "kernels.h"
 
-#include "limits.h"
+#include "sizes.h"
 #include "rows.h"
 
 namespace em_kernels::cuda {

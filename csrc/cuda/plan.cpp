@@ -4,7 +4,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "limits.h"
+#include "sizes.h"
 
 namespace em_kernels::cuda {
 namespace {

@@ -6,7 +6,7 @@
 // largest number held by the thread, and the sums are re-based once per chunk.
 #pragma once
 
-#include "limits.h"
+#include "sizes.h"
 #include "vectors.h"
 
 namespace em_kernels::cuda {
