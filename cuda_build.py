@@ -1,6 +1,6 @@
 """Compiles csrc/cuda: .cu by nvcc, .cpp by the C++ compiler. No torch and no GPU is needed.
 
-    python cuda_build.py cases      build/cuda/cases: tests/cuda_cases.cu, linked with the kernels
+    python cuda_build.py cases      build/cuda/cases: tests/cuda_cases.cpp, linked with the kernels
 
 What it looks at in the environment: CUDA_HOME, CXX, MAX_JOBS, and TORCH_CUDA_ARCH_LIST in torch's
 syntax ("8.0;9.0+PTX", "Hopper"). Objects are kept in build/cuda and are compiled anew where a
@@ -24,13 +24,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc/cuda"
 OBJECTS = ROOT / "build/cuda"
+CASES = ROOT / "tests/cuda_cases.cpp"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 LEAST = (8, 0)
 NAMED = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
 ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 HOST_FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0"]
 NVCC_FLAGS = [
-    *("-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"),
+    *("-O3", "-std=c++17", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
 
@@ -162,13 +163,16 @@ class Plan(NamedTuple):
 
 def build_module(target: Path) -> None:
     """The extension module, at `target`."""
-    _build(Plan.make(), sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]), target)
+    _build(Plan.make(), sources(), target)
 
 
 def build_cases(target: Path = OBJECTS / "cases") -> None:
-    """tests/cuda_cases.cu with the kernels, as a program."""
-    kernels = sorted(SOURCES.glob("*.cu"))
-    _build(Plan.make(), [ROOT / "tests/cuda_cases.cu", *kernels], target)
+    """tests/cuda_cases.cpp with the kernels, as a program."""
+    _build(Plan.make(), [CASES, *(path for path in sources() if path.name != "module.cpp")], target)
+
+
+def sources() -> list[Path]:
+    return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
 
 
 def _build(plan: Plan, sources: list[Path], target: Path) -> None:
@@ -182,7 +186,7 @@ def _build(plan: Plan, sources: list[Path], target: Path) -> None:
         for source, result in objects.items()
         if not _is_done(result, plan.command(source), max(changed, source.stat().st_mtime))
     ]
-    stale.sort(key=lambda source: source.stat().st_size, reverse=True)  # the longest first
+    stale.sort(key=lambda source: source.suffix != ".cu")  # the longest first
     with ThreadPoolExecutor(plan.jobs) as pool:
         list(pool.map(lambda source: _compile(plan, source, objects[source]), stale))
     _run(plan.link(list(objects.values()), target), target.name)

@@ -103,7 +103,7 @@ def read_build(text: str) -> dict:
 
 
 def read_cases(text: str) -> dict:
-    """The cases of tests/cuda_cases.cu, a line each, and its last line, which counts them."""
+    """The cases of tests/cuda_cases.cpp, a line each, and its last line, which counts them."""
     cases = re.findall(r"^(?:ok|FAILED) +\S+: ", text, re.M)
     failed = re.findall(r"^FAILED +(.*)$", text, re.M)
     found = {"cases": len(cases), "failed_cases": failed[:MOST_FAILURES]}
