@@ -15,6 +15,7 @@
 #include "kernels.h"
 
 #define EM_DEVICE __device__ __forceinline__
+#define EM_DEVICE_CALL __device__ __noinline__
 #define EM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace em_kernels::cuda {

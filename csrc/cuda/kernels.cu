@@ -1,23 +1,27 @@
-// The kernels. `stream_rows`: a block per row, read from global memory: statistics, gradient, or one
-// after the other. `resident_loss`: a cluster per row, which is brought into shared memory once.
+// The kernels. `stream_statistics` and `stream_gradient`: a block per row, read from global memory.
+// `resident_loss`: both at once, a cluster per row, which is brought into shared memory once.
 #include "kernels.h"
+
+#include <type_traits>
 
 #include "sizes.h"
 #include "rows.h"
 
 namespace em_kernels::cuda {
 
-// Calls body(vectors, indices) for chunks of kLoads vectors per thread of the n numbers at `x`;
-// before(k) comes before chunk k is read. Which thread takes which number when depends on n and the
-// number of threads alone, not on how `x` is aligned.
+// Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of the n numbers at
+// `x`; before(k) comes before chunk k is read. Which thread takes which number when depends on n and
+// the number of threads alone, not on how `x` is aligned. `whole` is std::true_type where `x` is
+// aligned, `also_aligned`, and every vector full: the loop that has to be fast.
 template <class In, class Before, class Body>
-EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Body& body) {
+EM_DEVICE void for_each_chunk(
+    const In* x, int n, bool also_aligned, const Before& before, const Body& body) {
   constexpr int width = Vector<In>::width;
   const int stride = block_threads() * width, chunk = kLoads * stride;
   const bool aligned = aligned16(x);
+  const int whole = aligned && also_aligned ? n / chunk * chunk : 0;
   Vector<In> v[kLoads];
   int at[kLoads], k = 0, begin = thread_index() * width;
-  const int whole = aligned ? n / chunk * chunk : 0;
   for (; k * chunk < whole; ++k, begin += chunk) {
     before(k);
 #pragma unroll
@@ -25,7 +29,7 @@ EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Bo
       at[i] = begin + i * stride;
       v[i] = load_aligned(x + at[i]);
     }
-    body(v, at);
+    body(v, at, std::true_type());
   }
   for (; k * chunk < n; ++k, begin += chunk) {
     before(k);
@@ -34,7 +38,7 @@ EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Bo
       at[i] = begin + i * stride;
       v[i] = load_guarded(x + at[i], n - at[i], aligned);
     }
-    body(v, at);
+    body(v, at, std::false_type());
   }
 }
 
@@ -54,13 +58,13 @@ EM_DEVICE Part<Real<In>> sum_up(
   const Scaling<T> by = transform.scaling();
   if constexpr (kPlain) {
     Sums<Vector<In>, false> sums;
-    for_each_chunk(x, n, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+    for_each_chunk(x, n, true, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
       sums.add(v, at, by, extras);
     });
     return sums.total(by);
   } else {
     Sums<Lanes<T, width>, true> sums;
-    for_each_chunk(x, n, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+    for_each_chunk(x, n, true, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
       Lanes<T, width> z[kLoads];
 #pragma unroll
       for (int k = 0; k < kLoads; ++k)
@@ -73,19 +77,29 @@ EM_DEVICE Part<Real<In>> sum_up(
   }
 }
 
-template <class In>
+// kWhole: `out` is aligned and `count` is a whole vector.
+template <bool kWhole, class Out, class T, int W>
+EM_DEVICE void store_as(const Lanes<T, W>& g, void* out, int64_t at, int count, bool aligned) {
+  Out* const to = static_cast<Out*>(out) + at;
+  if constexpr (kWhole) {
+    store_aligned(g, to);
+  } else {
+    store_guarded(g, to, count, aligned);
+  }
+}
+
+template <class In, bool kWhole>
 EM_DEVICE void store_gradient(
     const Lanes<Real<In>, Vector<In>::width>& g, void* out, DType dtype, int64_t at, int count,
     bool aligned) {
   if constexpr (sizeof(In) == 4) {
-    if (dtype == DType::bf16)
-      return store_guarded(g, static_cast<bf16*>(out) + at, count, aligned);
-    if (dtype == DType::f16) return store_guarded(g, static_cast<f16*>(out) + at, count, aligned);
+    if (dtype == DType::bf16) return store_as<kWhole, bf16>(g, out, at, count, aligned);
+    if (dtype == DType::f16) return store_as<kWhole, f16>(g, out, at, count, aligned);
   }
-  store_guarded(g, static_cast<In*>(out) + at, count, aligned);
+  store_as<kWhole, In>(g, out, at, count, aligned);
 }
 
-// The gradient of the n numbers at `x` into `out`, where number 0 has index `first`.
+// The gradient of the n numbers at `x` into `out`.
 //
 // `out` may lie on the logits. Of the same width, a thread overwrites only what it has read itself.
 // A narrow `out` begins at the row's first byte, so number i is written to where number i / 2 was:
@@ -100,7 +114,7 @@ EM_DEVICE void write_gradient(
   const Scaling<T> by(1);
   const bool narrow = sizeof(In) == 4 && dtype != DType::f32;
   const bool aligned = narrow ? reinterpret_cast<uintptr_t>(out) % 8 == 0 : aligned16(out);
-  for_each_chunk(x, n, Nothing(), [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads]) {
+  for_each_chunk(x, n, aligned, Nothing(), [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto whole) {
     if (narrow) sync_block();
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
@@ -114,7 +128,7 @@ EM_DEVICE void write_gradient(
           g.lane[i] = at[k] + i < n ? terms(transform(number, at[k] + i), by) : T(0);
         }
       }
-      store_gradient<In>(g, out, dtype, at[k], n - at[k], aligned);
+      store_gradient<In, decltype(whole)::value>(g, out, dtype, at[k], n - at[k], aligned);
     }
   });
 }
@@ -150,55 +164,56 @@ EM_DEVICE Extras wanted(const Results& results) {
   return out;
 }
 
-template <class T>
-struct StreamScratch {
-  BlockScratch<T> merge;
-  Saved<T> saved;
-};
+// By one thread, when nothing of the row is read any more.
+template <class In>
+EM_DEVICE void put_target(
+    const GradientTerms<Real<In>>& terms, int64_t y, const Gradient& g, char* out) {
+  Lanes<Real<In>, Vector<In>::width> own;
+  own.lane[0] = terms.at_target;
+  store_gradient<In, false>(own, out, g.out_dtype, y, 1, false);
+}
 
-// One block per row. Without kPlain one kernel serves all three operations, told apart by `what`.
-template <class In, bool kPlain, bool kStats, bool kGrad, int kBlocks>
-EM_KERNEL(kMaxThreads, kBlocks)
-stream_rows(const Problem p, const Results results, const Gradient g, const Operation what) {
+template <class In, bool kPlain>
+EM_KERNEL(kMaxThreads, kPlain ? 5 : 2)
+stream_statistics(const Problem p, const Results results) {
   using T = Real<In>;
-  static_assert(sizeof(StreamScratch<T>) <= kStreamScratchBytes);
-  auto& scratch = *reinterpret_cast<StreamScratch<T>*>(shared_memory());
-  const bool stats = kStats && (kPlain || what != Operation::gradient);
-  const bool grad = kGrad && (kPlain || what != Operation::statistics);
+  static_assert(sizeof(BlockScratch<T>) <= kStreamScratchBytes);
+  auto& scratch = *reinterpret_cast<BlockScratch<T>*>(shared_memory());
   const int64_t row = block_index();
-  const int thread = thread_index(), valid = static_cast<int>(p.valid_vocab);
-  char* out = grad ? gradient_row(p, g, row) : nullptr;
+  const int thread = thread_index();
   if (p.mask && !p.mask[row]) {
-    if (stats && thread == 0) put_zeros<T>(results, row);
-    if (grad) zero_from(p, g, out, 0, thread, block_threads());
+    if (thread == 0) put_zeros<T>(results, row);
     return;
   }
-  const In* x = row_of<In>(p, row);
+  const In* const x = row_of<In>(p, row);
   const Transform<T> transform(p, row);
   Target<T> target;
-  Saved<T> saved;
-  if (stats) {
-    Part<T> part = sum_up<kPlain>(x, valid, transform, wanted(results), Nothing());
-    if (thread == 0) target.read(p, row, x, transform);
-    part = merge_block<!kPlain>(part, scratch.merge);
-    if (thread == 0) scratch.saved = put_row<!kPlain>(results, row, part, target);
-    if (!grad) return;
-    sync_block();
-    saved = scratch.saved;
-  } else {
-    saved = {read_row<T>(g.max, row), read_row<T>(g.log1p_r, row), read_row<T>(g.mean_d, row)};
-    if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
-    sync_block();  // the target's logit is read before anything is overwritten
-  }
+  Part<T> part = sum_up<kPlain>(x, p.valid_vocab, transform, wanted(results), Nothing());
+  if (thread == 0) target.read(p, row, x, transform);
+  part = merge_block<!kPlain>(part, scratch);
+  if (thread == 0) put_row<!kPlain>(results, row, part, target);
+}
+
+template <class In, bool kPlain>
+EM_KERNEL(kMaxThreads, kPlain ? 4 : 2)
+stream_gradient(const Problem p, const Gradient g) {
+  using T = Real<In>;
+  const int64_t row = block_index();
+  const int thread = thread_index();
+  char* const out = gradient_row(p, g, row);
+  if (p.mask && !p.mask[row]) return zero_from(p, g, out, 0, thread, block_threads());
+  const In* const x = row_of<In>(p, row);
+  const Transform<T> transform(p, row);
+  const Saved<T> saved = {
+      read_row<T>(g.max, row), read_row<T>(g.log1p_r, row), read_row<T>(g.mean_d, row)};
+  Target<T> target;
+  if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
+  sync_block();  // the target's logit is read before anything is overwritten
   const GradientTerms<T> terms(g, row, saved, target, transform);
-  write_gradient<kPlain>(x, valid, out, g.out_dtype, transform, terms);
+  write_gradient<kPlain>(x, p.valid_vocab, out, g.out_dtype, transform, terms);
   sync_block();
-  if (thread == 0 && terms.has_target) {
-    Lanes<T, Vector<In>::width> own;
-    own.lane[0] = terms.at_target;
-    store_gradient<In>(own, out, g.out_dtype, target.y, 1, false);
-  }
-  zero_from(p, g, out, valid, thread, block_threads());
+  if (thread == 0 && terms.has_target) put_target<In>(terms, target.y, g, out);
+  zero_from(p, g, out, p.valid_vocab, thread, block_threads());
 }
 
 #if defined(EM_HAS_CLUSTERS)
@@ -278,11 +293,8 @@ resident_loss(const Problem p, const Results results, const Gradient g, const in
   char* const own_out = out + begin * size_of(g.out_dtype);
   write_gradient<true>(held, n, own_out, g.out_dtype, transform, terms);
   sync_block();
-  if (thread == 0 && terms.has_target && begin <= target.y && target.y < begin + n) {
-    Lanes<T, Vector<In>::width> one;
-    one.lane[0] = terms.at_target;
-    store_gradient<In>(one, out, g.out_dtype, target.y, 1, false);
-  }
+  const bool has_target = terms.has_target && begin <= target.y && target.y < begin + n;
+  if (thread == 0 && has_target) put_target<In>(terms, target.y, g, out);
   zero_from(
       p, g, out, p.valid_vocab, rank * block_threads() + thread, blocks * block_threads());
   cluster_wait();  // the others may still be reading this block's shared memory
@@ -293,49 +305,43 @@ EM_KERNEL(kMaxThreads, 3)
 resident_loss(const Problem, const Results, const Gradient, const int64_t) {}
 #endif
 
-template <class In, bool kPlain, bool kStats, bool kGrad, int kBlocks>
-void launch_stream(
-    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
-    Operation operation, void* stream) {
-  launch(
-      stream_rows<In, kPlain, kStats, kGrad, kBlocks>, plan, stream, p, results, g, operation);
-}
-
-template <class In>
-void run_plain(
-    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
-    Operation operation, void* stream) {
-  switch (operation) {
-    case Operation::statistics:
-      return launch_stream<In, true, true, false, 5>(plan, p, results, g, operation, stream);
-    case Operation::gradient:
-      return launch_stream<In, true, false, true, 4>(plan, p, results, g, operation, stream);
-    case Operation::loss:
-      if (plan.resident)
-        return launch(resident_loss<In>, plan, stream, p, results, g, plan.slice);
-      return launch_stream<In, true, true, true, 4>(plan, p, results, g, operation, stream);
+template <class In, bool kPlain>
+void stream(
+    Operation operation, const Plan& plan, const Problem& p, const Results& results,
+    const Gradient& g, void* queue) {
+  if (operation != Operation::gradient)
+    launch(stream_statistics<In, kPlain>, plan, queue, p, results);
+  if (operation == Operation::statistics) return;
+  Gradient after = g;
+  if (operation == Operation::loss) {
+    after.max = results.column[kMax];
+    after.log1p_r = results.column[kLog1pR];
+    after.mean_d = results.column[kMeanD];
   }
+  launch(stream_gradient<In, kPlain>, plan, queue, p, after);
 }
 
 template <class In>
-void run_any(
-    const Plan& plan, const Problem& p, const Results& results, const Gradient& g,
-    Operation operation, void* stream) {
-  if constexpr (sizeof(In) <= 4)
-    if (plan.plain) return run_plain<In>(plan, p, results, g, operation, stream);
-  launch_stream<In, false, true, true, 2>(plan, p, results, g, operation, stream);
+void run_on(
+    Operation operation, const Plan& plan, const Problem& p, const Results& results,
+    const Gradient& g, void* queue) {
+  if constexpr (sizeof(In) <= 4) {
+    if (plan.resident) return launch(resident_loss<In>, plan, queue, p, results, g, plan.slice);
+    if (plan.plain) return stream<In, true>(operation, plan, p, results, g, queue);
+  }
+  stream<In, false>(operation, plan, p, results, g, queue);
 }
 
 void run(
     Operation operation, const Problem& p, const Results& results, const Gradient& g,
-    const Device& device, void* stream) {
+    const Device& device, void* queue) {
   const Plan how = plan(operation, p, results, g, device);
   if (how.blocks == 0) return;
   switch (p.dtype) {
-    case DType::f32: return run_any<float>(how, p, results, g, operation, stream);
-    case DType::bf16: return run_any<bf16>(how, p, results, g, operation, stream);
-    case DType::f16: return run_any<f16>(how, p, results, g, operation, stream);
-    case DType::f64: return run_any<double>(how, p, results, g, operation, stream);
+    case DType::f32: return run_on<float>(operation, how, p, results, g, queue);
+    case DType::bf16: return run_on<bf16>(operation, how, p, results, g, queue);
+    case DType::f16: return run_on<f16>(operation, how, p, results, g, queue);
+    case DType::f64: return run_on<double>(operation, how, p, results, g, queue);
   }
 }
 

@@ -7,8 +7,8 @@
 
 namespace em_kernels::cuda {
 
-// statistics fills the results; gradient reads max, log1p_r and mean_d from the Gradient; loss does
-// the first, then the second of the same row, and takes the three from its own sums.
+// statistics fills the results; gradient reads max, log1p_r and mean_d from the Gradient; loss is
+// the first and then the second, which takes the three from the results.
 enum class Operation : int { statistics, gradient, loss };
 
 // What a launch depends on.

@@ -87,6 +87,9 @@ Plan plan(
                is_first_order(results);
   plan.threads = threads_for(p.valid_vocab, 16 / size);
   plan.shared_bytes = kStreamScratchBytes;
+  const bool saves = results.column[kMax] && results.column[kLog1pR] && results.column[kMeanD];
+  if (operation == Operation::loss)
+    check("columns", saves, saves, "given for max, log1p_r and mean_d");
   if (operation == Operation::loss && plan.plain && device.compute_capability >= 90)
     hold_row(plan, p.valid_vocab, size, device);
   check("rows", p.rows <= kMaxBlocks / plan.cluster, p.rows, "less than 2^31 / blocks per row");

@@ -37,10 +37,17 @@ struct Transformed {
   T z, slope;  // slope = d softcap(u) / du
 };
 
+// tanh(v) and its derivative; the latter from e^-2|v|, which keeps its digits where tanh is near 1.
+template <class T>
+EM_DEVICE_CALL Transformed<T> tanh_and_slope(T v) {
+  const T e = exp(-2 * fabs(v));
+  return {tanh(v), 4 * e / ((1 + e) * (1 + e))};
+}
+
 // z = softcap(logit_scale x + bias) / T of the numbers of one row.
 template <class T>
 struct Transform {
-  T logit_scale, softcap, inverse_t, scale;
+  T logit_scale, softcap, inverse_cap, inverse_t, scale;
   const T* bias;
   bool simple;
 
@@ -49,6 +56,7 @@ struct Transform {
       : logit_scale(p.logit_scale), softcap(p.softcap), bias(static_cast<const T*>(p.bias)) {
     const T t = p.temperature_rows ? read_row<T>(p.temperature_rows, row) : T(p.temperature);
     inverse_t = t > 0 && t < T(INFINITY) ? 1 / t : T(NAN);
+    inverse_cap = 1 / softcap;
     scale = logit_scale * inverse_t;
     simple = is_simple(p);
   }
@@ -58,10 +66,8 @@ struct Transform {
     T u = x * logit_scale;
     if (bias) u += bias[at];
     if (softcap == 0 || u == T(INFINITY) || u == T(-INFINITY)) return {u * inverse_t, 1};
-    // 1 - tanh^2 from e^-2|v|, which keeps its digits where tanh is nearly 1.
-    const T v = u / softcap;
-    const T e = exp(-2 * fabs(v));
-    return {softcap * tanh(v) * inverse_t, 4 * e / ((1 + e) * (1 + e))};
+    const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
+    return {softcap * capped.z * inverse_t, capped.slope};
   }
 
   // What is summed up, and its unit.

@@ -8,7 +8,7 @@ namespace em_kernels::cuda {
 // W numbers in registers. `keep_larger` leaves the larger of each two in `held` and gives back the
 // smaller ones; a NaN stays in `held`.
 template <class T_, int W>
-struct Lanes {
+struct alignas(16) Lanes {
   using T = T_;
   static constexpr int width = W;
   T lane[W];
@@ -37,7 +37,7 @@ struct Lanes {
 
 // Eight 16-bit numbers, in words of two.
 template <class Half>
-struct Pairs {
+struct alignas(16) Pairs {
   using T = float;
   static constexpr int width = 8;
   uint32_t word[4];
@@ -85,17 +85,10 @@ struct alignas(16) Bytes16 {
 
 EM_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-template <class To, class From>
-EM_DEVICE To same_bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
 template <class In>
 EM_DEVICE Vector<In> load_aligned(const In* x) {
-  return same_bits<Vector<In>>(*reinterpret_cast<const Bytes16*>(x));
+  static_assert(sizeof(Vector<In>) == 16);
+  return *reinterpret_cast<const Vector<In>*>(x);
 }
 
 EM_DEVICE uint32_t pair_at(const bf16* x, bool first, bool second) {
@@ -141,7 +134,8 @@ EM_DEVICE void store_one(float value, Half* to) {
 // W numbers, or `count` of them, as numbers of type Out.
 template <class T, int W>
 EM_DEVICE void store_aligned(const Lanes<T, W>& x, T* to) {
-  *reinterpret_cast<Bytes16*>(to) = same_bits<Bytes16>(x);
+  static_assert(sizeof(x) == 16);
+  *reinterpret_cast<Lanes<T, W>*>(to) = x;
 }
 template <class Half>
 EM_DEVICE void store_aligned(const Lanes<float, 8>& x, Half* to) {

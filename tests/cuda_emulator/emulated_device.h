@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/kernels.h"
 
 #define EM_DEVICE inline
+#define EM_DEVICE_CALL
 #define EM_KERNEL(threads, blocks) void
 #define EM_HAS_CLUSTERS 1
 
