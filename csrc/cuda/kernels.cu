@@ -225,8 +225,8 @@ struct ResidentScratch {
   Arrival arrivals[kMaxChunks];
 };
 
-// Brings the n numbers at `x` into shared memory. Afterwards chunk k, of `chunk` numbers, is there
-// for those who have waited for arrival k. Numbers up to the end of the last vector are -inf.
+// Brings the n numbers at `x` into shared memory, by bulk copies where they are aligned. Afterwards
+// chunk k, of `chunk` numbers, is there for those who have waited for arrival k.
 template <class In>
 EM_DEVICE void bring_in(const In* x, int n, int chunk, In* slice, Arrival* arrivals) {
   constexpr int width = Vector<In>::width;
@@ -300,9 +300,12 @@ resident_loss(const Problem p, const Results results, const Gradient g, const in
   cluster_wait();  // the others may still be reading this block's shared memory
 }
 #else
+// The plan asks for it on devices with clusters only, whose code the library then has to hold.
 template <class In>
 EM_KERNEL(kMaxThreads, 3)
-resident_loss(const Problem, const Results, const Gradient, const int64_t) {}
+resident_loss(const Problem, const Results, const Gradient, const int64_t) {
+  __trap();
+}
 #endif
 
 template <class In, bool kPlain>

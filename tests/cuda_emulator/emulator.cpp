@@ -52,7 +52,8 @@ struct Block {
   unsigned char* shared;
   Meeting meeting;
   std::vector<Warp> warps;
-  std::unordered_map<const Arrival*, std::vector<Copy>> copies;
+  std::unordered_map<const Arrival*, std::vector<Copy>> copies;  // of arrivals that are initialised
+  int running;
 };
 
 struct Machine {
@@ -102,9 +103,11 @@ void meet(Meeting& meeting) {
   }
 }
 
+// The shared memory of a block that has ended is another's.
 void fiber_main() {
   (*machine.thread)();
   machine.running->done = true;
+  if (--block().running == 0) std::memset(block().shared, 0xff, machine.plan->shared_bytes);
   give_way();
 }
 
@@ -118,6 +121,7 @@ void prepare_block(Block& b) {
   b.warps.assign(plan.threads / kWarp, Warp());
   for (Warp& warp : b.warps) warp.meeting.expected = kWarp;
   b.copies.clear();
+  b.running = plan.threads;
 }
 
 void prepare_fiber(Fiber& fiber, int rank, int thread) {
@@ -216,19 +220,26 @@ const void* peer_address(const void* own, int rank) {
   return machine.blocks[rank].shared + offset;
 }
 
-void init_arrivals(Arrival*, int) {}
+void init_arrivals(Arrival* arrivals, int count) {
+  for (int i = 0; i < count; ++i) block().copies[arrivals + i];
+}
+
+std::vector<Copy>& copies_on(Arrival* arrival) {
+  if (!block().copies.count(arrival)) machine.error = "an arrival is not initialised";
+  return block().copies[arrival];
+}
 
 void start_copy(void* to, const void* from, uint32_t bytes, Arrival* arrival) {
   const bool fits = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0 &&
                     reinterpret_cast<uintptr_t>(from) % 16 == 0;
   if (bytes == 0) return;
   if (!fits) machine.error = "a bulk copy is not of whole aligned 16 bytes";
-  block().copies[arrival].push_back({to, from, bytes});
+  copies_on(arrival).push_back({to, from, bytes});
 }
 
 void wait_copy(Arrival* arrival) {
-  for (const Copy& copy : block().copies[arrival]) std::memcpy(copy.to, copy.from, copy.bytes);
-  block().copies[arrival].clear();
+  for (const Copy& copy : copies_on(arrival)) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies_on(arrival).clear();
 }
 
 float to_float(uint16_t bits, bf16) {
