@@ -177,7 +177,7 @@ def sources() -> list[Path]:
 
 def _build(plan: Plan, sources: list[Path], target: Path) -> None:
     headers = [*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
-    changed = max(path.stat().st_mtime for path in headers)
+    changed = max((path.stat().st_mtime for path in headers), default=0)
     OBJECTS.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     objects = {source: OBJECTS / f"{source.name}.o" for source in sources}

@@ -419,11 +419,13 @@ std::vector<Path> paths(const Case& c, const Device& real_device) {
   problem.rows = kRows;
   problem.vocab = c.vocab;
   problem.valid_vocab = c.valid;
+  Results results;
+  for (int k = 0; k < kOutputs; ++k) results.column[k] = wants(c, k) ? &results : nullptr;
   Gradient gradient;
   gradient.out_dtype = c.out_dtype;
   Device device = real_device;
   while (device.shared_per_block > 512) {
-    const Plan how = plan(c.operation, problem, Results(), gradient, device);
+    const Plan how = plan(c.operation, problem, results, gradient, device);
     const std::string name = "cluster" + std::to_string(how.cluster);
     if (how.resident && found.back().name != name) found.push_back({name, device});
     device.shared_per_block = device.shared_per_block * 7 / 8;

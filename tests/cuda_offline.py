@@ -20,12 +20,13 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("cuda_resources.json")
 COLUMNS = ("registers", "stack", "local", "shared")
 USAGE = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.M)
+# Instructions of the machine code that are counted.
 CODE = {
-    "wide_loads": r"\bLDG\.E\S*\.(?:128|256)\b",
-    "wide_stores": r"\bSTG\.E\S*\.(?:128|256)\b",
-    "wide_shared_loads": r"\bLDS\.128\b",
-    "bulk_copies": r"\bUBLKCP\b",
-    "cluster_barriers": r"\bUCGABAR_ARV\b",
+    "wide_loads": r"LDG\.E\S*\.(?:128|256)\b",
+    "wide_stores": r"STG\.E\S*\.(?:128|256)\b",
+    "wide_shared_loads": r"LDS\.128\b",
+    "bulk_copies": r"UBLKCP\b",
+    "cluster_barriers": r"UCGABAR_ARV\b",
 }
 
 
@@ -56,9 +57,9 @@ def report(module: Path) -> dict[str, dict[str, dict[str, int]]]:
             kernel = found.setdefault(arch, {}).setdefault(name, {})
             kernel.update(registers=registers, stack=stack, local=local, shared=shared)
     for arch, text in _by_architecture(code):
-        for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", text, re.S):
-            counts = {what: len(re.findall(one, body)) for what, one in CODE.items()}
-            found[arch][name].update(counts)
+        for body in text.split("Function : ")[1:]:
+            name, _, lines = body.partition("\n")
+            found[arch][name].update(_count(lines))
     short = short_names(sorted({name for kernels in found.values() for name in kernels}))
     return {
         arch: {short[name]: kernels[name] for name in sorted(kernels, key=short.get)}
@@ -101,6 +102,11 @@ def _short(name: str) -> str:
             name = name[:i]
             break
     return re.sub(r"^void ", "", name)
+
+
+def _count(code: str) -> dict[str, int]:
+    memory = re.findall(r"\b(?:LDG|STG|LDS|UBLKCP|UCGABAR)[\w.]*", code)
+    return {what: sum(bool(re.match(one, x)) for x in memory) for what, one in CODE.items()}
 
 
 def _by_architecture(text: str) -> list[tuple[str, str]]:

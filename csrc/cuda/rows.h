@@ -65,7 +65,8 @@ struct Transform {
     if (simple) return {x * scale, 1};
     T u = x * logit_scale;
     if (bias) u += bias[at];
-    if (softcap == 0 || u == T(INFINITY) || u == T(-INFINITY)) return {u * inverse_t, 1};
+    if (softcap == 0) return {u * inverse_t, 1};
+    if (u == T(INFINITY) || u == T(-INFINITY)) return {u * inverse_t, 0};
     const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
     return {softcap * capped.z * inverse_t, capped.slope};
   }
