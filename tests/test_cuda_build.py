@@ -228,7 +228,7 @@ def module():
     found = cuda_offline.module_file()
     if found is None:
         pytest.skip("em_kernels._cuda is not built")
-    if cuda_offline.cuobjdump() is None:
+    if cuda_offline.cuobjdump() is None and os.environ.get("CI") != "true":
         pytest.skip("there is no cuobjdump: it comes with nvcc and with triton")
     return found
 

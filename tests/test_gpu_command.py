@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_report
+from benchmarks import common, gpu, gpu_report
 from benchmarks.__main__ import main as bench
 from benchmarks.common import Case, Sizes, measure, table
 from benchmarks.gpu import Stage
@@ -338,6 +338,18 @@ def test_implementations_are_picked_by_name():
     arguments = ["token_loss", "--quick", "--n", "4", "--v", "50", "--dtype", "float32"]
     names = {found["implementation"] for found in bench([*arguments, "--only", "em_kernels"])}
     assert names == {"copy of the logits", "em_kernels", "em_kernels inplace, with a copy"}
+
+
+def test_every_gpu_backend_that_is_there_has_a_row(monkeypatch):
+    there = {"reference": "available", "cpu": "available", "triton": "available", "cuda": "no"}
+    monkeypatch.setattr(common, "backends", lambda: there)
+    assert common.our_impls("cpu") == {"em_kernels": "auto"}
+    assert common.our_impls("cuda") == {"em_kernels triton": "triton"}
+    there["cuda"] = "available"
+    names = {"em_kernels triton": "triton", "em_kernels cuda": "cuda"}
+    assert common.our_impls("cuda") == names
+    there.update(triton="no", cuda="no")
+    assert common.our_impls("cuda") == {"em_kernels": "auto"}
 
 
 # Goals
