@@ -4,7 +4,8 @@
     python tests/cuda_offline.py --write    also renews tests/cuda_resources.json
 
 Registers, stack, local memory (where spills go) and static shared memory are what the compiler
-recorded; 16-byte accesses and bulk copies are seen in the machine code, 64-bit offsets in the PTX.
+recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses and bulk
+copies are seen in the machine code, 64-bit offsets in the PTX.
 """
 
 from __future__ import annotations
