@@ -150,6 +150,15 @@ def test_the_small_device_takes_clusters_of_every_size():
     assert sizes == {0, 1, 2, 4, 8}
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_row_of_151936_logits_over_a_cluster_of_an_h200(dtype):
+    x, spec, upstream = make(1, 151_936, dtype)
+    assert cluster_of("h200", 151_936, dtype) == (4 if dtype == torch.bfloat16 else 8)
+    rows, out = loss(emulated(), x, spec, upstream)
+    check_stats(rows, x, spec, ("logprob", "entropy"))
+    check_gradient(out, x, spec, upstream)
+
+
 @EACH_DTYPE
 @pytest.mark.parametrize(
     "transform",
@@ -194,6 +203,20 @@ def test_entropy_and_its_gradient_down_to_1e_9(vocab):
         assert ((rows[3] - want) / want).abs().max() < 1e-4
         rowwise = (out - want_gradient).norm(dim=-1) / want_gradient.norm(dim=-1)
         assert rowwise.max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", (0.3, 0.7, 1.9))
+def test_the_gradient_of_a_certain_row_at_a_temperature(temperature):
+    """z - max is exactly 0 at the maximum, though z and max are rounded."""
+    x = rows_of_entropy(torch.full((8,), 1e-8), 300)[None] * temperature + 20
+    spec = RowSpec(valid_vocab=300, temperature=temperature)
+    upstream = Upstream(entropy=torch.ones(8))
+    want = true_gradient(x, spec, upstream)
+    top = x.argmax(-1, keepdim=True)
+    for device in DEVICES:
+        out = loss(emulated(device), x, spec, upstream, outputs=())[1]
+        ratio = out.gather(-1, top) / want.gather(-1, top)
+        assert (ratio - 1).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("entropy", (1e-9, 1e-4))

@@ -31,7 +31,12 @@ EM_DEVICE unsigned char* shared_memory() {
   return em_shared;
 }
 
-// Arithmetic, each one instruction in float32. No contraction: it would differ between kernels.
+// Arithmetic, each one instruction in float32. The compiler must not fuse a product with a later
+// difference: z - max would not be 0 at the maximum. `multiply` is never fused; -fmad=false sees to
+// the rest, where fusing in one kernel and not in another would make their bits differ.
+
+EM_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+EM_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
 
 EM_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 EM_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -169,9 +174,9 @@ EM_DEVICE void start_copy(void* to, const void* from, uint32_t bytes, Arrival* a
                : "memory");
   if (bytes == 0) return;
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

@@ -10,9 +10,9 @@
 namespace em_kernels::cuda {
 
 // Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of the n numbers at
-// `x`; before(k) comes before chunk k is read. Which thread takes which number when depends on n and
-// the number of threads alone, not on how `x` is aligned. `whole` is std::true_type where `x` is
-// aligned, `also_aligned`, and every vector full: the loop that has to be fast.
+// `x`; before(k) comes before chunk k is read. Which thread takes which number when depends on n
+// and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type where `x`
+// is aligned, `also_aligned` holds and every vector is full: the loop that has to be fast.
 template <class In, class Before, class Body>
 EM_DEVICE void for_each_chunk(
     const In* x, int n, bool also_aligned, const Before& before, const Body& body) {
@@ -58,13 +58,14 @@ EM_DEVICE Part<Real<In>> sum_up(
   const Scaling<T> by = transform.scaling();
   if constexpr (kPlain) {
     Sums<Vector<In>, false> sums;
-    for_each_chunk(x, n, true, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
+    const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
       sums.add(v, at, by, extras);
-    });
+    };
+    for_each_chunk(x, n, true, before, body);
     return sums.total(by);
   } else {
     Sums<Lanes<T, width>, true> sums;
-    for_each_chunk(x, n, true, before, [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
+    const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
       Lanes<T, width> z[kLoads];
 #pragma unroll
       for (int k = 0; k < kLoads; ++k)
@@ -72,7 +73,8 @@ EM_DEVICE Part<Real<In>> sum_up(
         for (int i = 0; i < width; ++i)
           z[k].lane[i] = at[k] + i < n ? transform.summand(v[k].get(i), at[k] + i) : T(-INFINITY);
       sums.add(z, at, by, extras);
-    });
+    };
+    for_each_chunk(x, n, true, before, body);
     return sums.total(by);
   }
 }
@@ -114,7 +116,7 @@ EM_DEVICE void write_gradient(
   const Scaling<T> by(1);
   const bool narrow = sizeof(In) == 4 && dtype != DType::f32;
   const bool aligned = narrow ? reinterpret_cast<uintptr_t>(out) % 8 == 0 : aligned16(out);
-  for_each_chunk(x, n, aligned, Nothing(), [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto whole) {
+  const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto whole) {
     if (narrow) sync_block();
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
@@ -123,14 +125,15 @@ EM_DEVICE void write_gradient(
       for (int i = 0; i < width; ++i) {
         const T number = v[k].get(i);
         if constexpr (kPlain) {
-          g.lane[i] = terms({number * transform.scale, 1}, by);
+          g.lane[i] = terms({multiply(number, transform.scale), 1}, by);
         } else {
           g.lane[i] = at[k] + i < n ? terms(transform(number, at[k] + i), by) : T(0);
         }
       }
       store_gradient<In, decltype(whole)::value>(g, out, dtype, at[k], n - at[k], aligned);
     }
-  });
+  };
+  for_each_chunk(x, n, aligned, Nothing(), body);
 }
 
 template <class In>
@@ -157,7 +160,6 @@ EM_DEVICE void zero_from(
 
 EM_DEVICE Extras wanted(const Results& results) {
   Extras out;
-  out.second_order = true;
   out.moments = results.column[kSelfCertainty] || results.column[kLogitMean] ||
                 results.column[kLogitVar] || results.column[kLogitSkew];
   out.argmax = results.column[kIsTop1];
@@ -335,11 +337,27 @@ void run_on(
   stream<In, false>(operation, plan, p, results, g, queue);
 }
 
+bool one_stride(const Problem& p, int64_t outer_stride, int64_t inner_stride) {
+  return p.rows <= p.inner || outer_stride == p.inner * inner_stride;
+}
+
+// Rows that one stride tells are told by one: it saves every thread a division.
+void flatten(Problem& p, Gradient& g, bool has_out) {
+  if (p.inner == 1 || !one_stride(p, p.outer_stride, p.inner_stride)) return;
+  if (has_out && !one_stride(p, g.outer_stride, g.inner_stride)) return;
+  p.inner = 1;
+  p.outer_stride = p.inner_stride;
+  g.outer_stride = g.inner_stride;
+}
+
 void run(
-    Operation operation, const Problem& p, const Results& results, const Gradient& g,
+    Operation operation, const Problem& problem, const Results& results, const Gradient& gradient,
     const Device& device, void* queue) {
-  const Plan how = plan(operation, p, results, g, device);
+  const Plan how = plan(operation, problem, results, gradient, device);
   if (how.blocks == 0) return;
+  Problem p = problem;
+  Gradient g = gradient;
+  flatten(p, g, operation != Operation::statistics);
   switch (p.dtype) {
     case DType::f32: return run_on<float>(operation, how, p, results, g, queue);
     case DType::bf16: return run_on<bf16>(operation, how, p, results, g, queue);

@@ -105,7 +105,8 @@ PYBIND11_MODULE(EM_MODULE_NAME, m) {
          const Gradient& gradient, const Device& device, uintptr_t stream) {
         run(operation, problem, results, gradient, device, pointer(stream));
       },
-      "operation, problem, results, gradient, device, stream", py::call_guard<py::gil_scoped_release>());
+      "operation, problem, results, gradient, device, stream",
+      py::call_guard<py::gil_scoped_release>());
   m.def("runtime_version", &runtime_version);
 #if defined(EM_NVCC)  // what the build says of itself
   m.attr("nvcc") = EM_NVCC;

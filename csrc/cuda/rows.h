@@ -62,13 +62,13 @@ struct Transform {
   }
 
   EM_DEVICE Transformed<T> operator()(T x, int at) const {
-    if (simple) return {x * scale, 1};
-    T u = x * logit_scale;
+    if (simple) return {multiply(x, scale), 1};
+    T u = multiply(x, logit_scale);
     if (bias) u += bias[at];
-    if (softcap == 0) return {u * inverse_t, 1};
-    if (u == T(INFINITY) || u == T(-INFINITY)) return {u * inverse_t, 0};
+    if (softcap == 0) return {multiply(u, inverse_t), 1};
+    if (u == T(INFINITY) || u == T(-INFINITY)) return {multiply(u, inverse_t), 0};
     const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
-    return {softcap * capped.z * inverse_t, capped.slope};
+    return {multiply(softcap * capped.z, inverse_t), capped.slope};
   }
 
   // What is summed up, and its unit.

@@ -24,9 +24,9 @@ struct Scaling {
   EM_DEVICE T exponential(T d) const { return power_of_2(d * to_log2); }
 };
 
-// What is summed up besides r and q.
+// What is summed up besides the sums of exponentials.
 struct Extras {
-  bool second_order = false, moments = false, argmax = false;
+  bool moments = false, argmax = false;
 };
 
 // Sums of powers of z - shift over the numbers above -inf, the first of which is the shift.
@@ -104,8 +104,8 @@ struct Sums {
       t = e * e * (t + delta * c);
       c = e * e * c;
     }
-    q = e * multiply_add(delta, r, q);
-    r = e * r;
+    q = multiply(e, multiply_add(delta, r, q));
+    r = multiply(e, r);
     max = top;
   }
 
@@ -133,7 +133,7 @@ struct Sums {
     }
     const T z = by.to_z;
     Part<T> out;
-    out.softmax = {max * z, kExtras ? argmax : -1, r, q * z, s * z * z, c, t * z};
+    out.softmax = {multiply(max, z), kExtras ? argmax : -1, r, multiply(q, z), s * z * z, c, t * z};
     if (kExtras) out.logits = powers.moments(z);
     return out;
   }

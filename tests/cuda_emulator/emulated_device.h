@@ -30,6 +30,10 @@ unsigned char* shared_memory();
 int cluster_rank();
 int cluster_blocks();
 
+template <class T>
+T multiply(T a, T b) {
+  return a * b;
+}
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 template <class T>
