@@ -200,11 +200,18 @@ inline void check(cudaError_t error, const char* call) {
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), const Plan& plan, void* stream, const Arguments&... arguments) {
-  if (plan.shared_bytes > 48 * 1024)
+  if (plan.resident) {
     check(
         cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    // Several blocks on a multiprocessor, not one and a large L1.
+    check(
+        cudaFuncSetAttribute(
+            kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+            cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
+  }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = plan.cluster;

@@ -6,6 +6,7 @@ tensors. The build is kept in build/cuda_emulator under a hash of its sources.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -52,13 +53,20 @@ def library() -> ModuleType:
     text = b"".join(path.read_bytes() for path in sorted({*SOURCES, *headers}))
     key = hashlib.sha256(text + sys.version.encode() + torch.__version__.encode()).hexdigest()[:16]
     path = CACHE / key / "emulated_cuda.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            built = Path(folder) / path.name
-            subprocess.run(command(built), check=True)
-            os.replace(built, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(path)
     return _load("emulated_cuda", path)
+
+
+def _build(path: Path) -> None:
+    """An interrupted build leaves nothing at `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run(command(built), check=True)
+        os.replace(built, path)
 
 
 def backend(seed: int = 0, **limits: int) -> ModuleType:
