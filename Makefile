@@ -3,6 +3,7 @@
 # make test    ruff and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python
+# make gpu-table  renew the README's GPU table from the newest benchmarks/results/gpu-*.json
 # make study   the seeds and controls behind the README's table of the demo
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +11,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q -c constraints.txt
 GPU_PYTHON ?= python3
 OUT ?= gpu-output
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py cuda_build.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu study clean
+.PHONY: setup demo test bench gpu gpu-table study clean
 
 setup: $(VENV)/ready
 
@@ -37,8 +38,11 @@ bench: setup
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)"
 
+gpu-table: setup
+	$(BIN)/python -m benchmarks.gpu_report --readme
+
 study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so em_kernels/_cuda*.so

@@ -34,6 +34,15 @@ HEAD_START_CYCLES = 4_000_000
 PEERS = ("eager", "TRL", "Liger", "torch.compile")
 
 
+GPU_IMPLS = ("triton", "cuda")
+
+
+def our_impls(device: str) -> dict[str, str]:
+    """Name in the table -> impl: every GPU backend that there is on a GPU, "auto" elsewhere."""
+    there = [impl for impl in GPU_IMPLS if device == "cuda" and backends()[impl] == "available"]
+    return {f"em_kernels {impl}": impl for impl in there} or {"em_kernels": "auto"}
+
+
 class Sizes(NamedTuple):
     n: int  # tokens
     v: int  # vocabulary

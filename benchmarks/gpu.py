@@ -3,9 +3,10 @@
     make gpu                    or: python -m benchmarks.gpu --out gpu-output
     python -m benchmarks.gpu --only environment build
 
-Nothing is downloaded and nothing installed. Each stage is a process of its own with a time limit
-and a log; the report is written anew after every stage, so that what was found is kept whatever
-happens later. The exit code is 0 if every stage did what it should.
+Nothing is downloaded and nothing installed; CUDA is compiled for the GPU that is there, unless
+TORCH_CUDA_ARCH_LIST says otherwise. Each stage is a process of its own with a time limit and a log;
+the report is written anew after every stage, so that what was found is kept whatever happens later.
+The exit code is 0 if every stage did what it should; one whose tool is not there is excused.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Stage(NamedTuple):
     seconds: float  # its time limit, shortened where less is left of the whole
     command: list[str]
     log: str  # file in the output folder; stages that share one append to it
-    read: Callable[[str], dict] = lambda text: {}  # a "problem" in the result is a failure
+    read: Callable[[str], dict] = lambda text: {}  # "problem": a failure; "refused": unavailable
     needs_gpu: bool = True
+    optional: bool = False  # unavailable, not failed, where its program is not installed
 
 
 def python(*arguments: str) -> list[str]:
@@ -83,6 +85,14 @@ def bench(name: str, seconds: float, *arguments: str) -> Stage:
     return Stage(name, seconds, command, "benchmarks.log", gpu_report.read_rows)
 
 
+def sanitizer(tool: str, seconds: float) -> Stage:
+    """The small cases under one tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--error-exitcode", "1", str(CASES)]
+    return Stage(tool, seconds, command, "cases.log", gpu_report.read_sanitizer, optional=True)
+
+
+CASES = ROOT / "build/cuda/cases"
 LOGITS = ("softmax_stats", "token_loss", "--n", "8192", "--v", "151936")
 HIDDEN = ("linear_entropy_loss", "linear_softmax_stats", "--n", "8192", "--dtype", "bfloat16")
 MEMORY = ("linear_entropy_loss", "--n", "32768", "--dtype", "bfloat16", "--only", "em_kernels")
@@ -91,16 +101,22 @@ SHAPE_B = ("--d", "3584", "--v", "152064")  # the head of Qwen2.5-7B
 EAGER_PEERS = ("--only", "em_kernels", "eager", "TRL", "Liger", "verl")  # nothing to compile
 
 REPORT = python("-m", "benchmarks.gpu_report")
-BUILD = python("setup.py", "build_ext", "--inplace")
+BUILD = python("setup.py", "build_ext", "--inplace", "--parallel", "2")
+BUILD_CASES = python("cuda_build.py", "cases")
 STAGES = (
-    Stage("environment", 40, REPORT, "environment.log", gpu_report.read_environment, False),
+    Stage("environment", 30, REPORT, "environment.log", gpu_report.read_environment, False),
     Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
-    Stage("tests", 240, pytest_command(), "tests.log", read_tests),
+    Stage("build-cases", 60, BUILD_CASES, "build.log", needs_gpu=False),
+    Stage("cases", 20, [str(CASES)], "cases.log", gpu_report.read_cases),
+    Stage("tests", 200, pytest_command(), "tests.log", read_tests),
     bench("logits-bfloat16", 90, *LOGITS, "--dtype", "bfloat16"),
     bench("hidden-4096", 90, *HIDDEN, *SHAPE_A),
+    sanitizer("memcheck", 40),
+    sanitizer("racecheck", 40),
     bench("memory-32768", 40, *MEMORY, *SHAPE_A),
     bench("hidden-3584", 60, *HIDDEN, *SHAPE_B, *EAGER_PEERS),
     bench("logits-float32", 60, *LOGITS, "--dtype", "float32", *EAGER_PEERS),
+    sanitizer("synccheck", 40),
 )
 
 
@@ -110,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = run_all(chosen, options.out, options.seconds)
     paths = gpu_report.save(results, options.out)
     print("saved", *paths)
-    return 0 if all(result["status"] == "passed" for result in results) else 1
+    return 0 if all(result["status"] in ("passed", "unavailable") for result in results) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -134,24 +150,23 @@ def run_all(stages: list[Stage], folder: Path, seconds: float) -> list[dict]:
     results: list[dict] = []
     for stage in stages:
         left = end - time.monotonic()
-        reason = why_skipped(stage, left)
-        result = skipped(reason) if reason else run(stage, folder / stage.log, left)
+        result = without_running(stage, left) or run(stage, folder / stage.log, left)
         results.append({"stage": stage.name, **result})
         print(gpu_report.stage_line(results[-1]), flush=True)
         gpu_report.save(results, folder)
     return results
 
 
-def why_skipped(stage: Stage, left: float) -> str | None:
+def without_running(stage: Stage, left: float) -> dict | None:
+    """The result of a stage that cannot be run."""
+    program, status, reason = stage.command[0], "skipped", None
     if left < LEAST_SECONDS:
-        return "no time was left"
-    if stage.needs_gpu and not gpu_memory():
-        return "no GPU is visible"
-    return None
-
-
-def skipped(reason: str) -> dict:
-    return {"status": "skipped", "seconds": 0.0, "note": reason}
+        reason = "no time was left"
+    elif stage.needs_gpu and not gpu_memory():
+        reason = "no GPU is visible"
+    elif stage.optional and shutil.which(program) is None:
+        status, reason = "unavailable", f"{program} is not installed"
+    return reason and {"status": status, "seconds": 0.0, "note": reason}
 
 
 def run(stage: Stage, log: Path, left: float) -> dict:
@@ -170,6 +185,8 @@ def run(stage: Stage, log: Path, left: float) -> dict:
     found = understand(stage, text)
     notes += [found["problem"]] if "problem" in found else []
     status = "failed" if code != 0 or "problem" in found else "passed"
+    if "refused" in found:
+        status, notes = "unavailable", [found["refused"]]
     seconds = round(time.monotonic() - start, 1)
     return {"status": status, "seconds": seconds, "note": "; ".join(notes), **found}
 
@@ -210,6 +227,9 @@ def environment() -> dict[str, str]:
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
     variables.update(PYTHONPATH=os.pathsep.join(path), PYTHONUNBUFFERED="1", CI="true")
+    native = gpu_capability()
+    if native:
+        variables.setdefault("TORCH_CUDA_ARCH_LIST", native)
     if gpu_memory() >= BIG_MEMORY:
         variables["EM_KERNELS_BIG_TESTS"] = "1"
     return variables
@@ -222,6 +242,13 @@ def gpu_memory() -> int:
     if not torch.cuda.is_available():
         return 0
     return torch.cuda.get_device_properties(0).total_memory
+
+
+def gpu_capability() -> str | None:
+    """Of the first GPU, such as "9.0"; None without one."""
+    import torch
+
+    return "{}.{}".format(*torch.cuda.get_device_capability(0)) if gpu_memory() else None
 
 
 def shorten(log: Path) -> None:

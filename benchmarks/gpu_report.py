@@ -1,6 +1,7 @@
 """What `benchmarks.gpu` reads out of its stages' logs, and the JSON and Markdown it makes of it.
 
-python -m benchmarks.gpu_report     the machine as JSON: GPU, driver, versions, peers
+python -m benchmarks.gpu_report             the machine as JSON: GPU, driver, versions, peers
+python -m benchmarks.gpu_report --readme    renews the README's GPU table, from benchmarks/results
 """
 
 from __future__ import annotations
@@ -35,9 +36,16 @@ OUTCOME = re.compile(
     re.M,
 )
 MOST_FAILURES, LONGEST_LINE = 40, 300
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- GPU table: make gpu-table -->\n", "<!-- end of the GPU table -->\n"
+NOT_MEASURED = "Not yet measured on a GPU.\n"
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--readme"]:
+        README.write_text(with_gpu_table(README.read_text(), RESULTS))
+        return
     facts = machine()
     print(json.dumps(facts, indent=1))
     sys.exit("gpu" not in facts)
@@ -89,9 +97,33 @@ def read_environment(text: str) -> dict:
 
 
 def read_build(text: str) -> dict:
-    """setup.py ends well without the compiled part, and then says so."""
-    left_out = re.search(r"WARNING: installing without.*", text)
-    return {"problem": left_out[0]} if left_out else {}
+    """setup.py ends well without the compiled parts, and then says so."""
+    left_out = re.findall(r"WARNING: installing without.*", text)
+    return {"problem": "; ".join(left_out)} if left_out else {}
+
+
+def read_cases(text: str) -> dict:
+    """The cases of tests/cuda_cases.cpp, a line each, and its last line, which counts them."""
+    cases = re.findall(r"^(?:ok|FAILED) +\S+: ", text, re.M)
+    failed = re.findall(r"^FAILED +(.*)$", text, re.M)
+    found = {"cases": len(cases), "failed_cases": failed[:MOST_FAILURES]}
+    if failed:
+        return {**found, "problem": f"{len(failed)} of {len(cases)} cases failed"}
+    ended = re.search(r"^(\d+) cases, 0 failed$", text, re.M)
+    return found if ended and cases else {**found, "problem": "the cases did not come to an end"}
+
+
+def read_sanitizer(text: str) -> dict:
+    """What one tool of compute-sanitizer says of the cases; some machines do not let it look."""
+    refused = re.search(r"^=.*(Device not supported.*)$", text, re.M)
+    if refused:
+        return {"refused": refused[1]}
+    found = read_cases(text)
+    summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
+    if not summary:
+        return {**found, "problem": "compute-sanitizer gave no summary"}
+    clean = re.match(r"0 (?:errors|hazards)\b", summary[-1])
+    return {**found, "summary": summary[-1]} if clean else {**found, "problem": summary[-1]}
 
 
 def read_tests(text: str) -> dict:
@@ -148,7 +180,7 @@ def markdown(results: list[dict], date: str) -> str:
     parts += [tests_part(result) for result in results if "counts" in result]
     left_out = {k: v for result in results for k, v in result.get("left_out", {}).items()}
     parts.append("\n".join(f"- {name} is left out: {why}" for name, why in left_out.items()))
-    rows = [row for result in results for row in result.get("rows", [])]
+    rows = rows_of(results)
     if rows:
         parts += ["## Goals", goals_table(rows), "## Benchmarks", LEGEND.strip()]
     for name in dict.fromkeys(map(title, rows)):
@@ -189,22 +221,43 @@ GOALS = (
     ("linear_entropy_loss forward + backward", "bfloat16", MEMORY, 1.25),
 )
 AT_LEAST = (COPY, PEERS)
+MEMORY_TOKENS = 32768  # where the goal of memory is set
 
 
 def goals_table(rows: list[dict]) -> str:
-    lines = ["| goal | measured | at | reached |", "| --- | ---: | --- | --- |"]
-    for operator, dtype, measure, bound in GOALS:
-        for row in rows:
-            if (row["op"], row["dtype"], row["implementation"]) != (operator, dtype, "em_kernels"):
-                continue
-            value = measured(row, measure, rows)
-            if value is not None:
-                reached = value >= bound if measure in AT_LEAST else value <= bound
-                sign = ">=" if measure in AT_LEAST else "<="
-                goal = f"{operator}: {sign} {bound:g} {measure}"
-                at = title(row).partition(", ")[2]
-                lines.append(f"| {goal} | {value:.3f} | {at} | {'yes' if reached else 'no'} |")
+    lines = ["| goal | backend | measured | at | |", "| --- | --- | ---: | --- | --- |"]
+    for goal in GOALS:
+        found = list(filter(None, (goal_line(row, goal, rows) for row in rows)))
+        lines += found or [f"| {goal_name(goal)} | - | not measured | - | - |"]
     return "\n".join(lines)
+
+
+def goal_line(row: dict, goal: tuple, rows: list[dict]) -> str | None:
+    """None where the row is of something else."""
+    operator, dtype, measure, bound = goal
+    if (row["op"], row["dtype"]) != (operator, dtype) or backend_of(row) is None:
+        return None
+    value = measured(row, measure, rows)
+    if value is None and row["failure"] is None:
+        return None
+    reached = value is not None and (value >= bound if measure in AT_LEAST else value <= bound)
+    said = row["failure"] if value is None else f"{value:.3f}"
+    at = title(row).partition(", ")[2]
+    words = (goal_name(goal), backend_of(row), said, at, "met" if reached else "missed")
+    return f"| {' | '.join(words)} |"
+
+
+def goal_name(goal: tuple) -> str:
+    operator, _, measure, bound = goal
+    return f"{operator}: {'>=' if measure in AT_LEAST else '<='} {bound:g} {measure}"
+
+
+def backend_of(row: dict) -> str | None:
+    """Of a row of this library's, timed without anything beside it; None for all others."""
+    name, _, backend = row["implementation"].partition(" ")
+    if name != "em_kernels" or " " in backend:
+        return None
+    return backend or "auto"
 
 
 def measured(row: dict, measure: str, rows: list[dict]) -> float | None:
@@ -215,7 +268,7 @@ def measured(row: dict, measure: str, rows: list[dict]) -> float | None:
         others = [r for r in rows if title(r) == title(row) and r["seconds"] and is_peer(r)]
         return min(r["seconds"] for r in others) / row["seconds"] if others else None
     if measure == MEMORY:
-        known = row["extra_bytes"] is not None and row["n"] >= 32768
+        known = row["extra_bytes"] is not None and row["n"] >= MEMORY_TOKENS
         return row["extra_bytes"] / 2**30 if known else None
     return row["of_copy_bandwidth"] if measure == COPY else row["times_floor"]
 
@@ -223,6 +276,62 @@ def measured(row: dict, measure: str, rows: list[dict]) -> float | None:
 def is_peer(row: dict) -> bool:
     """Another library's implementation: what is timed with an error, and is not ours or eager."""
     return row["error"] is not None and row["implementation"] in ("TRL", "Liger", "verl")
+
+
+# The README's table
+
+
+def with_gpu_table(readme: str, results: Path) -> str:
+    """`readme` with what is between the two marks made anew from the results."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"readme must hold the marks {BEGIN.strip()} and {END.strip()}")
+    return before + begin + readme_table(results) + end + after
+
+
+def readme_table(results: Path) -> str:
+    """The newest of the results in `results`: what was timed, and the goals."""
+    saved = [(json.loads(path.read_text()), path.name) for path in results.glob("gpu-*.json")]
+    timed = [(run, name) for run, name in saved if rows_of(run["stages"])]
+    if not timed:
+        return NOT_MEASURED
+    run, name = max(timed, key=lambda found: (found[0]["date"], found[1]))
+    stages = run["stages"]
+    gpu, report = gpu_of(stages).get("name", "an unknown GPU"), Path(name).with_suffix(".md")
+    said = (
+        f"Measured on {gpu}, {run['date']}, bfloat16; all of it in `benchmarks/results/{report}`."
+    )
+    not_passed = [f"{r['stage']} ({r['status']})" for r in stages if r["status"] != "passed"]
+    said += f" Stages that did not pass: {', '.join(not_passed)}." if not_passed else ""
+    said += " Goals are set for an H200."
+    rows = rows_of(stages)
+    return "\n\n".join([said, speed_table(rows), goals_table(rows)]) + "\n"
+
+
+def rows_of(stages: list[dict]) -> list[dict]:
+    return [row for stage in stages for row in stage.get("rows", [])]
+
+
+def speed_table(rows: list[dict]) -> str:
+    head = ("operator", "backend", "ms", "of copy", "/ floor", "x TRL", "x Liger", "x eager")
+    lines = [head, ("---", "---", *["---:"] * 6)]
+    for row in rows:
+        if row["dtype"] == "bfloat16" and backend_of(row) is not None:
+            lines.append((title(row).replace(", bfloat16", ""), backend_of(row), *speeds(row)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speeds(row: dict) -> list[str]:
+    if row["seconds"] is None:
+        return [row["failure"], *["-"] * 5]
+    share, peers = row["of_copy_bandwidth"], row["faster_than"]
+    return [
+        f"{row['seconds'] * 1e3:.2f}",
+        f"{share:.0%}" if share else "-",
+        f"{row['times_floor']:.2f}",
+        *(f"{peers[name]:.2f}" if name in peers else "-" for name in ("TRL", "Liger", "eager")),
+    ]
 
 
 if __name__ == "__main__":

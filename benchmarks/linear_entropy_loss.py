@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Sizes
+from benchmarks.common import Case, Sizes, our_impls
 from benchmarks.linear_softmax_stats import gradient_bytes, make_hidden, products
 from benchmarks.peers import Function, linear_truth, peers
 from em_kernels import linear_entropy_loss
@@ -32,7 +33,8 @@ def mean_entropy(function: Function, target: Tensor):
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     hidden, weight, target, _ = make_hidden(sizes, dtype, device)
     functions, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
-    losses = {name: mean_entropy(f, target) for name, f in functions.items()}
+    own = {n: partial(linear_entropy_loss, impl=i) for n, i in our_impls(device).items()}
+    losses = {**own, **{name: mean_entropy(f, target) for name, f in functions.items()}}
     each = torch.full((sizes.n,), 1 / sizes.n, device=device)
     truth = linear_truth(hidden, weight, target, 0 * each, each)
     del truth["logprob"]
@@ -42,10 +44,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         sizes=sizes,
         dtype=dtype,
         device=device,
-        contenders={
-            name: step(loss, hidden, weight)
-            for name, loss in {"em_kernels": linear_entropy_loss, **losses}.items()
-        },
+        contenders={name: step(loss, hidden, weight) for name, loss in losses.items()},
         floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth={"loss": (index, entropy.mean()), **truth},
         bytes_moved=3 * weight.numel() * weight.element_size(),

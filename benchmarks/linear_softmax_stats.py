@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Sizes
+from benchmarks.common import Case, Sizes, our_impls
 from benchmarks.peers import Function, linear_truth, peers
 from em_kernels import linear_softmax_stats
 
@@ -38,8 +39,8 @@ def products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[], Non
     return run
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    stats = linear_softmax_stats(hidden, weight, target)
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    stats = linear_softmax_stats(hidden, weight, target, impl=impl)
     return stats.logprob, stats.entropy
 
 
@@ -96,7 +97,8 @@ def gradient_bytes(hidden: Tensor, weight: Tensor) -> int:
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     hidden, weight, target, upstream = make_hidden(sizes, dtype, device)
     others, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
-    functions = {"em_kernels": ours, **others}
+    own = {name: partial(ours, impl=impl) for name, impl in our_impls(device).items()}
+    functions = {**own, **others}
     truth = linear_truth(hidden, weight, target, *upstream)
     read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d
     forward_functions = {**functions, "em_kernels fused": fused} if device == "cuda" else functions
@@ -129,7 +131,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         name="linear_softmax_stats backward",
         contenders={
             name: backward(functions[name], hidden, weight, target, upstream)
-            for name in ("em_kernels", "eager")
+            for name in (*own, "eager")
         },
         floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth={name: truth[name] for name in ("grad_hidden", "grad_weight")},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Sizes
+from benchmarks.common import Case, Sizes, our_impls
 from benchmarks.peers import Function, logits_gradient, moments, peers, sample
 from em_kernels import softmax_stats
 
@@ -20,8 +21,8 @@ def make_logits(sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[Tensor, 
     return logits.to(dtype), torch.randint(0, sizes.v, (sizes.n,), device=device)
 
 
-def ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    stats = softmax_stats(logits, target)
+def ours(logits: Tensor, target: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    stats = softmax_stats(logits, target, impl=impl)
     return stats.logprob, stats.entropy
 
 
@@ -63,7 +64,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     sizes = sizes._replace(d=0)
     logits, target = make_logits(sizes, dtype, device)
     others, left_out = peers(linear=False, compiled=compiled, dtype=dtype)
-    functions = {"em_kernels": ours, **others}
+    own = {name: partial(ours, impl=impl) for name, impl in our_impls(device).items()}
+    functions = {**own, **others}
     rows = sample(sizes.n, device=device)
     _, logprob, entropy = moments(logits[rows], target[rows])
     truth = {"logprob": (rows, logprob), "entropy": (rows, entropy)}
@@ -93,8 +95,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     yield Case(
         name="softmax_stats backward",
         contenders={
-            name: backward(functions[name], logits, target, upstream)
-            for name in ("em_kernels", "eager")
+            name: backward(functions[name], logits, target, upstream) for name in (*own, "eager")
         },
         truth={"grad": (rows, grad)},
         bytes_moved=2 * size,

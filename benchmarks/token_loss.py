@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Sizes
+from benchmarks.common import Case, Sizes, our_impls
 from benchmarks.peers import Function, logits_gradient, moments, peers, sample
 from benchmarks.softmax_stats import make_logits
 from em_kernels import entropy_loss
@@ -24,26 +24,34 @@ def step(function: Function, logits: Tensor, target: Tensor):
     return run
 
 
-def our_step(logits: Tensor):
+def our_step(logits: Tensor, impl: str):
     leaf = logits.detach().requires_grad_()
 
     def run():
-        loss = entropy_loss(leaf)
+        loss = entropy_loss(leaf, impl=impl)
         return {"loss": loss, "grad": torch.autograd.grad(loss, leaf)[0]}
 
     return run
 
 
-def our_inplace_step(logits: Tensor):
+def our_inplace_step(logits: Tensor, impl: str):
     """Overwrites its logits: each call gets them afresh, and that copy is timed with it."""
     memory = torch.empty_like(logits)
 
     def run():
         leaf = memory.copy_(logits).detach().requires_grad_()
-        loss = entropy_loss(leaf, inplace=True)
+        loss = entropy_loss(leaf, inplace=True, impl=impl)
         return {"loss": loss, "grad": torch.autograd.grad(loss, leaf)[0]}
 
     return run
+
+
+def our_steps(logits: Tensor, device: str) -> dict:
+    steps = {}
+    for name, impl in our_impls(device).items():
+        steps[name] = our_step(logits, impl)
+        steps[f"{name} inplace, with a copy"] = our_inplace_step(logits, impl)
+    return steps
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
@@ -61,8 +69,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         dtype=dtype,
         device=device,
         contenders={
-            "em_kernels": our_step(logits),
-            "em_kernels inplace, with a copy": our_inplace_step(logits),
+            **our_steps(logits, device),
             **{name: step(f, logits, target) for name, f in functions.items()},
         },
         floor=("copy of the logits", lambda: copy.copy_(logits)),

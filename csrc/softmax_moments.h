@@ -14,7 +14,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define EM_HOST_DEVICE __host__ __device__
@@ -26,7 +25,7 @@ namespace em_kernels {
 
 template <class T>
 struct SoftmaxMoments {
-  T max = -std::numeric_limits<T>::infinity();
+  T max = -INFINITY;
   int64_t argmax = -1;
   T r = 0, q = 0;
   T s = 0, c = 0, t = 0;
@@ -36,7 +35,7 @@ struct SoftmaxMoments {
 template <class T>
 EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
     SoftmaxMoments<T> high, const SoftmaxMoments<T>& low) {
-  if (low.max == -std::numeric_limits<T>::infinity()) {
+  if (low.max == T(-INFINITY)) {
     high.r += low.r;
     return high;
   }

@@ -8,6 +8,7 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 import torch
@@ -26,6 +27,8 @@ from em_kernels._spec import (
 from em_kernels._vocab_parallel import VocabParallel
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+# What "auto" tries in turn. Triton comes before CUDA until a measurement on a GPU says otherwise.
+AUTO_ON_CPU, AUTO_ON_GPU = ("cpu", "reference"), ("triton", "cuda", "reference")
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
@@ -53,14 +56,14 @@ def why_not(impl: str, device: torch.device | None = None) -> str | None:
         case "triton":
             return _why_not_triton(device)
         case "cuda":
-            return "this version has no CUDA kernels; use impl='triton' on a GPU"
+            return _why_not_cuda(device)
     raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
 
 
 def backend(impl: str, device: torch.device) -> ModuleType:
     """The module that serves `impl` on `device`; "auto" takes the fastest that can."""
     if impl == "auto":
-        order = ("cpu", "reference") if device.type == "cpu" else ("triton", "reference")
+        order = AUTO_ON_CPU if device.type == "cpu" else AUTO_ON_GPU
         impl = next(name for name in order if why_not(name, device) is None)
     reason = why_not(impl, device)
     if reason is not None:
@@ -68,8 +71,8 @@ def backend(impl: str, device: torch.device) -> ModuleType:
     match impl:
         case "cpu":
             return importlib.import_module("em_kernels.cpu")
-        case "triton":
-            return importlib.import_module("em_kernels.triton")
+        case "triton" | "cuda":
+            return importlib.import_module(f"em_kernels.{impl}")
         case _:
             return reference
 
@@ -101,6 +104,39 @@ def _why_not_triton(device: torch.device | None) -> str | None:
     if device.type == "cpu" and not interpreted:
         return "its tensors must be on a GPU (TRITON_INTERPRET=1 runs it on the CPU)"
     return None
+
+
+def _why_not_cuda(device: torch.device | None) -> str | None:
+    try:
+        built = importlib.import_module("em_kernels._cuda").architectures
+    except ImportError as error:
+        return (
+            f"the CUDA part is missing ({error}); install the CUDA toolkit and reinstall with "
+            "`pip install --no-build-isolation .`"
+        )
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no NVIDIA GPU is visible to torch"
+    if device is not None and device.type != "cuda":
+        return f"its tensors must be on a GPU, not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if not _runs_on(built, capability):
+        number = "{}.{}".format(*capability)
+        remedy = f"reinstall with TORCH_CUDA_ARCH_LIST={number}"
+        return f"it is built for {built}, and this GPU has compute capability {number}; " + (
+            remedy if capability >= (8, 0) else "8.0 is the least it can serve"
+        )
+    return None
+
+
+def _runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU has code among `built`, such as "sm_80 sm_90a compute_100": machine code serves
+    its major version from its minor one on, that of an "a" exactly one, PTX all that are newer."""
+    for kind, major, minor, only in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", built):
+        least = (int(major), int(minor))
+        same = capability == least if only == "a" else capability[0] == least[0]
+        if least <= capability and (same or (kind == "compute" and not only)):
+            return True
+    return False
 
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:

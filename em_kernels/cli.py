@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -254,6 +255,7 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, state in em_kernels.backends().items():
         print(f"  {name:11} {state}")
     print(f"CPU           {_cpu()}; {torch.get_num_threads()} threads")
+    print(f"CUDA          {_cuda()}")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for gpu in gpus:
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -278,6 +280,17 @@ def _cpu() -> str:
         return f"{torch.backends.cpu.get_cpu_capability().lower()}, torch's choice"
     levels = ", ".join(built["isa_levels"])
     return f"{built['isa']} in use out of {levels}; built by {built['compiler']}"
+
+
+def _cuda() -> str:
+    """What the CUDA kernels were compiled for; from sm_90 on, `loss` keeps a row in a cluster."""
+    try:
+        built = importlib.import_module("em_kernels._cuda")
+    except ImportError:
+        return "not built"
+    numbers = [int(number) for number in re.findall(r"_(\d+)", built.architectures)]
+    clusters = "with" if max(numbers) >= 90 else "without"
+    return f"{built.architectures}, {clusters} thread-block clusters; built by nvcc {built.nvcc}"
 
 
 def _print_training(result: TrainResult) -> None:

@@ -13,7 +13,7 @@ from em_kernels._spec import OUTPUTS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 DIFFERENTIABLE = ("logprob", "entropy", "lse")
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLS = tuple(name for name in BACKENDS if em_kernels.backends()[name] == "available")
 SLOW_INTERPRETER = not torch.cuda.is_available()
 FAST_IMPLS = tuple(name for name in IMPLS if name != "triton" or not SLOW_INTERPRETER)

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
+import cuda_build
 from em_kernels import backends
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +59,12 @@ def run(code, blocked):
 
 @pytest.mark.parametrize(
     "blocked",
-    (["triton"], ["em_kernels._C"], ["triton", "em_kernels._C", "numpy", "transformers", "trl"]),
+    (
+        ["triton"],
+        ["em_kernels._C"],
+        ["em_kernels._cuda"],
+        ["triton", "em_kernels._cuda", "em_kernels._C", "numpy", "transformers", "trl"],
+    ),
     ids=lambda names: "+".join(names),
 )
 def test_everything_works_without(blocked):
@@ -70,6 +78,7 @@ def test_everything_works_without(blocked):
         ("triton", "triton", "pip install triton"),
         ("em_kernels._C", "cpu", "install a C\\+\\+ compiler and reinstall"),
         ("em_kernels.triton", "triton", "."),
+        ("em_kernels._cuda", "cuda", "install the CUDA toolkit and reinstall"),
     ),
 )
 def test_a_missing_part_is_named_with_its_remedy(module, impl, remedy):
@@ -102,3 +111,15 @@ assert not heavy, heavy
 @pytest.mark.parametrize("name", ("reference", "cpu", "triton"))
 def test_in_ci_no_backend_is_silently_left_out(name):
     assert backends()[name] == "available"
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="only where CI=true")
+def test_in_ci_the_cuda_kernels_are_built_where_nvcc_is():
+    if os.environ.get("EM_KERNELS_NO_CUDA") == "1":
+        pytest.skip("EM_KERNELS_NO_CUDA=1")
+    try:
+        cuda_build.Toolkit.find()
+    except cuda_build.CudaBuildError as reason:
+        pytest.skip(str(reason))
+    import_module("em_kernels._cuda")
+    assert not torch.cuda.is_available() or backends()["cuda"] == "available"

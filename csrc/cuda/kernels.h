@@ -1,0 +1,45 @@
+// The CUDA kernels as the bindings see them: raw pointers, a stream, and what the device can do.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace em_kernels::cuda {
+
+// statistics fills the results; gradient reads max, log1p_r and mean_d from the Gradient; loss is
+// the first and then the second, which takes the three from the results.
+enum class Operation : int { statistics, gradient, loss };
+
+// What a launch depends on.
+struct Device {
+  int compute_capability = 0;         // 90 for 9.0
+  int shared_per_block = 0;           // bytes a block may opt in to
+  int shared_per_multiprocessor = 0;  // bytes
+};
+
+// How a call is launched. It does not depend on the number of rows, save for `blocks`, so that a
+// row's bits do not either.
+struct Plan {
+  bool plain = false;     // positive scale, no bias, no softcap, first-order outputs: the fast sums
+  bool resident = false;  // the row is held in shared memory, over the blocks of a cluster
+  int cluster = 1;        // blocks per row
+  int threads = 0;        // per block
+  int64_t blocks = 0;     // in the grid, cluster * rows
+  int64_t slice = 0;      // logits of a row per block of its cluster, where resident
+  int shared_bytes = 0;   // dynamic, per block
+};
+
+// Pure: needs no device. Throws std::invalid_argument for what cannot be launched.
+Plan plan(Operation, const Problem&, const Results&, const Gradient&, const Device&);
+
+// Queues the kernel on `stream`, a cudaStream_t. Throws std::runtime_error if CUDA refuses.
+void run(Operation, const Problem&, const Results&, const Gradient&, const Device&, void* stream);
+
+// The limits of device `index`. Throws std::runtime_error if CUDA refuses.
+Device device(int index);
+
+// Version of the CUDA runtime compiled in, as 1000 * major + 10 * minor.
+int runtime_version();
+
+}  // namespace em_kernels::cuda

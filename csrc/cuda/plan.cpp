@@ -1,0 +1,100 @@
+// How a call is launched: pure arithmetic, tested without a GPU.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "sizes.h"
+
+namespace em_kernels::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+constexpr int64_t kMaxVocab = int64_t(1) << 30;
+constexpr int kReservedBytes = 1024;  // of shared memory, by the system, per block
+
+int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+bool is_first_order(const Results& results) {
+  for (const int name : {kVarentropy, kCollision, kIsTop1, kSelfCertainty, kLogitMean, kLogitVar,
+                         kLogitSkew, kEntropySlope})
+    if (results.column[name]) return false;
+  return true;
+}
+
+// A warp, doubled until every thread has one chunk at most.
+int threads_for(int64_t numbers, int64_t width) {
+  int threads = 32;
+  while (threads < kMaxThreads && threads * kLoads * width < numbers) threads *= 2;
+  return threads;
+}
+
+// The smallest cluster whose blocks leave room for `blocks` of them on a multiprocessor; 0 if none.
+int cluster_for(int64_t bytes, int blocks, const Device& device) {
+  const int64_t room = std::min<int64_t>(
+      device.shared_per_block, device.shared_per_multiprocessor / blocks - kReservedBytes);
+  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2)
+    if (round_up((bytes + cluster - 1) / cluster, 16) + kScratchBytes <= room) return cluster;
+  return 0;
+}
+
+// While one block computes, others load: three on a multiprocessor if need be over more blocks per
+// row, else two, else one.
+void hold_row(Plan& plan, int64_t vocab, int64_t size, const Device& device) {
+  for (int blocks = 3; blocks >= 1; --blocks) {
+    const int cluster = cluster_for(vocab * size, blocks, device);
+    if (cluster == 0) continue;
+    const int64_t bytes = round_up((vocab * size + cluster - 1) / cluster, 16);
+    const int threads = threads_for(bytes / size, 16 / size);
+    if (bytes > int64_t(kMaxChunks) * threads * kLoads * 16) continue;
+    plan.resident = true;
+    plan.cluster = cluster;
+    plan.slice = bytes / size;
+    plan.threads = threads;
+    plan.shared_bytes = int(bytes) + kScratchBytes;
+    return;
+  }
+}
+
+void check(const char* name, bool good, int64_t got, const char* rule) {
+  if (!good)
+    throw std::invalid_argument(
+        std::string(name) + " must be " + rule + ", got " + std::to_string(got));
+}
+
+}  // namespace
+
+Plan plan(
+    Operation operation, const Problem& p, const Results& results, const Gradient& g,
+    const Device& device) {
+  check("compute capability", device.compute_capability >= 80, device.compute_capability,
+        "at least 80");
+  check("V", p.vocab >= 1 && p.vocab <= kMaxVocab, p.vocab, "in [1, 2^30]");
+  check("valid_vocab", p.valid_vocab >= 1 && p.valid_vocab <= p.vocab, p.valid_vocab,
+        "in [1, V]");
+  check("rows", p.rows >= 0 && p.rows <= kMaxBlocks, p.rows, "less than 2^31");
+  const bool narrow = p.dtype == DType::f32 && size_of(g.out_dtype) == 2;
+  if (operation != Operation::statistics)
+    check("dtype of out", g.out_dtype == p.dtype || narrow, int(g.out_dtype),
+          "that of the logits, or of 16 bits where they are float32");
+  const int64_t size = size_of(p.dtype);
+  Plan plan;
+  plan.plain = p.dtype != DType::f64 && !p.bias && p.softcap == 0 && p.logit_scale > 0 &&
+               is_first_order(results);
+  plan.threads = threads_for(p.valid_vocab, 16 / size);
+  plan.shared_bytes = kStreamScratchBytes;
+  const bool saves = results.column[kMax] && results.column[kLog1pR] && results.column[kMeanD];
+  if (operation == Operation::loss)
+    check("columns", saves, saves, "given for max, log1p_r and mean_d");
+  if (operation == Operation::loss && plan.plain && device.compute_capability >= 90)
+    hold_row(plan, p.valid_vocab, size, device);
+  check("rows", p.rows <= kMaxBlocks / plan.cluster, p.rows, "less than 2^31 / blocks per row");
+  plan.blocks = p.rows * plan.cluster;
+  return plan;
+}
+
+}  // namespace em_kernels::cuda

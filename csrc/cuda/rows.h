@@ -1,0 +1,178 @@
+// One row: where it lies, its transform from x to z, its results and the terms of its gradient.
+#pragma once
+
+#include "sums.h"
+
+namespace em_kernels::cuda {
+
+template <class In>
+struct RealOf {
+  using Type = float;
+};
+template <>
+struct RealOf<double> {
+  using Type = double;
+};
+template <class In>
+using Real = typename RealOf<In>::Type;
+
+// Whether z is a positive multiple of x. Then x itself is summed up, so that differences of
+// neighbours of the maximum are exact whatever the temperature.
+EM_HOST_DEVICE inline bool is_simple(const Problem& p) {
+  return !p.bias && p.softcap == 0 && p.logit_scale > 0;
+}
+
+EM_DEVICE int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, int64_t stride) {
+  const int64_t outer = inner == 1 ? row : row / inner;
+  return outer * outer_stride + (row - outer * inner) * stride;
+}
+
+template <class T>
+EM_DEVICE T read_row(const void* column, int64_t row) {
+  return column ? static_cast<const T*>(column)[row] : T(0);
+}
+
+template <class T>
+struct Transformed {
+  T z, slope;  // slope = d softcap(u) / du
+};
+
+// tanh(v) and its derivative; the latter from e^-2|v|, which keeps its digits where tanh is near 1.
+template <class T>
+EM_DEVICE_CALL Transformed<T> tanh_and_slope(T v) {
+  const T e = exp(-2 * fabs(v));
+  return {tanh(v), 4 * e / ((1 + e) * (1 + e))};
+}
+
+// z = softcap(logit_scale x + bias) / T of the numbers of one row.
+template <class T>
+struct Transform {
+  T logit_scale, softcap, inverse_cap, inverse_t, scale;
+  const T* bias;
+  bool simple;
+
+  // A temperature that is not positive and finite makes the row NaN.
+  EM_DEVICE Transform(const Problem& p, int64_t row)
+      : logit_scale(p.logit_scale), softcap(p.softcap), bias(static_cast<const T*>(p.bias)) {
+    const T t = p.temperature_rows ? read_row<T>(p.temperature_rows, row) : T(p.temperature);
+    inverse_t = t > 0 && t < T(INFINITY) ? 1 / t : T(NAN);
+    inverse_cap = 1 / softcap;
+    scale = logit_scale * inverse_t;
+    simple = is_simple(p);
+  }
+
+  EM_DEVICE Transformed<T> operator()(T x, int at) const {
+    if (simple) return {multiply(x, scale), 1};
+    T u = multiply(x, logit_scale);
+    if (bias) u += bias[at];
+    if (softcap == 0) return {multiply(u, inverse_t), 1};
+    if (u == T(INFINITY) || u == T(-INFINITY)) return {multiply(u, inverse_t), 0};
+    const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
+    return {multiply(softcap * capped.z, inverse_t), capped.slope};
+  }
+
+  // What is summed up, and its unit.
+  EM_DEVICE T summand(T x, int at) const { return simple ? x : (*this)(x, at).z; }
+  EM_DEVICE Scaling<T> scaling() const { return Scaling<T>(simple ? scale : T(1)); }
+};
+
+// The target y of a row, and z and its slope there. A target out of range makes the row NaN.
+template <class T>
+struct Target {
+  int64_t y = -1;
+  bool known = true;
+  Transformed<T> at = {0, 0};
+
+  template <class In>
+  EM_DEVICE void read(const Problem& p, int64_t row, const In* x, const Transform<T>& transform) {
+    if (!p.target) return;
+    y = p.target[row];
+    known = 0 <= y && y < p.valid_vocab;
+    if (known) at = transform(load_one(x + y), static_cast<int>(y));
+  }
+};
+
+// What the gradient of a row needs of its statistics.
+template <class T>
+struct Saved {
+  T max, log1p_r, mean_d;
+};
+
+EM_DEVICE constexpr bool is_first_order(int name) { return name <= kLse || name == kMaxProb; }
+
+template <class T>
+EM_DEVICE void put(const Results& results, int name, int64_t row, T value) {
+  if (results.column[name]) static_cast<T*>(results.column[name])[row] = value;
+}
+
+template <class T>
+EM_DEVICE void put_zeros(const Results& results, int64_t row) {
+  for (int name = 0; name < kOutputs; ++name) put(results, name, row, T(0));
+}
+
+// The outputs beyond the first order, in double: their formulas cancel where a row is certain.
+template <class T>
+EM_DEVICE void put_extras(
+    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target, bool good) {
+  const SoftmaxMoments<T>& x = part.softmax;
+  const LogitMoments<T>& l = part.logits;
+  const SoftmaxMoments<double> wide = {x.max, x.argmax, x.r, x.q, x.s, x.c, x.t};
+  double value[kOutputs];
+  finalize(wide, LogitMoments<double>{l.count, l.mean, l.m2, l.m3}, value);
+  finalize_target(wide, double(target.at.z) - wide.max, x.argmax == target.y, value);
+#pragma unroll
+  for (int name = 0; name < kOutputs; ++name)
+    if (!is_first_order(name)) put(results, name, row, good ? T(value[name]) : T(NAN));
+}
+
+// By one thread: everything that was asked for of a row.
+template <bool kExtras, class T>
+EM_DEVICE Saved<T> put_row(
+    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target) {
+  const bool good = usable(part.softmax) && target.known;
+  T value[kOutputs];
+  finalize(part.softmax, part.logits, value);
+  finalize_target(part.softmax, target.at.z - part.softmax.max, false, value);
+#pragma unroll
+  for (int name = 0; name < kOutputs; ++name) {
+    if (!good) value[name] = T(NAN);
+    if (is_first_order(name)) put(results, name, row, value[name]);
+  }
+  if (kExtras) put_extras(results, row, part, target, good);
+  return {value[kMax], value[kLog1pR], value[kMeanD]};
+}
+
+// The gradient e^d (a - b d) slope of every number, and that of the target.
+template <class T>
+struct GradientTerms {
+  T max, a, b, at_target;
+  bool has_target;
+
+  EM_DEVICE GradientTerms(
+      const Gradient& g, int64_t row, const Saved<T>& saved, const Target<T>& target,
+      const Transform<T>& transform) {
+    const T logprob = read_row<T>(g.g_logprob, row), entropy = read_row<T>(g.g_entropy, row);
+    const T lse = read_row<T>(g.g_lse, row);
+    // exp() forgets that a maximum was NaN.
+    const T factor = saved.max == saved.max ? transform.scale : T(NAN);
+    const T share = factor * exp(-saved.log1p_r);
+    max = saved.max;
+    a = share * multiply_add(entropy, saved.mean_d, lse - logprob);
+    b = share * entropy;
+    has_target = g.g_logprob && target.known;
+    at_target = 0;
+    if (!has_target) return;
+    // 1 - p as -expm1(log p): exact as p goes to 1.
+    const T d = target.at.z - max, log_p = d - saved.log1p_r, p = exp(log_p);
+    T own = -logprob * expm1(log_p);
+    if (p > 0) own += p * multiply_add(entropy, saved.mean_d - d, lse);
+    at_target = factor * target.at.slope * own;
+  }
+
+  EM_DEVICE T operator()(const Transformed<T>& at, const Scaling<T>& by) const {
+    const T d = by.distance(at.z, max);
+    return by.exponential(d) * multiply_add(-b, d, a) * at.slope;
+  }
+};
+
+}  // namespace em_kernels::cuda

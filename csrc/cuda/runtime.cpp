@@ -1,0 +1,38 @@
+// What the CUDA runtime knows of a device.
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace em_kernels::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr which, int index, const char* name) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
+  if (error != cudaSuccess)
+    throw std::runtime_error(
+        std::string("cudaDeviceGetAttribute(") + name + "): " + cudaGetErrorName(error) + ": " +
+        cudaGetErrorString(error));
+  return value;
+}
+
+}  // namespace
+
+Device device(int index) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index, "ComputeCapabilityMajor");
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index, "ComputeCapabilityMinor");
+  Device out;
+  out.compute_capability = 10 * major + minor;
+  out.shared_per_block =
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, "MaxSharedMemoryPerBlockOptin");
+  out.shared_per_multiprocessor = attribute(
+      cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, "MaxSharedMemoryPerMultiprocessor");
+  return out;
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+}  // namespace em_kernels::cuda

@@ -1,0 +1,13 @@
+// Sizes the kernels and the launch plan agree on.
+#pragma once
+
+namespace em_kernels::cuda {
+
+constexpr int kMaxThreads = 256;  // per block
+constexpr int kMaxCluster = 8;    // blocks per row
+constexpr int kLoads = 4;         // 16-byte loads in flight per thread: a chunk
+constexpr int kMaxChunks = 15;    // per thread, of a row held in shared memory
+constexpr int kScratchBytes = 640;         // of shared memory, beside the row
+constexpr int kStreamScratchBytes = 1024;  // of shared memory, where the row is streamed
+
+}  // namespace em_kernels::cuda

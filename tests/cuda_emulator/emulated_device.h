@@ -1,0 +1,130 @@
+// csrc/cuda/device.h for a CPU: every thread of a cluster is a fiber. Between two barriers the
+// fibers run one after the other in a random order fixed by the seed; a bulk copy lands only when
+// it is waited for; shared memory starts as NaN. So what a barrier or a wait is missing for shows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "../../csrc/cuda/kernels.h"
+
+#define EM_DEVICE inline
+#define EM_DEVICE_CALL
+#define EM_KERNEL(threads, blocks) void
+#define EM_HAS_CLUSTERS 1
+
+namespace em_kernels::cuda {
+
+using std::exp;
+using std::expm1;
+using std::fabs;
+using std::memcpy;
+using std::tanh;
+
+int thread_index();
+int block_threads();
+int64_t block_index();
+unsigned char* shared_memory();
+int cluster_rank();
+int cluster_blocks();
+
+template <class T>
+T multiply(T a, T b) {
+  return a * b;
+}
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+template <class T>
+T at_least(T a, T b) {
+  return std::fmax(a, b);
+}
+template <class T>
+T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+template <class T>
+T smaller(T a, T b) {
+  return std::fmin(a, b);
+}
+inline float power_of_2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;
+}
+inline double power_of_2(double x) { return std::exp2(x); }
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+float to_float(uint16_t bits, bf16);
+float to_float(uint16_t bits, f16);
+uint16_t to_bits(float x, bf16);
+uint16_t to_bits(float x, f16);
+
+template <class Half>
+float first_of(uint32_t pair, Half) {
+  return to_float(static_cast<uint16_t>(pair), Half{});
+}
+template <class Half>
+float second_of(uint32_t pair, Half) {
+  return to_float(static_cast<uint16_t>(pair >> 16), Half{});
+}
+template <class Half>
+uint32_t to_pair(float first, float second, Half) {
+  return to_bits(first, Half{}) | uint32_t(to_bits(second, Half{})) << 16;
+}
+template <class Half>
+uint32_t larger_pair(uint32_t a, uint32_t b, Half h) {
+  return to_pair(
+      larger(first_of(a, h), first_of(b, h)), larger(second_of(a, h), second_of(b, h)), h);
+}
+template <class Half>
+uint32_t smaller_pair(uint32_t a, uint32_t b, Half h) {
+  return to_pair(
+      smaller(first_of(a, h), first_of(b, h)), smaller(second_of(a, h), second_of(b, h)), h);
+}
+
+void sync_block();
+void cluster_arrive();
+void cluster_wait();
+
+// What the thread `lanes` further on in the warp passed; this thread's own at the end of the warp.
+void exchange_down(void* value, size_t bytes, int lanes);
+
+template <class T>
+T shuffle_down(T value, int lanes) {
+  exchange_down(&value, sizeof(T), lanes);
+  return value;
+}
+
+const void* peer_address(const void* own, int rank);
+
+template <class T>
+const T* of_peer(const T* own, int rank) {
+  return static_cast<const T*>(peer_address(own, rank));
+}
+
+// The copies that have been started on it and have not landed.
+struct Arrival {
+  uint32_t number;
+};
+void init_arrivals(Arrival* arrivals, int count);
+void start_copy(void* to, const void* from, uint32_t bytes, Arrival* arrival);
+void wait_copy(Arrival* arrival);
+
+// Runs the kernel over the whole grid, cluster by cluster, in an order drawn from the seed. Throws
+// std::runtime_error where threads wait for each other without end.
+void run_grid(const Plan& plan, uintptr_t seed, const std::function<void()>& thread);
+
+// The stream is the seed.
+template <class... Parameters, class... Arguments>
+void launch(
+    void (*kernel)(Parameters...), const Plan& plan, void* stream, const Arguments&... arguments) {
+  run_grid(plan, reinterpret_cast<uintptr_t>(stream), [&] { kernel(arguments...); });
+}
+
+}  // namespace em_kernels::cuda

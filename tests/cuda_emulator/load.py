@@ -1,0 +1,92 @@
+"""Builds the emulated CUDA kernels and binds `em_kernels.cuda` to them.
+
+The kernels of csrc/cuda are compiled by the C++ compiler against emulated_device.h and run on CPU
+tensors. The build is kept in build/cuda_emulator under a hash of its sources.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import torch
+
+import em_kernels
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CACHE = HERE.parents[1] / "build" / "cuda_emulator"
+SOURCES = [
+    CSRC / "cuda/kernels.cu",
+    CSRC / "cuda/plan.cpp",
+    CSRC / "cuda/module.cpp",
+    HERE / "emulator.cpp",
+]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+H200 = {"compute_capability": 90, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
+
+
+def command(to: Path) -> list[str]:
+    pybind11 = Path(torch.__file__).parent / "include"
+    includes = ["-iquote", HERE, "-I", sysconfig.get_paths()["include"], "-I", pybind11]
+    flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off"]
+    flags += ["-fno-strict-aliasing", "-w"]  # rows are read as vectors, as nvcc allows
+    defines = ["-DEM_EMULATED", "-DEM_MODULE_NAME=emulated_cuda"]
+    return [COMPILER, *flags, *defines, *map(str, [*includes, "-x", "c++", *SOURCES, "-o", to])]
+
+
+@cache
+def library() -> ModuleType:
+    """The extension module of the emulated kernels."""
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
+    text = b"".join(path.read_bytes() for path in sorted({*SOURCES, *headers}))
+    key = hashlib.sha256(text + sys.version.encode() + torch.__version__.encode()).hexdigest()[:16]
+    path = CACHE / key / "emulated_cuda.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(path)
+    return _load("emulated_cuda", path)
+
+
+def _build(path: Path) -> None:
+    """An interrupted build leaves nothing at `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run(command(built), check=True)
+        os.replace(built, path)
+
+
+def backend(seed: int = 0, **limits: int) -> ModuleType:
+    """A copy of `em_kernels.cuda` on emulated kernels, whose threads take turns by `seed`.
+
+    `limits` replaces what the emulated device, an H200, says of itself.
+    """
+    emulated = library()
+    with (
+        patch.dict(sys.modules, {"em_kernels._cuda": emulated}),
+        patch.object(em_kernels, "_cuda", emulated, create=True),
+    ):
+        module = _load("emulated_backend", Path(em_kernels.__file__).with_name("cuda.py"))
+    device = emulated.Device(**{**H200, **limits})
+    module._where = lambda _: (device, seed)
+    return module
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,145 @@
+"""What the compiled CUDA kernels use, read off the built module; no GPU is needed.
+
+    python tests/cuda_offline.py            prints the report as JSON
+    python tests/cuda_offline.py --write    also renews tests/cuda_resources.json
+
+Registers, stack, local memory (where spills go) and static shared memory are what the compiler
+recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses and bulk
+copies are seen in the machine code, 64-bit offsets in the PTX.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("cuda_resources.json")
+COLUMNS = ("registers", "stack", "local", "shared")
+USAGE = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.M)
+# Instructions of the machine code that are counted.
+CODE = {
+    "wide_loads": r"LDG\.E\S*\.(?:128|256)\b",
+    "wide_stores": r"STG\.E\S*\.(?:128|256)\b",
+    "wide_shared_loads": r"LDS\.128\b",
+    "bulk_copies": r"UBLKCP\b",
+    "cluster_barriers": r"UCGABAR_ARV\b",
+}
+
+
+def module_file() -> Path | None:
+    """The built em_kernels._cuda, which need not be importable."""
+    found = importlib.util.find_spec("em_kernels._cuda")
+    return Path(found.origin) if found and found.origin else None
+
+
+def cuobjdump() -> str | None:
+    """nvcc's own, the one on PATH, or triton's."""
+    places = [Path(nvcc).resolve().parent / "cuobjdump" for nvcc in [shutil.which("nvcc")] if nvcc]
+    places += [Path("/usr/local/cuda/bin/cuobjdump"), Path(shutil.which("cuobjdump") or "/none")]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        places.append(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+def report(module: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Architecture -> kernel -> COLUMNS and the counts of CODE."""
+    tool = cuobjdump()
+    usage, code = (_run(tool, flag, str(module)) for flag in ("--dump-resource-usage", "-sass"))
+    found: dict[str, dict] = {}
+    for arch, text in _by_architecture(usage):
+        for name, *numbers in USAGE.findall(text):
+            registers, stack, shared, local = map(int, numbers)
+            kernel = found.setdefault(arch, {}).setdefault(name, {})
+            kernel.update(registers=registers, stack=stack, local=local, shared=shared)
+    for arch, text in _by_architecture(code):
+        for body in text.split("Function : ")[1:]:
+            name, _, lines = body.partition("\n")
+            found[arch][name].update(_count(lines))
+    short = short_names(sorted({name for kernels in found.values() for name in kernels}))
+    return {
+        arch: {short[name]: kernels[name] for name in sorted(kernels, key=short.get)}
+        for arch, kernels in sorted(found.items(), key=lambda each: int(each[0][3:].rstrip("af")))
+    }
+
+
+def wide_products(module: Path) -> dict[str, int]:
+    """Kernel -> products of 64-bit integers in its PTX; empty where the module holds no PTX.
+
+    Where a row begins takes three: row % inner, and each of the two indices times its stride.
+    """
+    parts = re.split(
+        r"^\.visible \.entry (\w+)\(", _run(cuobjdump(), "-ptx", str(module)), flags=re.M
+    )
+    names, bodies = parts[1::2], parts[2::2]
+    short = short_names(names) if names else {}
+    product = r"\b(?:mul|mad)\.lo\.s64\b"
+    return {short[name]: len(re.findall(product, body)) for name, body in zip(names, bodies)}
+
+
+def short_names(symbols: list[str]) -> dict[str, str]:
+    """Symbol -> "stats<float, true>": demangled, without namespaces, return type and parameters."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
+    names = [_short(line) for line in text.splitlines()]
+    if len(set(names)) != len(symbols):
+        raise ValueError(f"short names must tell kernels apart, got {names}")
+    return dict(zip(symbols, names, strict=True))
+
+
+def _short(name: str) -> str:
+    """Parameters begin at the first parenthesis outside of angle brackets and after a name."""
+    name = re.sub(r"\(anonymous namespace\)::|em_kernels::|cuda::", "", name)
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            name = name[:i]
+            break
+    return re.sub(r"^void ", "", name)
+
+
+def _count(code: str) -> dict[str, int]:
+    memory = re.findall(r"\b(?:LDG|STG|LDS|UBLKCP|UCGABAR)[\w.]*", code)
+    return {what: sum(bool(re.match(one, x)) for x in memory) for what, one in CODE.items()}
+
+
+def _by_architecture(text: str) -> list[tuple[str, str]]:
+    parts = re.split(r"^arch = (sm_\w+)$", text, flags=re.M)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def as_table(found: dict) -> dict:
+    return {
+        arch: {name: [kernel[column] for column in COLUMNS] for name, kernel in kernels.items()}
+        for arch, kernels in found.items()
+    }
+
+
+def write(found: dict) -> None:
+    from em_kernels import _cuda
+
+    text = json.dumps({"nvcc": _cuda.nvcc, ", ".join(COLUMNS): as_table(found)}, indent=1)
+    TABLE.write_text(
+        re.sub(r"\[([\s\d,]+)\]", lambda x: f"[{' '.join(x[1].split())}]", text) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    built = module_file()
+    if built is None or cuobjdump() is None:
+        sys.exit("em_kernels._cuda is not built, or there is no cuobjdump")
+    result = report(built)
+    print(json.dumps({**result, "products of 64 bits": wide_products(built)}, indent=1))
+    if "--write" in sys.argv:
+        write(result)

@@ -1,0 +1,352 @@
+"""How the CUDA part is built, what its kernels use, and that without it everything goes on."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import cuda_offline
+import pytest
+import torch
+
+import cuda_build
+from cuda_build import Architectures, CudaBuildError, parse_architectures
+from em_kernels import _ops, cli
+
+ROOT = Path(__file__).parents[1]
+NVCC = """#!/bin/sh
+# Stands in for nvcc: answers its questions, and writes what it is to write.
+echo "$@" >> {log}
+case "$*" in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
+  *--dryrun*) echo '#$ TOP={home}/bin/..' ;;
+  *broken.cu*) echo 'broken.cu(3): error: expected a ";"'; exit 2 ;;
+  *) while [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A CUDA toolkit that only writes down what it is asked; returns how to read that."""
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    log, nvcc = tmp_path / "nvcc.log", home / "bin/nvcc"
+    nvcc.write_text(NVCC.format(log=log, home=home))
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    for name in ("TORCH_CUDA_ARCH_LIST", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda: [line for line in log.read_text().splitlines() if " -o " in line]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A source tree with one kernel and no C++."""
+    sources = tmp_path / "project/csrc/cuda"
+    sources.mkdir(parents=True)
+    (sources / "kernels.h").write_text("\n")
+    (sources / "rows.cu").write_text("\n")
+    monkeypatch.setattr(cuda_build, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(cuda_build, "SOURCES", sources)
+    monkeypatch.setattr(cuda_build, "OBJECTS", tmp_path / "project/build")
+    return sources
+
+
+@pytest.mark.parametrize(
+    "text, machine, portable",
+    (
+        ("8.0;9.0;10.0+PTX", ("80", "90", "100"), ("100",)),
+        ("8.0 9.0a", ("80", "90a"), ()),
+        ("8.6, 12.0+PTX", ("86", "120"), ("120",)),
+        ("7.5 8.0 9.0+PTX", ("80", "90"), ("90",)),
+        ("Ampere;Hopper+PTX", ("80", "86", "90"), ("90",)),
+        ("9.0;9.0+PTX", ("90",), ("90",)),
+    ),
+)
+def test_architectures_in_the_syntax_of_torch(text, machine, portable):
+    assert parse_architectures(text) == (machine, portable)
+
+
+@pytest.mark.parametrize("text", ("sm_90", "9", "Fermi", "9.0+ptx", "7.5"))
+def test_architectures_that_cannot_be(text):
+    with pytest.raises(
+        CudaBuildError, match=r"TORCH_CUDA_ARCH_LIST=.* (not understood|8.0 or newer)"
+    ):
+        parse_architectures(text)
+
+
+def test_an_older_nvcc_leaves_out_what_it_does_not_know(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert str(Architectures.wanted({"80", "90", "100"})) == "sm_80 sm_90 sm_100 compute_100"
+    assert str(Architectures.wanted({"75", "80", "90"})) == "sm_80 sm_90 compute_90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert Architectures.wanted({"90"}).flags() == ["-gencode=arch=compute_90a,code=sm_90a"]
+    with pytest.raises(CudaBuildError, match="knows none of 90a"):
+        Architectures.wanted({"80"})
+
+
+def test_without_nvcc_the_reason_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(CudaBuildError, match=r"no nvcc in CUDA_HOME=.*; install the CUDA toolkit"):
+        cuda_build.build_module(tmp_path / "_cuda.so")
+
+
+def test_only_what_changed_is_compiled(toolkit, project, tmp_path, monkeypatch):
+    target = tmp_path / "_cuda.so"
+
+    def compiled():
+        before = len(toolkit()) if (tmp_path / "nvcc.log").exists() else 0
+        cuda_build.build_module(target)
+        return [" -c " in line for line in toolkit()[before:]]
+
+    assert compiled() == [True, False]  # compiled and linked
+    assert target.read_text() == "made\n"
+    assert compiled() == [False]
+    later = (project / "kernels.h").stat().st_mtime + 10
+    os.utime(project / "kernels.h", (later, later))
+    os.utime(project / "rows.cu", (later, later))
+    assert compiled() == [True, False]
+    for result in cuda_build.OBJECTS.iterdir():
+        os.utime(result, (later + 10, later + 10))
+    assert compiled() == [False]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert compiled() == [True, False]
+    assert "code=sm_80" in toolkit()[-2] and "code=sm_90" not in toolkit()[-2]
+
+
+def test_a_compiler_error_is_the_reason(toolkit, project, tmp_path):
+    (project / "broken.cu").write_text("\n")
+    with pytest.raises(CudaBuildError, match=r"nvcc failed on csrc/cuda/broken.cu: .*expected a"):
+        cuda_build.build_module(tmp_path / "_cuda.so")
+
+
+def test_a_failing_cuda_build_takes_nothing_else_down(toolkit, tmp_path):
+    """setup.py itself, on a small CPU part and a CUDA part that does not compile."""
+    project = tmp_path / "package"
+    for folder in ("em_kernels", "csrc/cpu", "csrc/cuda"):
+        (project / folder).mkdir(parents=True)
+    for name in ("setup.py", "cuda_build.py"):
+        shutil.copy(ROOT / name, project)
+    (project / "em_kernels/__init__.py").write_text("")
+    module = '#include <Python.h>\nextern "C" PyObject* PyInit__C() { return nullptr; }\n'
+    (project / "csrc/bindings.cpp").write_text(module)
+    (project / "csrc/cuda/broken.cu").write_text("")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    stale = project / f"em_kernels/_cuda{suffix}"
+    stale.write_text("of an older version")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: installing without the CUDA kernels: " in done.stderr
+    assert 'error: expected a ";"' in done.stderr
+    assert "without the compiled CPU" not in done.stderr
+    assert (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
+    environment = {**os.environ, "EM_KERNELS_NO_EXTENSION": "1"}
+    left = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert left.returncode == 0 and left.stderr.count("EM_KERNELS_NO_EXTENSION=1") == 2
+    environment = {**os.environ, "EM_KERNELS_NO_CUDA": "1"}
+    left = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert left.returncode == 0 and left.stderr.count("installing without") == 1
+    assert "without the CUDA kernels: EM_KERNELS_NO_CUDA=1" in left.stderr
+
+
+# The choice of a backend
+
+
+@pytest.mark.parametrize(
+    "built, capability, runs",
+    (
+        ("sm_80 sm_90", (8, 0), True),
+        ("sm_80 sm_90", (8, 9), True),
+        ("sm_80 sm_90", (10, 0), False),
+        ("sm_80 sm_90 compute_90", (10, 0), True),
+        ("sm_86", (8, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a compute_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("compute_80", (7, 5), False),
+        ("sm_100 compute_100", (12, 0), True),
+    ),
+)
+def test_which_gpus_a_build_serves(built, capability, runs):
+    assert _ops._runs_on(built, capability) is runs
+
+
+class Built:
+    architectures, nvcc = "sm_90 compute_90", "13.0.88"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As if the module were built for sm_90 and a GPU of the given capability were there."""
+
+    def pretend(capability):
+        monkeypatch.setitem(sys.modules, "em_kernels._cuda", Built)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+def test_why_the_cuda_kernels_cannot_serve(on_a_gpu, monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    on_a_gpu((9, 0))
+    assert _ops.why_not("cuda", gpu) is None and _ops.why_not("cuda") is None
+    assert _ops.why_not("cuda", cpu) == "its tensors must be on a GPU, not on cpu"
+    on_a_gpu((8, 0))
+    assert "reinstall with TORCH_CUDA_ARCH_LIST=8.0" in _ops.why_not("cuda", gpu)
+    on_a_gpu((7, 5))
+    assert "compute capability 7.5; 8.0 is the least" in _ops.why_not("cuda", gpu)
+    on_a_gpu(None)
+    assert _ops.why_not("cuda") == "no NVIDIA GPU is visible to torch"
+    monkeypatch.setitem(sys.modules, "em_kernels._cuda", None)
+    assert "install the CUDA toolkit and reinstall with `pip" in _ops.why_not("cuda")
+
+
+def test_info_tells_of_the_build(monkeypatch):
+    monkeypatch.setitem(sys.modules, "em_kernels._cuda", Built)
+    said = "sm_90 compute_90, with thread-block clusters; built by nvcc 13.0.88"
+    assert cli._cuda() == said
+    monkeypatch.setattr(Built, "architectures", "sm_80 sm_86")
+    assert cli._cuda().startswith("sm_80 sm_86, without thread-block clusters;")
+    monkeypatch.setitem(sys.modules, "em_kernels._cuda", None)
+    assert cli._cuda() == "not built"
+
+
+# What the kernels use
+
+
+@pytest.fixture(scope="module")
+def module():
+    found = cuda_offline.module_file()
+    if found is None:
+        pytest.skip("em_kernels._cuda is not built")
+    if cuda_offline.cuobjdump() is None and os.environ.get("CI") != "true":
+        pytest.skip("there is no cuobjdump: it comes with nvcc and with triton")
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels(module):
+    return cuda_offline.report(module)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(cuda_offline.TABLE.read_text())
+
+
+def is_plain(name):
+    return name.startswith("resident_loss") or name.endswith("true>")
+
+
+def test_every_kernel_is_in_the_table_and_in_the_build(kernels, table):
+    recorded = table["registers, stack, local, shared"]
+    compared = recorded.keys() & kernels.keys()
+    built = importlib.import_module("em_kernels._cuda").architectures
+    assert compared or not {"sm_80", "sm_90", "sm_100"} & set(built.split())
+    for arch in compared:
+        assert kernels[arch].keys() == recorded[arch].keys(), arch
+
+
+def test_kernels_use_no_more_than_is_recorded(kernels, table):
+    """Another nvcc may take other registers; the launch bounds keep those in check."""
+    if importlib.import_module("em_kernels._cuda").nvcc != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}")
+    for arch, recorded in table["registers, stack, local, shared"].items():
+        for name, most in recorded.items() if arch in kernels else ():
+            used = [kernels[arch][name][column] for column in cuda_offline.COLUMNS]
+            message = f"{arch} {name} uses {used}: if meant, run tests/cuda_offline.py --write"
+            assert all(a <= b for a, b in zip(used, most, strict=True)), message
+
+
+def test_no_plain_kernel_spills(kernels):
+    plain = [
+        (arch, name, k) for arch in kernels for name, k in kernels[arch].items() if is_plain(name)
+    ]
+    assert plain
+    for arch, name, kernel in plain:
+        assert kernel["stack"] == kernel["local"] == 0, (arch, name)
+
+
+def test_kernels_read_and_write_16_bytes_at_a_time(kernels):
+    for arch, each in kernels.items():
+        for name, kernel in each.items():
+            if name.startswith("stream_"):
+                assert kernel["wide_loads"] >= 4, (arch, name)
+            if name.startswith("stream_gradient"):
+                assert kernel["wide_stores"] >= 4, (arch, name)
+
+
+def test_the_loss_brings_a_row_into_shared_memory_by_bulk_copies(kernels):
+    for arch, each in kernels.items():
+        resident = [kernel for name, kernel in each.items() if name.startswith("resident_loss")]
+        assert len(resident) == 3
+        for kernel in resident if int(arch[3:].rstrip("af")) >= 90 else ():
+            assert kernel["bulk_copies"] and kernel["cluster_barriers"]
+            assert kernel["wide_shared_loads"] >= 4 and kernel["wide_stores"] >= 4
+
+
+def test_where_a_row_begins_is_computed_in_64_bits(module):
+    products = cuda_offline.wide_products(module)
+    if not products:
+        pytest.skip("this build holds no PTX")
+    for name, count in products.items():
+        views = 1 if name.startswith("stream_statistics") else 2
+        assert count >= 3 * views, f"{name}: {count} products of 64 bits"
+
+
+# The cases that `make gpu` runs
+
+
+def test_the_cases_compile_against_cuda():
+    try:
+        command = cuda_build.Plan.make().command(cuda_build.CASES)
+    except CudaBuildError as reason:
+        pytest.skip(str(reason))
+    done = subprocess.run(
+        [*command, "-fsyntax-only", str(cuda_build.CASES)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def emulated_cases(tmp_path_factory):
+    """The program of the cases on the emulated kernels."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    emulator, program = ROOT / "tests/cuda_emulator", tmp_path_factory.mktemp("cases") / "cases"
+    flags = ["-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+    flags += ["-DEM_EMULATED", "-iquote", str(emulator), "-iquote", str(cuda_build.SOURCES)]
+    sources = [cuda_build.CASES, emulator / "emulator.cpp", cuda_build.SOURCES / "plan.cpp"]
+    sources += sorted(cuda_build.SOURCES.glob("*.cu"))
+    command = [compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def test_the_cases_pass_on_the_emulated_kernels(emulated_cases):
+    done = subprocess.run([emulated_cases], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, [line for line in lines if not line.startswith("ok")]
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert lines[-1] == f"{len(lines) - 1} cases, 0 failed"
+    for path in (
+        "two-pass",
+        "cluster1",
+        "cluster2",
+        "cluster4",
+        "cluster8",
+        "inplace",
+        "to-float16",
+    ):
+        assert path in done.stdout, path

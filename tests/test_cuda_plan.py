@@ -1,0 +1,179 @@
+"""How the CUDA kernels are launched: pure arithmetic on the host, so no GPU is needed."""
+
+import pytest
+import torch
+from cuda_emulator.load import COMPILER, H200, library
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+# Compute capability: shared memory a block may have, and a multiprocessor has, in bytes.
+LIMITS = {
+    80: (166912, 167936),
+    86: (101376, 102400),
+    90: (232448, 233472),
+    100: (232448, 233472),
+    120: (101376, 102400),
+}
+VOCABS = (1, 2, 31, 1000, 4097, 32000, 50257, 65536, 128256, 151936, 152064, 200019, 262144)
+BYTES = {0: 4, 1: 2, 2: 2, 3: 8}  # by number of the dtype: float32, bfloat16, float16, float64
+RESERVED = 1024  # of shared memory per block, by the system
+MAX_BLOCKS = 2**31 - 1
+
+
+def device(capability=90):
+    block, multiprocessor = LIMITS[capability]
+    return library().Device(
+        compute_capability=capability,
+        shared_per_block=block,
+        shared_per_multiprocessor=multiprocessor,
+    )
+
+
+def plan(operation="loss", capability=90, dtype=1, out_dtype=None, columns=(1, 1, 1), **problem):
+    cuda = library()
+    vocab = problem.get("vocab", 1000)
+    fields = dict(rows=8, inner=1, outer_stride=vocab, inner_stride=vocab, vocab=vocab)
+    fields |= {"valid_vocab": vocab, "logits": 0, "dtype": dtype} | problem
+    gradient = cuda.Gradient(
+        out=0,
+        outer_stride=vocab,
+        inner_stride=vocab,
+        out_dtype=dtype if out_dtype is None else out_dtype,
+    )
+    return cuda.plan(
+        getattr(cuda.Operation, operation),
+        cuda.Problem(**fields),
+        cuda.Results(list(columns)),
+        gradient,
+        device(capability),
+    )
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("operation", ("statistics", "gradient", "loss"))
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capability):
+    p = plan(operation, capability, dtype, vocab=vocab, rows=70_001)
+    block, multiprocessor = LIMITS[capability]
+    assert p.threads in (32, 64, 128, 256)
+    assert p.cluster in (1, 2, 4, 8)
+    assert p.blocks == 70_001 * p.cluster <= MAX_BLOCKS
+    assert p.shared_bytes <= block
+    assert p.shared_bytes + RESERVED <= multiprocessor
+    if capability < 90 or operation != "loss" or dtype == 3:
+        assert not p.resident and p.cluster == 1
+    if p.resident:
+        slice_bytes = p.slice * BYTES[dtype]
+        assert slice_bytes % 16 == 0 and p.shared_bytes == slice_bytes + 640
+        assert p.cluster * p.slice >= vocab > (p.cluster - 1) * p.slice
+    else:
+        assert p.shared_bytes <= 1024
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "cluster"),
+    (
+        (1000, 1, 1),
+        (32000, 1, 1),
+        (50257, 1, 2),
+        (128256, 1, 4),
+        (151936, 1, 4),
+        (152064, 1, 4),
+        (262144, 1, 8),
+        (128256, 0, 8),
+        (152064, 0, 8),
+    ),
+)
+def test_three_blocks_share_a_multiprocessor_of_an_h200(vocab, dtype, cluster):
+    p = plan("loss", 90, dtype, vocab=vocab)
+    assert p.resident and p.cluster == cluster
+    assert 3 * (p.shared_bytes + RESERVED) <= LIMITS[90][1]
+
+
+def test_longer_rows_take_fewer_blocks_and_the_longest_are_streamed():
+    assert plan("loss", 90, 0, vocab=200_019).resident  # two on a multiprocessor
+    assert plan("loss", 90, 0, vocab=262_144).resident  # one
+    assert not plan("loss", 90, 0, vocab=600_000).resident
+
+
+@pytest.mark.parametrize("operation", ("statistics", "gradient", "loss"))
+@pytest.mark.parametrize("vocab", (7, 4097, 151936))
+def test_all_but_the_grid_is_the_same_whatever_the_number_of_rows(operation, vocab):
+    few, many = (plan(operation, vocab=vocab, rows=rows) for rows in (1, 100_000))
+    for field in ("plain", "resident", "cluster", "threads", "slice", "shared_bytes"):
+        assert getattr(few, field) == getattr(many, field), field
+    assert many.blocks == 100_000 * few.blocks
+
+
+def test_padded_vocabulary_and_strides_do_not_change_the_plan():
+    tight = plan("loss", vocab=151_665)
+    padded = plan("loss", vocab=152_064, valid_vocab=151_665, inner=4, outer_stride=10**12)
+    for field in ("resident", "cluster", "threads", "slice", "shared_bytes", "blocks"):
+        assert getattr(tight, field) == getattr(padded, field), field
+
+
+@pytest.mark.parametrize("change", ({"bias": 16}, {"softcap": 30.0}, {"logit_scale": -1.0}))
+def test_what_the_fast_sums_cannot_do_takes_the_general_kernels(change):
+    assert plan("loss").plain
+    p = plan("loss", **change)
+    assert not p.plain and not p.resident
+
+
+def test_outputs_beyond_the_first_order_take_the_general_kernels():
+    first_order = [1] * 6 + [0, 0, 1]  # max, log1p_r, mean_d, logprob, entropy, lse, max_prob
+    assert plan("loss", columns=first_order).plain
+    for column in (6, 7, 9, 10, 11, 12, 13, 14):
+        columns = [1, 1, 1] + [0] * 12
+        columns[column] = 1
+        assert not plan("loss", columns=columns).plain, column
+
+
+def test_rows_beyond_65535_and_numbers_beyond_2_to_the_31():
+    p = plan("loss", rows=2**20, vocab=151_936)  # 1.6e11 logits
+    assert p.blocks == 2**20 * 4
+    assert plan("statistics", rows=MAX_BLOCKS, vocab=2).blocks == MAX_BLOCKS
+    assert plan("statistics", rows=0).blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    (
+        ({"operation": "statistics", "rows": 2**31}, "rows must be less than 2\\^31"),
+        ({"rows": 2**30, "vocab": 151_936}, "blocks per row"),
+        ({"vocab": 2**30 + 1}, "V must be in"),
+        ({"vocab": 0}, "V must be in"),
+        ({"valid_vocab": 0}, "valid_vocab"),
+        ({"valid_vocab": 1001}, "valid_vocab must be in \\[1, V\\], got 1001"),
+        ({"dtype": 1, "out_dtype": 2}, "dtype of out"),
+        ({"dtype": 3, "out_dtype": 1}, "dtype of out"),
+        ({"columns": (1, 1, 0)}, "columns"),
+    ),
+)
+def test_what_cannot_be_launched_is_refused(case, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**case)
+
+
+def test_a_device_that_is_too_old_is_refused():
+    cuda = library()
+    old = cuda.Device(**{**H200, "compute_capability": 75})
+    problem = cuda.Problem(
+        dtype=0,
+        logits=0,
+        rows=1,
+        inner=1,
+        outer_stride=1,
+        inner_stride=1,
+        vocab=1,
+        valid_vocab=1,
+    )
+    with pytest.raises(ValueError, match="compute capability must be at least 80, got 75"):
+        cuda.plan(cuda.Operation.statistics, problem, cuda.Results([]), cuda.Gradient(), old)
+
+
+def test_the_order_of_dtypes_is_that_of_the_kernels():
+    from cuda_emulator.load import backend
+
+    sizes = [torch.finfo(dtype).bits // 8 for dtype in backend().DTYPES]
+    assert sizes == list(BYTES.values())
