@@ -36,7 +36,11 @@ def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: T
 def loss(
     logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
 ) -> list[Tensor]:
-    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, in one launch."""
+    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`.
+
+    From compute capability 9.0 on the logits are read once, where there is no bias, no softcap and
+    no output beyond logprob, entropy, lse and max_prob.
+    """
     rows = _empty_rows(logits, outputs)
     _run(_cuda.Operation.loss, logits, spec, rows=rows, upstream=upstream, out=out)
     return list(rows.values())

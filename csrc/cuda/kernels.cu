@@ -227,6 +227,28 @@ struct ResidentScratch {
   Arrival arrivals[kMaxChunks];
 };
 
+template <class In>
+struct alignas(16) Numbers {
+  In number[16 / sizeof(In)];
+};
+
+// The n numbers at `x`, which need not be aligned, to shared memory: by 16 bytes but for the ends.
+template <class In>
+EM_DEVICE void copy_numbers(const In* x, int n, In* to) {
+  constexpr int width = Vector<In>::width;
+  const int thread = thread_index(), step = block_threads();
+  const int first = (16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(In);
+  const int head = first < n ? first : n, vectors = (n - head) / width;
+  for (int i = thread; i < head; i += step) to[i] = x[i];
+#pragma unroll 4
+  for (int v = thread; v < vectors; v += step) {
+    const int at = head + v * width;
+    const Numbers<In> some = *reinterpret_cast<const Numbers<In>*>(x + at);
+    for (int i = 0; i < width; ++i) to[at + i] = some.number[i];
+  }
+  for (int i = head + vectors * width + thread; i < n; i += step) to[i] = x[i];
+}
+
 // Brings the n numbers at `x` into shared memory, by bulk copies where they are aligned. Afterwards
 // chunk k, of `chunk` numbers, is there for those who have waited for arrival k.
 template <class In>
@@ -242,8 +264,7 @@ EM_DEVICE void bring_in(const In* x, int n, int chunk, In* slice, Arrival* arriv
       start_copy(slice + k * chunk, x + k * chunk, count * sizeof(In), arrivals + k);
     }
   }
-#pragma unroll 4
-  for (int i = bulk + thread; i < n; i += block_threads()) slice[i] = x[i];
+  copy_numbers(x + bulk, n - bulk, slice + bulk);
   sync_block();
 }
 
