@@ -1,7 +1,7 @@
 // csrc/cuda/device.h for a CPU: every thread of a cluster is a fiber. Between two barriers the
 // fibers run one after the other in a random order fixed by the seed, one of them always last; a
-// bulk copy lands only when it is waited for; shared memory is NaN before its block begins and after
-// it has ended. So what a barrier or a wait is missing for shows.
+// bulk copy lands only when it is waited for; shared memory is NaN before its block begins and
+// after it has ended. So what a barrier or a wait is missing for shows.
 #pragma once
 
 #include <cmath>

@@ -85,22 +85,16 @@ void arrive(Meeting& meeting) {
   meeting.waiting.clear();
 }
 
+// The last to come goes on in its turn, not first.
 void wait_past(Meeting& meeting, uint64_t phase) {
-  if (meeting.phase > phase) return;
-  meeting.waiting.push_back(machine.running);
+  (meeting.phase > phase ? machine.ready : meeting.waiting).push_back(machine.running);
   give_way();
 }
 
 void meet(Meeting& meeting) {
   const uint64_t phase = meeting.phase;
   arrive(meeting);
-  // The last to come goes on in its turn, not first.
-  if (meeting.phase > phase) {
-    machine.ready.push_back(machine.running);
-    give_way();
-  } else {
-    wait_past(meeting, phase);
-  }
+  wait_past(meeting, phase);
 }
 
 // The shared memory of a block that has ended is another's.
