@@ -86,7 +86,7 @@ def call(masked=False, vocab=V):
     return spec, upstream
 
 
-@pytest.mark.parametrize("name", ("reference", "cpu"))
+@pytest.mark.parametrize("name", ("reference", "cpu", "triton"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("chunk", (5, 100))
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
