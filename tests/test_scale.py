@@ -111,7 +111,8 @@ def test_a_graph_that_is_not_retained_is_scaled_in_place(impl, name, monkeypatch
     monkeypatch.setattr(
         importlib.import_module("em_kernels.token_loss"), "_keeps_graph", lambda: True
     )
-    pointers = {tensor.data_ptr() for tensor in loss.grad_fn.saved_tensors}
+    kept = loss.grad_fn.saved_tensors  # holding them keeps their memory from being given again
+    pointers = {tensor.data_ptr() for tensor in kept}
     assert torch.autograd.grad(0.5 * loss, x)[0].data_ptr() not in pointers
 
 
