@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,19 @@ def test_an_example_runs_as_a_program(name, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "negative log-likelihood a token" in finished.stdout
+
+
+def test_tensor_parallel():
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *command, FOLDER / "tensor_parallel.py"],
+        cwd=FOLDER.parent,
+        env=dict(os.environ, PYTHONPATH=str(FOLDER.parent), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = re.findall(r"rank (\d): 500 of 1000 rows, H (\S+) nats, error (\S+)", finished.stdout)
+    (first, h, e), (second, same, f) = sorted(found)
+    assert (first, second) == ("0", "1") and h == same
+    assert float(e) < 1e-6 and float(f) < 1e-6

@@ -26,6 +26,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels._spec import OUTPUTS
+from em_kernels.integrations import verl
 
 VOCAB = 63
 SIZES = {2: (40, 23), 3: (30, 5, 28)}
@@ -251,6 +252,16 @@ def linear_with_a_bias_of_minus_inf(cut, impl):
     return head_gradients(stats, draw_upstream(2, 9), head._replace(bias=bias))
 
 
+def verl_head(cut, impl):
+    """verl's signature; its backend is chosen by the device, so `impl` plays no part."""
+    head, target = draw_head(cut)
+    arguments = (head.hidden, head.weight, target, 0.7, "none", cut.group)
+    values = dict(zip(("logprob", "entropy"), verl.linear_cross_entropy(*arguments)))
+    return with_gradients(
+        values, draw_upstream(18), {"weight": (head.weight, 0)}, {"hidden": head.hidden}
+    )
+
+
 def loss_case(inplace):
     def case(cut, impl):
         logits, target, _ = draw_rows()
@@ -384,6 +395,7 @@ CASES = {
     "linear stats, float64": linear_stats_of(torch.float64, chunk_tokens=5),
     "linear stats, bfloat16": linear_stats_of(torch.bfloat16, logits_dtype=torch.float32),
     "linear stats, bias of -inf": linear_with_a_bias_of_minus_inf,
+    "verl's head": verl_head,
     "loss": loss_case(inplace=False),
     "loss in place": loss_case(inplace=True),
     "linear loss": linear_loss_of(torch.float32),
