@@ -23,7 +23,7 @@ def entropy_of(theta):
 
 
 def policy_gradient_step(theta, states, tokens, advantage):
-    """theta after one step of SGD on -sum_i A_i log p(token_i | state_i), hidden = one-hot(state)."""
+    """theta after a step of SGD on -sum_i A_i log p(token_i | state_i); hidden = one-hot(state)."""
     weight = theta.T.clone().requires_grad_()
     hidden = torch.eye(STATES, dtype=theta.dtype)[states]
     loss = linear_token_loss(hidden, weight, tokens, logprob_weight=-advantage).loss
@@ -50,7 +50,7 @@ def test_one_step_on_one_token(scale):
 
 
 def test_a_batch_adds_up():
-    """Many sampled tokens, several in each state: the change of a state is the sum of its tokens'."""
+    """Many sampled tokens, several in each state: a state's change is the sum of its tokens'."""
     theta = draw_policy()
     g = torch.Generator().manual_seed(1)
     states = torch.randint(0, STATES, (40,), generator=g)
@@ -65,7 +65,7 @@ def test_a_batch_adds_up():
 
 
 def test_its_mean_over_tokens_is_the_covariance_theorem():
-    """E_{y~p}[A_y slope_y] = -Cov_{a~p}(log p, p (A - E A)), the change under the exact gradient."""
+    """E_{y~p}[A_y slope_y] = -Cov_{a~p}(log p, p (A - E A)), what the exact gradient changes."""
     theta = draw_policy()
     p = theta.softmax(-1)
     advantage = torch.randn(theta.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -82,9 +82,8 @@ def test_its_mean_over_tokens_is_the_covariance_theorem():
 
 
 def test_temperature_is_that_of_the_policy_that_acts():
-    """Under p = softmax(z / T) a step on log p moves z by its gradient / T, and z / T by 1 / T^2."""
-    theta, temperature = draw_policy(), 0.7
-    states, tokens = torch.arange(STATES), torch.arange(STATES)
+    """With p = softmax(z / T) a step on log p moves z by its gradient / T, and z / T by 1 / T^2."""
+    theta, temperature, tokens = draw_policy(), 0.7, torch.arange(STATES)
     weight = theta.T.clone().requires_grad_()
     hidden = torch.eye(STATES, dtype=torch.float64)
     stats = linear_softmax_stats(

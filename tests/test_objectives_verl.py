@@ -38,7 +38,7 @@ RECORDED = {
 
 
 def shared_inputs():
-    """(logprob, old_logprob, advantage, mask) in float64, from a formula rather than a generator."""
+    """(logprob, old_logprob, advantage, mask) in float64, from a formula, not a generator."""
     i = torch.arange(48, dtype=torch.float64).view(6, 8)
     logprob = -1.5 + 1.4 * torch.sin(1.7 * i)
     old = logprob + 0.4 * torch.cos(2.3 * i)
