@@ -1,0 +1,116 @@
+"""Rewards and advantages of sampled answers, by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.objectives.advantages import group_advantage
+from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
+from em_kernels.objectives.l_grpo import l_grpo_reward
+from em_kernels.objectives.rewards import (
+    format_reward,
+    length_reward,
+    majority_reward,
+    negative_entropy_reward,
+    random_reward,
+    self_certainty_reward,
+    verified_reward,
+)
+from em_kernels.trainer.rl_config import RLConfig, Task
+
+
+class Answers(NamedTuple):
+    """N sampled answers: text, problem, number of the group, tokens, and whether each is right.
+
+    `correct` is (N,) float32, None where some problem has no known answer.
+    """
+
+    texts: list[str]
+    tasks: list[Task]
+    group: Tensor
+    length: Tensor
+    correct: Tensor | None
+
+    def select(self, rows: list[int]) -> Answers:
+        correct = None if self.correct is None else self.correct[rows]
+        return Answers(
+            [self.texts[i] for i in rows],
+            [self.tasks[i] for i in rows],
+            self.group[rows],
+            self.length[rows],
+            correct,
+        )
+
+
+class Scores(NamedTuple):
+    """Of N answers, all (N,): reward, advantage, and whether the answer is trained on."""
+
+    reward: Tensor
+    advantage: Tensor
+    kept: Tensor
+
+
+def right_answers(texts: list[str], tasks: list[Task], judge) -> Tensor | None:
+    """(N,) float32, 1 where the answer is right; None where some problem has no known answer."""
+    if any(task.answer is None for task in tasks):
+        return None
+    return verified_reward(texts, [task.answer for task in tasks], judge=judge)
+
+
+def text_reward(config: RLConfig, name: str, answers: Answers) -> Tensor:
+    """The rewards that need no look at the model: (N,) float32."""
+    limit = float(config.max_length or config.max_new_tokens)
+    match name:
+        case "verified":
+            return answers.correct
+        case "majority":
+            return majority_reward(_clusters(answers), answers.group)
+        case "empo":
+            return empo_reward(_clusters(answers), answers.group)
+        case "l-grpo":
+            inputs = (answers.correct, answers.length, answers.group)
+            return l_grpo_reward(*inputs, max_length=limit)
+        case "length":
+            return length_reward(answers.length, max_length=limit)
+        case "random":
+            return random_reward(answers.length)
+        case "format":
+            return format_reward(answers.texts)
+        case _:
+            raise ValueError(f"reward must be one of the text rewards, got {name!r}")
+
+
+def model_reward(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """-mean H or the mean self-certainty of each answer, under the policy that sampled it."""
+    score = negative_entropy_reward if name == "negative_entropy" else self_certainty_reward
+    return score(values, mask)
+
+
+def score(config: RLConfig, objective: str, answers: Answers, reward: Tensor) -> Scores:
+    """Advantages within the groups; `kept` is False where empo's thresholds leave a problem out."""
+    advantage = group_advantage(reward, answers.group, normalize_std=config.normalize_std)
+    kept = torch.ones_like(reward, dtype=torch.bool)
+    if objective == "empo":
+        uncertain = semantic_entropy(_clusters(answers), answers.group)
+        kept = empo_mask(uncertain, low=config.empo_low, high=config.empo_high)
+    return Scores(reward, advantage, kept)
+
+
+def preference_pairs(reward: Tensor, group: Tensor) -> list[int]:
+    """Rows chosen, rejected, chosen, rejected, ...: in each group the best with the worst, the
+    second best with the second worst, as long as the rewards differ."""
+    rows: list[int] = []
+    for number in group.unique().tolist():
+        own = (group == number).nonzero()[:, 0]
+        order = own[reward[own].argsort(descending=True, stable=True)].tolist()
+        for best, worst in zip(order[: len(order) // 2], reversed(order)):
+            if reward[best] > reward[worst]:
+                rows += [best, worst]
+    return rows
+
+
+def _clusters(answers: Answers) -> Tensor:
+    return answer_clusters(answers.texts, answers.group)
