@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from em_kernels.trainer.data import ONE_SHOT_PROMPT
 
 DTYPES = ("float32", "bfloat16")
-RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "device")
+RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "device", "shards_only")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class TrainConfig:
         seed: of the sampling; the caller's random state is left alone.
         save_every: updates between checkpoints (one is always written at the end); 0: only then.
         keep_checkpoints: how many of the newest to keep; 0 keeps all.
+        shards_only: with several ranks, write each rank's part of a checkpoint but no weights for
+            transformers; `merge_checkpoint` makes them of the parts.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -89,6 +91,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 5
     keep_checkpoints: int = 0
+    shards_only: bool = False
 
     def __post_init__(self):
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)

@@ -70,6 +70,23 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
     return model.to(_device(device)), tokenizer
 
 
+def load_architecture(folder: Path, device: str = "auto") -> tuple:
+    """(model, tokenizer) of a model folder, in float32, the weights not those of the folder."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.random.fork_rng():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            settings = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = settings
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot make the model of {folder}: {reason}") from error
+    return model.eval().to(_device(device)), tokenizer
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
