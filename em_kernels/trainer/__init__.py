@@ -5,6 +5,7 @@ from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import ONE_SHOT_PROMPT, read_prompts
 from em_kernels.trainer.loop import Objective, TrainResult, train
 from em_kernels.trainer.models import ModelError, load_model
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.rollout import Rollout, Sampling, sample
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ModelError",
     "Objective",
+    "RLConfig",
     "Rollout",
     "Sampling",
     "TrainConfig",

@@ -214,6 +214,9 @@ class RLConfig(TrainConfig):
         """What EM stages sample from."""
         return self.prompts or tuple(self.ask(task) for task in self.tasks())
 
+    def labels(self, index: int, stage: Stage) -> dict:
+        return {"stage": index, "objective": stage.name}
+
     def ask(self, task: Task) -> str:
         """The user's turn."""
         return self.template.replace("{problem}", task.problem)

@@ -23,26 +23,17 @@ from em_kernels.trainer.rl_config import RLConfig, Task
 
 
 class Answers(NamedTuple):
-    """N sampled answers: text, problem, number of the group, tokens, and whether each is right.
+    """N sampled answers, by rows: text, number of the group, tokens, right or not, cluster.
 
-    `correct` is (N,) float32, None where some problem has no known answer.
+    `correct` is (N,) float32, None where some problem has no known answer; `cluster` (N,) int64,
+    None where no reward asks for it.
     """
 
     texts: list[str]
-    tasks: list[Task]
     group: Tensor
     length: Tensor
     correct: Tensor | None
-
-    def select(self, rows: list[int]) -> Answers:
-        correct = None if self.correct is None else self.correct[rows]
-        return Answers(
-            [self.texts[i] for i in rows],
-            [self.tasks[i] for i in rows],
-            self.group[rows],
-            self.length[rows],
-            correct,
-        )
+    cluster: Tensor | None
 
 
 class Scores(NamedTuple):
@@ -53,11 +44,17 @@ class Scores(NamedTuple):
     kept: Tensor
 
 
-def right_answers(texts: list[str], tasks: list[Task], judge) -> Tensor | None:
-    """(N,) float32, 1 where the answer is right; None where some problem has no known answer."""
-    if any(task.answer is None for task in tasks):
-        return None
-    return verified_reward(texts, [task.answer for task in tasks], judge=judge)
+def describe(
+    config: RLConfig, objective: str, texts: list[str], tasks: list[Task], length: Tensor, judge
+) -> Answers:
+    """What rewards are made of; `config.group_size` answers in a row belong to one problem."""
+    group = torch.arange(len(texts)) // config.group_size
+    correct = cluster = None
+    if all(task.answer is not None for task in tasks):
+        correct = verified_reward(texts, [task.answer for task in tasks], judge=judge)
+    if objective == "empo" or config.reward_of(objective) in ("majority", "empo"):
+        cluster = answer_clusters(texts, group)
+    return Answers(texts, group, length, correct, cluster)
 
 
 def text_reward(config: RLConfig, name: str, answers: Answers) -> Tensor:
@@ -67,9 +64,9 @@ def text_reward(config: RLConfig, name: str, answers: Answers) -> Tensor:
         case "verified":
             return answers.correct
         case "majority":
-            return majority_reward(_clusters(answers), answers.group)
+            return majority_reward(answers.cluster, answers.group)
         case "empo":
-            return empo_reward(_clusters(answers), answers.group)
+            return empo_reward(answers.cluster, answers.group)
         case "l-grpo":
             inputs = (answers.correct, answers.length, answers.group)
             return l_grpo_reward(*inputs, max_length=limit)
@@ -94,7 +91,7 @@ def score(config: RLConfig, objective: str, answers: Answers, reward: Tensor) ->
     advantage = group_advantage(reward, answers.group, normalize_std=config.normalize_std)
     kept = torch.ones_like(reward, dtype=torch.bool)
     if objective == "empo":
-        uncertain = semantic_entropy(_clusters(answers), answers.group)
+        uncertain = semantic_entropy(answers.cluster, answers.group)
         kept = empo_mask(uncertain, low=config.empo_low, high=config.empo_high)
     return Scores(reward, advantage, kept)
 
@@ -110,7 +107,3 @@ def preference_pairs(reward: Tensor, group: Tensor) -> list[int]:
             if reward[best] > reward[worst]:
                 rows += [best, worst]
     return rows
-
-
-def _clusters(answers: Answers) -> Tensor:
-    return answer_clusters(answers.texts, answers.group)

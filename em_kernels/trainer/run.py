@@ -64,7 +64,7 @@ def start_run(
         if folder and not resume:
             checkpoints.check_free(folder)
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         check_causal(model, read_head(model), prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
