@@ -61,13 +61,13 @@ def collect(run, practice: Practice, objective: str, asked: int, draw) -> Collec
     if objective != "grpo++":
         rollout, answers = _ask(run, practice, objective, asked, groups, draw)
         return _collected([(rollout, answers)], rollout, answers, asked + groups, True)
-    seen, kept = [], []
+    name, seen, kept = run.config.reward_of(objective), [], []
     for _ in range(run.config.sampling_rounds):
         missing = groups - sum(len(a.texts) for _, a in kept) // run.config.group_size
         seen.append(_ask(run, practice, objective, asked, missing, draw))
         asked += missing
         rollout, answers = seen[-1]
-        mixed = dynamic_sampling_mask(text_reward(run.config, objective, answers), answers.group)
+        mixed = dynamic_sampling_mask(text_reward(run.config, name, answers), answers.group)
         if mixed.any():
             kept.append((_rows(rollout, mixed), _rows(answers, mixed)))
         if missing * run.config.group_size == int(mixed.sum()):
