@@ -3,10 +3,12 @@
 from em_kernels.trainer.checkpoint import CheckpointError, read_config
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import ONE_SHOT_PROMPT, read_prompts
+from em_kernels.trainer.distributed import RankError
 from em_kernels.trainer.loop import Objective, TrainResult, train
 from em_kernels.trainer.models import ModelError, load_model
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.rollout import Rollout, Sampling, sample
+from em_kernels.trainer.sharded_checkpoint import merge_checkpoint
 
 __all__ = [
     "ONE_SHOT_PROMPT",
@@ -14,11 +16,13 @@ __all__ = [
     "ModelError",
     "Objective",
     "RLConfig",
+    "RankError",
     "Rollout",
     "Sampling",
     "TrainConfig",
     "TrainResult",
     "load_model",
+    "merge_checkpoint",
     "read_config",
     "read_prompts",
     "sample",

@@ -126,11 +126,23 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         cuda = _rank_device(device).type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device))
+        with _lost_ranks_named():
+            yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device))
     else:
         yield Ranks()
     if own:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    """A rank that ends in the middle of a backward pass shows elsewhere as a lost connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            raise RankError(f"another rank has ended: {error}") from error
+        raise
 
 
 def _rank_device(name: str) -> torch.device:

@@ -102,7 +102,7 @@ def train(
 def _update(run: Run, update: int, objective: Objective) -> dict:
     """Sample, then one optimiser step; returns the metrics."""
     config, started = run.config, time.perf_counter()
-    rollout = draw(run, _prompts_of(run, update))
+    rollout = draw(run, _prompts_of(run, update), update)
     sampled = time.perf_counter()
     with run.ranks.together():
         batch = _batch(run, rollout, objective)

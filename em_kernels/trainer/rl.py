@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,13 @@ from em_kernels.trainer.rl_rewards import (
     score,
     text_reward,
 )
-from em_kernels.trainer.rollout import aligned_mask
+from em_kernels.trainer.rollout import Rollout, aligned_mask
 from em_kernels.trainer.run import Run
 from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
 from em_kernels.trainer.step import draw, take_step
 
 COVARIANCE_QUANTILES = (0.5, 0.9, 0.99, 0.999)
+ROUND_OFFSET = 10**9  # more than any number of updates
 
 
 class Part(NamedTuple):
@@ -75,7 +77,7 @@ class Learner:
         """Sample, then `epochs` x `minibatches` optimiser steps; returns the metrics."""
         run, config, started = self.run, self.config, time.perf_counter()
         coef = self._entropy_coef(index, stage)
-        found = collect(run, self.practice, stage.policy, self._asked(), partial(draw, run))
+        found = collect(run, self.practice, stage.policy, self._asked(), self._draw(update))
         sampled = time.perf_counter()
         tokens, before = self._read(found, stage.policy)
         scores = self._score(stage.policy, found, before, tokens.loss_mask)
@@ -104,6 +106,11 @@ class Learner:
             "sample_seconds": sampled - started,
             "loss_seconds": ended - sampled,
         }
+
+    def _draw(self, update: int) -> Callable[[list[list[int]]], Rollout]:
+        """Samples for this update; a second call draws other numbers, whatever the sampler."""
+        calls = count(update, ROUND_OFFSET)
+        return lambda prompts: draw(self.run, prompts, next(calls))
 
     def _asked(self) -> int:
         """Problems that the run has used up."""
@@ -198,9 +205,8 @@ class Learner:
                 for name, value in {"loss": found.loss.item(), **found.sums}.items():
                     sums[name] = sums.get(name, 0.0) + value
         totals = dict(zip(sums, run.ranks.sum(*sums.values())))
-        count = max(totals.pop("tokens"), 1)
-        loss = totals.pop("loss")
-        means = {name: value / count for name, value in totals.items()}
+        number, loss = max(totals.pop("tokens"), 1), totals.pop("loss")
+        means = {name: value / number for name, value in totals.items()}
         return {"loss": loss, "grad_norm": take_step(run, update, loss), **means}
 
     def _parts(self, tokens: Tokens, unit: int) -> Iterator[Part]:

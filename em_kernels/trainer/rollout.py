@@ -110,7 +110,7 @@ def sample(
         else:
             answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
     model.train(training)
-    return _join(ids.to(model.device), mask.to(model.device), answers, ends, filler)
+    return join_answers(ids.to(model.device), mask.to(model.device), answers, ends, filler)
 
 
 def _generate(
@@ -213,9 +213,10 @@ def _checkpoint_settings_put_aside(model) -> Iterator[None]:
         model.generation_config = kept
 
 
-def _join(
+def join_answers(
     ids: Tensor, mask: Tensor, answers: list[Tensor], ends: list[int], filler: int
 ) -> Rollout:
+    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each."""
     width = max(a.shape[1] for a in answers)
     joined = torch.cat([pad(a, (0, width - a.shape[1]), value=filler) for a in answers])
     lengths = torch.cat([a.new_full((a.shape[0], 1), a.shape[1]) for a in answers])

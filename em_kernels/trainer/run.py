@@ -23,6 +23,7 @@ from em_kernels.trainer.models import (
 )
 from em_kernels.trainer.random_state import RandomState
 from em_kernels.trainer.rollout import end_tokens, pad_token
+from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.sharded_checkpoint import (
     has_shards,
     load_shards,
@@ -40,6 +41,7 @@ class Run:
     model: nn.Module
     weights: Whole | Sharded
     tokenizer: object
+    sampler: Sampler
     prompts: list[list[int]]
     optimizer: torch.optim.Optimizer
     random: RandomState
@@ -69,6 +71,7 @@ def start_run(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
+        sampler = make_sampler(config, model, tokenizer, ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,
@@ -76,6 +79,7 @@ def start_run(
         model=model,
         weights=weights,
         tokenizer=tokenizer,
+        sampler=sampler,
         prompts=prompts,
         optimizer=_optimizer(config, weights.trained),
         random=RandomState(config.seed),

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -46,7 +47,8 @@ def load_shards(
     )
 
     state = _state(model, optimizer)
-    with _checkpoint_errors(f"cannot read {checkpoint / SHARDS}", ranks):
+    with _checkpoint_errors(f"cannot read {checkpoint / SHARDS}", ranks), catch_warnings():
+        filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
         dcp.load(state, checkpoint_id=checkpoint / SHARDS, no_dist=ranks.size == 1)
     set_model_state_dict(model, state["model"])
     if optimizer:

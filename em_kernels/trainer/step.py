@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.rollout import Rollout, Sampling, sample
+from em_kernels.trainer.rollout import Rollout
 from em_kernels.trainer.run import Run
 
 
-def draw(run: Run, prompts: Sequence[Sequence[int]]) -> Rollout:
-    """One answer of the current model to each prompt (token ids)."""
+def draw(run: Run, prompts: list[list[int]], update: int) -> Rollout:
+    """One answer of the current model to each prompt (token ids), on every rank all of them."""
     with run.weights.sampling() as model:
-        rollout = sample(
-            model,
-            run.tokenizer,
-            prompts,
-            sampling_of(run.config),
-            run.config.sample_batch,
-            run.ranks,
-        )
+        rollout = run.sampler(model, prompts, update)
     synchronize(run.model)
     return rollout
-
-
-def sampling_of(config: TrainConfig) -> Sampling:
-    return Sampling(
-        temperature=config.sampling_temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=config.repetition_penalty,
-        max_new_tokens=config.max_new_tokens,
-    )
 
 
 def set_learning_rate(run: Run, rate: float) -> None:
