@@ -4,6 +4,7 @@
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python
 # make study   the seeds and controls behind the README's table of the demo
+# make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ GPU_PYTHON ?= python3
 OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu study clean
+.PHONY: setup demo test bench gpu study rl-study clean
 
 setup: $(VENV)/ready
 
@@ -40,5 +41,8 @@ gpu:
 study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
+rl-study: setup
+	$(BIN)/python -m benchmarks.rl_study $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output rl-study-output em_kernels/_C*.so
