@@ -144,7 +144,7 @@ def _add_rl(parser: argparse.ArgumentParser) -> None:
         "penalty and learning rate have other defaults: 1, 1, 1, 1e-6)"
     )
     setting = partial(_add_setting, group, RLConfig(problems=((".", "0"),)))
-    setting("--objective", "what to train for: em, or one that rewards", choices=OBJECTIVES)
+    group.add_argument("--objective", help="what to train for (default em)", choices=OBJECTIVES)
     setting("--schedule", "stages instead, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov")
     group.add_argument("--problems", metavar="FILE", help='JSON lines {"problem", "answer"}')
     setting("--template", "the user's turn around a problem")

@@ -18,13 +18,12 @@ import torch
 
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
-from em_kernels.trainer.models import list_checkpoints, newest_checkpoint
+from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
 from em_kernels.trainer.rl_config import RLConfig
 
 CONFIG_FILE = "train_config.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.pt"
-SHARDS = "shards"
 
 
 class CheckpointError(RuntimeError):

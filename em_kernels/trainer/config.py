@@ -161,6 +161,11 @@ class TrainConfig:
         """What entropy minimisation samples from."""
         return self.prompts
 
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        """Everything that answers are sampled to."""
+        return self.prompt_texts
+
     def labels(self, index: int, stage: Stage) -> dict:
         """What the metrics say about the stage of an update."""
         return {}

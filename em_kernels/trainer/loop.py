@@ -51,15 +51,21 @@ def train(
 ) -> TrainResult:
     """Run `config.updates` updates of entropy minimisation on a causal language model.
 
+    Under torchrun, or in a process group of several ranks, every rank calls it with the same
+    arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
+    to rounding, dropout aside, however many ranks there are: they share the answers it would draw,
+    and the micro-batches it would make. While answers are drawn, each rank holds the whole model.
+
     Args:
         config: the settings; `config.output=None` writes nothing.
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
-            is not written down: pass it again to resume.
+            is not written down: pass it again to resume. Every rank calls it on all the answers.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
+            Of several ranks, the first calls it, with the whole model.
         resume: go on from the newest checkpoint in `config.output`, or from the beginning where
             there is none yet, with the numbers an uninterrupted run would have had.
         progress: show a progress bar.
@@ -75,6 +81,7 @@ def train(
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
+        RankError: another rank failed; that rank raises one of the above.
     """
     with joined_ranks(config.device) as ranks:
         reference = initial_model(config, model)
@@ -88,7 +95,9 @@ def train(
                     line = learner.update(update, index, stage)
                 else:
                     line = _update(run, update, objective or _entropy_minimisation(config))
-            run.metrics.add(_shown(run, {**line, **config.labels(index, stage)}, on_step))
+            line = _shown(run, {**line, **config.labels(index, stage)}, on_step)
+            with ranks.together():
+                run.metrics.add(line)
             run.done = update
             if _is_due(run):
                 save_run(run)

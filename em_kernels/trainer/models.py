@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or that this package cannot train."""
@@ -185,6 +187,8 @@ def _check_path(name: str) -> None:
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
+        if (path / SHARDS).is_dir() and not any(path.glob("*.safetensors")):
+            raise ModelError(f"{name} is in parts: `em-kernels merge {name}` makes a model of them")
     elif path.exists():
         raise ModelError(f"a model is a folder, got the file {name}")
     elif _looks_like_a_path(name):

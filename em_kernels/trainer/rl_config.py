@@ -214,6 +214,10 @@ class RLConfig(TrainConfig):
         """What EM stages sample from."""
         return self.prompts or tuple(self.ask(task) for task in self.tasks())
 
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        return self.prompts + tuple(self.ask(task) for task in self.tasks())
+
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}
 

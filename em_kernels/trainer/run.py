@@ -67,11 +67,14 @@ def start_run(
             checkpoints.check_free(folder)
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
-        check_causal(model, read_head(model), prompts[0])
+        longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
+        head = read_head(model)
+        if ranks.is_first:
+            check_causal(model, head, prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
-        sampler = make_sampler(config, model, tokenizer, ranks)
+        sampler = make_sampler(config, model, tokenizer, longest, ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,

@@ -30,14 +30,16 @@ from em_kernels.trainer.rollout import (
 Sampler = Callable[[torch.nn.Module, list[list[int]], int], Rollout]
 
 
-def make_sampler(config: TrainConfig, model, tokenizer, ranks: Ranks) -> Sampler:
-    """The sampler that the settings name.
+def make_sampler(
+    config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks
+) -> Sampler:
+    """The sampler that the settings name, for prompts of up to so many tokens.
 
     Raises:
         ImportError: it is not installed.
     """
     if config.sampler == "vllm":
-        return VllmSampler(config, model, tokenizer, ranks)
+        return VllmSampler(config, model, tokenizer, longest_prompt, ranks)
 
     def draw(model, prompts: list[list[int]], update: int) -> Rollout:
         return sample(model, tokenizer, prompts, sampling(config), config.sample_batch, ranks)
@@ -63,17 +65,19 @@ class VllmSampler:
     results do not depend on the batch.
     """
 
-    def __init__(self, config: TrainConfig, model, tokenizer, ranks: Ranks):
+    def __init__(self, config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks):
         self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
         self.vllm = _require_vllm()
         name = config.model or model.name_or_path
         if not name:
             raise ValueError("model must be a folder or a hub name with sampler='vllm', got none")
+        room = room_for_answers(model, longest_prompt, config.max_new_tokens)
         _be_a_rank()
         self.engine = self.vllm.LLM(
             model=name,
             load_format="dummy",
             dtype=config.dtype,
+            max_model_len=longest_prompt + room,
             seed=config.seed,
             distributed_executor_backend="external_launcher",
             gpu_memory_utilization=config.vllm_memory,

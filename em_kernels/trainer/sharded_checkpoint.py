@@ -12,11 +12,10 @@ from pathlib import Path
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from em_kernels.trainer.checkpoint import SHARDS, CheckpointError
+from em_kernels.trainer.checkpoint import CheckpointError
 from em_kernels.trainer.distributed import Ranks
-from em_kernels.trainer.models import load_architecture
+from em_kernels.trainer.models import SHARDS, load_architecture
 
 
 def has_shards(checkpoint: Path) -> bool:
@@ -57,6 +56,8 @@ def load_shards(
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load the optimiser state of one process, of which every rank takes its part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     for parameter, values in zip(optimizer.param_groups[0]["params"], state["state"].values()):
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
