@@ -16,7 +16,7 @@ from em_kernels.covariance import token_covariance
 from em_kernels.trainer.distributed import Whole
 from em_kernels.trainer.models import load_model
 from em_kernels.trainer.rl_collect import Collected, Practice, collect
-from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.rl_loss import (
     SELECTING,
     Tokens,
@@ -30,7 +30,6 @@ from em_kernels.trainer.rl_rewards import (
     model_reward,
     preference_pairs,
     score,
-    text_reward,
 )
 from em_kernels.trainer.rollout import Rollout, aligned_mask
 from em_kernels.trainer.run import Run
@@ -155,12 +154,10 @@ class Learner:
         return found
 
     def _score(self, objective: str, found: Collected, before: dict, mask: Tensor) -> Scores:
-        name = self.config.reward_of(objective)
-        if name in MODEL_REWARDS:
+        name, reward = self.config.reward_of(objective), found.answers.reward
+        if reward is None:
             values = before["entropy" if name == "negative_entropy" else "self_certainty"]
             reward = model_reward(name, values, mask).cpu()
-        else:
-            reward = text_reward(self.config, name, found.answers)
         return score(self.config, objective, found.answers, reward)
 
     def _rows(self, objective: str, found: Collected, scores: Scores) -> list[int]:
@@ -184,8 +181,12 @@ class Learner:
     def _step(
         self, update: int, stage: Stage, tokens: Tokens, current: dict | None, coef: float
     ) -> dict[str, float]:
-        """One optimiser step: select among all its tokens, then micro-batch by micro-batch."""
+        """One optimiser step: select among all its tokens, then micro-batch by micro-batch.
+
+        `current` are the statistics of the tokens where the policy is still the one that sampled.
+        """
         run, config, objective = self.run, self.config, stage.policy
+        on_policy = current is not None
         if objective in SELECTING:
             names = ("logprob", "entropy")
             current = current or self._statistics(run.weights, tokens, names)
@@ -198,9 +199,8 @@ class Learner:
         with run.ranks.apart(update):
             for part in run.ranks.deal(self._parts(tokens, _unit(objective))):
                 stats = run.weights.loss(part.tokens, compute)
-                found = step_loss(
-                    config, objective, stats, part.tokens, size=size, entropy_coef=coef
-                )
+                own = part.tokens.sampled_by(stats) if on_policy else part.tokens
+                found = step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
                 found.loss.backward()
                 for name, value in {"loss": found.loss.item(), **found.sums}.items():
                     sums[name] = sums.get(name, 0.0) + value

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from em_kernels.evaluator.judge import make_judge
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
 from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.rl_config import RLConfig
+from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
 from em_kernels.trainer.rl_rewards import Answers, describe, text_reward
 from em_kernels.trainer.rollout import Rollout
 
@@ -61,13 +61,13 @@ def collect(run, practice: Practice, objective: str, asked: int, draw) -> Collec
     if objective != "grpo++":
         rollout, answers = _ask(run, practice, objective, asked, groups, draw)
         return _collected([(rollout, answers)], rollout, answers, asked + groups, True)
-    name, seen, kept = run.config.reward_of(objective), [], []
+    seen, kept = [], []
     for _ in range(run.config.sampling_rounds):
         missing = groups - sum(len(a.texts) for _, a in kept) // run.config.group_size
         seen.append(_ask(run, practice, objective, asked, missing, draw))
         asked += missing
         rollout, answers = seen[-1]
-        mixed = dynamic_sampling_mask(text_reward(run.config, name, answers), answers.group)
+        mixed = dynamic_sampling_mask(answers.reward, answers.group)
         if mixed.any():
             kept.append((_rows(rollout, mixed), _rows(answers, mixed)))
         if missing * run.config.group_size == int(mixed.sum()):
@@ -90,7 +90,10 @@ def _ask(run, practice: Practice, objective: str, asked: int, groups: int, draw)
     def look() -> Answers:
         return describe(config, objective, texts, tasks, length, practice.judge)
 
-    return rollout, run.ranks.first(look)
+    answers, name = run.ranks.first(look), config.reward_of(objective)
+    if name in MODEL_REWARDS:
+        return rollout, answers
+    return rollout, answers._replace(reward=text_reward(config, name, answers))
 
 
 def _collected(seen, rollout: Rollout, answers: Answers, asked: int, mixed: bool) -> Collected:

@@ -139,6 +139,8 @@ class RLConfig(TrainConfig):
 
     def __post_init__(self):
         self._settle_problems()
+        if not self.problems:
+            raise ValueError(f"problems must be given for {self.objective!r}, got none")
         super().__post_init__()
         for name in ("group_size", "epochs", "minibatches", "sampling_rounds"):
             _check_int(name, getattr(self, name), 1)
@@ -202,8 +204,6 @@ class RLConfig(TrainConfig):
             )
         if self.ref_kl > 0 and stage.policy in ("clip_cov", "kl_cov", "high_entropy", "ppl"):
             raise ValueError(f"ref_kl must be 0 with {stage.policy}, got {self.ref_kl!r}")
-        if not self.problems:
-            raise ValueError(f"problems must be given for the objective {stage.policy!r}, got none")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

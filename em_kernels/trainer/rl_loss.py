@@ -44,6 +44,14 @@ class Tokens(NamedTuple):
     def at(self, rows, columns=slice(None)) -> Tokens:
         return Tokens(*(None if x is None else x[rows][:, columns] for x in self))
 
+    def sampled_by(self, stats) -> Tokens:
+        """The same tokens, sampled by the very policy that `stats` are of.
+
+        On-policy the ratio is 1 and its logarithm 0 exactly. Stored log-probabilities would differ
+        from it by rounding, and the sign of that is what kl_cov's penalty has its gradient from.
+        """
+        return self._replace(old_logprob=stats.logprob.detach())
+
     def without_weight(self) -> Tokens:
         """The same tokens, none of which counts: loss and gradient are zero."""
         return self._replace(loss_mask=torch.zeros_like(self.loss_mask))

@@ -23,10 +23,10 @@ from em_kernels.trainer.rl_config import RLConfig, Task
 
 
 class Answers(NamedTuple):
-    """N sampled answers, by rows: text, number of the group, tokens, right or not, cluster.
+    """N sampled answers, by rows: text, number of the group, tokens, right or not, cluster, reward.
 
     `correct` is (N,) float32, None where some problem has no known answer; `cluster` (N,) int64,
-    None where no reward asks for it.
+    None where nothing asks for it; `reward` (N,) float32, None if it is the model's own.
     """
 
     texts: list[str]
@@ -34,6 +34,7 @@ class Answers(NamedTuple):
     length: Tensor
     correct: Tensor | None
     cluster: Tensor | None
+    reward: Tensor | None = None
 
 
 class Scores(NamedTuple):
