@@ -234,15 +234,17 @@ def run_study(size: Size, arms: list[str], cache: Path) -> dict:
             run = cached(path, key, partial(run_arm, arm, seed, size))
             study["arms"][arm].append(run)
             print(f"seed {seed}, {arm}: {run['cpu_seconds']:.0f} s of CPU time", flush=True)
-    study["law"] = {arm: fit_law(law_points(study["arms"][arm])) for arm in _law_arms(arms)}
+    study["law"] = {arm: fit_law(law_points(study["arms"][arm])) for arm in _law_arms(study)}
     study["prediction"] = {
         arm: prediction(study["arms"][arm]) for arm in arms if arm in ENTROPY_ARMS
     }
     return study
 
 
-def _law_arms(arms: list[str]) -> list[str]:
-    return [arm for arm in arms if arm in ("GRPO", "Clip-Cov", "KL-Cov", "80/20")]
+def _law_arms(study: dict) -> list[str]:
+    """Those of GRPO and its entropy controls with points enough for a fit."""
+    arms = [arm for arm in ("GRPO", "Clip-Cov", "KL-Cov", "80/20") if arm in study["arms"]]
+    return [arm for arm in arms if len(law_points(study["arms"][arm])) > 2]
 
 
 def tables(study: dict) -> str:
@@ -266,7 +268,7 @@ def tables(study: dict) -> str:
     for arm, law in study["law"].items():
         numbers = [law[name] for name in ("a", "b", "ceiling", "residual", "r2")]
         lines.append(f"| {arm} | " + " | ".join(f"{n:.3f}" for n in numbers) + _end(law["points"]))
-    lines += ["", "Change of mean entropy on an update's own answers, predicted before it from", ""]
+    lines += ["", "Change of mean entropy on an update's own answers, against two predictions:", ""]
     lines += [
         "| arm | entropy_slope: correlation | right sign | covariance: correlation | updates |"
     ]

@@ -87,7 +87,7 @@ def _law(axis, study: dict) -> None:
         pairs = [pair for run in study["arms"][arm] for pair in _pairs(run)]
         x, y = [math.exp(h) for h, _ in pairs], [r for _, r in pairs]
         axis.plot(x, y, _MARKERS[arm], color=COLOURS[arm], alpha=0.75, label=arm)
-        if arm == "GRPO":
+        if arm == "GRPO" and arm in study["law"]:
             law = study["law"][arm]
             ends = [min(x), max(x)]
             axis.plot(ends, [law["b"] - law["a"] * e for e in ends], color=COLOURS[arm])

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_runs import PROBLEMS, rl_settings, run_rl
-from tiny_qwen2 import make_model
+from tiny_qwen2 import make_model, make_tokenizer
 from torch.nn.functional import logsigmoid
 from trainer_runs import without_times
 
 from em_kernels import clip_cov_mask, high_entropy_mask, kl_cov_mask, token_covariance
 from em_kernels.trainer import rl
+from em_kernels.trainer.rl_collect import Practice
 from em_kernels.trainer.rl_config import OBJECTIVES
 
 POLICY = [name for name in OBJECTIVES if name != "em"]
@@ -153,6 +154,14 @@ def test_a_run_does_not_depend_on_the_micro_batches(name):
             assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-5)
 
 
+def test_kl_cov_is_inert_while_the_policy_is_the_one_that_sampled():
+    """Exactly, although stored log-probabilities are computed in other micro-batches."""
+    base = dict(objective="kl_cov", ratio=0.5, updates=1, minibatches=1)
+    lines = [run_rl(rl_settings(**base, kl_cov_coef=c)).metrics for c in (0.0, 50.0)]
+    assert without_times(lines[0]) == without_times(lines[1])
+    assert lines[0][0]["abs_log_ratio"] == 0 and lines[0][0]["selected_fraction"] > 0.4
+
+
 def test_metrics_are_what_they_say(monkeypatch):
     steps = Steps(monkeypatch)
     config = rl_settings(updates=1, minibatches=1, learning_rate=1e-2)
@@ -241,7 +250,8 @@ def test_grpo_plus_plus_trains_on_mixed_groups_and_asks_new_problems(monkeypatch
     assert line["advantage_nonzero"] == 1
     # Nothing to learn from: no step, and the model stays.
     model = make_model()
-    still = replace(config, reward="verified", updates=1)
+    hard = tuple((problem, "12345678") for problem, _ in problems)
+    still = replace(config, reward="verified", problems=hard)
     line = run_rl(still, model).metrics[0]
     assert (line["optimizer_steps"], line["answers_used"], line["loss"]) == (0, 0, 0.0)
     assert line["problems_asked"] == 20
@@ -256,10 +266,6 @@ def test_empo_leaves_out_prompts_the_model_agrees_on():
 
 def test_problems_take_turns_in_a_shuffled_order():
     config = rl_settings(problems=tuple((str(i), "1") for i in range(6)))
-    from tiny_qwen2 import make_tokenizer
-
-    from em_kernels.trainer.rl_collect import Practice
-
     practice = Practice(config, make_tokenizer())
     laps = [[practice.turn(lap * 6 + i) for i in range(6)] for lap in range(3)]
     assert all(sorted(lap) == list(range(6)) for lap in laps)

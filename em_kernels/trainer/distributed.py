@@ -221,7 +221,10 @@ class Sharded:
         model.to(ranks.device)
 
     def loss(self, part, compute: Callable = micro_batch_loss):
-        return self.module(part, compute)
+        result = self.module(part, compute)
+        if not torch.is_grad_enabled():  # no backward pass will
+            self.module.reshard()
+        return result
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
