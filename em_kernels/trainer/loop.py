@@ -49,7 +49,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Run `config.updates` updates of entropy minimisation on a causal language model.
+    """Run `config.updates` updates of entropy minimisation on a causal language model, or, with an
+    `RLConfig`, of reinforcement learning or a schedule of both.
 
     Under torchrun, or in a process group of several ranks, every rank calls it with the same
     arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
@@ -57,12 +58,12 @@ def train(
     and the micro-batches it would make. While answers are drawn, each rank holds the whole model.
 
     Args:
-        config: the settings; `config.output=None` writes nothing.
+        config: a TrainConfig or an RLConfig; `config.output=None` writes nothing.
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
-            is not written down: pass it again to resume. Every rank calls it on all the answers.
+            is not written down: pass it again to resume. Not used by stages with rewards. Every rank calls it on all the answers.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
             Of several ranks, the first calls it, with the whole model.
@@ -75,7 +76,7 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds.
+        loss_seconds. Of an RLConfig also those of `Learner.update`.
 
     Raises:
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).

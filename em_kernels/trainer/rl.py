@@ -73,7 +73,21 @@ class Learner:
             self.reference = Whole(reference, run.config.loss_temperature, run.config.dtype)
 
     def update(self, update: int, index: int, stage: Stage) -> dict:
-        """Sample, then `epochs` x `minibatches` optimiser steps; returns the metrics."""
+        """Sample, then `epochs` x `minibatches` optimiser steps; returns the metrics.
+
+        Besides those of entropy minimisation (response_length is over all answers drawn, loss and
+        grad_norm are means over the steps):
+            reward_mean; accuracy (None without known answers); advantage_nonzero (share of the
+            answers); answers_used (trained on); optimizer_steps; problems_asked (by the run);
+            mean_entropy, logit_skew, cov_mean and its quantiles cov_p50 ... cov_p99.9: of the
+            answers' tokens under the policy that sampled them;
+            clip_fraction, selected_fraction, policy_kl, ref_kl, ...: of the objective, means over
+            tokens and steps; entropy_coef: weight of the bonus;
+            entropy_change: of the mean entropy of the same tokens by the update;
+            predicted_entropy_change: learning rate x mean of A x entropy_slope, what a plain
+            gradient step of that size in each token's own logits would change. AdamW and shared
+            weights move further: compare signs and courses, not sizes.
+        """
         run, config, started = self.run, self.config, time.perf_counter()
         coef = self._entropy_coef(index, stage)
         found = collect(run, self.practice, stage.policy, self._asked(), self._draw(update))
