@@ -116,6 +116,7 @@ def _length(axis, study: dict) -> None:
         return
     arms = _present(study, ("GRPO", "ConciseR"))
     ends = [_curve(axis, study, arm, "points", "length", marker="o") for arm in arms]
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
     _label_ends(axis, ends)
     axis.axvline(study["updates"], color="grey", linestyle=":")
     top = axis.get_ylim()[1]
@@ -128,8 +129,10 @@ def _length(axis, study: dict) -> None:
             axis.annotate(
                 f"accuracy {accuracy:.2f}",
                 (point["update"], length),
-                (4, -16),
+                (4, -22),
                 textcoords="offset points",
+                rotation=-20,
+                va="top",
                 color=COLOURS["ConciseR"],
             )
     axis.set_title("ConciseR: GRPO++, then L-GRPO")
@@ -164,7 +167,7 @@ def _label_ends(axis, ends: list[tuple[str, float, float]]) -> None:
         axis.annotate(
             arm,
             (x, y),
-            (right * 1.03, last),
+            (x + right * 0.03, last),
             color=COLOURS[arm],
             va="center",
             arrowprops=dict(arrowstyle="-", color=COLOURS[arm], alpha=0.4, linewidth=0.8),

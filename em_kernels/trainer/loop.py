@@ -63,7 +63,8 @@ def train(
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
-            is not written down: pass it again to resume. Not used by stages with rewards. Every rank calls it on all the answers.
+            is not written down: pass it again to resume. Not used by stages with rewards. Every
+            rank calls it on all the answers.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
             Of several ranks, the first calls it, with the whole model.
