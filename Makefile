@@ -5,6 +5,7 @@
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python
 # make gpu-table  renew the README's GPU table from the newest benchmarks/results/gpu-*.json
 # make study   the seeds and controls behind the README's table of the demo
+# make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ GPU_PYTHON ?= python3
 OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py cuda_build.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu gpu-table study clean
+.PHONY: setup demo test bench gpu gpu-table study rl-study clean
 
 setup: $(VENV)/ready
 
@@ -44,5 +45,8 @@ gpu-table: setup
 study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
 
+rl-study: setup
+	$(BIN)/python -m benchmarks.rl_study $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output gpu-output benchmark-output em_kernels/_C*.so em_kernels/_cuda*.so
+	rm -rf $(VENV) build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ import torch
 import em_kernels
 from em_kernels.evaluator import EvalResult, evaluate, read_problems
 from em_kernels.evaluator.judge import JUDGES
+from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer import (
     CheckpointError,
     RankError,
+    RLConfig,
     TrainConfig,
     TrainResult,
     load_model,
@@ -32,6 +35,7 @@ from em_kernels.trainer import (
 )
 from em_kernels.trainer.config import DTYPES, SAMPLERS
 from em_kernels.trainer.models import newest_checkpoint, require_transformers
+from em_kernels.trainer.rl_config import OBJECTIVES, PPL_LABELS, REWARDS
 
 USER_ERRORS = (
     ValueError,
@@ -86,18 +90,12 @@ def _add_train(commands) -> None:
     """The options are the fields of TrainConfig; one that is not given stays out."""
     parser = commands.add_parser(
         "train",
-        help="one-shot entropy minimisation",
-        description="Minimise the entropy of a model's answers to one prompt, without labels.",
+        help="one-shot entropy minimisation, or reinforcement learning by name",
+        description="Minimise the entropy of a model's answers to one prompt, without labels; or, "
+        "with --objective, train it on problems by GRPO and its kin.",
         argument_default=argparse.SUPPRESS,
     )
-    default = TrainConfig()
-
-    def setting(flag: str, text: str, **kwargs) -> None:
-        name = flag[2:].replace("-", "_")
-        value = getattr(default, name)
-        kind = {} if "action" in kwargs or "choices" in kwargs else {"type": type(value)}
-        parser.add_argument(flag, help=f"{text} (default {value})", **{**kind, **kwargs})
-
+    setting = partial(_add_setting, parser, TrainConfig())
     parser.add_argument("--model", help="a model folder or a hub name")
     parser.add_argument("--output", help="folder of the run: metrics.jsonl and checkpoints")
     parser.add_argument(
@@ -131,9 +129,76 @@ def _add_train(commands) -> None:
     setting("--save-every", "updates between checkpoints, 0: only at the end")
     setting("--keep-checkpoints", "how many to keep, 0: all")
     setting("--shards-only", "under torchrun: no merged weights", action="store_true")
+    setting("--stop-entropy", "stop below this mean entropy, nats", type=float)
+    setting("--stop-skew", "stop above this skewness of the logits", type=float)
+    setting("--stop-patience", "after so many such updates in a row")
+    _add_rl(parser)
     parser.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     _add_common(parser, _train)
     parser.set_defaults(traceback=False)
+
+
+def _add_rl(parser: argparse.ArgumentParser) -> None:
+    """The options are the fields that RLConfig adds."""
+    group = parser.add_argument_group(
+        "reinforcement learning (with --objective or --schedule; temperatures, top-p, repetition "
+        "penalty and learning rate have other defaults: 1, 1, 1, 1e-6)"
+    )
+    setting = partial(_add_setting, group, RLConfig(problems=((".", "0"),)))
+    group.add_argument("--objective", help="what to train for (default em)", choices=OBJECTIVES)
+    setting("--schedule", "stages instead, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov")
+    group.add_argument("--problems", metavar="FILE", help='JSON lines {"problem", "answer"}')
+    setting("--template", "the user's turn around a problem")
+    setting("--group-size", "answers to each problem of an update")
+    setting("--reward", "instead of the objective's own", choices=REWARDS)
+    setting("--judge", "what decides an answer", choices=JUDGES)
+    setting("--epochs", "passes over the answers of an update")
+    setting("--minibatches", "optimiser steps each pass")
+    group.add_argument(
+        "--no-normalize-std",
+        dest="normalize_std",
+        action="store_false",
+        help="do not divide advantages by the standard deviation of the group",
+    )
+    for flag, text in (
+        ("--clip-low", "clip bound of the ratio below 1, instead of the objective's own"),
+        ("--clip-high", "and above 1"),
+        ("--ratio", "fraction of the tokens that are selected, instead of the objective's own"),
+        ("--entropy-coef", "weight of the entropy bonus, instead of the objective's own"),
+        ("--entropy-target", "steer the entropy bonus toward this mean entropy, nats"),
+    ):
+        setting(flag, text, type=float)
+    setting("--entropy-step", "by so much an update")
+    setting("--em-coef", "weight of the mean entropy in stages em+NAME")
+    setting("--cov-lower", "clip_cov: least covariance")
+    setting("--cov-upper", "clip_cov: largest covariance")
+    setting("--kl-cov-coef", "kl_cov: weight of the penalty")
+    setting("--ref-kl", "weight of a KL penalty to the initial model")
+    setting("--kl-estimator", "of that penalty", choices=KL_ESTIMATORS)
+    setting("--empo-low", "empo: least semantic entropy of a problem, nats")
+    setting("--empo-high", "empo: largest")
+    setting("--max-length", "L_max of the length rewards, tokens", type=int)
+    setting("--sampling-rounds", "grpo++: draws an update, the first included")
+    setting("--gamma", "ppl: discount")
+    setting("--alpha", "ppl: scale of the regret")
+    setting("--ppl-label", "ppl: label of the segments", choices=PPL_LABELS)
+    group.add_argument(
+        "--no-measure-change",
+        dest="measure_change",
+        action="store_false",
+        help="do not read the entropy again after each update",
+    )
+
+
+def _add_setting(parser, default: TrainConfig, flag: str, text: str, **kwargs) -> None:
+    value = getattr(default, flag[2:].replace("-", "_"))
+    kind = {} if {"action", "choices", "type"} & set(kwargs) else {"type": _type_of(value)}
+    shown = "none" if value is None else str(value).replace("%", "%%")
+    parser.add_argument(flag, help=f"{text} (default {shown})", **{**kind, **kwargs})
+
+
+def _type_of(value) -> type:
+    return str if value is None else type(value)
 
 
 def _add_merge(commands) -> None:
@@ -195,7 +260,19 @@ def _new_config(arguments: argparse.Namespace) -> TrainConfig:
     for name in ("model", "output"):
         if name not in given:
             raise ValueError(f"--{name} must be given")
-    return TrainConfig(**given)
+    return _config_class(given)(**given)
+
+
+def _config_class(given: dict) -> type[TrainConfig]:
+    """RLConfig where an objective with rewards, or a schedule, is asked for."""
+    if given.get("schedule") or given.get("objective", "em") != "em":
+        return RLConfig
+    given.pop("objective", None)
+    others = sorted(set(given) - set(TrainConfig.__dataclass_fields__))
+    if others:
+        flag = others[0].replace("_", "-")
+        raise ValueError(f"--{flag} needs an --objective other than em, or a --schedule")
+    return TrainConfig
 
 
 def _resumed_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -203,11 +280,15 @@ def _resumed_config(arguments: argparse.Namespace) -> TrainConfig:
     given = _settings(arguments)
     if "output" in given:
         raise ValueError("--output cannot be given with --resume: a run goes on in its folder")
-    return replace(read_config(arguments.resume), output=arguments.resume, **given)
+    config = read_config(arguments.resume)
+    unknown = sorted(set(given) - set(type(config).__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"--{unknown[0].replace('_', '-')} is no setting of the run to resume")
+    return replace(config, output=arguments.resume, **given)
 
 
 def _settings(arguments: argparse.Namespace) -> dict:
-    """The fields of TrainConfig that the command line gives."""
+    """The fields of RLConfig, those of TrainConfig among them, that the command line gives."""
     given = dict(vars(arguments))
     prompt, file = given.pop("prompt", None), given.pop("prompts", None)
     if prompt is not None and file is not None:
@@ -216,7 +297,7 @@ def _settings(arguments: argparse.Namespace) -> dict:
         given["prompts"] = tuple(prompt)
     if file is not None:
         given["prompts"] = read_prompts(file)
-    return {name: given[name] for name in TrainConfig.__dataclass_fields__ if name in given}
+    return {name: given[name] for name in RLConfig.__dataclass_fields__ if name in given}
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -298,6 +379,7 @@ def _print_training(result: TrainResult) -> None:
         print(
             f"update {line['update']:>4}: loss {line['loss']:.4f}, mean entropy "
             f"{line['mean_entropy']:.4f}, response length {line['response_length']:.1f}"
+            + (f", reward {line['reward_mean']:.3f}" if "reward_mean" in line else "")
         )
     print(f"checkpoint: {result.checkpoint}")
 

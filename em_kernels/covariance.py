@@ -2,8 +2,21 @@
 
 Everything is over the tokens of the whole batch that is passed in (and, with `group`, of every
 rank's): thresholds taken per micro-batch select other tokens, and more of them. Without `group`
-nothing here waits for the device. A trainer that works in micro-batches collects logprob,
-advantage and mask of all of them first, selects once, and then trains.
+nothing here waits for the device.
+
+A trainer that works in micro-batches does it in two phases. First it collects the scalars of every
+token of one optimiser update, without gradient, and selects once; then it trains:
+
+    with torch.no_grad():
+        logprob = torch.cat([token_logprob(part) for part in micro_batches])
+    selected = kl_cov_selection(logprob, advantage, mask, ratio=2e-3)
+    tokens = aggregation_denominator(mask)
+    for part in micro_batches:                      # the same rows, in the same order
+        loss, _ = kl_cov_loss(token_logprob(part), old[part], ..., selected[part])
+        aggregate_loss(loss, mask[part], denominator=tokens).backward()
+
+`clip_cov_selection` and `kl_cov_selection` (em_kernels.objectives) and `high_entropy_mask` are the
+first phase of their methods. The gradients add up to those of one pass over the whole batch.
 """
 
 from __future__ import annotations
@@ -168,8 +181,8 @@ def high_entropy_mask(
     if values.numel() == 0:
         return counted
     ordered = torch.where(everyone, values, math.inf).sort().values
-    position = (1 - ratio) * (everyone.sum() - 1).clamp(min=0)
-    below, above = ordered[position.floor().long()], ordered[position.ceil().long()]
+    position = ((1 - ratio) * (everyone.sum() - 1).clamp(min=0)).view(1)
+    below, above = (ordered.gather(0, i.long()) for i in (position.floor(), position.ceil()))
     tau = torch.where(above > below, below + (above - below) * position.frac(), below)
     return counted & (entropy.detach().to(torch.float64) >= tau)
 

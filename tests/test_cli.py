@@ -141,6 +141,46 @@ def test_ctrl_c_before_the_first_checkpoint(model, tmp_path, monkeypatch, capsys
     assert "there is no checkpoint yet" in capsys.readouterr().err
 
 
+def rl_arguments(model, problems, folder, *options) -> list[str]:
+    sizes = ["--responses", "4", "--group-size", "2", "--max-new-tokens", "6", "--quiet"]
+    files = ["--model", model, "--problems", str(problems), "--output", str(folder)]
+    return ["train", *files, *sizes, "--device", "cpu", *options]
+
+
+def test_objectives_run_by_name_and_go_on(model, problems, tmp_path, capsys):
+    options = ["--objective", "kl_cov", "--reward", "random", "--ratio", "0.1", "--updates", "1"]
+    assert cli.main(rl_arguments(model, problems, tmp_path / "run", *options)) == 0
+    assert ", reward " in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    assert (config["objective"], config["ratio"], config["top_p"]) == ("kl_cov", 0.1, 1.0)
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--updates", "2", "--quiet"]) == 0
+    lines = lines_of(tmp_path / "run")
+    assert [line["update"] for line in lines] == [1, 2]
+    assert {line["objective"] for line in lines} == {"kl_cov"}
+    assert all(line["selected_fraction"] > 0 for line in lines)
+
+
+def test_a_schedule_runs_by_name(model, problems, tmp_path):
+    options = ["--schedule", "em:1@1e-3,em+grpo", "--updates", "2", "--no-measure-change"]
+    assert cli.main(rl_arguments(model, problems, tmp_path / "run", *options)) == 0
+    lines = lines_of(tmp_path / "run")
+    assert [line["objective"] for line in lines] == ["em", "em+grpo"]
+    assert "entropy_change" not in lines[1]
+
+
+def test_errors_of_objectives(model, problems, tmp_path, capsys):
+    run = ["train", "--model", model, "--output", str(tmp_path / "run")]
+    told = error_of(capsys, *run, "--group-size", "4")
+    assert "--group-size needs an --objective other than em" in told
+    told = error_of(capsys, *run, "--objective", "grpo")
+    assert "problems must be given for 'grpo'" in told
+    told = error_of(capsys, *run, "--objective", "grpo", "--problems", str(tmp_path / "none"))
+    assert "no such file" in told
+    told = error_of(capsys, *run, "--schedule", "em,grpo", "--problems", str(problems))
+    assert "all stages but the last need their updates" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_prints_and_writes_what_it_found(model, problems, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = ["eval", "--model", model, "--problems", str(problems), "--samples", "3"]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from em_kernels import (
     clip_cov_mask,
@@ -13,6 +14,14 @@ from em_kernels import (
     linear_token_covariance,
     softmax_stats,
     token_covariance,
+)
+from em_kernels.objectives import (
+    aggregate_loss,
+    clip_cov_loss,
+    clip_cov_selection,
+    high_entropy_loss,
+    kl_cov_loss,
+    kl_cov_selection,
 )
 
 
@@ -136,6 +145,62 @@ def test_high_entropy_mask_is_the_quantile():
     assert high_entropy_mask(torch.tensor([1.0])).all()
     assert not high_entropy_mask(entropy, torch.zeros_like(mask)).any()
     assert high_entropy_mask(torch.zeros(0)).shape == (0,)
+
+
+def test_high_entropy_mask_takes_all_of_a_tie_at_the_threshold():
+    entropy = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert torch.equal(high_entropy_mask(entropy, ratio=0.2), entropy == 1)
+
+
+@pytest.mark.parametrize("ratio, count", [(0.29, 28), (0.3, 30), (1.0, 100), (1e-9, 1)])
+def test_counts_are_those_of_floor(ratio, count):
+    """0.29 * 100 is 28.999... in binary, here as in int(ratio * N) of other code."""
+    cov = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert kl_cov_mask(cov, ratio=ratio).sum() == count == max(int(ratio * 100), 1)
+    assert clip_cov_mask(cov, ratio=ratio, lower=-9.0, upper=9.0).sum() == count
+
+
+def test_equal_advantages_have_no_covariance():
+    logprob, _, mask = draw()
+    cov = token_covariance(logprob, torch.full_like(logprob, 0.1), mask)
+    assert cov.abs().max() < 1e-15
+    assert not clip_cov_mask(cov, mask).any()
+    assert kl_cov_mask(cov, mask, ratio=0.1).sum() == int(0.1 * int(mask.sum()))
+
+
+SELECTIONS = {
+    "covariance": lambda x, a, m: token_covariance(x, a, m),
+    "clip_cov_mask": lambda x, a, m: clip_cov_mask(x, m, exclude=m, ratio=0.1),
+    "kl_cov_mask": lambda x, a, m: kl_cov_mask(x, m, ratio=0.1),
+    "high_entropy_mask": lambda x, a, m: high_entropy_mask(x, m),
+    "clip_cov": lambda x, a, m: clip_cov_loss(x, x, a, m, clip_cov_selection(x, x, a, m)).loss,
+    "kl_cov": lambda x, a, m: kl_cov_loss(x, x, a, m, kl_cov_selection(x, a, m)).loss,
+    "high_entropy": lambda x, a, m: high_entropy_loss(x, x, a, m, high_entropy_mask(x, m)).loss,
+    "aggregation": lambda x, a, m: aggregate_loss(x, m, mode="sequence_mean"),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_nothing_waits_for_the_device(name):
+    """A fake tensor has no values: .item(), nonzero() or a branch on one would raise."""
+    with FakeTensorMode() as fake:
+        inputs = [fake.from_tensor(x) for x in draw()]
+        SELECTIONS[name](*inputs)
+        with pytest.raises(DataDependentOutputException):
+            bool(inputs[0].sum() > 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_nothing_waits_for_a_gpu(name):
+    inputs = [x.cuda() for x in draw()]
+    SELECTIONS[name](*inputs)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        SELECTIONS[name](*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from em_kernels.trainer.data import ONE_SHOT_PROMPT, read_prompts
 from em_kernels.trainer.distributed import RankError
 from em_kernels.trainer.loop import Objective, TrainResult, train
 from em_kernels.trainer.models import load_model
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.rollout import Rollout, Sampling, sample
 from em_kernels.trainer.sharded_checkpoint import merge_checkpoint
 
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "ModelError",
     "Objective",
+    "RLConfig",
     "RankError",
     "Rollout",
     "Sampling",

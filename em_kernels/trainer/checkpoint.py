@@ -19,6 +19,7 @@ import torch
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
 from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
+from em_kernels.trainer.rl_config import RLConfig
 
 CONFIG_FILE = "train_config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -97,7 +98,8 @@ def read_config(folder: str | Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no run to resume in {folder}: it has no {CONFIG_FILE}")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return (RLConfig if "objective" in values else TrainConfig).from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

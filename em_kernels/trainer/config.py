@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 
 from em_kernels.trainer.data import ONE_SHOT_PROMPT
+from em_kernels.trainer.schedule import Stage
 
 DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("transformers", "vllm")
@@ -73,6 +74,8 @@ class TrainConfig:
         seed: of the sampling; the caller's random state is left alone.
         save_every: updates between checkpoints (one is always written at the end); 0: only then.
         keep_checkpoints: how many of the newest to keep; 0 keeps all.
+        stop_entropy, stop_skew: end before `updates` once the mean entropy (nats) is below, or the
+            skewness of the logits above, in `stop_patience` updates in a row; None: never.
         shards_only: with several ranks, write each rank's part of a checkpoint but no weights for
             transformers; `merge_checkpoint` makes them of the parts.
 
@@ -106,7 +109,12 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 5
     keep_checkpoints: int = 0
+    stop_entropy: float | None = None
+    stop_skew: float | None = None
+    stop_patience: int = 1
     shards_only: bool = False
+
+    REDUCTIONS = ("token_mean", "sequence_mean")
 
     def __post_init__(self):
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
@@ -114,9 +122,9 @@ class TrainConfig:
         for name in ("model", "output"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        _check_prompts(prompts)
         for name in ("updates", "responses", "micro_batch", "sample_batch", "max_new_tokens"):
             _check_int(name, getattr(self, name), 1)
+        _check_int("stop_patience", self.stop_patience, 1)
         for name in ("top_k", "seed", "save_every", "keep_checkpoints"):
             _check_int(name, getattr(self, name), 0)
         for name in ("loss_temperature", "sampling_temperature", "repetition_penalty", "clip"):
@@ -125,10 +133,14 @@ class TrainConfig:
             _check_float(name, getattr(self, name), lambda v: 0 < v <= 1, "in (0, 1]")
         for name in ("learning_rate", "weight_decay"):
             _check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
-        _check_choice("reduction", self.reduction, ("token_mean", "sequence_mean"))
+        for name in ("stop_entropy", "stop_skew"):
+            if getattr(self, name) is not None:
+                _check_float(name, getattr(self, name), math.isfinite, "a number")
+        _check_choice("reduction", self.reduction, self.REDUCTIONS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("compat", self.compat, (None, "official"))
+        _check_prompts(self.prompt_texts)
         if self.compat == "official" and self.reduction != "token_mean":
             raise ValueError(
                 f"reduction must be 'token_mean' with compat='official', got {self.reduction!r}"
@@ -138,6 +150,25 @@ class TrainConfig:
     def steps_per_update(self) -> int:
         """How far "step" in the metrics advances with each optimiser update."""
         return -(-self.responses // self.micro_batch) if self.compat == "official" else 1
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the updates are spent on: here, entropy minimisation alone."""
+        return (Stage(("em",), self.updates),)
+
+    @property
+    def prompt_texts(self) -> tuple[str, ...]:
+        """What entropy minimisation samples from."""
+        return self.prompts
+
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        """Everything that answers are sampled to."""
+        return self.prompt_texts
+
+    def labels(self, index: int, stage: Stage) -> dict:
+        """What the metrics say about the stage of an update."""
+        return {}
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -152,7 +183,11 @@ class TrainConfig:
 
 def check_resume(old: TrainConfig, new: TrainConfig) -> None:
     """A resumed run may go on for longer, or elsewhere, but not turn into another run."""
-    for field in fields(TrainConfig):
+    if type(old) is not type(new):
+        raise ValueError(
+            f"objective: a run of {type(old).__name__} cannot go on as one of {type(new).__name__}"
+        )
+    for field in fields(new):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name not in RESUMABLE and before != after:
             raise ValueError(

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from em_kernels.token_loss import TokenLoss
-from em_kernels.trainer.loss import Batch, LossModule
+from em_kernels.trainer.loss import LossModule, micro_batch_loss
 from em_kernels.trainer.random_state import RandomState
 
 T = TypeVar("T")
@@ -90,7 +89,12 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def deal(self, parts: Iterable[Batch]) -> Iterator[Batch]:
+    def sum_tensor(self, values: torch.Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def deal(self, parts: Iterable[T]) -> Iterator[T]:
         """This rank's micro-batches: every size-th of them, and as many on every rank.
 
         A rank that has none left takes part with one that has no weight.
@@ -171,9 +175,10 @@ class Whole:
         self.model, self.bfloat16 = model, dtype == "bfloat16"
         self.trained, self.module = model, LossModule(model, temperature)
 
-    def loss(self, part: Batch) -> TokenLoss:
+    def loss(self, part, compute: Callable = micro_batch_loss):
+        """`compute(model, head, part, temperature)`, by default the loss of a `Batch`."""
         with self._autocast():
-            return self.module(part)
+            return self.module(part, compute)
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
@@ -215,8 +220,11 @@ class Sharded:
         self._release()
         model.to(ranks.device)
 
-    def loss(self, part: Batch) -> TokenLoss:
-        return self.module(part)
+    def loss(self, part, compute: Callable = micro_batch_loss):
+        result = self.module(part, compute)
+        if not torch.is_grad_enabled():  # no backward pass will
+            self.module.reshard()
+        return result
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +18,12 @@ from em_kernels.objectives.em import (
 )
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.distributed import joined_ranks
-from em_kernels.trainer.loss import Batch
+from em_kernels.trainer.loss import Batch, micro_batch_loss
+from em_kernels.trainer.rl import Learner, initial_model
 from em_kernels.trainer.rollout import Rollout, aligned_mask, official_masks
 from em_kernels.trainer.run import Run, save_run, start_run
+from em_kernels.trainer.schedule import Stage, current_stage
+from em_kernels.trainer.step import draw, set_learning_rate, take_step
 
 Objective = Callable[[Rollout, Tensor], tuple[Tensor | None, Tensor | None]]
 """(rollout, loss mask) -> (entropy_weight, logprob_weight), over the whole update at once."""
@@ -46,7 +49,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Run `config.updates` updates of entropy minimisation on a causal language model.
+    """Run `config.updates` updates of entropy minimisation on a causal language model, or, with an
+    `RLConfig`, of reinforcement learning or a schedule of both.
 
     Under torchrun, or in a process group of several ranks, every rank calls it with the same
     arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
@@ -54,12 +58,13 @@ def train(
     and the micro-batches it would make. While answers are drawn, each rank holds the whole model.
 
     Args:
-        config: the settings; `config.output=None` writes nothing.
+        config: a TrainConfig or an RLConfig; `config.output=None` writes nothing.
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
-            is not written down: pass it again to resume. Every rank calls it on all the answers.
+            is not written down: pass it again to resume. Not used by stages with rewards. Every
+            rank calls it on all the answers.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
             Of several ranks, the first calls it, with the whole model.
@@ -72,7 +77,7 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds.
+        loss_seconds. Of an RLConfig also those of `Learner.update`.
 
     Raises:
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
@@ -81,17 +86,25 @@ def train(
         RankError: another rank failed; that rank raises one of the above.
     """
     with joined_ranks(config.device) as ranks:
+        reference = initial_model(config, model)
         run = start_run(config, model, tokenizer, resume, ranks)
         was_training = run.model.training
-        for update in _progress(run, progress):
+        learner = Learner(run, reference) if any(s.policy for s in config.stages) else None
+        for update, index, stage in _progress(run, progress):
+            set_learning_rate(run, stage.learning_rate or config.learning_rate)
             with run.random:
-                line = _update(run, update, objective or _entropy_minimisation(config))
-            line = _shown(run, line, on_step)
+                if stage.policy:
+                    line = learner.update(update, index, stage)
+                else:
+                    line = _update(run, update, objective or _entropy_minimisation(config))
+            line = _shown(run, {**line, **config.labels(index, stage)}, on_step)
             with ranks.together():
                 run.metrics.add(line)
             run.done = update
-            if run.folder and _is_due(config, update):
+            if _is_due(run):
                 save_run(run)
+        if not _is_saved(run):
+            save_run(run)
         run.weights.finish()
         run.model.train(was_training)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
@@ -100,22 +113,20 @@ def train(
 def _update(run: Run, update: int, objective: Objective) -> dict:
     """Sample, then one optimiser step; returns the metrics."""
     config, started = run.config, time.perf_counter()
-    with run.weights.sampling() as model:
-        rollout = run.sampler(model, _prompts_of(run, update), update)
-    _synchronize(run.model)
+    rollout = draw(run, _prompts_of(run, update), update)
     sampled = time.perf_counter()
     with run.ranks.together():
         batch = _batch(run, rollout, objective)
     with run.ranks.apart(update):
-        loss, entropy = _accumulate_gradients(run, batch)
-    grad_norm = _step(run, update, loss)
+        loss, means = _accumulate_gradients(run, batch)
+    grad_norm = take_step(run, update, loss)
     ended = time.perf_counter()
     tokens = int(rollout.response_mask.sum())
     return {
         "update": update,
         "step": update * config.steps_per_update,
         "loss": loss,
-        "mean_entropy": entropy,
+        **means,
         "response_length": tokens / config.responses,
         "response_tokens": tokens,
         "truncated": 1 - rollout.finished.float().mean().item(),
@@ -138,32 +149,26 @@ def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
     return Batch(ids, attention_mask, positions, loss_mask & weighted, *weights)
 
 
-def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
-    """Backward through the update, a micro-batch at a time: (loss, mean entropy)."""
-    loss, entropy = 0.0, 0.0
+def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, dict[str, float]]:
+    """Backward through the update, a micro-batch at a time: (loss, mean statistics)."""
+    names = {"mean_entropy": "entropy"}
+    if run.config.stop_skew is not None:
+        names["logit_skew"] = "logit_skew"
+    sums = [0.0] * (1 + len(names))
+    compute = partial(micro_batch_loss, outputs=tuple(names.values()))
     run.weights.trained.train()
     for part in run.ranks.deal(_micro_batches(run.config, batch)):
-        result = run.weights.loss(part)
+        result = run.weights.loss(part, compute)
         result.loss.backward()
-        loss += result.loss.item()
-        entropy += (result.stats.entropy * part.loss_mask).sum().item()
-    loss, entropy = run.ranks.sum(loss, entropy)
-    return loss, entropy / max(int(batch.loss_mask.sum()), 1)
+        values = [result.loss, *(_total(result.stats, name, part) for name in names.values())]
+        sums = [total + value.item() for total, value in zip(sums, values)]
+    loss, *sums = run.ranks.sum(*sums)
+    count = max(int(batch.loss_mask.sum()), 1)
+    return loss, {name: total / count for name, total in zip(names, sums)}
 
 
-def _step(run: Run, update: int, loss: float) -> float:
-    """Clip and step; returns the norm of the gradient before clipping."""
-    parameters = run.optimizer.param_groups[0]["params"]
-    grad_norm = run.weights.clip_gradient(parameters, run.config.clip)
-    with run.ranks.together():
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"update {update}: the loss is {loss} and its gradient's norm {grad_norm}; "
-                "the step was not taken"
-            )
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+def _total(stats, name: str, part: Batch) -> Tensor:
+    return (getattr(stats, name) * part.loss_mask).sum()
 
 
 def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:
@@ -203,25 +208,25 @@ def _prompts_of(run: Run, update: int) -> list[list[int]]:
     return [run.prompts[(first + i) % len(run.prompts)] for i in range(run.config.responses)]
 
 
-def _is_due(config: TrainConfig, update: int) -> bool:
-    last = update == config.updates
-    return last or (config.save_every > 0 and update % config.save_every == 0)
+def _is_due(run: Run) -> bool:
+    every = run.config.save_every
+    return run.folder is not None and every > 0 and run.done % every == 0
 
 
-def _progress(run: Run, show: bool) -> Iterator[int]:
-    """The updates still to do, under a progress bar."""
+def _is_saved(run: Run) -> bool:
+    return run.folder is None or (
+        run.checkpoint is not None and run.checkpoint.name == f"checkpoint-{run.done}"
+    )
+
+
+def _progress(run: Run, show: bool) -> Iterator[tuple[int, int, Stage]]:
+    """The updates still to do, with the index and stage of each, under a progress bar."""
     from tqdm import tqdm
 
     total, hide = run.config.updates, not (show and run.ranks.is_first)
     with tqdm(total=total, initial=run.done, desc="train", unit="update", disable=hide) as bar:
-        for update in range(run.done + 1, total + 1):
-            yield update
+        while run.done < total and (now := current_stage(run.config, run.metrics.lines)):
+            yield run.done + 1, *now
             line = run.metrics.lines[-1]
             bar.set_postfix(loss=f"{line['loss']:.4f}", length=f"{line['response_length']:.0f}")
             bar.update()
-
-
-def _synchronize(model) -> None:
-    """Let the clock between sampling and loss tell the truth on a GPU."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,14 @@ class Batch(NamedTuple):
         )
 
 
-def micro_batch_loss(model, head: Head, part: Batch, temperature: float) -> TokenLoss:
-    """Loss, and detached entropy per position, without full logits."""
+def micro_batch_loss(
+    model,
+    head: Head,
+    part: Batch,
+    temperature: float,
+    outputs: tuple[str, ...] = ("entropy",),
+) -> TokenLoss:
+    """Loss, and detached statistics per position, without full logits."""
     hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
     return linear_token_loss(
         hidden,
@@ -47,7 +54,7 @@ def micro_batch_loss(model, head: Head, part: Batch, temperature: float) -> Toke
         bias=head.bias,
         entropy_weight=part.entropy_weight,
         logprob_weight=part.logprob_weight,
-        outputs=("entropy",),
+        outputs=outputs,
         temperature=temperature,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
@@ -56,7 +63,8 @@ def micro_batch_loss(model, head: Head, part: Batch, temperature: float) -> Toke
 
 
 class LossModule(nn.Module):
-    """`micro_batch_loss` as a module's forward, where FSDP2 has the head's weight gathered.
+    """`micro_batch_loss`, or another function of (model, head, part, temperature), as a module's
+    forward, where FSDP2 has the head's weight gathered.
 
     The head is read at every call: its parameter is another object while it is gathered.
     """
@@ -66,5 +74,5 @@ class LossModule(nn.Module):
         self.model = model
         self.temperature = temperature
 
-    def forward(self, part: Batch) -> TokenLoss:
-        return micro_batch_loss(self.model, read_head(self.model), part, self.temperature)
+    def forward(self, part, compute: Callable = micro_batch_loss):
+        return compute(self.model, read_head(self.model), part, self.temperature)

@@ -65,14 +65,15 @@ def start_run(
         if folder and not resume:
             checkpoints.check_free(folder)
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
+        longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         head = read_head(model)
         if ranks.is_first:
             check_causal(model, head, prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
-        sampler = make_sampler(config, model, tokenizer, max(map(len, prompts)), ranks)
+        sampler = make_sampler(config, model, tokenizer, longest, ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,

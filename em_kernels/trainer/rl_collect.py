@@ -1,0 +1,145 @@
+"""The answers of an update: which problems are asked, and which groups are drawn again."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from em_kernels.evaluator.judge import make_judge
+from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
+from em_kernels.trainer.data import encode_prompt
+from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
+from em_kernels.trainer.rl_rewards import Answers, describe, text_reward
+from em_kernels.trainer.rollout import Rollout
+
+
+class Practice:
+    """The problems of a run and how they take turns: all of them, in a new order each time."""
+
+    def __init__(self, config: RLConfig, tokenizer):
+        self.seed, self.group_size = config.seed, config.group_size
+        self.tasks = config.tasks()
+        self.prompts = [encode_prompt(tokenizer, config.ask(task)) for task in self.tasks]
+        self.judge = make_judge(config.judge)
+
+    def turn(self, number: int) -> int:
+        """The index of the problem that is asked as the `number`-th of the run, from 0."""
+        lap, place = divmod(number, len(self.tasks))
+        order = list(range(len(self.tasks)))
+        random.Random(f"{self.seed}-{lap}").shuffle(order)
+        return order[place]
+
+
+class Collected(NamedTuple):
+    """Answers of whole groups, of one update.
+
+    `asked` counts the problems of the run so far; `drawn` the answers of this update, `right` the
+    share of right ones among them (None if not known) and `length` their mean tokens, those that
+    were then left out included. `mixed` tells whether there is anything to train on.
+    """
+
+    rollout: Rollout
+    answers: Answers
+    asked: int
+    drawn: int
+    right: float | None
+    length: float
+    mixed: bool
+
+
+def collect(run, practice: Practice, objective: str, asked: int, draw) -> Collected:
+    """Sample `config.responses` answers; `draw(prompts) -> Rollout` samples one to each prompt.
+
+    With grpo++, groups that are all right or all wrong make room for new problems, for
+    `sampling_rounds` rounds; there may then be fewer answers.
+    """
+    groups = run.config.responses // run.config.group_size
+    if objective != "grpo++":
+        rollout, answers = _ask(run, practice, objective, asked, groups, draw)
+        return _collected([(rollout, answers)], rollout, answers, asked + groups, True)
+    seen, kept = [], []
+    for _ in range(run.config.sampling_rounds):
+        missing = groups - sum(len(a.texts) for _, a in kept) // run.config.group_size
+        seen.append(_ask(run, practice, objective, asked, missing, draw))
+        asked += missing
+        rollout, answers = seen[-1]
+        mixed = dynamic_sampling_mask(answers.reward, answers.group)
+        if mixed.any():
+            kept.append((_rows(rollout, mixed), _rows(answers, mixed)))
+        if missing * run.config.group_size == int(mixed.sum()):
+            break
+    rollouts, answers = zip(*(kept or seen[-1:]))
+    joined = join_rollouts(rollouts, run.filler)
+    return _collected(seen, joined, join_answers(answers), asked, bool(kept))
+
+
+def _ask(run, practice: Practice, objective: str, asked: int, groups: int, draw):
+    """`groups` new problems, answered `group_size` times each."""
+    config = run.config
+    numbers = [practice.turn(asked + i) for i in range(groups) for _ in range(config.group_size)]
+    rollout = draw([practice.prompts[number] for number in numbers])
+    tasks = [practice.tasks[number] for number in numbers]
+    tokens = [ids.tolist() for ids in rollout.answers()]
+    texts = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    length = torch.tensor([len(ids) for ids in tokens])
+
+    def look() -> Answers:
+        return describe(config, objective, texts, tasks, length, practice.judge)
+
+    answers, name = run.ranks.first(look), config.reward_of(objective)
+    if name in MODEL_REWARDS:
+        return rollout, answers
+    return rollout, answers._replace(reward=text_reward(config, name, answers))
+
+
+def _collected(seen, rollout: Rollout, answers: Answers, asked: int, mixed: bool) -> Collected:
+    correct = [found.correct for _, found in seen]
+    length = torch.cat([found.length for _, found in seen]).float()
+    right = None
+    if all(c is not None for c in correct):
+        right = torch.cat(correct).mean().item()
+    return Collected(rollout, answers, asked, len(length), right, length.mean().item(), mixed)
+
+
+def _rows(batch, mask: Tensor):
+    """The rows of a Rollout or of Answers where the mask is True."""
+    numbers = mask.nonzero()[:, 0].tolist()
+    return type(batch)(
+        *(
+            None if x is None else [x[i] for i in numbers] if isinstance(x, list) else x[numbers]
+            for x in batch
+        )
+    )
+
+
+def join_rollouts(rollouts, filler: int) -> Rollout:
+    """The rows of several, padded so that all answers start in the same column."""
+    prompt = max(rollout.prompt_width for rollout in rollouts)
+    answer = max(r.input_ids.shape[1] - r.prompt_width for r in rollouts)
+    parts: list[list[Tensor]] = []
+    for rollout in rollouts:
+        width = rollout.prompt_width
+        sides = (prompt - width, answer - (rollout.input_ids.shape[1] - width))
+        tensors = zip(rollout[:3], (filler, False, False))
+        parts.append([*(pad(x, sides, value=value) for x, value in tensors), rollout.finished])
+    return Rollout(*(torch.cat(columns) for columns in zip(*parts)))
+
+
+def join_answers(parts) -> Answers:
+    """The rows of several; groups of different parts stay apart."""
+    offset, groups = 0, []
+    for part in parts:
+        groups.append(part.group + offset)
+        offset = int(groups[-1].max()) + 1
+    return Answers(
+        [text for part in parts for text in part.texts],
+        torch.cat(groups),
+        *(
+            None if columns[0] is None else torch.cat(columns)
+            for columns in zip(*(part[2:] for part in parts))
+        ),
+    )

@@ -1,0 +1,129 @@
+"""Which objective an update has, and when to stop: decided by the settings and the metrics so far.
+
+Nothing here keeps a state of its own, so a resumed run decides as the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from em_kernels.objectives.entropy_bonus import next_entropy_coef
+
+_STAGE = re.compile(
+    r"(?P<names>[^:@\s]+)(?::(?P<updates>\d+))?(?:@(?P<rate>[0-9.]+(?:e[-+]?\d+)?))?"
+)
+
+
+class Stage(NamedTuple):
+    """Some updates in a row with one objective, or two at once (em and another)."""
+
+    objectives: tuple[str, ...]
+    updates: int
+    learning_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.objectives)
+
+    @property
+    def policy(self) -> str | None:
+        """The objective that needs rewards, if there is one."""
+        return next((name for name in self.objectives if name != "em"), None)
+
+
+def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage, ...]:
+    """The stages of e.g. "em:10@2e-4, grpo:40, em+kl_cov": NAME[:UPDATES][@LEARNING_RATE].
+
+    The last stage gets what is left of `updates`; its own number may be left out. "em+NAME" adds
+    the mean entropy to the loss of NAME.
+
+    Raises:
+        ValueError: an unknown name, a stage without updates, or a sum that does not fit `updates`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    stages: list[Stage] = []
+    for number, part in enumerate(parts, start=1):
+        stages.append(_stage(part, number == len(parts), updates - _total(stages), known))
+    if _total(stages) != updates:
+        raise ValueError(
+            f"schedule {text!r} has {_total(stages)} updates in all, but updates is {updates}"
+        )
+    return tuple(stages)
+
+
+def _stage(part: str, last: bool, left: int, known: Sequence[str]) -> Stage:
+    match = _STAGE.fullmatch(part)
+    if match is None:
+        raise ValueError(f"schedule: expected NAME[:UPDATES][@LEARNING_RATE], got {part!r}")
+    names = _split_names(match["names"], known)
+    if match["updates"] is None and not last:
+        raise ValueError(f"schedule: all stages but the last need their updates, got {part!r}")
+    updates = left if match["updates"] is None else int(match["updates"])
+    if updates < 1:
+        raise ValueError(f"schedule: a stage must have 1 update or more, got {part!r} ({updates})")
+    return Stage(names, updates, float(match["rate"]) if match["rate"] else None)
+
+
+def _split_names(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """One name, or em and another; a name may itself end in plus signs (grpo++)."""
+    names = (text,) if text in known else tuple(text.split("+", 1))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"objective must be one of {tuple(known)}, got {unknown[0]!r}")
+    if len(names) == 2 and (names[0] != "em" or names[1] == "em"):
+        raise ValueError(f"schedule: two objectives at once are em+NAME, got {text!r}")
+    return names
+
+
+def _total(stages: Sequence[Stage]) -> int:
+    return sum(stage.updates for stage in stages)
+
+
+def current_stage(config, lines: Sequence[dict]) -> tuple[int, Stage] | None:
+    """(index, stage) of the next update, given the metrics of those before; None after the last.
+
+    A stage ends with its updates, or early where `should_stop` says so.
+    """
+    index, stages = (lines[-1].get("stage", 0) if lines else 0), config.stages
+    own = stage_lines(lines, index)
+    if len(own) >= stages[index].updates or should_stop(config, own):
+        index += 1
+    return (index, stages[index]) if index < len(stages) else None
+
+
+def stage_lines(lines: Sequence[dict], index: int) -> list[dict]:
+    return [line for line in lines if line.get("stage", 0) == index]
+
+
+def should_stop(config, lines: Sequence[dict]) -> bool:
+    """Whether the last `stop_patience` updates of a stage all crossed a threshold.
+
+    Mean entropy below `stop_entropy` (nats), or skewness of the logits above `stop_skew`. EM goes
+    on lowering the entropy long after accuracy has peaked; a threshold chosen on a development set
+    ends it before.
+    """
+    recent = lines[-config.stop_patience :]
+    if len(recent) < config.stop_patience:
+        return False
+    low = config.stop_entropy is not None and all(
+        line["mean_entropy"] < config.stop_entropy for line in recent
+    )
+    skewed = config.stop_skew is not None and all(
+        line["logit_skew"] > config.stop_skew for line in recent
+    )
+    return low or skewed
+
+
+def entropy_coef(
+    initial: float, lines: Sequence[dict], *, target: float | None, step: float
+) -> float:
+    """The coefficient of the entropy bonus for the next update of a stage.
+
+    `initial` throughout without a target; with one, `next_entropy_coef` of the update before.
+    """
+    if target is None or not lines:
+        return initial
+    last = lines[-1]
+    return next_entropy_coef(last["entropy_coef"], last["mean_entropy"], target=target, step=step)

@@ -1,0 +1,32 @@
+"""Short RL runs of the tiny model, and what their tests share."""
+
+from __future__ import annotations
+
+from tiny_qwen2 import make_model, make_tokenizer
+
+from em_kernels.trainer import RLConfig, TrainResult, train
+
+PROBLEMS = (("1 2", "3"), ("4 5 6", "7"), ("8", "9"))
+
+
+def rl_settings(**changes) -> RLConfig:
+    """A reward that differs between the answers of a random model: their length."""
+    base = dict(
+        objective="grpo",
+        problems=PROBLEMS,
+        reward="length",
+        updates=2,
+        responses=10,
+        group_size=5,
+        micro_batch=3,
+        minibatches=2,
+        learning_rate=1e-2,
+        max_new_tokens=12,
+        judge="exact",
+        device="cpu",
+    )
+    return RLConfig(**{**base, **changes})
+
+
+def run_rl(config: RLConfig, model=None, **kwargs) -> TrainResult:
+    return train(config, model or make_model(), make_tokenizer(), progress=False, **kwargs)

@@ -1,0 +1,50 @@
+"""RL over two ranks: the numbers of one process, whatever the objective."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from rl_runs import rl_settings, run_rl
+from trainer_runs import TIMES
+
+COMMON = dict(responses=8, group_size=4, updates=2)
+RUNS = {
+    "stages": dict(schedule="em:1,grpo++", reward="random", updates=3),
+    "reference": dict(ref_kl=0.2, learning_rate=1e-3),
+    "clip_cov": dict(objective="clip_cov", ratio=0.1, cov_lower=-9.0, cov_upper=9.0),
+    "kl_cov": dict(objective="kl_cov", ratio=0.1, micro_batch=2),
+    "high_entropy": dict(objective="high_entropy", entropy_target=9.0),
+    "ppl": dict(objective="ppl"),
+}
+
+
+def numbers(name: str) -> list[dict]:
+    lines = run_rl(rl_settings(**{**COMMON, **RUNS[name]})).metrics
+    return [
+        {k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in TIMES}
+        for line in lines
+    ]
+
+
+def work(rank: int, folder) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.save({name: numbers(name) for name in RUNS}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("rl-ranks")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_give_the_numbers_of_one(ranks, name):
+    expected = numbers(name)
+    assert ranks[0][name] == ranks[1][name]
+    for found, wanted in zip(ranks[0][name], expected, strict=True):
+        assert found == pytest.approx(wanted, rel=2e-3, abs=2e-5)

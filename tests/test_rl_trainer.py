@@ -1,0 +1,304 @@
+"""RL by name in the trainer: losses and gradients against plain PyTorch, metrics, resuming."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rl_runs import PROBLEMS, rl_settings, run_rl
+from tiny_qwen2 import make_model, make_tokenizer
+from torch.nn.functional import logsigmoid
+from trainer_runs import without_times
+
+from em_kernels import clip_cov_mask, high_entropy_mask, kl_cov_mask, token_covariance
+from em_kernels.trainer import rl
+from em_kernels.trainer.rl_collect import Practice
+from em_kernels.trainer.rl_config import OBJECTIVES
+
+POLICY = [name for name in OBJECTIVES if name != "em"]
+SETTINGS = {
+    "grpo": dict(clip_low=0.1, clip_high=0.15, ref_kl=0.2),
+    "grpo++": dict(reward="random", entropy_coef=0.3),
+    "l-grpo": dict(reward="length", reduction="sequence_mean_token_sum"),
+    "clip_cov": dict(ratio=0.1, cov_lower=-9.0, cov_upper=9.0, clip_low=0.1, clip_high=0.1),
+    "kl_cov": dict(ratio=0.1, kl_cov_coef=0.7),
+    "high_entropy": dict(ratio=0.3, reduction="sequence_mean"),
+    "entropy_bonus": dict(entropy_coef=0.5),
+    "empo": dict(reward="length", empo_low=-1.0),
+    "ppl": dict(gamma=0.8, alpha=0.6),
+}
+
+
+def settings_of(objective, **changes):
+    return rl_settings(objective=objective, **{**SETTINGS[objective], **changes})
+
+
+class Steps:
+    """What every optimiser step saw: weights before it, its tokens and its gradient."""
+
+    def __init__(self, monkeypatch):
+        self.weights, self.tokens, self.gradients = [], [], []
+        take, inner = rl.take_step, rl.Learner._step
+
+        def step(learner, update, stage, tokens, *args):
+            state = learner.run.model.state_dict()
+            self.weights.append({name: value.clone() for name, value in state.items()})
+            self.tokens.append(tokens)
+            return inner(learner, update, stage, tokens, *args)
+
+        def take_step(run, update, loss):
+            parameters = run.model.parameters()
+            self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+            return take(run, update, loss)
+
+        monkeypatch.setattr(rl.Learner, "_step", step)
+        monkeypatch.setattr(rl, "take_step", take_step)
+
+
+def plain_statistics(model, tokens):
+    """(logprob, entropy) of the counted tokens, from full logits in float64."""
+    hidden = tokens.attention_mask.long()
+    positions = (hidden.cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens.input_ids, attention_mask=hidden, position_ids=positions).logits
+    logp = logits.double().log_softmax(-1)
+    picked = logp.gather(-1, tokens.input_ids.roll(-1, 1)[..., None])[..., 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    return (torch.where(tokens.loss_mask, x, 0) for x in (picked, entropy))
+
+
+def plain_loss(config, name, logprob, entropy, tokens, selected):
+    """The loss as its paper writes it, one line an objective."""
+    mask, old, a = tokens.loss_mask, tokens.old_logprob.double(), tokens.advantage.double()
+    rho = (logprob - old).exp()
+    low, high = (config.setting(n, name) for n in ("clip_low", "clip_high"))
+    if name == "ppl":
+        t = (mask.cumsum(1) - 1).clamp(min=0)
+        regret = config.alpha * (config.gamma**t * (-logprob - t * logprob) * mask).sum(1)
+        regret = regret / mask.sum(1)
+        return -logsigmoid(regret[1::2] - regret[0::2]).mean()
+    loss = -rho * a if low is None else -torch.min(rho * a, rho.clamp(1 - low, 1 + high) * a)
+    if name == "clip_cov":
+        loss = loss * ~selected
+    if name == "high_entropy":
+        loss = loss * selected
+    if name == "kl_cov":
+        loss = loss + config.kl_cov_coef * (logprob - old).abs() * selected
+    if config.ref_kl:
+        d = tokens.ref_logprob.double() - logprob
+        loss = loss + config.ref_kl * (d.exp() - d - 1)
+    loss = (loss - config.setting("entropy_coef", name) * entropy) * mask
+    if config.reduction == "token_mean":
+        return loss.sum() / mask.sum()
+    per_answer = loss.sum(1) / (mask.sum(1) if config.reduction == "sequence_mean" else 1)
+    return per_answer.mean()
+
+
+def plain_selection(config, name, logprob, entropy, tokens):
+    cov = token_covariance(logprob, tokens.advantage.double(), tokens.loss_mask)
+    if name == "kl_cov":
+        return kl_cov_mask(cov, tokens.loss_mask, ratio=config.ratio)
+    if name == "high_entropy":
+        return high_entropy_mask(entropy, tokens.loss_mask, ratio=config.ratio)
+    return None
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name, monkeypatch):
+    """In the second epoch, where the policy is no longer the one that sampled."""
+    steps = Steps(monkeypatch)
+    config = settings_of(name, updates=1, epochs=2, minibatches=1)
+    drawn = []
+    if name == "clip_cov":
+
+        def keep(*args, **kwargs):
+            drawn.append(clip_cov_mask(*args, **kwargs))
+            return drawn[-1]
+
+        monkeypatch.setattr("em_kernels.objectives.clip_cov.clip_cov_mask", keep)
+    line = run_rl(config).metrics[0]
+    assert line["optimizer_steps"] == len(steps.tokens) == 2
+    losses = []
+    for weights, tokens, found in zip(steps.weights, steps.tokens, steps.gradients):
+        model = make_model()
+        model.load_state_dict(weights)
+        logprob, entropy = plain_statistics(model, tokens)
+        if not losses:  # on-policy to the last bit
+            tokens = tokens._replace(old_logprob=logprob.detach())
+        inputs = (logprob.detach(), entropy.detach(), tokens)
+        selected = drawn.pop(0) if drawn else plain_selection(config, name, *inputs)
+        loss = plain_loss(config, name, logprob, entropy, tokens, selected)
+        loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+        losses.append(loss.item())
+    assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-6)
+    old = steps.tokens[1].old_logprob
+    assert (logprob.detach() - old).abs().max() > 0.05  # it did move
+
+
+def numbers(lines):
+    return [
+        {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        for line in without_times(lines)
+    ]
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_run_does_not_depend_on_the_micro_batches(name):
+    """Selection and denominators are those of the whole step, however it is cut."""
+    expected = numbers(run_rl(settings_of(name, micro_batch=10)).metrics)
+    for size in (1, 4):
+        found = numbers(run_rl(settings_of(name, micro_batch=size)).metrics)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-5)
+
+
+def test_kl_cov_is_inert_while_the_policy_is_the_one_that_sampled():
+    """Exactly, although stored log-probabilities are computed in other micro-batches."""
+    base = dict(objective="kl_cov", ratio=0.5, updates=1, minibatches=1)
+    lines = [run_rl(rl_settings(**base, kl_cov_coef=c)).metrics for c in (0.0, 50.0)]
+    assert without_times(lines[0]) == without_times(lines[1])
+    assert lines[0][0]["abs_log_ratio"] == 0 and lines[0][0]["selected_fraction"] > 0.4
+
+
+def test_metrics_are_what_they_say(monkeypatch):
+    steps = Steps(monkeypatch)
+    config = rl_settings(updates=1, minibatches=1, learning_rate=1e-2)
+    line = run_rl(config).metrics[0]
+    (tokens,) = steps.tokens
+    mask = tokens.loss_mask
+    before, after = make_model(), make_model()
+    before.load_state_dict(steps.weights[0])
+    logprob, entropy = (x.detach() for x in plain_statistics(before, tokens))
+    assert line["mean_entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-5)
+    assert line["response_tokens"] == int(mask.sum())
+    cov = token_covariance(logprob, tokens.advantage.double(), mask)[mask].sort().values
+    assert line["cov_mean"] == pytest.approx(cov.mean().item(), rel=1e-3)
+    assert line["cov_p90"] == pytest.approx(cov[int(0.9 * (len(cov) - 1))].item(), rel=1e-3)
+    # A step of size lr along the gradient of A log p in the logits of every token by itself.
+    p = plain_log_softmax(before, tokens).exp()
+    picked = torch.nn.functional.one_hot(tokens.input_ids.roll(-1, 1), p.shape[-1])
+    rate = 1e-4
+    moved = p.log() + rate * tokens.advantage[..., None] * (picked - p)
+    change = entropy_of(moved.log_softmax(-1))[mask].mean() - entropy_of(p.log())[mask].mean()
+    predicted = line["predicted_entropy_change"] / config.learning_rate
+    assert change.item() / rate == pytest.approx(predicted, rel=1e-2)
+    assert line["reward_mean"] == pytest.approx(1 - line["response_length"] / 12, rel=1e-4)
+    assert (line["objective"], line["stage"], line["problems_asked"]) == ("grpo", 0, 2)
+    after.load_state_dict(run_rl(config).model.state_dict())
+    _, entropy_after = plain_statistics(after, tokens)
+    expected = entropy_after[mask].mean() - entropy[mask].mean()
+    assert line["entropy_change"] == pytest.approx(expected.item(), rel=1e-3)
+    assert "entropy_change" not in run_rl(replace(config, measure_change=False)).metrics[0]
+
+
+def plain_log_softmax(model, tokens):
+    mask = tokens.attention_mask.long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens.input_ids, attention_mask=mask, position_ids=positions).logits
+    return logits.double().log_softmax(-1)
+
+
+def entropy_of(logp):
+    return -(logp.exp() * logp).sum(-1)
+
+
+def test_reward_rises():
+    """Shorter answers are rewarded, and become shorter."""
+    config = rl_settings(updates=12, responses=40, group_size=20, learning_rate=2e-3)
+    lines = run_rl(config).metrics
+    assert lines[-1]["response_length"] < 0.8 * lines[0]["response_length"]
+
+
+@pytest.mark.parametrize("reward", ["negative_entropy", "self_certainty", "majority", "format"])
+def test_every_reward_runs_without_answers(reward):
+    problems = tuple((problem, None) for problem, _ in PROBLEMS)
+    line = run_rl(rl_settings(updates=1, reward=reward, problems=problems)).metrics[0]
+    assert math.isfinite(line["reward_mean"]) and line["accuracy"] is None
+    if reward == "negative_entropy":
+        assert -3.2 < line["reward_mean"] < 0  # 27 words: log 27 = 3.3
+
+
+def test_a_mixed_stage_adds_the_weighted_mean_entropy(monkeypatch):
+    steps = Steps(monkeypatch)
+    base = dict(updates=1, minibatches=1)
+    run_rl(rl_settings(**base))
+    run_rl(rl_settings(**base, schedule="em+grpo", em_coef=0.3))
+    run_rl(rl_settings(**base, objective="entropy_bonus", entropy_coef=-0.3))
+    plain, mixed, negative = steps.gradients
+    assert torch.equal(mixed, negative) and not torch.allclose(mixed, plain)
+
+
+def test_grpo_plus_plus_trains_on_mixed_groups_and_asks_new_problems(monkeypatch):
+    steps = Steps(monkeypatch)
+    problems = tuple((str(i % 10) + " " + str(i // 10), "1") for i in range(40))
+    config = rl_settings(
+        objective="grpo++",
+        reward="random",
+        problems=problems,
+        group_size=2,
+        minibatches=1,
+        updates=1,
+        sampling_rounds=4,
+    )
+    line = run_rl(config).metrics[0]
+    (tokens,) = steps.tokens
+    assert line["problems_asked"] > 5 and line["answers_used"] == len(tokens.input_ids) <= 10
+    assert (tokens.advantage.abs().sum(1) > 0).all()
+    assert line["advantage_nonzero"] == 1
+    # Nothing to learn from: no step, and the model stays.
+    model = make_model()
+    hard = tuple((problem, "12345678") for problem, _ in problems)
+    still = replace(config, reward="verified", problems=hard)
+    line = run_rl(still, model).metrics[0]
+    assert (line["optimizer_steps"], line["answers_used"], line["loss"]) == (0, 0, 0.0)
+    assert line["problems_asked"] == 20
+    for name, value in make_model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_empo_leaves_out_prompts_the_model_agrees_on():
+    lines = run_rl(rl_settings(objective="empo", reward=None, empo_low=9.0, updates=1)).metrics
+    assert lines[0]["answers_used"] == 0
+
+
+def test_problems_take_turns_in_a_shuffled_order():
+    config = rl_settings(problems=tuple((str(i), "1") for i in range(6)))
+    practice = Practice(config, make_tokenizer())
+    laps = [[practice.turn(lap * 6 + i) for i in range(6)] for lap in range(3)]
+    assert all(sorted(lap) == list(range(6)) for lap in laps)
+    assert laps[0] != laps[1] or laps[1] != laps[2]
+
+
+RESUMED = {
+    "target": dict(objective="entropy_bonus", entropy_target=9.0, entropy_step=0.1),
+    "reference": dict(ref_kl=0.3),
+    "stages": dict(schedule="em:1,grpo++:2@1e-3,kl_cov", reward="random"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(name, tmp_path):
+    config = rl_settings(updates=4, save_every=2, **RESUMED[name])
+    whole = run_rl(config)
+    if name == "target":
+        coefs = [line["entropy_coef"] for line in whole.metrics]
+        assert coefs[0] == 0.01 and len(set(coefs)) == 4
+    if name == "stages":
+        assert [line["objective"] for line in whole.metrics] == ["em", "grpo++", "grpo++", "kl_cov"]
+
+    def interrupt(line, model):
+        if line["update"] == 3:
+            raise KeyboardInterrupt
+
+    folder = replace(config, output=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run_rl(folder, on_step=interrupt)
+    resumed = run_rl(folder, resume=True)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value)
+    saved = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert saved == resumed.metrics
