@@ -20,7 +20,7 @@ $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel ninja pybind11
 	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate
-	$(PIP) --no-deps trl liger-kernel
+	$(PIP) --no-deps trl liger-kernel verl
 	touch $@
 
 demo: setup

@@ -43,6 +43,11 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     return stats.logprob, stats.entropy
 
 
+def fused(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    stats = linear_softmax_stats(hidden, weight, target, fuse_product=True)
+    return stats.logprob, stats.entropy
+
+
 def forward(function: Function, *inputs: Tensor):
     def run():
         with torch.no_grad():
@@ -94,10 +99,13 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     functions = {"em_kernels": ours, **others}
     truth = linear_truth(hidden, weight, target, *upstream)
     read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d
+    forward_functions = {**functions, "em_kernels fused": fused} if device == "cuda" else functions
     common = dict(sizes=sizes, dtype=dtype, device=device, left_out=left_out)
     yield Case(
         name="linear_softmax_stats forward",
-        contenders={name: forward(f, hidden, weight, target) for name, f in functions.items()},
+        contenders={
+            name: forward(f, hidden, weight, target) for name, f in forward_functions.items()
+        },
         floor=("one bare matrix product", products(hidden, weight, backward=False)),
         truth={name: truth[name] for name in ("logprob", "entropy")},
         bytes_moved=read,

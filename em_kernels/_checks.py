@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._ops import IMPLS
@@ -19,18 +20,20 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_OUTPUTS = ("logprob", "entropy")
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
+def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> None:
+    """`empty`: a rank of a group may hold no entry of the vocabulary."""
     check_tensor(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not empty):
         raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False) -> None:
     check_logits(hidden, "hidden")
     check_logits(weight, "weight")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    none = weight.shape[:1] == (0,) and not empty
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or none:
         raise ValueError(
             f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
             f"got shape {tuple(weight.shape)}"
@@ -39,7 +42,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
     check_device("weight", weight, hidden)
     if bias is not None:
-        check_logits(bias, "bias")
+        check_logits(bias, "bias", empty)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
         check_device("bias", bias, hidden)
@@ -53,6 +56,11 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
             f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
             f"got {logits_dtype!r}"
         )
+
+
+def check_filter_eps(eps: float | None) -> None:
+    if eps is not None:
+        check_number("filter_eps", eps, lambda v: 0 < v < 1, "in (0, 1) or None")
 
 
 def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
@@ -89,8 +97,6 @@ def make_spec(
     bias: Tensor | None = None,
 ) -> RowSpec:
     """Check the arguments that every public function shares; `x` gives leading shape and device."""
-    if group is not None:
-        raise NotImplementedError("group: vocabulary-parallel statistics are not supported yet")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     per_row, scalar = _temperature(temperature, x)
@@ -99,11 +105,6 @@ def make_spec(
     check_number("logit_scale", logit_scale, lambda v: v != 0, "non-zero")
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    valid = vocab if valid_vocab is None else valid_vocab
-    if not _is_int(valid):
-        raise TypeError(f"valid_vocab must be an int or None, got {type(valid).__name__}")
-    if not 1 <= valid <= vocab:
-        raise ValueError(f"valid_vocab must be in [1, {vocab}] or None, got {valid_vocab!r}")
     return RowSpec(
         bias=bias,
         target=_target(target, x),
@@ -112,8 +113,20 @@ def make_spec(
         temperature=scalar,
         softcap=float(softcap or 0.0),
         logit_scale=float(logit_scale),
-        valid_vocab=valid,
+        valid_vocab=_valid_vocab(valid_vocab, vocab, group),
+        group=check_group(group),
     )
+
+
+def check_group(group) -> str | None:
+    """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
+    if group is None:
+        return None
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+        got = "a group that this rank is not in" if outside else type(group).__name__
+        raise TypeError(f"group must be a torch.distributed process group or None, got {got}")
+    return group.group_name
 
 
 def row_mask(
@@ -197,6 +210,18 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
     if temperature.requires_grad:
         raise ValueError("temperature must not require grad: it is treated as a constant")
     return temperature.to(accumulate_dtype(x.dtype)), 1.0
+
+
+def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
+    """With a group the size of the whole vocabulary is only known in the operator; 0 is all."""
+    if valid_vocab is None:
+        return vocab if group is None else 0
+    if not _is_int(valid_vocab):
+        raise TypeError(f"valid_vocab must be an int or None, got {type(valid_vocab).__name__}")
+    if valid_vocab < 1 or (group is None and valid_vocab > vocab):
+        rule = "positive" if group is not None else f"in [1, {vocab}]"
+        raise ValueError(f"valid_vocab must be {rule} or None, got {valid_vocab!r}")
+    return valid_vocab
 
 
 def _is_int(value) -> bool:

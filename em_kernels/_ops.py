@@ -8,13 +8,12 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from em_kernels import _chunks, reference
+from em_kernels import _chunks, _vocab_parallel, reference
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
     RowSpec,
@@ -24,18 +23,19 @@ from em_kernels._spec import (
     as_rows,
     flatten_spec,
 )
+from em_kernels._vocab_parallel import VocabParallel
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, int valid_vocab"
+    "float softcap, float logit_scale, int valid_vocab, str? group"
 )
 _SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
 _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
 _LINEAR = "Tensor hidden, Tensor weight"
 _CUT = "int? chunk_tokens, ScalarType? logits_dtype, str impl"
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
 
 
 def why_not(impl: str, device: torch.device | None = None) -> str | None:
@@ -92,10 +92,9 @@ def _why_not_compiled() -> str | None:
 
 def _why_not_triton(device: torch.device | None) -> str | None:
     try:
-        importlib.import_module("em_kernels.triton")
+        interpreted = importlib.import_module("em_kernels.triton").interpreted
     except ImportError as error:
         return f"it cannot be imported ({error}); `pip install triton`"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
         return None if usable else "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
@@ -106,8 +105,8 @@ def _why_not_triton(device: torch.device | None) -> str | None:
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
     spec, (outputs, impl) = _take(RowSpec, args)
-    module = backend(impl, logits.device)
-    rows = module.stats(as_rows(logits), _checked(spec), tuple(outputs))
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
+    rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
@@ -115,9 +114,9 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
-    module, view = backend(impl, logits.device), as_rows(logits)
-    out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
-    module.grad(view, flatten_spec(spec), _flat(saved), _flat(upstream), out.view(view.shape))
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
+    view, out = as_rows(logits), _chunks.empty(module, logits.shape, logits.dtype, logits.device)
+    module.grad(view, spec, _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
 
@@ -138,17 +137,29 @@ def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
 def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     upstream, (outputs, impl) = _take(Upstream, args)
-    module = backend(impl, logits.device)
-    rows = module.loss(view, _checked(spec), _flat(upstream), tuple(outputs), out)
+    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
+    rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out)
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, (outputs, chunk, dtype, impl) = _take(RowSpec, args)
+    options = (outputs, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = _chunks.stats(linear, _checked(spec), tuple(outputs), module)
+        rows = _chunks.stats(linear, spec, tuple(outputs), module)
+    return _shape_rows(rows, outputs, hidden.shape[:-1])
+
+
+def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, (outputs,) = _take(RowSpec, args)
+    reason = why_not("triton", hidden.device)
+    if reason is not None:
+        raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
+    module = importlib.import_module("em_kernels.triton.linear")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = module.linear_stats(rows, weight, _checked(flatten_spec(spec)), tuple(outputs))
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -157,27 +168,36 @@ def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     saved, args = _take(Saved, args)
     upstream, args = _take(Upstream, args)
     needs, (chunk, dtype, impl) = _take(Needs, args)
+    options = (needs.hidden, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options, check=False)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _chunks.grad(
-            linear, flatten_spec(spec), _flat(saved), _flat(upstream), needs, module
-        )
-    return _shape_grads(grads, needs, hidden)
+        grads = _chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module)
+    return _shape_grads(grads, needs, hidden, module)
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, args = _take(RowSpec, args)
     upstream, args = _take(Upstream, args)
     needs, (outputs, chunk, dtype, impl) = _take(Needs, args)
+    options = (outputs, needs.hidden, chunk, dtype)
+    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    module = backend(impl, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        results = _chunks.loss(
-            linear, _checked(spec), _flat(upstream), tuple(outputs), needs, module
-        )
+        results = _chunks.loss(linear, spec, _flat(upstream), tuple(outputs), needs, module)
     rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
-    return [*rows, *_shape_grads(results[-3:], needs, hidden)]
+    return [*rows, *_shape_grads(results[-3:], needs, hidden, module)]
+
+
+def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
+    """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to the kernel."""
+    if x.device.type == "cpu" and impl != "triton":
+        if factor.item() != 1:
+            x.mul_(factor)
+    elif impl != "reference" and why_not("triton", x.device) is None:
+        importlib.import_module("em_kernels.triton").scale_(x, factor)
+    else:
+        x.mul_(factor)
 
 
 def _take(kind: type, args: tuple) -> tuple:
@@ -200,9 +220,32 @@ def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> li
     ]
 
 
-def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
+def _shape_grads(
+    grads: list[Tensor], needs: Needs, hidden: Tensor, module: ModuleType | VocabParallel
+) -> list[Tensor]:
     grad_hidden, *rest = grads
-    return [grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *rest]
+    if not needs.hidden:
+        return grads
+    if isinstance(module, VocabParallel):
+        grad_hidden = module.sum(grad_hidden)
+    return [grad_hidden.view(hidden.shape), *rest]
+
+
+def _serve(
+    impl: str, x: Tensor, vocab: int, spec: RowSpec, options: tuple = (), check: bool = True
+) -> tuple[ModuleType | VocabParallel, RowSpec]:
+    """The backend, and the spec flattened and its values checked.
+
+    With a group both are those of this rank's shard, `vocab` its size, and `options` what all ranks
+    must have been given alike.
+    """
+    module, ready = backend(impl, x.device), _checked if check else flatten_spec
+    if spec.group is None:
+        return module, ready(spec)
+    options = (module.__name__, x.dtype, *options)
+    shards = _vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
+    spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
+    return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)
 
 
 def _checked(spec: RowSpec) -> RowSpec:
@@ -263,16 +306,24 @@ def _fake_softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> Non
     return None
 
 
+def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
+    return None
+
+
 def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return empty_rows(hidden, args[-4])
 
 
+def _fake_linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    return empty_rows(hidden, args[-1])
+
+
 def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return _fake_grads(hidden, weight, args[0], Needs(*args[-6:-3]))
+    return _fake_grads(hidden, weight, args[0], Needs(*args[-7:-3]))
 
 
 def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    needs = Needs(*args[-7:-4])
+    needs = Needs(*args[-8:-4])
     return [*empty_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
 
 
@@ -304,6 +355,11 @@ _OPERATORS = {
         _linear_stats,
         _fake_linear_stats,
     ),
+    "linear_stats_fused": (
+        f"{_LINEAR}, {_SPEC}, str[] outputs",
+        _linear_stats_fused,
+        _fake_linear_stats_fused,
+    ),
     "linear_grad": (
         f"{_LINEAR}, {_SPEC}, {_SAVED}, {_UPSTREAM}, {_NEEDS}, {_CUT}",
         _linear_grad,
@@ -314,6 +370,7 @@ _OPERATORS = {
         _linear_loss,
         _fake_linear_loss,
     ),
+    "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fake_scale_inplace),
 }
 
 _library = torch.library.Library("em_kernels", "DEF")

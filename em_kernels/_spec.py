@@ -56,7 +56,8 @@ class RowSpec(NamedTuple):
     temperature: float = 1.0
     softcap: float = 0.0  # 0 means none
     logit_scale: float = 1.0
-    valid_vocab: int = 0  # 1 <= valid_vocab <= V
+    valid_vocab: int = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
+    group: str | None = None  # name of the vocabulary-parallel process group; not for backends
 
 
 class Saved(NamedTuple):

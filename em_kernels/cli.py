@@ -1,10 +1,11 @@
-"""The command line: em-kernels train | eval | info."""
+"""The command line: em-kernels train | merge | eval | info."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
 import traceback
@@ -19,14 +20,16 @@ from em_kernels.evaluator import EvalResult, evaluate, read_problems
 from em_kernels.evaluator.judge import JUDGES
 from em_kernels.trainer import (
     CheckpointError,
+    RankError,
     TrainConfig,
     TrainResult,
     load_model,
+    merge_checkpoint,
     read_config,
     read_prompts,
     train,
 )
-from em_kernels.trainer.config import DTYPES
+from em_kernels.trainer.config import DTYPES, SAMPLERS
 from em_kernels.trainer.models import newest_checkpoint, require_transformers
 
 USER_ERRORS = (
@@ -46,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
+    except RankError:  # the rank that failed says why
+        return FAILED
     except USER_ERRORS as error:
         if arguments.traceback:
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"em-kernels: error: {message}", file=sys.stderr)
+        print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"\nem-kernels: interrupted{_where_it_stopped(arguments)}", file=sys.stderr)
@@ -62,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="em-kernels", description="Entropy minimisation of language models."
     )
     parser.add_argument("--version", action="version", version=em_kernels.__version__)
-    commands = parser.add_subparsers(required=True, metavar="train | eval | info")
+    commands = parser.add_subparsers(required=True, metavar="train | merge | eval | info")
     _add_train(commands)
+    _add_merge(commands)
     _add_eval(commands)
     info = commands.add_parser("info", help="versions, backends, CPU and GPUs")
     _add_common(info, _info)
@@ -110,6 +116,8 @@ def _add_train(commands) -> None:
     setting("--top-k", "likeliest tokens to sample from, 0 for all")
     setting("--repetition-penalty", "of the sampling")
     setting("--max-new-tokens", "longest answer")
+    setting("--sampler", "vllm: an engine of it on each GPU", choices=SAMPLERS)
+    setting("--vllm-memory", "share of a GPU's memory that vLLM may take")
     setting("--reduction", "of the loss", choices=("token_mean", "sequence_mean"))
     setting("--learning-rate", "of AdamW, constant")
     setting("--weight-decay", "of AdamW")
@@ -121,9 +129,21 @@ def _add_train(commands) -> None:
     setting("--seed", "of the sampling")
     setting("--save-every", "updates between checkpoints, 0: only at the end")
     setting("--keep-checkpoints", "how many to keep, 0: all")
+    setting("--shards-only", "under torchrun: no merged weights", action="store_true")
     parser.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     _add_common(parser, _train)
     parser.set_defaults(traceback=False)
+
+
+def _add_merge(commands) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="a model folder of a sharded checkpoint",
+        description="Make a model folder for transformers of what several ranks wrote.",
+    )
+    parser.add_argument("checkpoint", help="checkpoint-<update> of a run under torchrun")
+    parser.add_argument("--output", required=True, help="the folder to make")
+    _add_common(parser, _merge)
 
 
 def _add_eval(commands) -> None:
@@ -158,7 +178,14 @@ def _train(arguments: argparse.Namespace) -> int:
     resumed = getattr(arguments, "resume", None)
     config = _resumed_config(arguments) if resumed else _new_config(arguments)
     result = train(config, resume=bool(resumed), progress=not arguments.quiet)
-    _print_training(result)
+    if os.environ.get("RANK", "0") == "0":
+        _print_training(result)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    _quiet_transformers()
+    print(f"model: {merge_checkpoint(arguments.checkpoint, arguments.output)}")
     return 0
 
 
@@ -282,6 +309,12 @@ def _quiet_transformers() -> None:
     logging = require_transformers().utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _rank_name() -> str:
+    """Under torchrun, which of several processes speaks."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"rank {os.environ.get('RANK')}: " if several else ""
 
 
 def _where_it_stopped(arguments: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_number, count_mask
+from em_kernels._checks import check_floating, check_group, check_number, count_mask
 from em_kernels._spec import accumulate_dtype
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 
@@ -42,6 +42,7 @@ def token_covariance(
     """
     check_floating("logprob", logprob)
     check_floating("advantage", advantage, logprob)
+    check_group(group)
     counted, dtype = _counted(mask, logprob), logprob.dtype
     logprob, advantage = (
         torch.where(counted, x.detach().to(torch.float64), 0) for x in (logprob, advantage)
@@ -63,13 +64,15 @@ def linear_token_covariance(
     *,
     ignore_index: int = -100,
     group=None,
+    vocab_group=None,
     **kwargs,
 ) -> Tensor:
     """`token_covariance` with logprob of softmax(hidden @ weight.T), without all the logits.
 
     Tokens whose target is `ignore_index` do not count. Further arguments (bias, temperature,
     softcap, logit_scale, valid_vocab, impl, chunk_tokens, logits_dtype) as in
-    `linear_softmax_stats`; `group` is the data-parallel group of `token_covariance`.
+    `linear_softmax_stats`; `group` is the data-parallel group of `token_covariance`, `vocab_group`
+    the vocabulary-parallel one that `linear_softmax_stats` calls `group`.
     """
     with torch.no_grad():
         stats = linear_softmax_stats(
@@ -79,6 +82,7 @@ def linear_token_covariance(
             mask=mask,
             outputs=("logprob",),
             ignore_index=ignore_index,
+            group=vocab_group,
             **kwargs,
         )
     counted = target != ignore_index
@@ -174,6 +178,7 @@ class _Batch:
     """The flattened tokens of this process, or of all ranks of a group joined in rank order."""
 
     def __init__(self, tokens: Tensor, mask: Tensor | None, group):
+        check_group(group)
         self.shape, self.group = tokens.shape, group
         self.sizes = [tokens.numel()]
         if group is not None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from em_kernels._checks import check_cut, check_linear, check_outputs, make_spec
-from em_kernels._spec import RowSpec, TokenStats
+from em_kernels._checks import check_cut, check_filter_eps, check_linear, check_outputs, make_spec
+from em_kernels._dtensor import local_operands
+from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
 
@@ -28,6 +29,8 @@ def linear_softmax_stats(
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
+    fuse_product: bool = False,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
@@ -40,18 +43,40 @@ def linear_softmax_stats(
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
         bias: (V,) or None; added in float32.
+        group: as in `softmax_stats`: `weight` and `bias` are this rank's rows of the vocabulary,
+            `hidden` is the same on every rank and its gradient is summed over the ranks, once. A
+            weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
+            dimension is named "tp", "tensor", "tensor_parallel" or "vocab" or is that of `group`;
+            sharded over another mesh (FSDP2) it is gathered, its gradient averaged.
         chunk_tokens: rows per chunk; None fits the logits of a chunk into 160 MB on a CPU, 1 GiB
             on a GPU.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
+        filter_eps: None is exact. Else, in (0, 1), columns of the vocabulary are left out of the
+            products of dX and dW, chunk by chunk, where |dz| < filter_eps w in every row of the
+            chunk; dz is the gradient of hidden @ weight.T, w the largest upstream gradient by
+            magnitude in the chunk. With L the columns left out,
+                |dX_i - exact| <= filter_eps w sum_{v in L} |weight_v|       for every token i
+                |dW_v - exact| <= filter_eps sum_chunks w sum_i |hidden_i|   for every column v
+            entry by entry and to rounding; statistics and the gradient of `bias` stay exact. It
+            pays where rows are peaked; a row spread over many more than 1 / filter_eps words can
+            lose its whole gradient.
+        fuse_product: True multiplies and reduces in one Triton kernel, which keeps no logits at
+            all, only about 12 bytes a token for every 1024 entries of the vocabulary; the logits
+            are never rounded. Without gradients only, and without `group`, `chunk_tokens` and
+            another `impl`.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
     """
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
+    if fuse_product:
+        _check_fused((hidden, weight, bias), group, chunk_tokens, logits_dtype, impl)
     spec = make_spec(
         hidden,
         weight.shape[0],
@@ -67,8 +92,34 @@ def linear_softmax_stats(
         bias=bias,
     )
     outputs = check_outputs(outputs, target)
+    if fuse_product:
+        rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
+        return pack_stats(outputs, rows[3:])
     cut = (chunk_tokens, logits_dtype, impl)
-    return pack_stats(outputs, _LinearStats.apply(hidden, weight, *spec, outputs, *cut))
+    rows = _LinearStats.apply(hidden, weight, *spec, outputs, filter_eps, *cut)
+    return pack_stats(outputs, rows)
+
+
+def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
+    """What `fuse_product=True` cannot be combined with."""
+    names = ("hidden", "weight", "bias")
+    if torch.is_grad_enabled():
+        for name, x in zip(names, tensors):
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"fuse_product=True has no gradient, got {name} that requires grad: "
+                    "call it under torch.no_grad()"
+                )
+    wide = accumulate_dtype(tensors[0].dtype)
+    refused = {
+        "group": (group, (None,)),
+        "chunk_tokens": (chunk_tokens, (None,)),
+        "logits_dtype": (logits_dtype, (None, wide)),
+        "impl": (impl, ("auto", "triton")),
+    }
+    for name, (value, allowed) in refused.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed} with fuse_product, got {value!r}")
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +136,7 @@ def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl = args
+        *spec, outputs, ctx.filter_eps, chunk_tokens, logits_dtype, impl = args
         ctx.cut = (chunk_tokens, logits_dtype, impl)
         rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
         saved, results = split_rows(ctx, outputs, rows)
@@ -101,10 +152,10 @@ class _LinearStats(torch.autograd.Function):
         spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
         upstream = upstream_of(ctx.outputs, grads)
         needs = ctx.needs_input_grad[:3]
-        none = [None] * (len(RowSpec._fields) + 3)
+        none = [None] * (len(RowSpec._fields) + 4)
         if all(g is None for g in upstream):
             return None, None, None, *none
         grads = torch.ops.em_kernels.linear_grad(
-            hidden, weight, *spec, *saved, *upstream, *needs, *ctx.cut
+            hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut
         )
         return *(g if need else None for g, need in zip(grads, needs)), *none

@@ -35,6 +35,8 @@ from em_kernels._spec import (
     accumulate_dtype,
 )
 
+narrows = True  # `grad` and `loss` write 16 bits over float32 logits
+
 
 def transform(logits: Tensor, spec: RowSpec) -> Tensor:
     """z = softcap(logit_scale * x + bias) / T over the valid vocabulary: (N, valid_vocab)."""
@@ -54,6 +56,7 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     """[max, log1p_r, mean_d, *outputs], each (N,); see the module's docstring."""
     z = transform(logits, spec)
     usable = torch.isfinite(z.detach().amax(-1)) & ~z.detach().isnan().any(-1)
+    usable = usable & _good_arguments(spec)
     z = torch.where(usable[:, None], z, 0)
     argmax = z.argmax(-1, keepdim=True)
     m = z.gather(1, argmax)
@@ -110,7 +113,10 @@ def _logit_moments(z: Tensor, excluded: Tensor, lse: Tensor) -> dict[str, Tensor
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
-    """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
+    """Write d loss / d logits into `out`, which has the shape of `logits` and may be their memory.
+
+    `out` may be narrower than `logits`; row i of both may then begin at the same byte.
+    """
     z = transform(logits, spec)
     d = z - saved.max[:, None]
     excluded = d == -math.inf
@@ -165,8 +171,20 @@ def _temperature(spec: RowSpec, like: Tensor) -> Tensor | float:
 
 
 def _safe_target(spec: RowSpec) -> Tensor:
-    """Targets of rows that are not computed may be any number: read index 0 there."""
-    return spec.target if spec.mask is None else torch.where(spec.mask, spec.target, 0)
+    """Targets out of range, as those of rows that are not computed may be, read index 0."""
+    return torch.where(_in_range(spec), spec.target, 0)
+
+
+def _in_range(spec: RowSpec) -> Tensor:
+    return (spec.target >= 0) & (spec.target < spec.valid_vocab)
+
+
+def _good_arguments(spec: RowSpec) -> Tensor | bool:
+    """False in rows of a target out of range or a temperature not positive and finite."""
+    good = True if spec.target is None else _in_range(spec)
+    if spec.temperature_rows is None:
+        return good
+    return good & (spec.temperature_rows > 0) & spec.temperature_rows.isfinite()
 
 
 def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor:

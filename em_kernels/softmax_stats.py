@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import check_logits, check_outputs, make_spec
+from em_kernels._dtensor import local_logits
 from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats
 
 
@@ -47,7 +48,11 @@ def softmax_stats(
         ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
         mask: (...) bool or numeric; rows where it is 0 are treated the same way.
         valid_vocab: only the first `valid_vocab` entries of a row count (a padded vocabulary).
-        group: vocabulary-parallel process group; not supported yet.
+        group: torch.distributed process group between whose ranks the vocabulary is cut. `logits`
+            are then this rank's entries, in the order of the ranks and as many as it has, be it
+            none; target and valid_vocab count in the whole vocabulary. Everything else, and the
+            upstream gradients, must be the same on every rank, and so are the results, bit for
+            bit. Logits that are a DTensor sharded on the vocabulary bring their own group.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -63,7 +68,8 @@ def softmax_stats(
     arXiv:2505.22617, its covariance theorem, for entropy_slope; Zhao et al., "Learning to Reason
     without External Rewards" (2025) for self_certainty.
     """
-    check_logits(logits)
+    logits, group = local_logits(logits, group)
+    check_logits(logits, empty=group is not None)
     spec = make_spec(
         logits,
         logits.shape[-1],

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import (
     check_cut,
+    check_filter_eps,
     check_linear,
     check_logits,
     check_number,
@@ -22,6 +23,8 @@ from em_kernels._checks import (
     make_spec,
     row_mask,
 )
+from em_kernels._chunks import Needs
+from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import empty_rows
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs
@@ -75,7 +78,8 @@ def token_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
     """
-    check_logits(logits)
+    logits, group = local_logits(logits, group)
+    check_logits(logits, empty=group is not None)
     arguments = dict(
         temperature=temperature,
         softcap=softcap,
@@ -114,18 +118,22 @@ def linear_token_loss(
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
 ) -> TokenLoss:
     """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
 
-    Args: as in `token_loss` and `linear_softmax_stats`. Memory beyond inputs and gradients: the
+    Args: as in `token_loss` and `linear_softmax_stats` (the upstream gradients of `filter_eps` are
+    the weights here). Memory beyond inputs and gradients: the
     logits of `chunk_tokens` rows and, for 16-bit weights cut into several chunks, one float32
     accumulator of the weight's shape.
 
     Returns, raises: as `token_loss`.
     """
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
     arguments = dict(
         temperature=temperature,
         softcap=softcap,
@@ -142,6 +150,7 @@ def linear_token_loss(
     outputs = check_outputs(outputs, target)
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = Needs(*needs, filter_eps)
     cut = (chunk_tokens, logits_dtype, impl)
     results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
     return TokenLoss(results[0], pack_stats(outputs, results[1:]))
@@ -167,7 +176,7 @@ def entropy_loss(
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
-    check_logits(logits)
+    check_logits(logits, empty=kwargs.get("group") is not None)
     weight = _reduction_weight(logits, mask, reduction)
     loss = token_loss(
         logits, mask=mask, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs
@@ -187,8 +196,8 @@ def linear_entropy_loss(
 ) -> Tensor:
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
 
-    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, group, impl)
-    as in `linear_token_loss`.
+    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
+    group, impl) as in `linear_token_loss`.
     """
     check_logits(hidden, "hidden")
     loss = linear_token_loss(
@@ -302,12 +311,16 @@ def _finish(ctx, outputs: tuple[str, ...], names: tuple[str, ...], rows, weights
     return _combine(stats, weights, like), *results
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream, without a pass over memory for the usual upstream of 1 on a CPU."""
-    eager_cpu = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and upstream.item() == 1:
-        return grad
-    return grad * upstream.to(grad.dtype)
+# Whether the backward pass that is running leaves the graph for another.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
+    """grad * upstream; in place, where the usual upstream of 1 costs nothing, if used only once."""
+    if torch.compiler.is_compiling() or _keeps_graph():
+        return grad * upstream
+    torch.ops.em_kernels.scale_(grad, upstream, impl)
+    return grad
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -328,13 +341,14 @@ class _TokenLoss(torch.autograd.Function):
         else:
             *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
             ctx.save_for_backward(grad)
+        ctx.impl = impl
         return _finish(ctx, outputs, names, rows, weights, logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         (grad,) = ctx.saved_tensors
-        return _scaled(grad, upstream), *[None] * (_SPEC_LENGTH + 7)
+        return _scaled(grad, upstream, ctx.impl), *[None] * (_SPEC_LENGTH + 7)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -345,18 +359,18 @@ class _LinearTokenLoss(torch.autograd.Function):
         cut = (chunk_tokens, logits_dtype, impl)
         names = _all_outputs(outputs, weights)
         ops = torch.ops.em_kernels
-        if any(needs):
+        if any(needs[:3]):
             results = ops.linear_loss(hidden, weight, *spec, *weights, *needs, names, *cut)
             rows, grads = results[:-3], results[-3:]
             ctx.save_for_backward(*(g for g, need in zip(grads, needs) if need))
         else:
             rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
-        ctx.needs = needs
+        ctx.needs, ctx.impl = needs[:3], impl
         return _finish(ctx, outputs, names, rows, weights, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         grads = iter(ctx.saved_tensors)
-        scaled = [_scaled(next(grads), upstream) if need else None for need in ctx.needs]
+        scaled = [_scaled(next(grads), upstream, ctx.impl) if need else None for need in ctx.needs]
         return *scaled, *[None] * (_SPEC_LENGTH - 1 + 8)

@@ -29,7 +29,7 @@ def spec(device, bias=None):
     mask = torch.tensor([True, False, True, True], device=device)
     temperature = 0.5 + torch.rand(N, device=device)
     target = random_target(N, vocab=V - 2, device=device)
-    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2
+    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, None
 
 
 def operator_arguments(name, dtype, device, impl):
@@ -41,7 +41,7 @@ def operator_arguments(name, dtype, device, impl):
     def rows(count):
         return [torch.rand(N, dtype=wide, device=device) for _ in range(count)]
 
-    needs, cut = (True, True, True), (2, None, impl)
+    needs, cut = (True, True, True, 1e-3), (2, None, impl)
     return {
         "softmax_stats": (logits, *spec(device), OUTPUTS, impl),
         "softmax_grad": (logits, *spec(device), *rows(3), *rows(3), impl),
@@ -50,6 +50,7 @@ def operator_arguments(name, dtype, device, impl):
         "linear_stats": (*operands, *spec(device, bias), OUTPUTS, *cut),
         "linear_grad": (*operands, *spec(device, bias), *rows(3), *rows(3), *needs, *cut),
         "linear_loss": (*operands, *spec(device, bias), *rows(3), *needs, ("entropy",), *cut),
+        "scale_": (logits, torch.tensor(0.5, dtype=wide, device=device), impl),
     }[name]
 
 
@@ -64,8 +65,8 @@ def test_opcheck(impl, device, name, dtype):
 def test_opcheck_without_the_optional_arguments(impl, device, name):
     logits, hidden = random_logits(N, V, device=device), random_logits(N, D, device=device)
     weight, ones = random_logits(V, D, device=device), torch.ones(N, device=device)
-    plain = (None, None, None, None, 1.0, 0.0, 1.0, V)
-    saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False)
+    plain = (None, None, None, None, 1.0, 0.0, 1.0, V, None)
+    saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False, None)
     arguments = {
         "softmax_stats": (logits, *plain, ("entropy",), impl),
         "softmax_grad": (logits, *plain, *saved, *upstream, impl),

@@ -368,3 +368,12 @@ def test_gradients_of_two_steps_do_not_share_memory():
     ]
     for found, want in zip(grads, expected):
         torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "columns"), ((0, 5), (7, 0)))
+def test_an_empty_product_is_left_to_torch(rows, columns):
+    """A shard without entries, a chunk of which no column is kept."""
+    total = torch.ones(columns, 4)
+    grad_logits, x = torch.ones(rows, columns).bfloat16(), torch.ones(rows, 4).bfloat16()
+    assert not cpu.add_product(total, grad_logits, x, add=True)
+    assert (total == 1).all()

@@ -8,10 +8,12 @@ import transformers
 from tiny_qwen2 import WORDS, make_model, make_tokenizer, save
 from trainer_runs import plain_entropy, run, settings
 
+from em_kernels.heads import read_head
 from em_kernels.objectives.em import token_mean_weights
-from em_kernels.trainer import ModelError, load_model, loop, read_prompts, train
+from em_kernels.trainer import ModelError, load_model, read_prompts, train
 from em_kernels.trainer.data import encode_prompt, read_jsonl
-from em_kernels.trainer.models import check_causal, hidden_states, read_head
+from em_kernels.trainer.loss import Batch, micro_batch_loss
+from em_kernels.trainer.models import check_causal, hidden_states
 
 SMALL = dict(
     vocab_size=len(WORDS),
@@ -54,8 +56,8 @@ def test_heads_with_softcap_scale_and_bias_match_the_models_logits(name):
         actual = head.logits(hidden[row, start:])
         assert torch.allclose(actual, expected, atol=1e-4 * expected.abs().max().item())
         entropies.append(plain_entropy(expected, 0.5)[counted[row, start:] > 0])
-    batch = loop.Batch(ids, mask, None, counted, token_mean_weights(counted), None)
-    loss = loop.micro_batch_loss(model, head, batch, 0.5).loss
+    batch = Batch(ids, mask, None, counted, token_mean_weights(counted), None)
+    loss = micro_batch_loss(model, head, batch, 0.5).loss
     assert loss.item() == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 
 

@@ -1,15 +1,6 @@
-"""The Triton kernels against the definition in float64: interpreted here, on a GPU where one is.
+"""The Triton kernels against the definition in float64: interpreted here, on a GPU where one is."""
 
-Truth is `reference` on the float64 values of the same inputs, so what is measured is the kernels'
-arithmetic and not the rounding of the logits.
-"""
-
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,103 +9,35 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 import triton
 import triton.language as tl
-import triton_offline
+from triton_rows import (
+    DEVICE,
+    DTYPES,
+    NAMES,
+    OPTIONS,
+    ROUNDINGS,
+    VALID,
+    VOCAB,
+    assert_close,
+    grad,
+    make,
+    plan_small_steps,
+    rounding,
+    stats,
+    true_grad,
+    true_stats,
+    upstream,
+)
 
-from em_kernels import reference
 from em_kernels import triton as backend
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.triton import elementary, kernels, launch, moments
-
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPTIONS = {
-    "plain": {},
-    "temperature": dict(temperature=0.7, logit_scale=-1.3),
-    "rows": dict(temperature_rows=torch.tensor([0.5, 1.0, 2.0, 0.9])),
-    "softcap": dict(softcap=30.0),
-    "everything": dict(softcap=12.0, bias=True, temperature=0.8, logit_scale=1.5),
-    "bias": dict(bias=True, temperature=1.7),
-}
-VOCAB, VALID = 178, 169  # two steps of the small plan, a whole block and a part of one
-ROUNDINGS = 40  # of sums and of the exp of a GPU, whose argument is rounded: |d| 2^-24
-NAMES = (*Saved._fields, *OUTPUTS)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture
 def small_plan(monkeypatch):
-    """Several steps of several slices, a whole block and a part of one, in a short row."""
-    monkeypatch.setattr(launch, "plan", lambda vocab, dtype, capped: launch.Plan(32, 2, 1))
-
-
-def make(dtype=torch.float32, rows=4, vocab=VOCAB, valid=VALID, seed=0, **options):
-    """(logits (2, rows / 2, V), spec): targets inside, at both ends, at the maximum."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (3 * torch.randn(1, rows, vocab, generator=generator)).to(dtype)
-    target = torch.randint(valid, (rows,), generator=generator)
-    special = torch.tensor([int(logits[0, 0, :valid].argmax()), valid - 1, 0])
-    target[:3] = special[:rows]
-    wide = accumulate_dtype(dtype)
-    if options.get("bias"):
-        options["bias"] = torch.randn(vocab, generator=generator).to(dtype).to(DEVICE)
-    if "temperature_rows" in options:
-        options["temperature_rows"] = options["temperature_rows"][:rows].to(wide).to(DEVICE)
-    spec = RowSpec(target=target.to(DEVICE), valid_vocab=valid, **options)
-    return logits.view(2, -1, vocab).to(DEVICE) if rows % 2 == 0 else logits.to(DEVICE), spec
-
-
-def double(spec: RowSpec) -> RowSpec:
-    return spec._replace(
-        bias=None if spec.bias is None else spec.bias.double(),
-        temperature_rows=None if spec.temperature_rows is None else spec.temperature_rows.double(),
-    )
-
-
-def true_stats(logits, spec, outputs=OUTPUTS) -> dict:
-    rows = reference.stats(logits.double(), double(spec), outputs)
-    return dict(zip((*Saved._fields, *outputs), rows))
-
-
-def true_grad(logits, spec, up) -> torch.Tensor:
-    logits, spec = logits.double(), double(spec)
-    out = torch.empty_like(logits)
-    saved = Saved(*reference.stats(logits, spec, ())[:3])
-    up = Upstream(*(None if g is None else g.double() for g in up))
-    reference.grad(logits, spec, saved, up, out)
-    return out
-
-
-def stats(logits, spec, outputs=OUTPUTS) -> dict:
-    rows = backend.stats(logits, spec, outputs)
-    return dict(zip((*Saved._fields, *outputs), rows, strict=True))
-
-
-def grad(logits, spec, up, out=None) -> torch.Tensor:
-    out = torch.full_like(logits, math.nan) if out is None else out
-    saved = Saved(*backend.stats(logits, spec, ())[:3])
-    backend.grad(logits, spec, saved, up, out)
-    return out
-
-
-def upstream(logits, logprob=True, entropy=True, lse=True) -> Upstream:
-    rows = logits.shape[0] * logits.shape[1]
-    generator = torch.Generator().manual_seed(7)
-    values = torch.randn(3, rows, generator=generator).to(accumulate_dtype(logits.dtype)).to(DEVICE)
-    return Upstream(*(v if on else None for v, on in zip(values, (logprob, entropy, lse))))
-
-
-def assert_close(got, want, tolerance, what=""):
-    """|got - want| <= tolerance * (1 + |want|), with NaN and infinities equal."""
-    want = want.to(got.device)
-    finite = want.isfinite()
-    torch.testing.assert_close(got.double()[~finite], want[~finite], equal_nan=True, rtol=0, atol=0)
-    error = ((got.double() - want).abs() / (1 + want.abs()))[finite]
-    assert bool((error <= tolerance).all()), f"{what}: {error.max().item():.3g} > {tolerance:.3g}"
-
-
-def rounding(dtype) -> float:
-    return torch.finfo(dtype).eps
+    monkeypatch.setattr(launch, "plan", plan_small_steps)
 
 
 WIDE = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIONS]
@@ -474,93 +397,3 @@ def test_logit_moments_of_blocks_at_different_levels(small_plan):
     want, got = true_stats(logits, spec, outputs), stats(logits, spec, outputs)
     for name in outputs:
         assert_close(got[name], want[name], 2e-6, name)
-
-
-def test_no_rows():
-    logits = torch.empty(1, 0, 5, device=DEVICE)
-    spec = RowSpec(valid_vocab=5)
-    assert [tuple(r.shape) for r in backend.stats(logits, spec, ("entropy",))] == [(0,)] * 4
-    backend.grad(logits, spec, Saved(*[logits.new_empty(0)] * 3), Upstream(), logits)
-
-
-def test_rows_beyond_two_to_the_31_elements(small_plan):
-    """Row 1 starts 2^31 elements in; memory that is not touched is not used."""
-    try:
-        storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip("needs 4.3 GB of address space")
-    logits = storage.as_strided((2, 1, 128), (2**31, 128, 1))
-    logits.copy_(torch.randn(2, 1, 128))
-    spec = RowSpec(target=torch.tensor([3, 4], device=DEVICE), valid_vocab=128)
-    want, up = stats(logits.clone(), spec), upstream(logits)
-    got = dict(zip(NAMES, backend.stats(logits, spec, OUTPUTS)))
-    assert all(torch.equal(got[name], want[name]) for name in NAMES)
-    dense = grad(logits.clone(), spec, up)
-    assert torch.equal(grad(logits, spec, up, out=logits), dense)
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it would be launched with."""
-
-    def __getitem__(self, grid):
-        self.grid = grid
-        return lambda *args, **kwargs: setattr(self, "arguments", kwargs)
-
-
-def test_launch_of_many_rows(monkeypatch):
-    """One program per row of a grid in x, whose limit is 2^31 - 1."""
-    recorder = Recorder()
-    monkeypatch.setattr(kernels, "statistics", recorder)
-    logits = torch.empty(1, 1, 1).expand(1, 200_000, 4)
-    backend.stats(logits, RowSpec(valid_vocab=4), ())
-    assert recorder.grid == (200_000,)
-
-
-def test_views():
-    """One stride where one will do, so that no kernel is compiled for a number of rows."""
-    x = torch.empty(4, 5, 8)
-    many = 2**31 - 1
-    assert launch.View.of(x) == (many, 0, 8)
-    assert launch.View.of(x[:1]) == (many, 0, 8)
-    assert launch.View.of(x[:, :1]) == (many, 0, 40)
-    assert launch.View.of(x[:, :-1]) == (4, 40, 8)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_plan(dtype):
-    for vocab in (1, 2, 31, 33, 1000, 32000, 50257, 128256, 151936, 262144):
-        for capped in (False, True):
-            block, slices, num_warps = launch.plan(vocab, dtype, capped)
-            assert block & (block - 1) == 0 and num_warps & (num_warps - 1) == 0
-            assert block * dtype.itemsize == num_warps * 32 * 16
-            assert 1 <= num_warps <= 8 and slices in (2, 4)
-            assert num_warps == 1 or block < 2 * vocab
-
-
-@pytest.fixture(scope="module")
-def offline_report():
-    """Compiled in a process of its own: here `triton.jit` may have made interpreted functions."""
-    if not triton_offline.CUOBJDUMP.exists():
-        pytest.skip(f"this triton has no cuobjdump at {triton_offline.CUOBJDUMP}")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-    command = [sys.executable, triton_offline.__file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("arch", [f"sm_{arch}" for arch in triton_offline.ARCHITECTURES])
-def test_compiled_kernels(offline_report, arch):
-    """No spills anywhere, no more registers than on record, no slow instruction in a loop."""
-    record = json.loads(triton_offline.TABLE.read_text())
-    table = record["registers, stack bytes"][arch]
-    assert offline_report[arch].keys() == table.keys()
-    for name, found in offline_report[arch].items():
-        assert found["stack"] == 0, f"{name} spills {found['stack']} bytes"
-        assert found["wide_loads"], f"{name} has no 16-byte loads"
-        assert found["loop_exponentials"] > 0 or name == "scale" or "float64" in name
-        assert not found["slow_in_loops"], f"{name}: {found['slow_in_loops']}"
-        limit = table[name][0] if triton.__version__ == record["triton"] else 128
-        assert found["registers"] <= limit, f"{name}: if meant, run triton_offline.py --write"

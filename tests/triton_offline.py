@@ -27,9 +27,13 @@ from triton.runtime.jit import KernelInterface
 
 from em_kernels import triton as backend
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.triton import linear
 
 ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program
+PRODUCTS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 VOCAB = 151936
+_COPIES = r"cp\.async\.cg\S* .*, 0x10,"  # 16 bytes to shared memory
 TABLE = Path(__file__).with_name("triton_resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -51,10 +55,13 @@ class Target:
 
 
 def cases(arch: int) -> Iterator[tuple[str, Callable]]:
-    """Every kernel, plain and with everything on; on sm_90 also float64 and all outputs."""
+    """Every kernel, plain, narrowing and with everything on; on sm_90 also float64 and all
+    outputs."""
     for dtype in (torch.bfloat16, torch.float32):
         for capped in (False, True):
             yield from calls(dtype, capped, ("logprob", "entropy"))
+    yield from narrowing()
+    yield from products(arch)
     if arch == 90:
         yield from calls(torch.float64, True, ("logprob", "entropy"))
         yield next(calls(torch.bfloat16, True, OUTPUTS))
@@ -82,8 +89,39 @@ def calls(
     yield f"loss-{name}", lambda: backend.loss(logits, spec, up, outputs, logits)
 
 
-def compiled(call: Callable):
-    """The kernel that `call` would launch."""
+def narrowing() -> Iterator[tuple[str, Callable]]:
+    """float32 logits overwritten with a bfloat16 gradient."""
+    logits, row = torch.empty(1, 16, VOCAB), torch.zeros(16)
+    out = logits.view(torch.bfloat16)[..., :VOCAB]
+    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=VOCAB)
+    up, saved = Upstream(row, row), Saved(row, row, row)
+    yield "grad-narrow", lambda: backend.grad(logits, spec, saved, up, out)
+    yield "loss-narrow", lambda: backend.loss(logits, spec, up, ("logprob", "entropy"), out)
+
+
+def products(arch: int) -> Iterator[tuple[str, Callable]]:
+    """The product and the statistics in one kernel."""
+    yield "linear-bfloat16-plain", lambda: product(arch, torch.bfloat16, False)
+    yield "linear-bfloat16-full", lambda: product(arch, torch.bfloat16, True)
+    if arch == 90:
+        yield "linear-bfloat16-all", lambda: product(arch, torch.bfloat16, False, OUTPUTS)
+        yield "linear-float32-plain", lambda: product(arch, torch.float32, False)
+        yield "linear-float64-plain", lambda: product(arch, torch.float64, False)
+
+
+def product(arch: int, dtype: torch.dtype, full: bool, outputs=("logprob", "entropy")) -> None:
+    hidden, weight = torch.empty(256, 512, dtype=dtype), torch.empty(VOCAB, 512, dtype=dtype)
+    row = torch.ones(256, dtype=accumulate_dtype(dtype))
+    spec = RowSpec(target=torch.zeros(256, dtype=torch.int64), valid_vocab=VOCAB)
+    if full:
+        bias, mask = torch.zeros(VOCAB, dtype=dtype), torch.ones(256, dtype=torch.bool)
+        spec = spec._replace(bias=bias, mask=mask, temperature_rows=row, softcap=30.0)
+    with patch.object(linear, "shared_memory", lambda device: SHARED_MEMORY[arch]):
+        linear.linear_stats(hidden, weight, spec, outputs)
+
+
+def compiled(call: Callable) -> list:
+    """The kernels that `call` would launch."""
     kernels = []
 
     def capture(kernel, grid):
@@ -91,8 +129,7 @@ def compiled(call: Callable):
 
     with patch.object(KernelInterface, "__getitem__", capture):
         call()
-    (kernel,) = kernels
-    return kernel
+    return kernels
 
 
 def loops(ptx: str) -> str:
@@ -108,6 +145,13 @@ def loops(ptx: str) -> str:
     return "\n".join(inside)
 
 
+def accesses(ttgir: str) -> list[str]:
+    """What each loop does in order: L loads, B a barrier, S stores."""
+    letters = {"tt.load": "L", "barrier": "B", "tt.store": "S"}
+    loops = [re.findall(r"tt\.load|tt\.store|\bbarrier\b", loop) for loop in ttgir.split("scf.for")]
+    return [re.sub(r"(.)\1+", r"\1", "".join(map(letters.get, loop))) for loop in loops[1:]]
+
+
 def report(kernel) -> dict:
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -120,8 +164,16 @@ def report(kernel) -> dict:
     return {
         "registers": int(registers),
         "stack": int(stack),
-        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+        "wide_loads": bool(
+            re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|" + _COPIES, ptx)
+        ),
+        "wide_offsets": bool(
+            re.search(r"tt\.addptr.*, (?:i64|tensor<\S+xi64)", kernel.asm["ttgir"])
+        ),
+        "product": [name for name, word in PRODUCTS.items() if re.search(rf"\b{word}", ptx)],
+        "shared": kernel.metadata.shared,
         "loop_exponentials": loops(ptx).count("ex2.approx"),
+        "accesses": accesses(kernel.asm["ttgir"]),
         "slow_in_loops": sorted(set(re.findall(slow, loops(ptx)))),
     }
 
@@ -130,7 +182,11 @@ def main() -> None:
     found = {}
     for arch in ARCHITECTURES:
         driver.set_active(Target(arch))
-        found[f"sm_{arch}"] = {name: report(compiled(call)) for name, call in cases(arch)}
+        found[f"sm_{arch}"] = {
+            name + "-finish" * i: report(kernel)
+            for name, call in cases(arch)
+            for i, kernel in enumerate(compiled(call))
+        }
     print(json.dumps(found))
     if "--write" in sys.argv:
         table = {

@@ -3,7 +3,8 @@
 A run's folder:
     train_config.json     the settings it was started with
     metrics.jsonl         one line per update
-    checkpoint-<update>/  a model folder for transformers, and trainer_state.pt to go on from
+    checkpoint-<update>/  a model folder for transformers, and trainer_state.pt to go on from;
+                          of several ranks, also shards/ (see sharded_checkpoint.py)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
-from em_kernels.trainer.models import list_checkpoints, newest_checkpoint
+from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
 
 CONFIG_FILE = "train_config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -28,8 +29,19 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read."""
 
 
-def save_checkpoint(folder: Path, update: int, model, tokenizer, state: dict, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    update: int,
+    model,
+    tokenizer,
+    state: dict,
+    keep: int,
+    shards: Path | None = None,
+) -> Path:
     """Write checkpoint-<update>: to a temporary folder, then renamed, so that it is all there.
+
+    `model` is what `save_pretrained` writes: the model, or its config alone. `shards`, a folder
+    that is written already, becomes part of the checkpoint.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
@@ -41,6 +53,8 @@ def save_checkpoint(folder: Path, update: int, model, tokenizer, state: dict, ke
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         torch.save({"update": update, **state}, temporary / STATE_FILE)
+        if shards:
+            shards.rename(temporary / SHARDS)
         _flush(temporary)
         if final.exists():
             shutil.rmtree(final)
@@ -51,7 +65,8 @@ def save_checkpoint(folder: Path, update: int, model, tokenizer, state: dict, ke
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot write {final}: {_reason(error)}; {kept}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in filter(None, (temporary, shards)):
+            shutil.rmtree(leftover, ignore_errors=True)
     _remove_oldest(folder, keep)
     return final
 

@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass, fields
 from em_kernels.trainer.data import ONE_SHOT_PROMPT
 
 DTYPES = ("float32", "bfloat16")
-RESUMABLE = ("updates", "save_every", "keep_checkpoints", "output", "device")
+SAMPLERS = ("transformers", "vllm")
+RESUMABLE = (
+    "updates",
+    "save_every",
+    "keep_checkpoints",
+    "output",
+    "device",
+    "shards_only",
+    "vllm_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,20 @@ class TrainConfig:
             modulo their number, so several prompts take turns.
         updates: optimiser updates in all, those before a resume included.
         responses, micro_batch: sampled answers an update; how many go through the loss at once.
-        sample_batch: how many are sampled at once; it changes which answers are drawn, not how.
+        sample_batch: how many are sampled at once, by all ranks together; it changes which answers
+            are drawn, not how.
         loss_temperature, sampling_temperature: T of the loss; of the sampling.
         top_p, top_k, repetition_penalty: of the sampling; top_k = 0 truncates nothing. The
             checkpoint's own generation settings are not used, its end tokens are.
         max_new_tokens: longest answer; cut to what the model's positions leave after the prompt.
+        sampler: "transformers", or "vllm" for an engine of vLLM on each rank's GPU; vllm_memory is
+            the share of the GPU's memory that it may take.
         reduction: "token_mean" (L above) or "sequence_mean" (mean over each answer, then over
             answers).
         learning_rate, weight_decay, clip: of AdamW, constant; largest gradient norm.
-        dtype: "float32", or "bfloat16" for autocast around float32 parameters.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: "float32", or "bfloat16" for autocast around float32 parameters; with several ranks,
+            for bfloat16 parameters gathered from float32 shards.
+        device: "auto", "cpu", "cuda", "cuda:1", ...; with several ranks each takes its own GPU.
         gradient_checkpointing: recompute the layers in the backward pass to spare memory.
         compat: None, or "official" to count as the published script does, for comparison:
             - its mask: position t counts if t >= the number of prompt tokens that are not PAD and
@@ -60,6 +73,8 @@ class TrainConfig:
         seed: of the sampling; the caller's random state is left alone.
         save_every: updates between checkpoints (one is always written at the end); 0: only then.
         keep_checkpoints: how many of the newest to keep; 0 keeps all.
+        shards_only: with several ranks, write each rank's part of a checkpoint but no weights for
+            transformers; `merge_checkpoint` makes them of the parts.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -78,6 +93,8 @@ class TrainConfig:
     top_k: int = 0
     repetition_penalty: float = 1.15
     max_new_tokens: int = 2048
+    sampler: str = "transformers"
+    vllm_memory: float = 0.3
     reduction: str = "token_mean"
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
@@ -89,6 +106,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 5
     keep_checkpoints: int = 0
+    shards_only: bool = False
 
     def __post_init__(self):
         prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
@@ -103,11 +121,13 @@ class TrainConfig:
             _check_int(name, getattr(self, name), 0)
         for name in ("loss_temperature", "sampling_temperature", "repetition_penalty", "clip"):
             _check_float(name, getattr(self, name), lambda v: v > 0, "positive")
-        _check_float("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
+        for name in ("top_p", "vllm_memory"):
+            _check_float(name, getattr(self, name), lambda v: 0 < v <= 1, "in (0, 1]")
         for name in ("learning_rate", "weight_decay"):
             _check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
         _check_choice("reduction", self.reduction, ("token_mean", "sequence_mean"))
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("compat", self.compat, (None, "official"))
         if self.compat == "official" and self.reduction != "token_mean":
             raise ValueError(

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +16,11 @@ from em_kernels.objectives.em import (
     sequence_mean_weights,
     token_mean_weights,
 )
-from em_kernels.token_loss import linear_token_loss
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.models import Head, hidden_states
-from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, official_masks, sample
+from em_kernels.trainer.distributed import joined_ranks
+from em_kernels.trainer.loss import Batch
+from em_kernels.trainer.rollout import Rollout, aligned_mask, official_masks
 from em_kernels.trainer.run import Run, save_run, start_run
-
-
-class Batch(NamedTuple):
-    """What the loss of one update is computed from; all (B, T), T columns of prompt and answer.
-
-    `loss_mask` marks the positions with a weight; position t holds the distribution of token t + 1.
-    The loss is sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1).
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor | None
-    loss_mask: Tensor
-    entropy_weight: Tensor | None
-    logprob_weight: Tensor | None
-
 
 Objective = Callable[[Rollout, Tensor], tuple[Tensor | None, Tensor | None]]
 """(rollout, loss mask) -> (entropy_weight, logprob_weight), over the whole update at once."""
@@ -65,15 +48,21 @@ def train(
 ) -> TrainResult:
     """Run `config.updates` updates of entropy minimisation on a causal language model.
 
+    Under torchrun, or in a process group of several ranks, every rank calls it with the same
+    arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
+    to rounding, dropout aside, however many ranks there are: they share the answers it would draw,
+    and the micro-batches it would make. While answers are drawn, each rank holds the whole model.
+
     Args:
         config: the settings; `config.output=None` writes nothing.
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
             in the dtype and on the device that it has.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
-            is not written down: pass it again to resume.
+            is not written down: pass it again to resume. Every rank calls it on all the answers.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
+            Of several ranks, the first calls it, with the whole model.
         resume: go on from the newest checkpoint in `config.output`, or from the beginning where
             there is none yet, with the numbers an uninterrupted run would have had.
         progress: show a progress bar.
@@ -89,37 +78,36 @@ def train(
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
+        RankError: another rank failed; that rank raises one of the above.
     """
-    run = start_run(config, model, tokenizer, resume)
-    was_training = run.model.training
-    for update in _progress(run, progress):
-        with run.random:
-            line = _update(run, update, objective or _entropy_minimisation(config))
-        run.model.eval()
-        line.update((on_step(dict(line), run.model) if on_step else None) or {})
-        run.metrics.add(line)
-        run.done = update
-        if run.folder and _is_due(config, update):
-            save_run(run)
-    run.model.train(was_training)
+    with joined_ranks(config.device) as ranks:
+        run = start_run(config, model, tokenizer, resume, ranks)
+        was_training = run.model.training
+        for update in _progress(run, progress):
+            with run.random:
+                line = _update(run, update, objective or _entropy_minimisation(config))
+            line = _shown(run, line, on_step)
+            with ranks.together():
+                run.metrics.add(line)
+            run.done = update
+            if run.folder and _is_due(config, update):
+                save_run(run)
+        run.weights.finish()
+        run.model.train(was_training)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
 
 def _update(run: Run, update: int, objective: Objective) -> dict:
     """Sample, then one optimiser step; returns the metrics."""
     config, started = run.config, time.perf_counter()
-    with _autocast(run):
-        rollout = sample(
-            run.model,
-            run.tokenizer,
-            _prompts_of(run, update),
-            _sampling(config),
-            config.sample_batch,
-        )
+    with run.weights.sampling() as model:
+        rollout = run.sampler(model, _prompts_of(run, update), update)
     _synchronize(run.model)
     sampled = time.perf_counter()
-    batch = _batch(run, rollout, objective)
-    loss, entropy = _accumulate_gradients(run, batch)
+    with run.ranks.together():
+        batch = _batch(run, rollout, objective)
+    with run.ranks.apart(update):
+        loss, entropy = _accumulate_gradients(run, batch)
     grad_norm = _step(run, update, loss)
     ended = time.perf_counter()
     tokens = int(rollout.response_mask.sum())
@@ -153,46 +141,38 @@ def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
 def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, float]:
     """Backward through the update, a micro-batch at a time: (loss, mean entropy)."""
     loss, entropy = 0.0, 0.0
-    run.model.train()
-    for part in _micro_batches(run.config, batch):
-        with _autocast(run):
-            result = micro_batch_loss(run.model, run.head, part, run.config.loss_temperature)
+    run.weights.trained.train()
+    for part in run.ranks.deal(_micro_batches(run.config, batch)):
+        result = run.weights.loss(part)
         result.loss.backward()
         loss += result.loss.item()
         entropy += (result.stats.entropy * part.loss_mask).sum().item()
+    loss, entropy = run.ranks.sum(loss, entropy)
     return loss, entropy / max(int(batch.loss_mask.sum()), 1)
-
-
-def micro_batch_loss(model, head: Head, part: Batch, temperature: float):
-    """Hidden states of the backbone, then entropy and gradient from them: no full logits."""
-    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
-    return linear_token_loss(
-        hidden,
-        head.weight,
-        part.input_ids.roll(-1, 1),
-        bias=head.bias,
-        entropy_weight=part.entropy_weight,
-        logprob_weight=part.logprob_weight,
-        outputs=("entropy",),
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        mask=part.loss_mask,
-    )
 
 
 def _step(run: Run, update: int, loss: float) -> float:
     """Clip and step; returns the norm of the gradient before clipping."""
     parameters = run.optimizer.param_groups[0]["params"]
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, run.config.clip))
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"update {update}: the loss is {loss} and its gradient's norm {grad_norm}; "
-            "the step was not taken"
-        )
+    grad_norm = run.weights.clip_gradient(parameters, run.config.clip)
+    with run.ranks.together():
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"update {update}: the loss is {loss} and its gradient's norm {grad_norm}; "
+                "the step was not taken"
+            )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return grad_norm
+
+
+def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:
+    """The metrics, with what `on_step` adds to them."""
+    run.model.eval()
+    if on_step is None:
+        return run.ranks.first(lambda: line)
+    with run.weights.on_first() as model:
+        return run.ranks.first(lambda: {**line, **(on_step(dict(line), model) or {})})
 
 
 def _micro_batches(config: TrainConfig, batch: Batch) -> Iterator[Batch]:
@@ -223,16 +203,6 @@ def _prompts_of(run: Run, update: int) -> list[list[int]]:
     return [run.prompts[(first + i) % len(run.prompts)] for i in range(run.config.responses)]
 
 
-def _sampling(config: TrainConfig) -> Sampling:
-    return Sampling(
-        temperature=config.sampling_temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=config.repetition_penalty,
-        max_new_tokens=config.max_new_tokens,
-    )
-
-
 def _is_due(config: TrainConfig, update: int) -> bool:
     last = update == config.updates
     return last or (config.save_every > 0 and update % config.save_every == 0)
@@ -242,18 +212,13 @@ def _progress(run: Run, show: bool) -> Iterator[int]:
     """The updates still to do, under a progress bar."""
     from tqdm import tqdm
 
-    total = run.config.updates
-    with tqdm(total=total, initial=run.done, desc="train", unit="update", disable=not show) as bar:
+    total, hide = run.config.updates, not (show and run.ranks.is_first)
+    with tqdm(total=total, initial=run.done, desc="train", unit="update", disable=hide) as bar:
         for update in range(run.done + 1, total + 1):
             yield update
             line = run.metrics.lines[-1]
             bar.set_postfix(loss=f"{line['loss']:.4f}", length=f"{line['response_length']:.0f}")
             bar.update()
-
-
-def _autocast(run: Run) -> torch.autocast:
-    device = run.model.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=run.config.dtype == "bfloat16")
 
 
 def _synchronize(model) -> None:

@@ -1,4 +1,4 @@
-"""Loading a causal language model, and its head as the ops take it."""
+"""Loading a causal language model, and the hidden states that its head multiplies."""
 
 from __future__ import annotations
 
@@ -7,30 +7,13 @@ import inspect
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from em_kernels.heads import Head, ModelError
 
-class ModelError(ValueError):
-    """A model that cannot be loaded, or that this package cannot train."""
-
-
-class Head(NamedTuple):
-    """logits = softcap(logit_scale * hidden @ weight.T + bias), softcap(u) = c tanh(u / c)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All the logits, in float32: for checks on a few tokens."""
-        logits = self.logit_scale * (hidden.float() @ self.weight.float().T)
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
 
 
 def require_transformers() -> ModuleType:
@@ -70,6 +53,23 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
     return model.to(_device(device)), tokenizer
 
 
+def load_architecture(folder: Path, device: str = "auto") -> tuple:
+    """(model, tokenizer) of a model folder, in float32, the weights not those of the folder."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.random.fork_rng():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            settings = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = settings
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot make the model of {folder}: {reason}") from error
+    return model.eval().to(_device(device)), tokenizer
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
@@ -80,22 +80,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of a run that has the most updates behind it."""
     return (list_checkpoints(folder) or [None])[-1]
-
-
-def read_head(model) -> Head:
-    """The model's head.
-
-    Raises:
-        ModelError: the model has no linear head.
-    """
-    layer = model.get_output_embeddings()
-    if getattr(layer, "weight", None) is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head")
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(layer.weight, getattr(layer, "bias", None), softcap, scale / divisor)
 
 
 def hidden_states(
@@ -168,6 +152,8 @@ def _check_path(name: str) -> None:
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
+        if (path / SHARDS).is_dir() and not any(path.glob("*.safetensors")):
+            raise ModelError(f"{name} is in parts: `em-kernels merge {name}` makes a model of them")
     elif path.exists():
         raise ModelError(f"a model is a folder, got the file {name}")
     elif _looks_like_a_path(name):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import require_transformers
+from em_kernels.trainer.shared_sampling import SharedDraw, generate_share
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,18 @@ def room_for_answers(model, prompt_length: int, max_new_tokens: int) -> int:
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch: int,
+    ranks: Ranks | None = None,
 ) -> Rollout:
-    """One answer to each prompt (token ids), `batch` at a time, from the global random state."""
+    """One answer to each prompt (token ids), `batch` at a time, from the global random state.
+
+    Several ranks, in the same random state, share the rows of each batch: every rank is given all
+    the answers, which are those that one process would draw.
+    """
     ends = end_tokens(model, tokenizer)
     filler = pad_token(tokenizer, ends)
     ids, mask = left_pad(prompts, filler)
@@ -93,16 +104,41 @@ def sample(
     model.eval()
     answers = []
     for part_ids, part_mask in zip(ids.split(batch), mask.split(batch)):
-        settings = _generation_config(sampling, ends, filler)
-        with _checkpoint_settings_put_aside(model):
-            output = model.generate(
-                input_ids=part_ids.to(model.device),
-                attention_mask=part_mask.to(model.device).long(),
-                generation_config=settings,
-            )
-        answers.append(output[:, ids.shape[1] :])
+        part = (part_ids.to(model.device), part_mask.to(model.device).long())
+        if ranks is None or ranks.size == 1:
+            answers.append(_generate(model, *part, sampling, ends, filler))
+        else:
+            answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
     model.train(training)
-    return _join(ids.to(model.device), mask.to(model.device), answers, ends, filler)
+    return join_answers(ids.to(model.device), mask.to(model.device), answers, ends, filler)
+
+
+def _generate(
+    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, **options
+) -> Tensor:
+    """The answers (B, longest) to prompts (B, T)."""
+    settings = _generation_config(sampling, ends, filler)
+    with _checkpoint_settings_put_aside(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, **options
+        )
+    return output[:, ids.shape[1] :]
+
+
+def _generate_share(
+    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, ranks: Ranks
+) -> Tensor:
+    """The same, where this rank generates its share of the rows."""
+    drawn = sampling.temperature > 0
+    likeliest = replace(sampling, temperature=0)
+
+    def generate(rows: Tensor, draw: SharedDraw) -> Tensor:
+        options = {"logits_processor": [draw]} if drawn else {}
+        return _generate(model, ids[rows], mask[rows], likeliest, ends, filler, **options)
+
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    warpers = _warpers(sampling) if drawn else None
+    return generate_share(ranks, generate, warpers, ids.shape[0], vocabulary, filler)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
@@ -153,6 +189,19 @@ def _generation_config(sampling: Sampling, ends: list[int], filler: int):
     )
 
 
+def _warpers(sampling: Sampling):
+    """The logits processors that generate samples with, in its order."""
+    transformers = require_transformers()
+    warpers = transformers.LogitsProcessorList()
+    if sampling.temperature != 1:
+        warpers.append(transformers.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
 @contextmanager
 def _checkpoint_settings_put_aside(model) -> Iterator[None]:
     """generate fills what a call leaves open from `model.generation_config`: keep it out."""
@@ -164,9 +213,10 @@ def _checkpoint_settings_put_aside(model) -> Iterator[None]:
         model.generation_config = kept
 
 
-def _join(
+def join_answers(
     ids: Tensor, mask: Tensor, answers: list[Tensor], ends: list[int], filler: int
 ) -> Rollout:
+    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each."""
     width = max(a.shape[1] for a in answers)
     joined = torch.cat([pad(a, (0, width - a.shape[1]), value=filler) for a in answers])
     lengths = torch.cat([a.new_full((a.shape[0], 1), a.shape[1]) for a in answers])

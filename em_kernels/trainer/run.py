@@ -8,20 +8,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from em_kernels.heads import ModelError, read_head
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.data import encode_prompt
+from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
 from em_kernels.trainer.models import (
-    Head,
-    ModelError,
     check_causal,
     enable_gradient_checkpointing,
+    load_architecture,
     load_model,
     newest_checkpoint,
-    read_head,
 )
 from em_kernels.trainer.random_state import RandomState
 from em_kernels.trainer.rollout import end_tokens, pad_token
+from em_kernels.trainer.samplers import Sampler, make_sampler
+from em_kernels.trainer.sharded_checkpoint import (
+    has_shards,
+    load_shards,
+    load_whole_optimizer,
+    save_shards,
+)
 
 
 @dataclass
@@ -29,9 +36,11 @@ class Run:
     """`done` updates of a run, and everything the next one needs."""
 
     config: TrainConfig
+    ranks: Ranks
     model: nn.Module
+    weights: Whole | Sharded
     tokenizer: object
-    head: Head
+    sampler: Sampler
     prompts: list[list[int]]
     optimizer: torch.optim.Optimizer
     random: RandomState
@@ -45,33 +54,43 @@ class Run:
         return pad_token(self.tokenizer, end_tokens(self.model, self.tokenizer))
 
 
-def start_run(config: TrainConfig, model, tokenizer, resume: bool) -> Run:
+def start_run(
+    config: TrainConfig, model, tokenizer, resume: bool, ranks: Ranks | None = None
+) -> Run:
     """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
+    ranks = ranks or Ranks()
     folder = Path(config.output) if config.output else None
-    checkpoint = _checkpoint_to_resume(config, folder) if resume else None
-    if folder and not resume:
-        checkpoints.check_free(folder)
-    model, tokenizer = _get_model(config, model, tokenizer, checkpoint)
-    head = read_head(model)
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
-    check_causal(model, head, prompts[0])
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    with ranks.together():
+        checkpoint = _checkpoint_to_resume(config, folder) if resume else None
+        if folder and not resume:
+            checkpoints.check_free(folder)
+        model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
+        head = read_head(model)
+        if ranks.is_first:
+            check_causal(model, head, prompts[0])
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        _check_trainable(model)
+        sampler = make_sampler(config, model, tokenizer, max(map(len, prompts)), ranks)
+    weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,
+        ranks=ranks,
         model=model,
+        weights=weights,
         tokenizer=tokenizer,
-        head=head,
+        sampler=sampler,
         prompts=prompts,
-        optimizer=_optimizer(config, model),
+        optimizer=_optimizer(config, weights.trained),
         random=RandomState(config.seed),
-        metrics=checkpoints.Metrics(folder),
+        metrics=checkpoints.Metrics(folder if ranks.is_first else None),
         folder=folder,
         checkpoint=checkpoint,
         done=0,
     )
     if folder:
-        checkpoints.write_config(folder, config)
+        ranks.first(lambda: checkpoints.write_config(folder, config))
     _restore(run)
     return run
 
@@ -84,42 +103,72 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | No
     return newest_checkpoint(folder)
 
 
-def _get_model(config: TrainConfig, model, tokenizer, checkpoint: Path | None) -> tuple:
+def _get_model(
+    config: TrainConfig, model, tokenizer, checkpoint: Path | None, ranks: Ranks
+) -> tuple:
+    """Model and tokenizer; the weights of a sharded checkpoint come later."""
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
     if model is None:
         name = checkpoint or config.model
         if name is None:
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
-        return load_model(str(name), config.device)
+        device = "cpu" if ranks.size > 1 else config.device
+        if checkpoint and has_shards(checkpoint):
+            return load_architecture(checkpoint, device)
+        return load_model(str(name), device)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
-    if checkpoint:
+    if checkpoint and not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         model.load_state_dict(saved.state_dict())
     return model, tokenizer
 
 
+def _check_trainable(model) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model has no parameter to train: all have requires_grad=False")
+
+
 def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("model has no parameter to train: all have requires_grad=False")
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _restore(run: Run) -> None:
-    """Put optimiser, random state and metrics where the checkpoint left them."""
+    """Put weights, optimiser, random state and metrics where the checkpoint left them."""
     if run.checkpoint:
-        state = checkpoints.load_state(run.checkpoint, torch.device("cpu"))
-        run.optimizer.load_state_dict(state["optimizer"])
+        with run.ranks.together():
+            state = checkpoints.load_state(run.checkpoint, torch.device("cpu"))
+        if has_shards(run.checkpoint):
+            load_shards(run.checkpoint, run.weights.trained, run.optimizer, run.ranks)
+        else:
+            load_whole_optimizer(run.optimizer, state["optimizer"])
         run.random.state = state["random"]
+        if run.ranks.size > 1:  # rank 0 drew the same numbers on its GPU as each does on its own
+            run.random.state["cuda"] = state["random"]["cuda"][:1] * torch.cuda.device_count()
         run.done = state["update"]
     if run.folder:
-        run.metrics.rewind(run.done)
+        if run.ranks.is_first:
+            run.metrics.rewind(run.done)
+        run.metrics.lines = run.ranks.first(lambda: run.metrics.lines)
 
 
 def save_run(run: Run) -> None:
     """Write a checkpoint of where the run is now."""
-    state = {"optimizer": run.optimizer.state_dict(), "random": run.random.state}
-    arguments = (run.folder, run.done, run.model, run.tokenizer, state)
-    run.checkpoint = checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints)
+    state = {"random": run.random.state}
+    if run.ranks.size == 1:
+        state["optimizer"] = run.optimizer.state_dict()
+        run.checkpoint = _write(run, run.model, state)
+        return
+    shards = save_shards(run.folder, run.done, run.weights.trained, run.optimizer, run.ranks)
+    if run.config.shards_only:
+        run.checkpoint = run.ranks.first(lambda: _write(run, run.model.config, state, shards))
+        return
+    with run.weights.on_first("cpu") as model:
+        run.checkpoint = run.ranks.first(lambda: _write(run, model, state, shards))
+
+
+def _write(run: Run, model, state: dict, shards: Path | None = None) -> Path:
+    arguments = (run.folder, run.done, model, run.tokenizer, state)
+    return checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints, shards)

@@ -1,5 +1,15 @@
 """The Triton backend: the functions of `em_kernels.reference` as GPU kernels."""
 
+from em_kernels.triton.elementary import INTERPRETED
 from em_kernels.triton.launch import grad, loss, stats
+from em_kernels.triton.scale import scale_
 
-__all__ = ["grad", "loss", "stats"]
+__all__ = ["grad", "interpreted", "loss", "narrows", "scale_", "stats"]
+
+interpreted = bool(INTERPRETED.value)
+"""Whether the kernels run in Triton's interpreter: what TRITON_INTERPRET said, as Triton reads it,
+when they were imported."""
+
+narrows = True
+"""`grad` and `loss` take a 16-bit `out` for float32 logits, which may lie over them: row i of
+`out` then begins at the byte where row i of the logits does."""

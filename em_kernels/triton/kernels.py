@@ -231,8 +231,23 @@ def entry_gradient(z, slope, is_target, terms, up, how):
 
 
 @triton.jit
+def outruns_reads(start, step):
+    """Whether the stores of a narrowing step may reach entries no barrier says are read.
+
+    Step k = start / step writes the bytes of steps up to k / 2, so a barrier between the loads and
+    the stores of steps 0, 1, 3, 7, 15, ... covers every step up to the next of them.
+    """
+    return ((start + step) & start) == 0
+
+
+@triton.jit
 def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
-    """The gradient of a row; 0 beyond `valid`. `out` may be `x`: a lane rereads only its own."""
+    """The gradient of a row; 0 beyond `valid`.
+
+    `out` may lie over `x`. If both are equally wide, a lane rereads only its own entries. If `out`
+    is half as wide, entry j is written over entry j // 2: all lanes must have read it.
+    """
+    narrows = out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth
     lanes = tl.arange(0, how.block)
     y = terms[3]
     whole = valid // (how.block * how.slices) * (how.block * how.slices)
@@ -241,6 +256,8 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
         for k in tl.static_range(how.slices):
             at = start + k * how.block + lanes
             slices = slices + (load_z(x, rows, at, None, constants, how),)
+        if narrows and outruns_reads(start, how.block * how.slices):
+            tl.debug_barrier()
         for k in tl.static_range(how.slices):
             base = start + k * how.block
             z, slope = slices[k]
@@ -249,6 +266,8 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
     for start in range(whole, vocab, how.block):
         at = start + lanes
         z, slope = load_z(x, rows, at, at < valid, constants, how)
+        if narrows:
+            tl.debug_barrier()
         g = entry_gradient(z, slope, at == y, terms, up, how)
         tl.store(out + at, tl.where(at < valid, g, 0), mask=at < vocab)
 

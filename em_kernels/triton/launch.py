@@ -102,7 +102,10 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
-    """The gradient of the logits into `out`; as `em_kernels.reference.grad`."""
+    """The gradient of the logits into `out`; as `em_kernels.reference.grad`.
+
+    `out` may be the logits, or narrower and begin at the same bytes, row for row.
+    """
     _launch(kernels.gradient, logits, spec, (), **_into(out), saved=saved, up=upstream)
 
 
@@ -129,11 +132,10 @@ def _into(out: Tensor) -> dict:
     return {"out": out, "out_view": View.of(out)}
 
 
-def _how(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
-    double = logits.dtype == torch.float64
+def how_of(dtype: torch.dtype, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
     scaled = spec.temperature_rows is not None or spec.temperature != 1 or spec.logit_scale != 1
     values = How(
-        wide=tl.float64 if double else tl.float32,
+        wide=tl.float64 if dtype == torch.float64 else tl.float32,
         capped=spec.softcap > 0,
         scaled=scaled,
         second=bool(NEEDS_SECOND_ORDER.intersection(outputs)),
@@ -150,7 +152,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     if count == 0:
         return
     sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
-    with _device(logits):
+    with device_of(logits):
         kernel[(count,)](
             logits,
             view=View.of(logits),
@@ -160,13 +162,13 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=_how(logits, spec, outputs, sizes),
+            how=how_of(logits.dtype, spec, outputs, sizes),
             num_warps=sizes.num_warps,
             enable_fp_fusion=True,
             **arguments,
         )
 
 
-def _device(x: Tensor):
+def device_of(x: Tensor):
     """Kernels run on the current device; make it the tensor's."""
     return torch.cuda.device_of(x)

@@ -142,3 +142,81 @@ def merge_shifted(moments, m):
     away = centre - mean
     third = tl.sum(third + away * (3 * second + n * away * away), 0)
     return count, mean, tl.sum(second + n * away * away, 0), third
+
+
+@triton.jit
+def tile_part(slices, how):
+    """(max, sums) of every row of a tile (rows, entries), cut into slices: one part of that row.
+
+    A NaN makes r NaN; where all entries are -inf, r is some number.
+    """
+    hi = slices[0]
+    for k in tl.static_range(1, len(slices)):
+        hi = tl.maximum(hi, slices[k])
+    hi = tl.max(hi, 1)
+    top = finite_top(hi)[:, None]
+    zero = tl.zeros_like(slices[0])
+    r, q, t, c, b, ties = zero, zero, zero, zero, zero, zero
+    for k in tl.static_range(len(slices)):
+        leads = slices[k] == hi[:, None]
+        d = tl.maximum(slices[k] - top, FAR, propagate_nan=tl.PropagateNan.ALL)
+        d = tl.where(leads, FAR, d)
+        e = exp(d)
+        ties += tl.where(leads, 1.0, 0.0)
+        r += e
+        q += e * d
+        if how.second:
+            t += e * d * d
+            c += e * e
+            b += e * e * d
+    ties = tl.sum(ties, 1) - 1
+    sums = (tl.sum(r, 1) + ties, tl.sum(q, 1), tl.sum(t, 1), tl.sum(c, 1) + ties, tl.sum(b, 1))
+    return hi, sums
+
+
+@triton.jit
+def join(one, other, how):
+    """(max, sums) of two parts of a row -> of both; the lesser maximum joins the sums."""
+    hi_1, sums_1 = one
+    hi_2, sums_2 = other
+    hi = tl.maximum(hi_1, hi_2)
+    delta_1 = distance(finite_top(hi_1), finite_top(hi))
+    delta_2 = distance(finite_top(hi_2), finite_top(hi))
+    r_1, q_1, t_1, c_1, b_1 = rescale(sums_1, delta_1, how)
+    r_2, q_2, t_2, c_2, b_2 = rescale(sums_2, delta_2, how)
+    d = tl.minimum(delta_1, delta_2)
+    e = exp(d)
+    r = r_1 + r_2 + e
+    q = q_1 + q_2 + e * d
+    return hi, (r, q, t_1 + t_2 + e * d * d, c_1 + c_2 + e * e, b_1 + b_2 + e * e * d)
+
+
+@triton.jit
+def tile_moments(slices):
+    """Count, mean, sums of (z - mean)^2 and (z - mean)^3 of the finite z of every row of a tile."""
+    n, mean = tl.zeros_like(slices[0]), tl.zeros_like(slices[0])
+    second, third = tl.zeros_like(slices[0]), tl.zeros_like(slices[0])
+    for k in tl.static_range(len(slices)):
+        n += tl.where(slices[k] > -INF, 1.0, 0.0)
+        mean += tl.where(slices[k] > -INF, slices[k], 0)
+    n = tl.sum(n, 1)
+    mean = tl.sum(mean, 1) / tl.maximum(n, 1)
+    for k in tl.static_range(len(slices)):
+        u = tl.where(slices[k] > -INF, slices[k] - mean[:, None], 0)
+        second += u * u
+        third += u * u * u
+    return n, mean, tl.sum(second, 1), tl.sum(third, 1)
+
+
+@triton.jit
+def join_moments(one, other):
+    """Count, mean, sums of (z - mean)^2 and (z - mean)^3 of two parts -> of both (Pebay, 2008)."""
+    n_1, mean_1, second_1, third_1 = one
+    n_2, mean_2, second_2, third_2 = other
+    n = n_1 + n_2
+    share_1 = n_1 / tl.maximum(n, 1)
+    share_2 = n_2 / tl.maximum(n, 1)
+    away = mean_2 - mean_1
+    spread = away * away * n_1 * share_2
+    skew = 3 * (share_1 * second_2 - share_2 * second_1) + spread * (share_1 - share_2)
+    return n, mean_1 + away * share_2, second_1 + second_2 + spread, third_1 + third_2 + away * skew

@@ -1,0 +1,227 @@
+"""A vocabulary cut between the ranks of a process group: a backend made out of another one.
+
+Every rank holds a slice of the vocabulary, in the order of the group's ranks. The wrapped backend
+sees only that slice. Its statistics are exchanged in one collective per call (per chunk, from
+hidden states) and merged by `_merge`; its gradient is that of the whole rows' `Saved`.
+
+All ranks must make the same calls with the same arguments, and with them the same collectives.
+What can be told apart cheaply is compared before anything else is done, so that a mismatch is an
+error on every rank and not a wait without end.
+"""
+
+from __future__ import annotations
+
+import zlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from em_kernels import reference
+from em_kernels._merge import merge, parts_of
+from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+
+_BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
+_SHARED = (
+    "number of tokens",
+    "mask and ignored targets",
+    "target",
+    "options (dtype, impl, outputs, temperature, chunk_tokens, whether hidden is frozen, ...)",
+)
+
+
+class Shards(NamedTuple):
+    """How the real entries of a vocabulary lie on the ranks of a group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    ends: list[int]  # of each rank's entries; entries from `valid_vocab` on are left out
+    widest: int
+
+    @property
+    def start(self) -> int:
+        return self.ends[self.rank - 1] if self.rank else 0
+
+    @property
+    def size(self) -> int:
+        return self.ends[self.rank] - self.start
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The process group that torch.distributed registered under `name`."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple) -> Shards:
+    """Exchange the sizes of the shards; ValueError on every rank if they were called differently.
+
+    `options` is whatever else must be the same; `like` has the rows and the device.
+    """
+    group = resolve(spec.group)
+    tokens = like.shape[:-1].numel()
+    common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
+    own = torch.tensor([vocab, tokens, 0, 0, zlib.crc32(repr(common).encode())])
+    own = own.to(like.device)
+    place = torch.arange(1, tokens + 1, device=like.device)
+    if spec.mask is not None:
+        own[2] = (place * spec.mask).sum()
+    if spec.target is not None:
+        counted = spec.target if spec.mask is None else spec.target * spec.mask
+        own[3] = (place * counted).sum()
+    sizes, *shared = _gather(own, group).T.tolist()
+    for name, values in zip(_SHARED, shared, strict=True):
+        if len(set(values)) > 1:
+            got = values if name == _SHARED[0] else f"checksums {values}"
+            raise ValueError(f"group: every rank must be given the same {name}, got {got}")
+    return _lay_out(group, sizes, spec.valid_vocab)
+
+
+def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Shards:
+    total = sum(sizes)
+    valid = valid_vocab or total
+    if valid > total:
+        raise ValueError(
+            f"valid_vocab must be in [1, {total}], the entries of all ranks, got {valid}"
+        )
+    if total == 0:
+        raise ValueError("group: no rank has an entry of the vocabulary")
+    ends = torch.tensor(sizes).cumsum(0).clamp(max=valid).tolist()
+    return Shards(group, dist.get_rank(group), ends, max(sizes))
+
+
+class VocabParallel:
+    """The functions of a backend over whole rows, of which `logits` are this rank's entries.
+
+    In the `RowSpec` they are given, target is global, valid_vocab the number of real entries here.
+    """
+
+    def __init__(self, inner: ModuleType, shards: Shards):
+        self.inner, self.shards = inner, shards
+        self.widest_shard = shards.widest  # memory is planned, and so rows are cut, for it
+        for name in ("empty", "add_product", "narrows"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
+        names = parts_of(outputs)
+        own = torch.stack(self._parts(logits, spec, names))
+        every = _gather(own, self.shards.group).to(torch.float64)
+        parts = dict(zip(names, every.unbind(1)))
+        owner = None
+        if spec.target is not None:
+            owner, known = self._owner(spec)
+            parts["max"] = torch.where(known, parts["max"], torch.nan)
+        rows = merge(parts, owner, outputs)
+        if spec.mask is not None:
+            rows = [torch.where(spec.mask, row, 0) for row in rows]
+        return [row.to(own.dtype) for row in rows]
+
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        """This rank's part of d loss / d logits into `out`."""
+        if spec.valid_vocab == 0:
+            out.zero_()
+            return
+        upstream = self._own_upstream(spec, upstream)
+        self.inner.grad(logits, self._own_spec(spec), saved, upstream, out)
+
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        """`stats`, then `grad`: of the whole rows, the logits still in memory."""
+        rows = self.stats(logits, spec, outputs)
+        self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
+        return rows
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the ranks; 16-bit numbers are added in float32 and rounded once."""
+        total = x.to(accumulate_dtype(x.dtype)).contiguous()
+        if total.numel():
+            dist.all_reduce(total, group=self.shards.group)
+        return total.to(x.dtype)
+
+    def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> list[Tensor]:
+        """What this rank reports: the inner backend's statistics; where it has no finite logit,
+        max -inf and all else 0."""
+        rows = logits.shape[:-1].numel()
+        wide = accumulate_dtype(logits.dtype)
+        if spec.valid_vocab == 0:
+            nothing = torch.zeros(rows, dtype=wide, device=logits.device)
+            return [torch.full_like(nothing, -torch.inf), *[nothing] * (len(names) - 1)]
+        spec = self._own_spec(spec)
+        counting = "count" in names
+        asked = names[len(Saved._fields) : len(names) - counting]
+        parts = self.inner.stats(logits, spec, asked)
+        # A row without a finite logit is NaN here, as one with a NaN is: look which it was.
+        suspect = torch.arange(rows, device=logits.device)
+        if not counting:
+            suspect = parts[0].isnan().nonzero()[:, 0]
+        present = _count_present(logits, spec, suspect)
+        nothing = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+        nothing[suspect] = present == 0
+        if counting:
+            parts.append(present.to(wide))
+        return [
+            part.masked_fill(nothing, -torch.inf if name == "max" else 0)
+            for name, part in zip(names, parts, strict=True)
+        ]
+
+    def _own_spec(self, spec: RowSpec) -> RowSpec:
+        """Targets that lie on another rank become entry 0 of this one."""
+        if spec.target is None:
+            return spec
+        return spec._replace(target=torch.where(self._owned(spec), self._local_target(spec), 0))
+
+    def _own_upstream(self, spec: RowSpec, upstream: Upstream) -> Upstream:
+        """d logprob / dz_v is 1[v = y] - p_v, and of that only -p_v, which is -d lse / dz_v, where
+        the target lies on another rank."""
+        if upstream.logprob is None:
+            return upstream
+        owned = self._owned(spec)
+        elsewhere = torch.where(owned, 0, upstream.logprob)
+        lse = -elsewhere if upstream.lse is None else upstream.lse - elsewhere
+        return upstream._replace(logprob=torch.where(owned, upstream.logprob, 0), lse=lse)
+
+    def _local_target(self, spec: RowSpec) -> Tensor:
+        return spec.target - self.shards.start
+
+    def _owned(self, spec: RowSpec) -> Tensor:
+        target = self._local_target(spec)
+        return (target >= 0) & (target < self.shards.size)
+
+    def _owner(self, spec: RowSpec) -> tuple[Tensor, Tensor]:
+        """(the rank that has the target, whether there is one)"""
+        ends = torch.tensor(self.shards.ends, device=spec.target.device)
+        owner = torch.searchsorted(ends, spec.target, right=True)
+        known = (spec.target >= 0) & (owner < len(ends))
+        return torch.where(known, owner, 0), known
+
+
+def _count_present(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
+    """How many z of each of `rows` are not -inf; some rows at a time, to bound the copies."""
+    inner, vocab = logits.shape[1:]
+    counts = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    step = max(1, _BLOCK_ENTRIES // vocab)
+    for begin in range(0, len(rows), step):
+        block = rows[begin : begin + step]
+        z = reference.transform(logits[block // inner, block % inner], select_rows(spec, block))
+        counts[begin : begin + step] = (z != -torch.inf).sum(-1)
+    return counts
+
+
+def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, in their order, stacked."""
+    world = dist.get_world_size(group)
+    every = own.new_empty(world, *own.shape)
+    if own.numel():
+        dist.all_gather(list(every.unbind()), own, group)
+    return every

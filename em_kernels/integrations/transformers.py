@@ -1,0 +1,404 @@
+"""transformers: per-token statistics from a causal language model without its logits.
+
+    apply_em_kernels(model)
+    out = model(input_ids, labels=labels, em_outputs=("logprob", "entropy"))
+    out.logprob, out.entropy, out.loss
+
+The model's own forward runs, up to its head: what the head would have multiplied is kept, and the
+head itself returns nothing. So caches, routers, adapters and hooks of the backbone work as always.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from em_kernels._checks import check_number
+from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
+from em_kernels.heads import ModelError, read_head
+from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.token_loss import linear_token_loss, token_loss
+
+IGNORED = -100
+
+
+@dataclass
+class TokenStatsOutput(ModelOutput):
+    """What a patched model returns in place of logits; None where not asked for.
+
+    loss: -sum logprob / n with n the number of targets (or `num_items_in_batch`), plus the
+    weighted `aux_loss` of a router; given when there are labels. head_input: (B, T, D), what the
+    head multiplies; only for the loss functions of this module. Then the fields of `TokenStats`,
+    each (B, T), and what the model returned besides its logits.
+    """
+
+    loss: Tensor | None = None
+    head_input: Tensor | None = None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    varentropy: Tensor | None = None
+    collision: Tensor | None = None
+    max_prob: Tensor | None = None
+    is_top1: Tensor | None = None
+    self_certainty: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_var: Tensor | None = None
+    logit_skew: Tensor | None = None
+    entropy_slope: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+    @property
+    def em(self) -> TokenStats:
+        """The statistics alone."""
+        return TokenStats(*(getattr(self, name) for name in OUTPUTS))
+
+
+def apply_em_kernels(model):
+    """Teach `model(..., em_outputs=...)` to return per-token statistics instead of logits.
+
+    Position t holds the distribution that predicts token t + 1, as in transformers' logits, and
+    every statistic has the shape (B, T) of `input_ids`. With `labels` (aligned with `input_ids`;
+    the shift is done here) position t is scored against labels[t + 1]; where that is -100, and at
+    the last position, the statistics are exact zeros and cost nothing. `shift_labels`, already
+    shifted, take the place of `labels` if given. Without either, `entropy` and whatever needs no
+    target is computed at all positions that `attention_mask` keeps.
+
+    A patched model takes, by name:
+        em_outputs: names of `TokenStats`; None (default) leaves the call as it was before.
+        em_temperature: as `temperature` of `softmax_stats`.
+    With them it returns a `TokenStatsOutput`, differentiable in loss, logprob, entropy and lse. No
+    cache is built unless `use_cache=True` is given. `logits_to_keep` cannot be combined with them.
+
+    Args:
+        model: a transformers causal language model, with its own or a tied head, with bias, scale
+            and softcap as Gemma, Granite, Cohere and Phi have them; or a PEFT model around one with
+            adapters on the backbone. It is patched in place; patching twice changes nothing.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: its logits are not softcap(scale * (hidden @ weight.T + bias)); says why.
+    """
+    target = _causal_lm(model)
+    if _patch(target) is None:
+        _check_head(target)
+        forward = _patched_forward(target)
+        target._em_kernels = _Patch(forward, target.__dict__.get("forward"))
+        target.forward = types.MethodType(forward, target)
+    return model
+
+
+def remove_em_kernels(model):
+    """Undo `apply_em_kernels`; returns the model.
+
+    Raises:
+        ValueError: the model is not patched, or something else has patched its forward since.
+    """
+    target = _causal_lm(model)
+    patch = _patch(target)
+    if patch is None:
+        raise ValueError(f"model is not patched by apply_em_kernels, got {type(model).__name__}")
+    if getattr(target.__dict__.get("forward"), "__func__", None) is not patch.forward:
+        raise ValueError("model.forward was patched again after apply_em_kernels: undo that first")
+    del target._em_kernels, target.forward
+    if patch.previous is not None:
+        target.forward = patch.previous
+    return model
+
+
+LossFunction = Callable[..., Tensor]
+"""(outputs, labels, num_items_in_batch=None) -> loss, as `transformers.Trainer` calls it."""
+
+
+def entropy_loss_func(model, *, temperature: float = 1.0) -> LossFunction:
+    """`compute_loss_func` of `transformers.Trainer` for entropy minimisation, without logits.
+
+    loss = sum_t H_t / num_items_in_batch over the positions whose next label is not -100: the
+    labels say which tokens count, their values do not matter. With gradient accumulation the loss
+    of an update does not depend on how its batch is cut.
+
+    Args:
+        model: what the Trainer is given. It is patched (`apply_em_kernels`); from then on a call in
+            train mode without labels, cache or `logits_to_keep` returns no logits but `head_input`.
+            In eval mode it returns logits as before, and the loss is computed from those.
+        temperature: T of softmax(z / T), positive.
+
+    Raises:
+        ModelError: as `apply_em_kernels`. ValueError: a batch without labels, or, when called, a
+            router's `aux_loss` in the outputs, which this loss would leave out.
+    """
+    return _loss_func(model, nll=0.0, entropy=1.0, temperature=temperature)
+
+
+def sft_entropy_loss_func(model, *, entropy_coef: float, temperature: float = 1.0) -> LossFunction:
+    """`compute_loss_func` for SFT + lambda H: sum_t (-logprob_t + lambda H_t) / num_items_in_batch.
+
+    entropy_coef = lambda: positive sharpens the model, negative is an entropy bonus, 0 is the plain
+    cross entropy. All else as in `entropy_loss_func`.
+    """
+    check_number("entropy_coef", entropy_coef, lambda v: True, "a number")
+    return _loss_func(model, nll=1.0, entropy=entropy_coef, temperature=temperature)
+
+
+def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> LossFunction:
+    check_number("temperature", temperature, lambda v: v > 0, "positive")
+    target_model = _causal_lm(apply_em_kernels(model))
+    patch = _patch(target_model)
+    patch.deferred = True
+
+    def compute_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
+        _check_batch(outputs, labels)
+        hidden = outputs.get("head_input")
+        x = outputs.logits if hidden is None else hidden
+        target = next_token_targets(labels).to(x.device)
+        weight = _token_weight(target, x, num_items_in_batch)
+        arguments = dict(
+            logprob_weight=-nll * weight if nll else None,
+            entropy_weight=entropy * weight if entropy else None,
+            temperature=temperature,
+            outputs=(),
+        )
+        if hidden is None:
+            return token_loss(x, target, **arguments).loss
+        head = read_head(target_model)
+        with torch.autocast(x.device.type, patch.autocast, enabled=patch.autocast is not None):
+            return linear_token_loss(x, head.weight, target, **arguments, **head.arguments).loss
+
+    return compute_loss
+
+
+def _check_batch(outputs, labels: Tensor | None) -> None:
+    if labels is None:
+        raise ValueError("labels must be in the batch, -100 where a token does not count; got None")
+    if outputs.get("aux_loss") is not None:
+        raise ValueError(
+            "outputs have an aux_loss, which this loss leaves out: set "
+            "model.config.output_router_logits = False"
+        )
+
+
+def _token_weight(target: Tensor, x: Tensor, items) -> Tensor:
+    """1 / n where there is a target, n over the whole accumulated batch."""
+    counted = (target != IGNORED).to(accumulate_dtype(x.dtype))
+    return counted / _item_count(target, items, x.device)
+
+
+def next_token_targets(labels: Tensor) -> Tensor:
+    """labels[t + 1] at position t and -100 at the last: (B, T) -> (B, T)."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+class _Taken:
+    """In place of the head's forward: keeps what it is called with and gives no logits."""
+
+    hidden: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden[..., :0]
+
+
+@dataclass
+class _Patch:
+    """What is remembered on a patched model."""
+
+    forward: Callable  # the function that its forward now is
+    previous: Callable | None  # the forward it had besides its class's
+    taken: _Taken = field(default_factory=_Taken)
+    deferred: bool = False  # in train mode return head_input, for a loss function
+    autocast: torch.dtype | None = None  # autocast's dtype in the last forward, if it was on
+
+
+def _patch(model) -> _Patch | None:
+    return model.__dict__.get("_em_kernels")
+
+
+def _causal_lm(model) -> PreTrainedModel:
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    return model
+
+
+def _patched_forward(model: PreTrainedModel) -> Callable:
+    """With the signature of the model's own forward: generate and Trainer look at it."""
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, em_outputs=None, em_temperature=1.0, **kwargs):
+        if em_outputs is not None:
+            return _statistics(self, args, kwargs, em_outputs, em_temperature)
+        if _patch(self).deferred and self.training and not _wants_logits(kwargs):
+            return _deferred(self, args, kwargs)
+        return _own_forward(self)(*args, **kwargs)
+
+    return forward
+
+
+def _own_forward(model: PreTrainedModel) -> Callable:
+    return _patch(model).previous or functools.partial(type(model).forward, model)
+
+
+def _wants_logits(kwargs: dict) -> bool:
+    names = ("labels", "shift_labels", "past_key_values", "logits_to_keep", "use_cache")
+    return any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in names)
+
+
+def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
+    kwargs = dict(kwargs)
+    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    items = kwargs.pop("num_items_in_batch", None)
+    target = shifted if labels is None or shifted is not None else next_token_targets(labels)
+    names = _check_names(names, target)
+    outputs, hidden = _run_backbone(model, args, kwargs)
+    head = read_head(model)
+    hidden = hidden.to(head.weight.device)
+    stats = linear_softmax_stats(
+        hidden,
+        head.weight,
+        None if target is None else target.to(hidden.device),
+        mask=_attended(kwargs, hidden) if target is None else None,
+        outputs=names if target is None else (*names, "logprob"),
+        temperature=temperature,
+        ignore_index=IGNORED,
+        **head.arguments,
+    )
+    loss = None if target is None else _cross_entropy(model, outputs, stats.logprob, target, items)
+    fields = {name: value for name, value in stats._asdict().items() if name in names}
+    return TokenStatsOutput(loss=loss, **fields, **_other_fields(outputs))
+
+
+def _check_names(names, target: Tensor | None) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"em_outputs must be a tuple of names, got the string {names!r}")
+    names = tuple(names)
+    for name in names:
+        if name not in OUTPUTS:
+            raise ValueError(f"em_outputs must be among {OUTPUTS}, got {name!r}")
+        if name in NEEDS_TARGET and target is None:
+            raise ValueError(f"em_outputs: {name!r} needs labels, got labels=None")
+    return names
+
+
+def _attended(kwargs: dict, hidden: Tensor) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask[:, -hidden.shape[1] :].to(hidden.device)
+
+
+def _cross_entropy(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
+    loss = -logprob.sum() / _item_count(target, items, logprob.device)
+    aux_loss = outputs.get("aux_loss")
+    if aux_loss is None:
+        return loss
+    return loss + model.router_aux_loss_coef * aux_loss.to(loss.device)
+
+
+def _item_count(target: Tensor, items: Tensor | float | None, device: torch.device) -> Tensor:
+    """The targets of this batch, or of the whole accumulated batch if `items` says how many."""
+    if items is None:
+        return (target != IGNORED).sum().clamp(min=1).to(device)
+    return torch.as_tensor(items).to(device)
+
+
+def _deferred(model, args, kwargs) -> TokenStatsOutput:
+    outputs, hidden = _run_backbone(model, args, kwargs)
+    device = hidden.device.type
+    on = torch.is_autocast_enabled(device)
+    _patch(model).autocast = torch.get_autocast_dtype(device) if on else None
+    return TokenStatsOutput(head_input=hidden, **_other_fields(outputs))
+
+
+def _other_fields(outputs) -> dict:
+    names = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
+    return {name: outputs.get(name) for name in names}
+
+
+@functools.partial(torch.compiler.disable, recursive=False)  # compile what is called here
+def _run_backbone(model, args, kwargs) -> tuple[ModelOutput, Tensor]:
+    """(the model's outputs with logits of width 0, what its head was to multiply)."""
+    if len(args) > 1:
+        raise TypeError("em_outputs: everything but input_ids must be passed by name")
+    if isinstance(kwargs.get("logits_to_keep"), Tensor) or kwargs.get("logits_to_keep"):
+        raise ValueError(
+            "logits_to_keep cannot be combined with em_outputs: positions with label -100 are not "
+            f"computed anyway; got {kwargs['logits_to_keep']!r}"
+        )
+    kwargs = {"use_cache": False, **kwargs, "return_dict": True}
+    taken = _patch(model).taken
+    with _head_replaced(model, taken):
+        outputs = _own_forward(model)(*args, **kwargs)
+    hidden, taken.hidden = taken.hidden, None
+    return outputs, hidden
+
+
+@contextmanager
+def _head_replaced(model, forward: Callable) -> Iterator[None]:
+    layer = model.get_output_embeddings()
+    previous = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if previous is not None:
+            layer.forward = previous
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Make sure that scale and softcap, and nothing else, lie between the head and the logits."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} has an encoder; only causal language models are supported")
+    head, layer = read_head(model), model.get_output_embeddings()
+    if type(layer).forward is not nn.Linear.forward:
+        raise ModelError(f"the head of {name} is a {type(layer).__name__}, not a plain nn.Linear")
+    probe = 30 * torch.randn(1, 2, head.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    expected = head.transform(probe)
+    try:
+        logits, eps = _logits_of(model, probe)
+        error = (logits.float().cpu() - expected).norm() / expected.norm()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as reason:
+        raise ModelError(f"{name} cannot be called with two tokens: {reason}") from reason
+    if not error <= 8 * eps:
+        raise ModelError(
+            f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
+            f"softcap {head.softcap} and scale {head.logit_scale:g} from its config"
+        )
+
+
+@torch.no_grad()
+def _logits_of(model: PreTrainedModel, probe: Tensor) -> tuple[Tensor, float]:
+    """(the logits that the model makes out of `probe` as its head's result, rounding unit)."""
+    modes = {module: module.training for module in model.modules()}
+    units = []
+
+    def answer(hidden: Tensor) -> Tensor:
+        units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
+        return probe.to(hidden)
+
+    model.eval()
+    try:
+        with _head_replaced(model, answer):
+            ids = torch.tensor([[0, 1]], device=model.device)
+            forward = model.__dict__.get("forward", functools.partial(type(model).forward, model))
+            logits = forward(input_ids=ids, use_cache=False, return_dict=True).logits
+        return logits, units[0]
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,164 @@
+"""TRL: one line that makes its trainers compute log-probabilities and entropies here.
+
+    from em_kernels.integrations.trl import apply_to_trl
+    apply_to_trl()                 # before or after a trainer is built; remove_from_trl() undoes it
+
+    with patched():                # or for the length of a block
+        trainer.train()
+
+GRPOTrainer, RLOOTrainer, SFTTrainer and DPOTrainer get their per-token numbers from
+`trl.kernels.ChunkedLogProbFunction`, given the hidden states and the head: its `apply` is replaced.
+Code that has logits calls `selective_log_softmax`, `entropy_from_logits` or
+`selective_log_softmax_and_entropy`: these are replaced wherever a module of TRL has imported them.
+The numbers are TRL's up to rounding, in float32, with entropies that stay exact near 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import trl.kernels
+import trl.trainer.utils as trl_utils
+from torch import Tensor
+
+from em_kernels.integrations._rebind import rebind
+from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.softmax_stats import softmax_stats
+from em_kernels.trl_api import NEVER_IGNORED, selective_log_softmax_and_entropy
+
+if not hasattr(trl.kernels, "ChunkedLogProbFunction"):
+    raise ImportError(f"trl must be 1.16 or newer, got {trl.__version__}")
+
+# TRL's name of an optional output -> this package's
+OUTPUTS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "collision",
+    "mean_logits": "logit_mean",
+    "is_top1": "is_top1",
+}
+
+
+def apply_to_trl() -> None:
+    """Switch TRL over, in this process; a second call changes nothing.
+
+    Under DeepSpeed ZeRO-3, where TRL's own backward gathers the head's weight, TRL's function goes
+    on serving.
+    """
+    if not is_applied():
+        trl.kernels.ChunkedLogProbFunction.apply = staticmethod(chunked_log_probs)
+        rebind("trl", _REPLACEMENTS)
+        if _TRL_USE_TRITON is not None:
+            trl_utils._use_triton = _only_scored_positions
+
+
+def remove_from_trl() -> None:
+    """Undo `apply_to_trl`; without it nothing happens."""
+    if is_applied():
+        del trl.kernels.ChunkedLogProbFunction.apply  # the inherited one shows again
+        rebind("trl", {ours: theirs for theirs, ours in _REPLACEMENTS.items()})
+        if _TRL_USE_TRITON is not None:
+            trl_utils._use_triton = _TRL_USE_TRITON
+
+
+def is_applied() -> bool:
+    """Whether TRL is switched over now."""
+    return "apply" in vars(trl.kernels.ChunkedLogProbFunction)
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """`apply_to_trl()` inside the block; afterwards TRL is as it was before."""
+    before = is_applied()
+    apply_to_trl()
+    try:
+        yield
+    finally:
+        if not before:
+            remove_from_trl()
+
+
+def chunked_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = tuple(OUTPUTS),
+) -> tuple[Tensor | None, ...]:
+    """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), as `ChunkedLogProbFunction`.
+
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); each result (N,), None where it
+    is not in `outputs`. The logits are softcap(logit_scale * (hidden @ weight.T + bias)) / T.
+    `chunk_size` is TRL's and does not matter: rows are chunked, not the vocabulary.
+    """
+    if hasattr(weight, "ds_id"):
+        arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+        return _TRL_APPLY(hidden, weight, bias, targets, *arguments)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight = weight.to(hidden.dtype)
+    stats = linear_softmax_stats(
+        hidden,
+        weight,
+        targets,
+        bias=bias if bias is None else logit_scale * bias,
+        outputs=("logprob", *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs)),
+        temperature=temperature,
+        softcap=final_logit_softcapping,
+        logit_scale=logit_scale,
+        ignore_index=NEVER_IGNORED,
+    )
+    collision = None if stats.collision is None else stats.collision.log()
+    return stats.logprob, stats.entropy, collision, stats.logit_mean, stats.is_top1
+
+
+def _selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    if index.dim() == logits.dim():  # several tokens a row
+        return _TRL_SELECTIVE(logits, index, temperature, row_mask)
+    stats = softmax_stats(
+        logits,
+        index,
+        outputs=("logprob",),
+        temperature=temperature,
+        mask=row_mask,
+        ignore_index=NEVER_IGNORED,
+    )
+    return stats.logprob
+
+
+def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    return softmax_stats(logits, outputs=("entropy",)).entropy
+
+
+def _selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    logprob, entropy = selective_log_softmax_and_entropy(logits, index, temperature, row_mask)
+    return logprob, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _only_scored_positions(device: torch.device) -> bool:
+    """Take positions without a label out before the head, on CPUs too."""
+    return device.type == "cpu" or _TRL_USE_TRITON(device)
+
+
+_TRL_APPLY = trl.kernels.ChunkedLogProbFunction.apply
+_TRL_SELECTIVE = trl_utils.selective_log_softmax
+_TRL_USE_TRITON = getattr(trl_utils, "_use_triton", None)  # only asks that question there
+_REPLACEMENTS: dict[Callable, Callable] = {
+    trl_utils.selective_log_softmax: _selective_log_softmax,
+    trl_utils.entropy_from_logits: _entropy_from_logits,
+    trl_utils.selective_log_softmax_and_entropy: _selective_log_softmax_and_entropy,
+}
+if hasattr(trl.kernels, "selective_log_softmax_and_entropy"):  # where triton is installed
+    _REPLACEMENTS[trl.kernels.selective_log_softmax_and_entropy] = selective_log_softmax_and_entropy

@@ -1,0 +1,235 @@
+"""verl: its fused head and its policy losses, computed here.
+
+    from em_kernels.integrations.verl import apply_to_verl
+    apply_to_verl()
+
+in every process, or for all of a run's workers, without a line of code:
+
+    export VERL_USE_EXTERNAL_MODULES=em_kernels.integrations.verl_plugin
+
+Then `use_fused_kernels` with the "triton" backend calls `linear_cross_entropy` of this module, on
+any device, and the policy losses "vanilla", "clip_cov" and "kl_cov" are those of
+`em_kernels.objectives`, read from the same settings and logged under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from em_kernels.integrations._rebind import rebind
+from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.objectives import (
+    clip_cov_loss,
+    clip_cov_selection,
+    grpo_loss,
+    kl_cov_loss,
+    kl_cov_selection,
+)
+from em_kernels.objectives._inputs import masked_mean
+
+REDUCTIONS = ("none", "sum", "mean")
+_HEAD = "verl.utils.kernel.linear_cross_entropy"
+_ALGORITHMS = "verl.trainer.ppo.core_algos"
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log p_label, H) of softmax(hidden @ weight.T / temperature), as verl's function of the name.
+
+    Args:
+        hidden: (..., D), flattened to N tokens. weight: (V, D). labels: (...) int64; a token with
+            label -100 gives zeros.
+        temperature: positive.
+        reduction: of the log-probabilities: "none" for (N,), "sum" or "mean" for a scalar. The
+            entropies are (N,) in any case.
+        dist_process_group: tensor-parallel group over which the vocabulary of `weight` is sharded.
+
+    Returns:
+        float32 (float64 for float64) tensors, differentiable in hidden and weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
+    stats = linear_softmax_stats(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        group=dist_process_group if sharded else None,
+    )
+    logprob = stats.logprob
+    if reduction != "none":
+        logprob = logprob.sum() if reduction == "sum" else logprob.mean()
+    return logprob, stats.entropy
+
+
+def policy_loss_vanilla(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config=None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """`grpo_loss` with verl's dual clip: where A < 0 the loss is at most -A clip_ratio_c.
+
+    All tensors (B, T). `config` is verl's ActorConfig: clip_ratio, clip_ratio_low, clip_ratio_high,
+    clip_ratio_c, global_batch_info. `rollout_is_weights` multiply the losses of the tokens.
+
+    Returns:
+        (loss aggregated by verl's `agg_loss`, metrics actor/pg_clipfrac, actor/ppo_kl and
+        actor/pg_clipfrac_lower).
+
+    Source of the dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep
+    Reinforcement Learning" (2020).
+    """
+    low, high = _clip_bounds(config)
+    tokens = (log_prob, old_log_prob, advantages, response_mask)
+    result = grpo_loss(*tokens, clip_low=low, clip_high=high)
+    limit = -advantages * config.get("clip_ratio_c", 3.0)
+    lowered = (advantages < 0) & (result.loss > limit) & (response_mask != 0)
+    loss = torch.where(lowered, limit, result.loss)
+    metrics = {
+        "actor/pg_clipfrac": result.metrics["clip_fraction"],
+        "actor/ppo_kl": _masked_mean(old_log_prob - log_prob, response_mask),
+        "actor/pg_clipfrac_lower": _masked_mean(lowered, response_mask),
+    }
+    return _aggregate(loss, response_mask, loss_agg_mode, config, rollout_is_weights, metrics)
+
+
+def policy_loss_clip_cov(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config=None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """`clip_cov_loss`; arguments and results as `policy_loss_vanilla`.
+
+    The selection is made over the tokens of this call, as in verl: over a micro-batch, where verl
+    cuts its batch. Of `config` also policy_loss.clip_cov_ratio, clip_cov_lb and clip_cov_ub.
+    """
+    low, high = _clip_bounds(config)
+    settings = config.policy_loss
+    tokens = (log_prob, old_log_prob, advantages, response_mask)
+    selected = clip_cov_selection(
+        *tokens,
+        ratio=_default(settings.clip_cov_ratio, 2e-4),
+        lower=_default(settings.clip_cov_lb, 1.0),
+        upper=_default(settings.clip_cov_ub, 5.0),
+        clip_low=low,
+        clip_high=high,
+    )
+    result = clip_cov_loss(*tokens, selected, clip_low=low, clip_high=high)
+    metrics = {
+        "actor/pg_clipfrac": result.metrics["selected_fraction"],
+        "actor/ppo_kl": _masked_mean(old_log_prob - log_prob, response_mask),
+    }
+    return _aggregate(
+        result.loss, response_mask, loss_agg_mode, config, rollout_is_weights, metrics
+    )
+
+
+def policy_loss_kl_cov(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config=None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """`kl_cov_loss`; arguments and results as `policy_loss_vanilla`.
+
+    The selection is made over the tokens of this call, as in verl. Of `config`
+    policy_loss.kl_cov_ratio, policy_loss.ppo_kl_coef and global_batch_info.
+    """
+    settings = config.policy_loss
+    ratio = _default(settings.kl_cov_ratio, 2e-4)
+    selected = kl_cov_selection(log_prob, advantages, response_mask, ratio=ratio)
+    result = kl_cov_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        response_mask,
+        selected,
+        kl_coef=_default(settings.ppo_kl_coef, 1.0),
+    )
+    metrics = {"actor/ppo_kl": result.metrics["abs_log_ratio"]}
+    return _aggregate(
+        result.loss, response_mask, loss_agg_mode, config, rollout_is_weights, metrics
+    )
+
+
+POLICY_LOSSES: dict[str, Callable] = {
+    "vanilla": policy_loss_vanilla,
+    "clip_cov": policy_loss_clip_cov,
+    "kl_cov": policy_loss_kl_cov,
+}
+_replaced: dict[str, Callable] = {}  # verl's own, while this package's are in their place
+
+
+def apply_to_verl() -> None:
+    """Switch verl over, in this process; a second call changes nothing.
+
+    Raises:
+        ImportError: verl, or one of its dependencies, is missing.
+    """
+    if _replaced:
+        return
+    head, algorithms = import_module(_HEAD), import_module(_ALGORITHMS)
+    _replaced.update({name: algorithms.get_policy_loss_fn(name) for name in POLICY_LOSSES})
+    _replaced["linear_cross_entropy"] = head.linear_cross_entropy
+    for name, loss in POLICY_LOSSES.items():
+        algorithms.register_policy_loss(name)(loss)
+    rebind("verl", {head.linear_cross_entropy: linear_cross_entropy})
+
+
+def remove_from_verl() -> None:
+    """Undo `apply_to_verl`; without it nothing happens."""
+    if not _replaced:
+        return
+    rebind("verl", {linear_cross_entropy: _replaced.pop("linear_cross_entropy")})
+    for name, loss in _replaced.items():
+        import_module(_ALGORITHMS).register_policy_loss(name)(loss)
+    _replaced.clear()
+
+
+def _clip_bounds(config) -> tuple[float, float]:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return _default(low, config.clip_ratio), _default(high, config.clip_ratio)
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean(x.float(), mask != 0)
+
+
+def _aggregate(
+    loss: Tensor, mask: Tensor, mode: str, config, rollout_is_weights: Tensor | None, metrics: dict
+) -> tuple[Tensor, dict[str, float]]:
+    if rollout_is_weights is not None:
+        loss = torch.where(mask != 0, loss * rollout_is_weights, 0)
+    agg_loss = import_module(_ALGORITHMS).agg_loss
+    total = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode=mode, **config.global_batch_info)
+    return total, {name: value.item() for name, value in metrics.items()}

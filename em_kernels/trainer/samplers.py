@@ -1,0 +1,155 @@
+"""What draws the answers of an update: transformers' generate, or vLLM.
+
+A sampler is called with the model (whole, as it is now), the prompts and the number of the update,
+by all ranks together; every rank is given all the answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.distributed import Ranks
+from em_kernels.trainer.rollout import (
+    Rollout,
+    Sampling,
+    end_tokens,
+    join_answers,
+    left_pad,
+    pad_token,
+    room_for_answers,
+    sample,
+)
+
+Sampler = Callable[[torch.nn.Module, list[list[int]], int], Rollout]
+
+
+def make_sampler(
+    config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks
+) -> Sampler:
+    """The sampler that the settings name, for prompts of up to so many tokens.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if config.sampler == "vllm":
+        return VllmSampler(config, model, tokenizer, longest_prompt, ranks)
+
+    def draw(model, prompts: list[list[int]], update: int) -> Rollout:
+        return sample(model, tokenizer, prompts, sampling(config), config.sample_batch, ranks)
+
+    return draw
+
+
+def sampling(config: TrainConfig) -> Sampling:
+    return Sampling(
+        temperature=config.sampling_temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+class VllmSampler:
+    """A vLLM engine in each rank's process, given the model's weights before each update.
+
+    Answer i of update u is drawn with a seed of its own, made of the run's seed, u and i: not the
+    numbers that transformers would draw, but the same for any number of ranks, as far as vLLM's
+    results do not depend on the batch.
+    """
+
+    def __init__(self, config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks):
+        self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
+        self.vllm = _require_vllm()
+        name = config.model or model.name_or_path
+        if not name:
+            raise ValueError("model must be a folder or a hub name with sampler='vllm', got none")
+        room = room_for_answers(model, longest_prompt, config.max_new_tokens)
+        _be_a_rank()
+        self.engine = self.vllm.LLM(
+            model=name,
+            load_format="dummy",
+            dtype=config.dtype,
+            max_model_len=longest_prompt + room,
+            seed=config.seed,
+            distributed_executor_backend="external_launcher",
+            gpu_memory_utilization=config.vllm_memory,
+        )
+
+    def __call__(self, model, prompts: list[list[int]], update: int) -> Rollout:
+        ends = end_tokens(model, self.tokenizer)
+        filler = pad_token(self.tokenizer, ends)
+        room = room_for_answers(model, max(map(len, prompts)), self.config.max_new_tokens)
+        settings = replace(sampling(self.config), max_new_tokens=room)
+        own = torch.arange(len(prompts)).tensor_split(self.ranks.size)[self.ranks.rank].tolist()
+
+        def draw() -> list[list[int]]:
+            self._push_weights(model)
+            seeds = [self._seed(update, row) for row in own]
+            return self._generate([prompts[row] for row in own], seeds, settings, ends)
+
+        answers = [torch.tensor([a]) for share in self.ranks.gather(draw) for a in share]
+        rollout = join_answers(*left_pad(prompts, filler), answers, ends, filler)
+        return Rollout(*(part.to(model.device) for part in rollout))
+
+    def _push_weights(self, model) -> None:
+        weights = [(name, value.data) for name, value in model.named_parameters()]
+        self.engine.collective_rpc(_load_weights, args=(weights,))
+        self.engine.reset_prefix_cache()
+
+    def _generate(
+        self, prompts: Sequence[list[int]], seeds: list[int], settings: Sampling, ends: list[int]
+    ) -> list[list[int]]:
+        if not prompts:
+            return []
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        drawn = [self._sampling_params(settings, seed, ends) for seed in seeds]
+        outputs = self.engine.generate(inputs, sampling_params=drawn, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _sampling_params(self, settings: Sampling, seed: int, ends: list[int]):
+        return self.vllm.SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k or -1,
+            repetition_penalty=settings.repetition_penalty,
+            max_tokens=settings.max_new_tokens,
+            stop_token_ids=ends,
+            seed=seed,
+            detokenize=False,
+        )
+
+    def _seed(self, update: int, row: int) -> int:
+        """Different for every answer of a run, and of runs with other seeds."""
+        return (self.config.seed * 1_000_003 + update * self.config.responses + row) % 2**63
+
+
+def _load_weights(worker, weights: list) -> None:
+    """Run by vLLM in its worker: parameters under their names in transformers."""
+    worker.model_runner.model.load_weights(weights)
+
+
+def _require_vllm():
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise ImportError(
+            f"vllm cannot be imported ({error}); `pip install vllm`, or use sampler='transformers'"
+        ) from error
+
+
+def _be_a_rank() -> None:
+    """vLLM inside a training process reads its place from torchrun's variables."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**alone, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,250 @@
+"""How the Triton kernels are launched, and what they compile to for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+import triton
+import triton_offline
+from triton_rows import DEVICE, DTYPES, NAMES, grad, plan_small_steps, stats, upstream
+
+from em_kernels import triton as backend
+from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream
+from em_kernels.triton import kernels, launch, linear
+
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
+UP = Upstream(entropy=torch.ones(1, device="meta"))
+
+
+@pytest.fixture
+def small_plan(monkeypatch):
+    monkeypatch.setattr(launch, "plan", plan_small_steps)
+
+
+def test_no_rows():
+    logits = torch.empty(1, 0, 5, device=DEVICE)
+    spec = RowSpec(valid_vocab=5)
+    assert [tuple(r.shape) for r in backend.stats(logits, spec, ("entropy",))] == [(0,)] * 4
+    backend.grad(logits, spec, Saved(*[logits.new_empty(0)] * 3), Upstream(), logits)
+
+
+def test_rows_beyond_two_to_the_31_elements(small_plan):
+    """Row 1 starts 2^31 elements in; memory that is not touched is not used."""
+    try:
+        storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("needs 4.3 GB of address space")
+    logits = storage.as_strided((2, 1, 128), (2**31, 128, 1))
+    logits.copy_(torch.randn(2, 1, 128))
+    spec = RowSpec(target=torch.tensor([3, 4], device=DEVICE), valid_vocab=128)
+    want, up = stats(logits.clone(), spec), upstream(logits)
+    got = dict(zip(NAMES, backend.stats(logits, spec, OUTPUTS)))
+    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+    dense = grad(logits.clone(), spec, up)
+    assert torch.equal(grad(logits, spec, up, out=logits), dense)
+
+
+def test_weights_beyond_two_to_the_31_elements(monkeypatch):
+    """Row 2 of the weights starts 2^31 elements in."""
+    try:
+        storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("needs 4.3 GB of address space")
+    small = linear.Launch(linear.Tile(16, 16, 16, walk=1, group=1, cuts=0), 1, 1)
+    monkeypatch.setattr(linear, "plan", lambda dtype, light, shared_memory: small)
+    hidden, weight = (
+        torch.randn(2, 16).bfloat16().to(DEVICE),
+        storage.as_strided((3, 16), (2**30, 1)),
+    )
+    weight.copy_(torch.randn(3, 16))
+    spec = RowSpec(target=torch.tensor([2, 0], device=DEVICE), valid_vocab=3)
+    got = linear.linear_stats(hidden, weight, spec, OUTPUTS)
+    want = linear.linear_stats(hidden, weight.clone(), spec, OUTPUTS)
+    assert all(map(torch.equal, got, want))
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *args, **kwargs: setattr(self, "arguments", kwargs)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    for name in ("statistics", "gradient", "loss"):
+        monkeypatch.setattr(kernels, name, recorder)
+    return recorder
+
+
+VOCABULARIES = sorted(
+    {2**k + d for k in range(19) for d in (-1, 0, 1)} - {0, 2**18 + 1}
+    | {1000, 32000, 50257, 128256, 129280, 151936, 152064, 200019}
+)
+LAYOUTS = {
+    "dense": lambda x: x,
+    "shifted": lambda x: x[:, :-1],
+    "every other": lambda x: x[:, ::2],
+    "padded": lambda x: x[..., : x.shape[-1] // 2 + 1],
+    "swapped": lambda x: x.transpose(0, 1),
+    "one row repeated": lambda x: x[:1, :1].expand(70_000, 1, -1),
+}
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_launches(recorder, dtype, layout):
+    """One program per row whatever N, V and the strides, N > 65535 and N * V > 2^31 among them."""
+    largest = 0
+    for vocab in VOCABULARIES:
+        x = LAYOUTS[layout](torch.empty(300, 301, vocab, dtype=dtype, device="meta"))
+        outer, inner, vocab = x.shape
+        row = torch.empty(outer * inner, device="meta")
+        spec = RowSpec(valid_vocab=vocab)
+        for call in (
+            lambda x=x, spec=spec: backend.stats(x, spec, ("entropy",)),
+            lambda x=x, spec=spec, row=row: backend.grad(x, spec, Saved(row, row, row), UP, x),
+            lambda x=x, spec=spec: backend.loss(x, spec, UP, ("entropy",), x),
+        ):
+            call()
+            assert recorder.grid == (outer * inner,) and recorder.grid[0] < 2**31
+            assert recorder.arguments["vocab"] == recorder.arguments["valid"] == vocab
+            for view in [
+                recorder.arguments[k] for k in ("view", "out_view") if k in recorder.arguments
+            ]:
+                for i in (0, 1, inner - 1, inner, outer * inner - 1):
+                    at = i // view.inner * view.stride_outer + i % view.inner * view.stride_inner
+                    assert at == i // inner * x.stride(0) + i % inner * x.stride(1)
+                    largest = max(largest, at)
+    assert largest > 2**31 or layout == "one row repeated"
+
+
+@EACH_DTYPE
+def test_narrow_launches(recorder, dtype):
+    """Rows of a narrow gradient begin at the bytes where those of the logits do."""
+    x = torch.empty(3, 5, 64, dtype=dtype, device="meta")
+    for narrow in (torch.bfloat16, torch.float16):
+        ratio = dtype.itemsize // 2
+        out = x.view(narrow)[..., :64]
+        backend.loss(x, RowSpec(valid_vocab=64), UP, (), out)
+        view, out_view = (recorder.arguments[name] for name in ("view", "out_view"))
+        assert out_view == (view.inner, ratio * view.stride_outer, ratio * view.stride_inner)
+
+
+def test_views():
+    """One stride where one will do, so that no kernel is compiled for a number of rows."""
+    x = torch.empty(4, 5, 8)
+    many = 2**31 - 1
+    assert launch.View.of(x) == (many, 0, 8)
+    assert launch.View.of(x[:1]) == (many, 0, 8)
+    assert launch.View.of(x[:, :1]) == (many, 0, 40)
+    assert launch.View.of(x[:, :-1]) == (4, 40, 8)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("capped", [False, True])
+def test_plan(dtype, capped):
+    """Powers of two, 16 bytes a thread, warps for a row's length and no more; the steps and the
+    blocks after them, of which at most `slices` are read, end at the end of the row."""
+    for vocab in VOCABULARIES:
+        block, slices, num_warps = launch.plan(vocab, dtype, capped)
+        assert block & (block - 1) == 0 and num_warps & (num_warps - 1) == 0
+        assert block * dtype.itemsize == num_warps * 32 * 16
+        assert 1 <= num_warps <= 8 and slices == (2 if capped else 4)
+        assert num_warps == 1 or block < 2 * vocab
+        whole = vocab // (block * slices) * (block * slices)
+        rest = len(range(whole, vocab, block))
+        assert rest <= slices and whole + rest * block >= vocab > whole + (rest - 1) * block
+
+
+@pytest.mark.parametrize("memory", [0, 64 << 10, 99 << 10, 163 << 10, 227 << 10])
+@EACH_DTYPE
+def test_plan_of_tiles(dtype, memory):
+    """A part of the vocabulary is 1024 entries whatever the tile; its buffers fit."""
+    for light in (False, True):
+        tile, num_warps, num_stages = linear.plan(dtype, light, memory)
+        assert tile.walk * tile.entries == 1024 and num_warps == 8
+        assert all(n & (n - 1) == 0 and n >= 16 for n in tile[:3])
+        assert tile.entries >> tile.cuts >= 16  # a slice is whole runs of a thread's columns
+        stage = (tile.rows + tile.entries) * tile.depth * dtype.itemsize
+        assert 1 <= num_stages <= 4 and (num_stages == 1 or num_stages * stage <= memory)
+
+
+@pytest.mark.parametrize("setting, interpreted", [("true", True), ("on", True), ("0", False)])
+def test_interpreted_is_what_triton_reads(setting, interpreted):
+    code = "import em_kernels, em_kernels.triton as t; print(t.interpreted, em_kernels.backends())"
+    environment = {**os.environ, "TRITON_INTERPRET": setting}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith(str(interpreted)), done.stderr
+    if interpreted or not torch.cuda.is_available():
+        assert ("'triton': 'available'" in done.stdout) == interpreted
+
+
+@pytest.fixture(scope="module")
+def offline_report():
+    """Compiled in a process of its own: here `triton.jit` may have made interpreted functions."""
+    if not triton_offline.CUOBJDUMP.exists():
+        pytest.skip(f"this triton has no cuobjdump at {triton_offline.CUOBJDUMP}")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    command = [sys.executable, triton_offline.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+EACH_ARCH = pytest.mark.parametrize("arch", [f"sm_{a}" for a in triton_offline.ARCHITECTURES])
+
+
+@EACH_ARCH
+def test_compiled_kernels(offline_report, arch):
+    """No spills anywhere, no more registers than on record, offsets of 64 bits."""
+    record = json.loads(triton_offline.TABLE.read_text())
+    table = record["registers, stack bytes"][arch]
+    assert offline_report[arch].keys() == table.keys()
+    for name, found in offline_report[arch].items():
+        assert found["stack"] == 0, f"{name} spills {found['stack']} bytes"
+        assert found["wide_offsets"], f"{name} has offsets of 32 bits"
+        limit = table[name][0] if triton.__version__ == record["triton"] else 255
+        assert found["registers"] <= limit, f"{name}: if meant, run triton_offline.py --write"
+
+
+@EACH_ARCH
+def test_loops_over_a_row(offline_report, arch):
+    """16-byte loads, the fast exponential, no slow instruction."""
+    for name, found in offline_report[arch].items():
+        if not name.startswith("linear"):
+            assert found["wide_loads"], f"{name} has no 16-byte loads"
+            assert found["loop_exponentials"] > 0 or "float64" in name
+            assert not found["slow_in_loops"], f"{name}: {found['slow_in_loops']}"
+
+
+@EACH_ARCH
+def test_only_narrowing_kernels_wait_between_loads_and_stores(offline_report, arch):
+    for name, found in offline_report[arch].items():
+        if name.startswith(("grad", "loss")):
+            writes = "LBS" if "narrow" in name else "LS"
+            assert found["accesses"][-3:] == [writes, writes, "S"], name
+
+
+@EACH_ARCH
+def test_products_of_tiles(offline_report, arch):
+    """On the tensor cores by the architecture's own instruction, copied 16 bytes at a time into
+    as much shared memory as there is; float32 stays off them."""
+    tensor_cores = {"sm_80": ["mma"], "sm_90": ["wgmma"], "sm_100": ["tcgen05"]}[arch]
+    for name, found in offline_report[arch].items():
+        if name.startswith("linear") and not name.endswith("finish"):
+            want = {"bfloat16": tensor_cores, "float32": [], "float64": ["mma"]}
+            assert found["product"] == want[name.split("-")[1]], name
+            assert (found["wide_loads"] and found["loop_exponentials"] > 0) or "float64" in name
+            assert found["shared"] <= triton_offline.SHARED_MEMORY[int(arch[3:])], name

@@ -1,0 +1,410 @@
+"""The calls of `test_vocab_parallel`, of whole rows or of one rank's shard of them.
+
+A case is a function of a `Cut` that returns (what must be the same on every rank, what is this
+rank's part of a tensor cut in dimension `dim`: name -> (part, dim)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from helpers import DIFFERENTIABLE, rows_of_entropy
+from torch import Tensor
+
+import em_kernels
+from em_kernels import (
+    entropy_loss,
+    linear_entropy_loss,
+    linear_softmax_stats,
+    linear_token_covariance,
+    linear_token_loss,
+    softmax_stats,
+    token_covariance,
+    token_loss,
+)
+from em_kernels._spec import OUTPUTS
+
+VOCAB = 63
+SIZES = {2: (40, 23), 3: (30, 5, 28)}
+INF, NAN = math.inf, math.nan
+
+
+class Cut(NamedTuple):
+    """How much of the vocabulary this process holds."""
+
+    group: object = None
+    rank: int = 0
+    sizes: tuple[int, ...] | None = None  # None is all of it
+
+    def part(self, x: Tensor, dim: int = -1) -> Tensor:
+        """This process's part of `x`: a leaf that asks for its gradient."""
+        if self.sizes is not None:
+            x = x.split(self.sizes, dim)[self.rank]
+        return x.detach().clone().requires_grad_()
+
+
+WHOLE = Cut()
+
+
+def own_cut(sizes: tuple[int, ...] | None = None) -> Cut:
+    return Cut(dist.group.WORLD, dist.get_rank(), sizes or SIZES[dist.get_world_size()])
+
+
+def with_gradients(values: dict, upstream: dict, parts: dict, copies: dict | None = None):
+    """(values and gradients of `copies`, gradients of `parts`: name -> (tensor, dim))."""
+    copies = copies or {}
+    loss = sum((upstream[name] * values[name]).sum() for name in upstream if name in values)
+    leaves = [*copies.values(), *(x for x, _ in parts.values())]
+    gradients = torch.autograd.grad(loss, leaves)
+    same = {name: value.detach() for name, value in values.items()}
+    same |= {f"d {name}": g for name, g in zip(copies, gradients)}
+    own = {
+        f"d {name}": (g, dim)
+        for (name, (_, dim)), g in zip(parts.items(), gradients[len(copies) :])
+    }
+    return same, own
+
+
+def draw_upstream(*shape, dtype=torch.float32):
+    return {name: torch.randn(shape, dtype=dtype) for name in DIFFERENTIABLE}
+
+
+def draw_rows(dtype=torch.float32, vocab=VOCAB):
+    """Logits (2, 9, vocab) with targets all over the vocabulary, and upstream gradients."""
+    torch.manual_seed(1)
+    logits = (3 * torch.randn(2, 9, vocab)).to(dtype)
+    target = torch.linspace(0, vocab - 1, 18).long().view(2, 9)
+    logits[0, :4].scatter_(1, target[0, :4, None], 9.0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return logits, target, draw_upstream(2, 9, dtype=wide)
+
+
+def stats_case(cut, logits, target, upstream, outputs=OUTPUTS, **kwargs):
+    x = cut.part(logits)
+    stats = softmax_stats(x, target, outputs=outputs, group=cut.group, **kwargs)._asdict()
+    values = {name: stats[name] for name in outputs}
+    return with_gradients(values, upstream, {"logits": (x, -1)})
+
+
+def stats_of(dtype):
+    def case(cut, impl):
+        return stats_case(cut, *draw_rows(dtype), impl=impl)
+
+    return case
+
+
+def stats_with_everything(cut, impl):
+    logits, target, upstream = draw_rows()
+    target %= VOCAB - 4
+    target[0, 3] = -100
+    return stats_case(
+        cut,
+        logits,
+        target,
+        upstream,
+        temperature=0.5 + torch.rand(2, 9),
+        softcap=8.0,
+        logit_scale=0.7,
+        mask=torch.rand(2, 9) > 0.3,
+        valid_vocab=VOCAB - 4,
+        impl=impl,
+    )
+
+
+def stats_without_target(cut, impl):
+    logits, _, upstream = draw_rows()
+    return stats_case(cut, logits, None, upstream, ("entropy", "collision", "lse"), impl=impl)
+
+
+def stats_of_a_view(cut, impl):
+    """logits[:, :-1], in a shard too."""
+    logits, target, upstream = draw_rows()
+    x = cut.part(logits)
+    stats = softmax_stats(x[:, :-1], target[:, 1:], group=cut.group, impl=impl)
+    upstream = {name: g[:, 1:] for name, g in upstream.items()}
+    values = {"logprob": stats.logprob, "entropy": stats.entropy}
+    return with_gradients(values, upstream, {"logits": (x, -1)})
+
+
+def sure_rows():
+    """Rows with an entropy of 1e-9 and more, the largest logit and the target in any place."""
+    torch.manual_seed(2)
+    entropies = torch.tensor([1e-9, 1e-8, 1e-7, 1e-6, 1e-3, 0.5], dtype=torch.float64).repeat(8)
+    logits = rows_of_entropy(entropies, VOCAB)
+    target = logits.argmax(-1)
+    target[::3] = torch.randint(0, VOCAB, (16,))
+    return logits, target, draw_upstream(48)
+
+
+def stats_of_sure_rows(cut, impl):
+    return stats_case(cut, *sure_rows(), impl=impl)
+
+
+def stats_of_shifted_rows(cut, impl):
+    logits, target, upstream = draw_rows()
+    names = ("logprob", "entropy", "varentropy", "collision", "max_prob", "is_top1")
+    return stats_case(cut, logits * 8 // 1 / 8 + 1e4, target, upstream, names, impl=impl)
+
+
+def stats_of_bad_rows(cut, impl):
+    """Row by row: -inf in one shard, in all but one, in all; NaN; +inf; a target on -inf."""
+    torch.manual_seed(3)
+    logits, target = 3 * torch.randn(9, VOCAB), torch.randint(0, VOCAB, (9,))
+    first = SIZES[3][0]
+    logits[0, :first] = -INF
+    logits[1, first:] = -INF
+    logits[2] = -INF
+    logits[3, 2] = NAN
+    logits[4, VOCAB - 1] = INF
+    logits[5, target[5]] = -INF
+    logits[6, first + 5 :] = -INF
+    logits[7, : first + 5] = -INF
+    logits[7, VOCAB - 1] = NAN
+    target[0], target[6] = 3, VOCAB - 2  # in a shard without a finite logit
+    return stats_case(cut, logits, target, draw_upstream(9), impl=impl)
+
+
+def stats_with_a_shard_of_padding(cut, impl):
+    """valid_vocab leaves the last rank nothing."""
+    logits, target, upstream = draw_rows()
+    valid = 30
+    return stats_case(cut, logits, target % valid, upstream, valid_vocab=valid, impl=impl)
+
+
+def no_rows(cut, impl):
+    x = cut.part(torch.zeros(0, VOCAB))
+    stats = softmax_stats(x, torch.zeros(0, dtype=torch.int64), group=cut.group, impl=impl)
+    weight, hidden = cut.part(torch.ones(VOCAB, 4), 0), torch.zeros(0, 4, requires_grad=True)
+    loss = linear_entropy_loss(hidden, weight, group=cut.group, impl=impl)
+    values = {"entropy": stats.entropy, "loss": loss}
+    upstream = {"entropy": torch.ones(0), "loss": torch.tensor(1.0)}
+    return with_gradients(
+        values, upstream, {"logits": (x, -1), "weight": (weight, 0)}, {"hidden": hidden}
+    )
+
+
+def all_rows_masked(cut, impl):
+    logits, target, upstream = draw_rows()
+    return stats_case(cut, logits, target, upstream, mask=torch.zeros(2, 9), impl=impl)
+
+
+class Head(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def draw_head(cut, dtype=torch.float32, dim=8):
+    torch.manual_seed(4)
+    hidden = torch.randn(2, 9, dim).to(dtype).requires_grad_()
+    weight, bias = torch.randn(VOCAB, dim).to(dtype), torch.randn(VOCAB).to(dtype)
+    target = torch.linspace(0, VOCAB - 1, 18).long().view(2, 9)
+    return Head(hidden, cut.part(weight, 0), cut.part(bias, 0)), target
+
+
+def head_gradients(values, upstream, head):
+    parts = {"weight": (head.weight, 0), "bias": (head.bias, 0)}
+    return with_gradients(values, upstream, parts, {"hidden": head.hidden})
+
+
+def linear_stats_of(dtype, **options):
+    def case(cut, impl):
+        head, target = draw_head(cut, dtype)
+        target[1, 4] = -100
+        stats = linear_softmax_stats(
+            head.hidden,
+            head.weight,
+            target,
+            bias=head.bias,
+            outputs=OUTPUTS,
+            temperature=0.7,
+            mask=torch.rand(2, 9) > 0.2,
+            group=cut.group,
+            impl=impl,
+            **options,
+        )._asdict()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return head_gradients(stats, draw_upstream(2, 9, dtype=wide), head)
+
+    return case
+
+
+def linear_with_a_bias_of_minus_inf(cut, impl):
+    """Padding by bias: the last shard has no finite logit in any row."""
+    head, target = draw_head(cut)
+    bias = torch.zeros(VOCAB)
+    bias[VOCAB // 2 - 1 :] = -INF
+    bias = cut.part(bias, 0)
+    stats = linear_softmax_stats(
+        head.hidden,
+        head.weight,
+        target % 30,
+        bias=bias,
+        outputs=OUTPUTS,
+        group=cut.group,
+        chunk_tokens=5,
+        impl=impl,
+    )._asdict()
+    return head_gradients(stats, draw_upstream(2, 9), head._replace(bias=bias))
+
+
+def loss_case(inplace):
+    def case(cut, impl):
+        logits, target, _ = draw_rows()
+        x = cut.part(logits)
+        result = token_loss(
+            x * 1,
+            target,
+            entropy_weight=torch.rand(2, 9),
+            logprob_weight=torch.rand(2, 9) - 0.5,
+            outputs=OUTPUTS,
+            mask=torch.rand(2, 9) > 0.3,
+            temperature=0.5,
+            inplace=inplace,
+            group=cut.group,
+            impl=impl,
+        )
+        values = {"loss": result.loss, **result.stats._asdict()}
+        return with_gradients(values, {"loss": torch.tensor(2.0)}, {"logits": (x, -1)})
+
+    return case
+
+
+def linear_loss_of(dtype, frozen=(), **options):
+    def case(cut, impl):
+        head, target = draw_head(cut, dtype)
+        target %= options.get("valid_vocab", VOCAB)
+        for name in frozen:
+            getattr(head, name).requires_grad_(False)
+        result = linear_token_loss(
+            head.hidden,
+            head.weight,
+            target,
+            bias=head.bias,
+            entropy_weight=torch.rand(2, 9),
+            logprob_weight=torch.rand(2, 9) - 0.5,
+            mask=torch.rand(2, 9) > 0.3,
+            group=cut.group,
+            impl=impl,
+            **options,
+        )
+        values = {"loss": result.loss, **result.stats._asdict()}
+        values = {name: value for name, value in values.items() if value is not None}
+        if len(frozen) == len(head):
+            return values, {}
+        parts = {
+            name: (getattr(head, name), 0) for name in ("weight", "bias") if name not in frozen
+        }
+        copies = {} if "hidden" in frozen else {"hidden": head.hidden}
+        return with_gradients(values, {"loss": torch.tensor(2.0)}, parts, copies)
+
+    return case
+
+
+def entropy_loss_by(reduction):
+    def case(cut, impl):
+        logits, _, _ = draw_rows()
+        head, _ = draw_head(cut)
+        x, mask = cut.part(logits), torch.rand(2, 9) > 0.4
+        options = dict(reduction=reduction, temperature=0.5, group=cut.group, impl=impl)
+        values = {
+            "loss": entropy_loss(x, mask, **options),
+            "linear": linear_entropy_loss(
+                head.hidden, head.weight, mask, bias=head.bias, **options
+            ),
+        }
+        parts = {"logits": (x, -1), "weight": (head.weight, 0), "bias": (head.bias, 0)}
+        upstream = {"loss": torch.tensor(1.0), "linear": torch.tensor(1.0)}
+        return with_gradients(values, upstream, parts, {"hidden": head.hidden})
+
+    return case
+
+
+def covariance_over_the_vocabulary(cut, impl):
+    head, target = draw_head(cut)
+    target[0, 0] = -100
+    cov = linear_token_covariance(
+        head.hidden, head.weight, target, torch.randn(2, 9), vocab_group=cut.group, impl=impl
+    )
+    return {"cov": cov}, {}
+
+
+def covariance_over_both(cut, impl):
+    """The same group for the tokens, here every rank's own copy of them, and the vocabulary."""
+    head, target = draw_head(cut)
+    advantage = torch.randn(2, 9)
+    cov = linear_token_covariance(
+        head.hidden,
+        head.weight,
+        target,
+        advantage,
+        group=cut.group,
+        vocab_group=cut.group,
+        impl=impl,
+    )
+    logprob = linear_softmax_stats(
+        head.hidden, head.weight, target, group=cut.group, impl=impl
+    ).logprob
+    return {"cov": cov, "again": token_covariance(logprob, advantage)}, {}
+
+
+def compiled(cut, impl):
+    head, target = draw_head(cut)
+    rows = torch.rand(2, 9)
+
+    def function(hidden, weight, bias):
+        stats = linear_softmax_stats(hidden, weight, target, bias=bias, group=cut.group, impl=impl)
+        loss = linear_token_loss(hidden, weight, entropy_weight=rows, group=cut.group, impl=impl)
+        return stats.logprob * stats.entropy + loss.loss
+
+    if cut.group is not None:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    values = {"value": function(*head)}
+    return head_gradients(values, {"value": torch.ones(2, 9)}, head)
+
+
+CASES = {
+    "stats, float32": stats_of(torch.float32),
+    "stats, float64": stats_of(torch.float64),
+    "stats, bfloat16": stats_of(torch.bfloat16),
+    "stats, every argument": stats_with_everything,
+    "stats, no target": stats_without_target,
+    "stats, a view": stats_of_a_view,
+    "stats, sure rows": stats_of_sure_rows,
+    "stats, shifted rows": stats_of_shifted_rows,
+    "stats, bad rows": stats_of_bad_rows,
+    "stats, a shard of padding": stats_with_a_shard_of_padding,
+    "no rows": no_rows,
+    "all rows masked": all_rows_masked,
+    "linear stats, one chunk": linear_stats_of(torch.float32),
+    "linear stats, chunks of 4": linear_stats_of(torch.float32, chunk_tokens=4),
+    "linear stats, float64": linear_stats_of(torch.float64, chunk_tokens=5),
+    "linear stats, bfloat16": linear_stats_of(torch.bfloat16, logits_dtype=torch.float32),
+    "linear stats, bias of -inf": linear_with_a_bias_of_minus_inf,
+    "loss": loss_case(inplace=False),
+    "loss in place": loss_case(inplace=True),
+    "linear loss": linear_loss_of(torch.float32),
+    "linear loss, chunks of 3": linear_loss_of(torch.float32, chunk_tokens=3),
+    "linear loss, valid_vocab": linear_loss_of(torch.float32, chunk_tokens=3, valid_vocab=28),
+    "linear loss, bfloat16": linear_loss_of(torch.bfloat16, chunk_tokens=5, valid_vocab=28),
+    "linear loss, frozen weight": linear_loss_of(torch.float32, ("weight",)),
+    "linear loss, frozen hidden": linear_loss_of(torch.float32, ("hidden",)),
+    "linear loss, frozen": linear_loss_of(torch.float32, ("hidden", "weight", "bias")),
+    "entropy loss, token_mean": entropy_loss_by("token_mean"),
+    "entropy loss, sequence_mean": entropy_loss_by("sequence_mean"),
+    "entropy loss, sum": entropy_loss_by("sum"),
+    "entropy loss, float": entropy_loss_by(7.5),
+    "covariance": covariance_over_the_vocabulary,
+    "covariance, both groups": covariance_over_both,
+    "compiled": compiled,
+}
+
+# Cuts other than SIZES, with a rank of one entry and with a rank of none.
+OTHER_SIZES = {2: ((1, 62), (0, 63)), 3: ((7, 1, 55), (31, 0, 32))}
+
+
+def usable_impls() -> tuple[str, ...]:
+    return tuple(name for name, state in em_kernels.backends().items() if state == "available")
