@@ -11,8 +11,9 @@ from torch import Tensor
 
 from em_kernels.evaluator.judge import Judge, final_answer
 from em_kernels.evaluator.records import Answer
+from em_kernels.heads import Head
 from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.trainer.models import Head, hidden_states
+from em_kernels.trainer.models import hidden_states
 from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, sample
 
 SMALL_MODEL_PARAMETERS = 50_000_000

@@ -30,8 +30,9 @@ from em_kernels.evaluator.records import (
     write_json,
 )
 from em_kernels.evaluator.summary import summarise
+from em_kernels.heads import Head, ModelError, read_head
 from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.models import Head, ModelError, check_causal, load_model, read_head
+from em_kernels.trainer.models import check_causal, load_model
 from em_kernels.trainer.random_state import RandomState
 from em_kernels.trainer.rollout import Sampling
 
