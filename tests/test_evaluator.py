@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from tiny_qwen2 import make_bigram_model, make_model, make_tokenizer
+from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.evaluator import evaluate, final_answer, make_judge, read_problems
 from em_kernels.evaluator.asking import default_batch_size
@@ -111,7 +111,7 @@ def test_result_as_json(tmp_path):
     records = written.pop("records")
     assert written == result.summary()
     expected = {"text": "2", "tokens": 2, "finished": True, "correct": False, "parsed": True}
-    expected.update(entropy=None, logprob=None)
+    expected.update(entropy=None, logprob=None, ids=[WORDS.index("2"), 1])
     assert records[1]["greedy"] == records[1]["samples"][0] == expected
 
 

@@ -52,7 +52,12 @@ class Asked(NamedTuple):
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = [
             Answer(
-                text, len(ids), done, bool(self.judge(text, right)), final_answer(text) is not None
+                text,
+                len(ids),
+                done,
+                correct=bool(self.judge(text, right)),
+                parsed=final_answer(text) is not None,
+                ids=ids,
             )
             for text, ids, done, right in zip(texts, tokens, rollout.finished.tolist(), rights)
         ]

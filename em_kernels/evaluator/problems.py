@@ -37,7 +37,8 @@ class Source:
     Args:
         path: a .jsonl, .json (lines) or .parquet file, or a folder or name for `datasets`.
         config, split: of the data set.
-        problem, answer: the fields, the first of which a row has is taken.
+        problem, answer: the fields, the first of which a row has is taken; with answer=() the
+            problems have no answers, and get "".
         template: the prompt, with {problem} in it (other braces doubled).
         settings: of the generation (`samples`, `temperature`, `top_p`, `max_new_tokens`) where the
             caller says nothing else.
@@ -188,7 +189,7 @@ def _read(row: dict | str, source: Source) -> Problem | str:
     if isinstance(row, str):
         return row
     values = []
-    for names in (source.problem, source.answer):
+    for names in filter(None, (source.problem, source.answer)):
         present = [name for name in names if name in row]
         if not present:
             return f"no field {' or '.join(map(repr, names))}, only {sorted(row)}"
@@ -196,7 +197,7 @@ def _read(row: dict | str, source: Source) -> Problem | str:
         if text is None:
             return f"{present[0]!r} must be text that is not empty, got {row[present[0]]!r:.80}"
         values.append(text)
-    return Problem(*values)
+    return Problem(values[0], values[1] if source.answer else "")
 
 
 def _text(value) -> str | None:

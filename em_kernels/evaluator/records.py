@@ -32,7 +32,8 @@ def read_settings(folder: str | Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Aside, then renamed: there is never half a file."""
+    """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
     aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     aside.replace(path)
@@ -49,6 +50,7 @@ class Answer:
         parsed: a final answer was found in it; without one it is wrong.
         entropy, logprob: mean entropy (nats) and sum of log-probabilities of its tokens under the
             model at T = 1; None where signals were not asked for.
+        ids: its tokens, the end token included.
     """
 
     text: str
@@ -58,6 +60,7 @@ class Answer:
     parsed: bool = True
     entropy: float | None = None
     logprob: float | None = None
+    ids: list[int] | None = None
 
     @property
     def confidence(self) -> float | None:

@@ -53,6 +53,7 @@ class EvalConfig:
         judge: what decides whether an answer is right, by name.
         template: the prompt around {problem}; None is the preset's, else the bare problem.
         limit: only the first so many problems.
+        labelled: the problems have answers; without, every answer counts as wrong.
         dtype, device: of the model.
         seed: of the sampling.
 
@@ -71,6 +72,7 @@ class EvalConfig:
     judge: str = "auto"
     template: str | None = None
     limit: int | None = None
+    labelled: bool = True
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
@@ -113,6 +115,8 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
         FileNotFoundError, ImportError, ValueError: of the problems or the model.
     """
     changes = {} if config.template is None else {"template": config.template}
+    if not config.labelled:
+        changes["answer"] = ()
     source = find_source(config.problems, **changes)
     loaded = load_problems(source, config.limit)
     if model is None:
@@ -126,11 +130,16 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
     limit = longest_prompt(model)
     too_long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
     _open(folder, config, loaded, too_long)
-    asked = Asked(model, tokenizer, make_judge(config.judge), _head(model, prompts))
+    judge = make_judge(config.judge) if config.labelled else _nothing_is_right
+    asked = Asked(model, tokenizer, judge, _head(model, prompts))
     _ask_all(asked, config, loaded, prompts, set(too_long), Records(folder / RECORDS), progress)
     summary = summarise(folder)
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _nothing_is_right(response: str, answer: str) -> bool:
+    return False
 
 
 def _head(model, prompts: list[list[int]]) -> Head | None:

@@ -90,6 +90,7 @@ def summarise(folder: str | Path) -> dict:
         "problems": len(settings["problems"]),
         "source": config["problems"],
         "judge": config["judge"],
+        "labelled": config["labelled"],
         "samples": config["samples"],
         "skipped_rows": settings["skipped"],
         "too_long": settings["too_long"],
