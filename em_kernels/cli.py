@@ -1,4 +1,5 @@
-"""The command line: em-kernels train | merge | eval | compare | select | info."""
+"""The command line: em-kernels train | merge | eval | compare | select | analyze |
+report | info."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 import em_kernels
-from em_kernels.evaluator.commands import add_commands, quiet_transformers
+from em_kernels.evaluator.commands import add_commands
+from em_kernels.evaluator.options import quiet_transformers
 from em_kernels.trainer import (
     CheckpointError,
     RankError,

@@ -124,9 +124,13 @@ def test_compare(model, better, problems, tmp_path, capsys):
     for name, path in (("a", model), ("b", better)):
         given = ("--problems", problems, "--samples", 4, "--output", tmp_path / name)
         run(capsys, "eval", "--model", path, *given)
-    out = tmp_path / "compare.json"
-    printed = compare(capsys, tmp_path / "a", tmp_path / "b", "--json", out)
-    row = next(r for r in json.loads(out.read_text())["temperatures"] if r["temperature"] == 1)
+    out = tmp_path / "compared"
+    printed = compare(capsys, tmp_path / "a", tmp_path / "b", "--output", out)
+    row = next(
+        r
+        for r in json.loads((out / "compare.json").read_text())["temperatures"]
+        if r["temperature"] == 1
+    )
     assert row["b"] == 1 and row["worse"] == 0 and 0 < row["better"] <= 16
     assert row["difference"] == pytest.approx(1 - row["a"]) and row["p_value"] < 0.01
     cells = line_of(printed, "T = 1").split()

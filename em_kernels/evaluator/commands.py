@@ -1,25 +1,34 @@
-"""The evaluator's commands: eval, compare, select."""
+"""The evaluator's commands: eval, compare, select, analyze, report."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from em_kernels.evaluator.eval_tables import comparison_table, eval_tables, selection_table
-from em_kernels.evaluator.judge import JUDGES
-from em_kernels.evaluator.problems import PRESETS, find_source
+from em_kernels.evaluator.analyses.commands import add_analyze
+from em_kernels.evaluator.options import (
+    GO_ON,
+    AddCommon,
+    add_asking,
+    asking,
+    quiet_transformers,
+    temperatures_of,
+)
+from em_kernels.evaluator.problems import PRESETS
 from em_kernels.evaluator.records import RECORDS, EvalError, Records, write_json
-from em_kernels.evaluator.run import EvalConfig, run_eval
+from em_kernels.evaluator.report import save, write_report
+from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, rank_prompts, write_prompts
 from em_kernels.evaluator.summary import compare_folders
-from em_kernels.trainer.models import require_transformers
-
-AddCommon = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], int]], None]
-GO_ON = "; what was done is kept, the same command goes on"
+from em_kernels.evaluator.summary_tables import (
+    comparison_table,
+    counts_table,
+    eval_tables,
+    selection_table,
+)
 
 
 def add_commands(commands, add_common: AddCommon) -> None:
@@ -27,38 +36,8 @@ def add_commands(commands, add_common: AddCommon) -> None:
     _add_eval(commands, add_common)
     _add_compare(commands, add_common)
     _add_select(commands, add_common)
-
-
-def quiet_transformers() -> None:
-    """Its warnings and bars would tear up the progress bar; errors come through as exceptions."""
-    logging = require_transformers().utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def add_asking(parser: argparse.ArgumentParser) -> None:
-    """The options of whatever asks a model problems."""
-    parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--top-p", type=float, help="nucleus of the sampling (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default 2048)")
-    parser.add_argument("--template", help="the prompt, with {problem} in it (default: only that)")
-    parser.add_argument("--batch-size", type=int, help="answers generated at once")
-    parser.add_argument("--judge", choices=JUDGES, default="auto", help="what decides an answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    add_model_options(parser)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def asking(arguments: argparse.Namespace, **settings) -> EvalConfig:
-    """The EvalConfig of the options of `add_asking`, with `settings` on top."""
-    names = EvalConfig.__dataclass_fields__
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    return EvalConfig(**{**given, **settings})
+    add_analyze(commands, add_common)
+    _add_report(commands, add_common)
 
 
 def _add_eval(commands, add_common: AddCommon) -> None:
@@ -94,7 +73,7 @@ def _add_eval(commands, add_common: AddCommon) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     quiet_transformers()
     arguments.go_on = GO_ON if arguments.output else ""
-    temperatures = _temperatures(arguments)
+    temperatures = temperatures_of(arguments)
     with tempfile.TemporaryDirectory() as passing:
         output = arguments.output or f"{passing}/eval"
         config = asking(arguments, output=output, temperatures=temperatures)
@@ -107,14 +86,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     for table in eval_tables(summary):
         print(table.text())
     print(f"{seconds:.1f} s")
+    if arguments.output:
+        print(f"report: {write_report(arguments.output).path}")
     return 0
-
-
-def _temperatures(arguments: argparse.Namespace) -> tuple[float, ...]:
-    """Greedy, on top of what is given or the preset's, else 1."""
-    usual = find_source(arguments.problems).settings.get("temperature", 1.0)
-    drawn = [t for t in (arguments.temperatures or [usual]) if t != 0]
-    return tuple(drawn if arguments.no_greedy else [0.0, *drawn])
 
 
 def _add_compare(commands, add_common: AddCommon) -> None:
@@ -126,16 +100,17 @@ def _add_compare(commands, add_common: AddCommon) -> None:
     )
     parser.add_argument("a", metavar="A", help="folder of an evaluation")
     parser.add_argument("b", metavar="B", help="folder of another")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    parser.add_argument("--output", metavar="DIR", help="write compare.json and report.html here")
     add_common(parser, _compare)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     rows = compare_folders(arguments.a, arguments.b)
     print(comparison_table(arguments.a, arguments.b, rows).text())
-    if arguments.json:
-        found = {"a": arguments.a, "b": arguments.b, "temperatures": rows}
-        write_json(Path(arguments.json), found)
+    if arguments.output:
+        found = {"kind": "compare", "a": arguments.a, "b": arguments.b, "temperatures": rows}
+        save(arguments.output, "compare", found)
+        print(f"report: {write_report(arguments.output).path}")
     return 0
 
 
@@ -178,10 +153,28 @@ def _select(arguments: argparse.Namespace) -> int:
         labelled=not arguments.unlabelled,
     )
     summary = run_eval(config, progress=not arguments.quiet)
+    everything = rank_prompts(config.output, arguments.by)
     rows = rank_prompts(config.output, arguments.by, arguments.top)
     write_prompts(rows, path)
-    print(selection_table(rows, arguments.by).text())
-    for table in eval_tables(summary)[1:]:
+    found = {"kind": "selection", "by": arguments.by, "chosen": len(rows), "rows": everything}
+    save(config.output, "selection", found)
+    for table in (selection_table(rows, arguments.by), counts_table(summary)):
         print(table.text())
     print(f"{len(rows)} prompts: {path}")
+    print(f"report: {write_report(config.output).path}")
+    return 0
+
+
+def _add_report(commands, add_common: AddCommon) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="report.html of a run, an evaluation or an analysis",
+        description="Make report.html, one page that needs no other file, of what a folder holds.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="of a run, an evaluation or an analysis")
+    add_common(parser, _report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    print(f"report: {write_report(arguments.folder).path}")
     return 0

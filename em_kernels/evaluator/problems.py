@@ -136,7 +136,7 @@ def _rows(source: Source) -> Iterator[tuple[int, dict | str]]:
     """(number from 1, row), where a row that cannot be read is the reason instead."""
     path = Path(source.path).expanduser()
     if path.suffix in (".jsonl", ".json"):
-        return _json_lines(path)
+        return json_rows(path)
     if path.suffix == ".parquet":
         return _table(source, "parquet", data_files={source.split: str(_existing(path))})
     if path.is_file():
@@ -150,7 +150,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
+def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number, object) of a file of JSON lines; of a broken line, the reason instead."""
     with _existing(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

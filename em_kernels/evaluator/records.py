@@ -101,12 +101,13 @@ class Records:
                 value = json.loads(line)
                 yield Record(**{**value, "answer": Answer(**value["answer"])})
 
-    def repair(self) -> None:
-        """Cut off what a crash left of an unfinished last line."""
-        if not self.path.is_file():
-            return
-        whole = 0
-        with self.path.open("rb+") as file:
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
+
+def repair_lines(path: Path) -> None:
+    """Cut off what a crash left of an unfinished last line."""
+    if not path.is_file():
+        return
+    whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)

@@ -27,6 +27,7 @@ from em_kernels.evaluator.records import (
     Record,
     Records,
     read_settings,
+    repair_lines,
     write_json,
 )
 from em_kernels.evaluator.summary import summarise
@@ -163,7 +164,7 @@ def _open(folder: Path, config: EvalConfig, loaded: Problems, too_long: list[int
     settings = json.loads(json.dumps(settings))
     if (folder / SETTINGS).exists():
         _check_same(folder, read_settings(folder), settings)
-        Records(folder / RECORDS).repair()
+        repair_lines(folder / RECORDS)
         return
     if folder.exists() and any(folder.iterdir()):
         raise EvalError(f"{folder} is not empty and holds no evaluation; give another folder")

@@ -114,3 +114,107 @@ def selection_table(rows: Sequence[dict], by: str) -> Table:
 def _short(text: str, length: int = 50) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def settings_table(config: dict) -> Table:
+    rows = [[name, _short(str(value), 120)] for name, value in config.items()]
+    return Table("Settings", ["", ""], rows)
+
+
+def shift_table(result: dict) -> Table:
+    names = ("mean", "variance", "skewness")
+    heads = [*names, *(f"pooled {name}" for name in names), "compat"]
+    columns = [_shift_column(model) for model in result["models"]]
+    if len(columns) == 2:
+        change = [number(b - a, 4) for a, b in zip(*columns)]
+        cells = [
+            [h, number(a, 4), number(b, 4), c] for h, (a, b), c in zip(heads, zip(*columns), change)
+        ]
+        models = result["models"]
+        title = f"before: {models[0]['model']}; after: {models[1]['model']}"
+        return Table(title, ["logits", "before", "after", "change"], cells)
+    cells = [[h, number(a, 4)] for h, a in zip(heads, columns[0])]
+    return Table(result["models"][0]["model"], ["logits", "model"], cells)
+
+
+def _shift_column(model: dict) -> list[float]:
+    names = ("mean", "variance", "skewness")
+    return [
+        *(model[n] for n in names),
+        *(model["pooled"][n] for n in names),
+        model["compat"],
+    ]
+
+
+def types_table(result: dict) -> Table:
+    rows = [
+        [
+            repr(t["token"]),
+            str(t["count"]),
+            str(t["forks"]),
+            percent(t["forks"] / t["count"]),
+            number(t["mean_entropy"], 4),
+        ]
+        for t in result["types"]
+    ]
+    head = ["token", "times", "a fork", "share", "mean entropy (nats)"]
+    return Table("Tokens that are forks most often", head, rows)
+
+
+def temperature_table(result: dict) -> Table:
+    rows = [
+        [f"T = {r['temperature']:g}", number(r["entropy"], 4), _fine(r["over_texts"])]
+        for r in result["temperatures"]
+    ]
+    head = ["", "mean over tokens (nats)", "mean over texts [95 % interval]"]
+    return Table("Entropy against temperature", head, rows)
+
+
+def _fine(found: dict) -> str:
+    return f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+
+
+def law_table(result: dict) -> Table:
+    rows = [
+        [p["label"], number(p["entropy"], 4), number(p["performance"])] for p in result["points"]
+    ]
+    title = "Entropy and performance"
+    if result["fit"]:
+        fit = result["fit"]
+        title = (
+            f"R = -a exp(H) + b: a = {fit['a']:.4g}, b = {fit['b']:.4g}, ceiling b - a = "
+            f"{fit['ceiling']:.4g}, R2 = {number(fit['r2'])}, {fit['points']} points"
+        )
+    return Table(title, ["", "H (nats)", "accuracy R"], rows)
+
+
+def run_table(result: dict) -> Table:
+    rows = [
+        [
+            str(p["update"]),
+            interval(p["accuracy"]),
+            interval(p["greedy"]) if p["greedy"] else NONE,
+            number(p["entropy"], 4),
+            number(p["response_length"], 1),
+            percent(p["without_end"]),
+            percent(p["without_final_answer"]),
+            number(p["calibration"]["ece"]) if p["calibration"] else NONE,
+            str(p["too_long"] + p["skipped_rows"] + p["missing_answers"]),
+        ]
+        for p in result["points"]
+    ]
+    drawn = temperature(result["points"][0]["temperature"])
+    head = ["update", f"accuracy, {drawn}", "greedy", "entropy (nats)", "tokens", "no end"]
+    head += ["no final answer", "ECE", "left out"]
+    return Table("Accuracy [95 % interval] by update", head, rows)
+
+
+def metrics_table(lines: Sequence[dict], names: Sequence[str]) -> Table:
+    first, last = lines[0], lines[-1]
+    rows = [[n.replace("_", " "), _general(first.get(n)), _general(last.get(n))] for n in names]
+    head = ["", f"update {first['update']}", f"update {last['update']}"]
+    return Table("First and last update", head, rows)
+
+
+def _general(value: float | None) -> str:
+    return NONE if value is None else f"{value:.5g}"
