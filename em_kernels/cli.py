@@ -1,4 +1,5 @@
-"""The command line: em-kernels train | merge | eval | info."""
+"""The command line: em-kernels train | merge | eval | compare | select | analyze |
+report | info."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 import em_kernels
-from em_kernels.evaluator import EvalResult, evaluate, read_problems
-from em_kernels.evaluator.judge import JUDGES
+from em_kernels.evaluator.commands import add_commands
+from em_kernels.evaluator.options import quiet_transformers
 from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer import (
     CheckpointError,
@@ -27,14 +28,13 @@ from em_kernels.trainer import (
     RLConfig,
     TrainConfig,
     TrainResult,
-    load_model,
     merge_checkpoint,
     read_config,
     read_prompts,
     train,
 )
 from em_kernels.trainer.config import DTYPES, SAMPLERS
-from em_kernels.trainer.models import newest_checkpoint, require_transformers
+from em_kernels.trainer.models import newest_checkpoint
 from em_kernels.trainer.rl_config import OBJECTIVES, PPL_LABELS, REWARDS
 
 USER_ERRORS = (
@@ -72,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="em-kernels", description="Entropy minimisation of language models."
     )
     parser.add_argument("--version", action="version", version=em_kernels.__version__)
-    commands = parser.add_subparsers(required=True, metavar="train | merge | eval | info")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_merge(commands)
-    _add_eval(commands)
+    add_commands(commands, _add_common)
     info = commands.add_parser("info", help="versions, backends, CPU and GPUs")
     _add_common(info, _info)
     return parser
@@ -212,35 +212,8 @@ def _add_merge(commands) -> None:
     _add_common(parser, _merge)
 
 
-def _add_eval(commands) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="sampled and greedy accuracy",
-        description="Accuracy of a model on problems with known answers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a model folder or a hub name")
-    parser.add_argument(
-        "--problems", required=True, metavar="FILE", help='JSON lines {"problem", "answer"}'
-    )
-    parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--samples", type=int, default=1, help="answers drawn per problem")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
-    parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer")
-    parser.add_argument("--batch-size", type=int, help="answers generated at once")
-    parser.add_argument("--judge", choices=JUDGES, default="auto", help="what decides an answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", metavar="FILE", help="write the result and every answer here")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_common(parser, _eval)
-
-
 def _train(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
+    quiet_transformers()
     resumed = getattr(arguments, "resume", None)
     config = _resumed_config(arguments) if resumed else _new_config(arguments)
     result = train(config, resume=bool(resumed), progress=not arguments.quiet)
@@ -250,7 +223,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
+    quiet_transformers()
     print(f"model: {merge_checkpoint(arguments.checkpoint, arguments.output)}")
     return 0
 
@@ -298,33 +271,6 @@ def _settings(arguments: argparse.Namespace) -> dict:
     if file is not None:
         given["prompts"] = read_prompts(file)
     return {name: given[name] for name in RLConfig.__dataclass_fields__ if name in given}
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be 1 or more, got {arguments.limit}")
-    problems = read_problems(arguments.problems, arguments.limit)
-    dtype = getattr(torch, arguments.dtype)
-    model, tokenizer = load_model(arguments.model, arguments.device, dtype)
-    result = evaluate(
-        model,
-        tokenizer,
-        problems,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        greedy=not arguments.no_greedy,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        judge=arguments.judge,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
-    _print_accuracy(result)
-    if arguments.json:
-        result.write_json(arguments.json)
-    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -384,28 +330,6 @@ def _print_training(result: TrainResult) -> None:
     print(f"checkpoint: {result.checkpoint}")
 
 
-def _print_accuracy(result: EvalResult) -> None:
-    print(f"{result.problems} problems, judged by {result.judge}, {result.seconds:.1f} s")
-    if result.sampled_accuracy is not None:
-        title = f"sampled at T = {result.temperature:g}, {result.samples} each"
-        print(f"{title:28} {_with_error(result.sampled_accuracy, result.sampled_stderr)}")
-    if result.greedy_accuracy is not None:
-        print(f"{'greedy':28} {_with_error(result.greedy_accuracy, result.greedy_stderr)}")
-    print(f"{'response length':28} {result.response_length:.1f} tokens")
-    print(f"{'without an end':28} {result.truncated:.1%}")
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
-
-
-def _quiet_transformers() -> None:
-    """Its warnings and bars would tear up the progress bar; errors come through as exceptions."""
-    logging = require_transformers().utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _rank_name() -> str:
     """Under torchrun, which of several processes speaks."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -413,6 +337,8 @@ def _rank_name() -> str:
 
 
 def _where_it_stopped(arguments: argparse.Namespace) -> str:
+    if hasattr(arguments, "go_on"):
+        return arguments.go_on
     folder = getattr(arguments, "resume", None) or getattr(arguments, "output", None)
     if folder is None:
         return ""

@@ -188,10 +188,13 @@ def test_eval_prints_and_writes_what_it_found(model, problems, tmp_path, capsys)
     assert cli.main([*arguments, *options]) == 0
     result = json.loads(out.read_text())
     assert (result["problems"], result["samples"], result["judge"]) == (4, 3, "exact")
-    assert len(result["records"][0]["samples"]) == 3
+    assert len(result["records"]) == 4 * (1 + 3)
+    greedy, drawn = result["temperatures"]
+    assert (greedy["temperature"], drawn["temperature"]) == (0, 1)
     printed = capsys.readouterr().out
-    assert "4 problems, judged by exact" in printed
-    assert f"{result['sampled_accuracy']:.4f} +- {result['sampled_stderr']:.4f}" in printed
+    assert f"4 problems of {problems}, judged by exact" in printed
+    mean = drawn["mean"]
+    assert f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]" in printed
     assert "greedy" in printed
     assert cli.main([*arguments, *options, "--no-greedy", "--limit", "2"]) == 0
     assert json.loads(out.read_text())["problems"] == 2
@@ -263,9 +266,13 @@ def test_errors_of_eval(model, problems, tmp_path, capsys):
     assert "no such file" in error_of(capsys, *given, tmp_path / "nothing.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"problem": "1", "answer": 1}\n{"problem": "2"}\n')
-    assert "broken.jsonl, line 2: no field 'answer'" in error_of(capsys, *given, broken)
+    assert cli.main(["eval", "--model", model, "--problems", str(broken), "--quiet"]) == 0
+    assert "row 2: no field 'answer'" in capsys.readouterr().out
+    broken.write_text('{"problem": "1"}\n')
+    assert "no usable problems among 1 rows; row 1: no" in error_of(capsys, *given, broken)
     assert "samples must be" in error_of(capsys, *given, problems, "--samples", -1)
-    assert "--limit must be 1 or more" in error_of(capsys, *given, problems, "--limit", 0)
+    assert "limit must be 1 or more" in error_of(capsys, *given, problems, "--limit", 0)
+    assert "no such file" in error_of(capsys, *given, "none.jsonl", "--temperatures", 0.5)
 
 
 def test_traceback_is_there_for_who_asks(capsys):

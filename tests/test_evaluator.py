@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
-from tiny_qwen2 import make_bigram_model, make_model, make_tokenizer
+from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.evaluator import evaluate, final_answer, make_judge, read_problems
-from em_kernels.evaluator.accuracy import default_batch_size
+from em_kernels.evaluator.asking import default_batch_size
 
 NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 LETTERS = {"a": "1", "b": "2", "c": "3"}
@@ -110,7 +110,8 @@ def test_result_as_json(tmp_path):
     written = json.loads(path.read_text())
     records = written.pop("records")
     assert written == result.summary()
-    expected = {"text": "2", "tokens": 2, "finished": True, "correct": False}
+    expected = {"text": "2", "tokens": 2, "finished": True, "correct": False, "parsed": True}
+    expected.update(entropy=None, logprob=None, ids=[WORDS.index("2"), 1])
     assert records[1]["greedy"] == records[1]["samples"][0] == expected
 
 

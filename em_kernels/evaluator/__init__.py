@@ -1,23 +1,31 @@
-"""Accuracy of a model on problems with known answers."""
+"""Accuracy of a model on problems with known answers, and what goes with it."""
 
-from em_kernels.evaluator.accuracy import (
-    Answer,
-    EvalResult,
-    Problem,
-    ProblemRecord,
-    evaluate,
-    read_problems,
-)
+from em_kernels.evaluator.accuracy import EvalResult, ProblemRecord, evaluate, read_problems
 from em_kernels.evaluator.judge import Judge, final_answer, make_judge
+from em_kernels.evaluator.problems import PRESETS, Problem, Source, find_source, load_problems
+from em_kernels.evaluator.records import Answer, EvalError, Record, Records
+from em_kernels.evaluator.run import EvalConfig, run_eval
+from em_kernels.evaluator.summary import compare_folders, summarise
 
 __all__ = [
+    "PRESETS",
     "Answer",
+    "EvalConfig",
+    "EvalError",
     "EvalResult",
     "Judge",
     "Problem",
     "ProblemRecord",
+    "Record",
+    "Records",
+    "Source",
+    "compare_folders",
     "evaluate",
     "final_answer",
+    "find_source",
+    "load_problems",
     "make_judge",
     "read_problems",
+    "run_eval",
+    "summarise",
 ]

@@ -8,32 +8,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+from em_kernels.evaluator.asking import Asked, default_batch_size
 from em_kernels.evaluator.judge import Judge, make_judge
+from em_kernels.evaluator.problems import Problem
+from em_kernels.evaluator.records import Answer
 from em_kernels.trainer.data import encode_prompt, read_jsonl, text_field
 from em_kernels.trainer.random_state import RandomState
-from em_kernels.trainer.rollout import Sampling, sample
-
-SMALL_MODEL_PARAMETERS = 50_000_000
-
-
-class Problem(NamedTuple):
-    """A question and its right answer."""
-
-    problem: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer of the model: its text, its length, whether it ended by itself and is right."""
-
-    text: str
-    tokens: int
-    finished: bool
-    correct: bool
+from em_kernels.trainer.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -128,13 +112,14 @@ def evaluate(
     name = getattr(judge, "__name__", "function").replace("_", "-")
     problems = [Problem(*problem) for problem in problems]
     prompts = [encode_prompt(tokenizer, problem.problem) for problem in problems]
-    asked = _Asked(model, tokenizer, problems, prompts, batch_size or default_batch_size(model))
+    ask = partial(_ask, Asked(model, tokenizer, judge), problems, prompts)
+    size = batch_size or default_batch_size(model)
     drawing = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     likeliest = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     started = time.perf_counter()
     with RandomState(seed), _bar(len(problems) * (samples + greedy), progress) as bar:
-        drawn = asked.ask(drawing, samples, judge, bar)
-        best = asked.ask(likeliest, int(greedy), judge, bar)
+        drawn = ask(drawing, samples, size, bar)
+        best = ask(likeliest, int(greedy), size, bar)
     records = [
         ProblemRecord(*problem, drawn[i], best[i][0] if greedy else None)
         for i, problem in enumerate(problems)
@@ -142,38 +127,26 @@ def evaluate(
     return _summarise(records, samples, temperature, name, time.perf_counter() - started)
 
 
-def default_batch_size(model) -> int:
-    """As many answers at once as keep the cores busy without much memory."""
-    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL_PARAMETERS:
-        return 256
-    return 64 if model.device.type == "cuda" else 8
-
-
-class _Asked(NamedTuple):
-    """The problems and whom to ask."""
-
-    model: object
-    tokenizer: object
-    problems: list[Problem]
-    prompts: list[list[int]]
-    batch_size: int
-
-    def ask(self, sampling: Sampling, times: int, judge: Judge, bar) -> list[list[Answer]]:
-        """`times` answers to each problem, short problems first."""
-        answers: list[list[Answer]] = [[] for _ in self.problems]
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        turns = [i for i in order for _ in range(times)]
-        for start in range(0, len(turns), self.batch_size):
-            batch = turns[start : start + self.batch_size]
-            prompts = [self.prompts[i] for i in batch]
-            rollout = sample(self.model, self.tokenizer, prompts, sampling, len(batch))
-            tokens = [ids.tolist() for ids in rollout.answers()]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for i, text, ids, finished in zip(batch, texts, tokens, rollout.finished.tolist()):
-                right = bool(judge(text, self.problems[i].answer))
-                answers[i].append(Answer(text, len(ids), finished, right))
-            bar.update(len(batch))
-        return answers
+def _ask(
+    asked: Asked,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    times: int,
+    batch_size: int,
+    bar,
+) -> list[list[Answer]]:
+    """`times` answers to each problem, short problems first."""
+    answers: list[list[Answer]] = [[] for _ in problems]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    turns = [i for i in order for _ in range(times)]
+    for start in range(0, len(turns), batch_size):
+        batch = turns[start : start + batch_size]
+        rights = [problems[i].answer for i in batch]
+        for i, answer in zip(batch, asked.ask([prompts[i] for i in batch], rights, sampling)):
+            answers[i].append(answer)
+        bar.update(len(batch))
+    return answers
 
 
 def _summarise(

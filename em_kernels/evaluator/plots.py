@@ -1,0 +1,269 @@
+"""Plots as PNG, read without a legend: titles, units, labels at the lines, colours of Okabe and Ito
+(which the colour-blind tell apart)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
+INTERVAL = "bars: 95 % bootstrap interval over problems"
+
+
+@contextmanager
+def _drawing(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.8)):
+    """(axes, buffer): what is drawn inside the block is in the buffer, as PNG, after it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    buffer = io.BytesIO()
+    try:
+        yield axes.ravel().tolist(), buffer
+        for axis in axes.ravel():
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(buffer, format="png", dpi=140)
+    finally:
+        plt.close(figure)
+
+
+def _label(axis, text: str, x: float, y: float, colour: str, offset=(8, 0)) -> None:
+    axis.annotate(
+        text, (x, y), offset, textcoords="offset points", color=colour, va="center", fontsize=9
+    )
+
+
+def _errors(axis, x: Sequence[float], found: Sequence[dict], colour: str, **options) -> None:
+    """Means with their intervals, from `Interval`s as dicts."""
+    means = [f["mean"] for f in found]
+    bars = [[f["mean"] - f["low"] for f in found], [f["high"] - f["mean"] for f in found]]
+    axis.errorbar(x, means, yerr=bars, color=colour, marker="o", capsize=3, **options)
+
+
+def accuracy(summary: dict) -> bytes:
+    """Mean, pass and majority at every temperature."""
+    at = summary["temperatures"]
+    names = ["greedy" if t["temperature"] == 0 else f"T = {t['temperature']:g}" for t in at]
+    with _drawing(size=(7, 4)) as ((axis,), buffer):
+        _errors(axis, range(len(at)), [t["mean"] for t in at], BLUE)
+        _label(axis, "mean accuracy", len(at) - 1, at[-1]["mean"]["mean"], BLUE)
+        widest = max(max(map(int, t["pass"])) for t in at)
+        for name, colour, shift in (("pass", GREEN, 0.06), ("majority", ORANGE, -0.06)):
+            many = [(i + shift, _at_widest(t, name, widest)) for i, t in enumerate(at)]
+            many = [(x, found) for x, found in many if found and widest > 1]
+            if many:
+                x, found = zip(*many)
+                _errors(axis, x, found, colour, linestyle="--")
+                _label(axis, f"{name}@{widest}", x[-1], found[-1]["mean"], colour)
+        axis.set_xticks(range(len(at)), names)
+        axis.set(ylabel="share of problems", ylim=(-0.02, 1.02), xlim=(-0.3, len(at) - 0.3))
+        axis.set_title(f"Accuracy on {summary['problems']} problems\n({INTERVAL})", fontsize=11)
+    return buffer.getvalue()
+
+
+def _at_widest(at: dict, name: str, widest: int) -> dict | None:
+    if at["samples"] < widest:
+        return None
+    return (
+        at["majority"] if name == "majority" else {int(k): v for k, v in at["pass"].items()}[widest]
+    )
+
+
+def reliability(summary: dict) -> bytes:
+    """Accuracy against confidence, a panel for each temperature."""
+    at = [t for t in summary["temperatures"] if t["calibration"]]
+    with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.2), 3.9)) as (axes, buffer):
+        for axis, t in zip(axes, at):
+            bins = t["calibration"]["bins"]
+            largest = max(n for *_, n in bins)
+            axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
+            axis.plot(*zip(*[(c, a) for c, a, _ in bins]), color=BLUE, linewidth=1)
+            sizes = [20 + 130 * n / largest for *_, n in bins]
+            axis.scatter(*zip(*[(c, a) for c, a, _ in bins]), s=sizes, color=BLUE)
+            name = "greedy" if t["temperature"] == 0 else f"T = {t['temperature']:g}"
+            axis.set_title(f"{name}: ECE {t['calibration']['ece']:.3f}", fontsize=11)
+            axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+            axis.set_xlabel("confidence, exp(mean log-probability)")
+        axes[0].set_ylabel("share of answers that are right")
+    return buffer.getvalue()
+
+
+def comparison(a: str, b: str, rows: Sequence[dict]) -> bytes:
+    """B - A at every temperature, with its interval and p-value."""
+    with _drawing(size=(7, 1.6 + 0.6 * len(rows))) as ((axis,), buffer):
+        for i, row in enumerate(rows):
+            bars = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+            axis.errorbar(row["difference"], i, xerr=bars, color=BLUE, marker="o", capsize=4)
+            axis.annotate(
+                f"{row['difference']:+.3f}, p = {row['p_value']:.2g}",
+                (row["difference"], i),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                color=BLUE,
+                fontsize=9,
+            )
+        names = ["greedy" if r["temperature"] == 0 else f"T = {r['temperature']:g}" for r in rows]
+        axis.axvline(0, color=GREY, linewidth=1)
+        axis.set_yticks(range(len(rows)), names)
+        axis.set(ylim=(-0.5, len(rows) - 0.2), xlabel="accuracy of B - accuracy of A")
+        axis.set_title(f"A: {a}\nB: {b}\n(bars: 95 % bootstrap interval over problems)", fontsize=9)
+    return buffer.getvalue()
+
+
+def selection(rows: Sequence[dict], chosen: int, by: str) -> bytes:
+    """The signal that ranks, prompt by prompt; the chosen ones in colour."""
+    values = [row[by] for row in rows]
+    with _drawing() as ((axis,), buffer):
+        axis.scatter(range(1, chosen + 1), values[:chosen], s=14, color=ORANGE)
+        axis.scatter(range(chosen + 1, len(values) + 1), values[chosen:], s=8, color=GREY)
+        _label(axis, f"the {chosen} selected", 1, values[0], ORANGE, (10, 10))
+        unit = " (nats)" if "entropy" in by else ""
+        axis.set(xlabel="rank of the prompt", ylabel=f"{by.replace('_', ' ')}{unit}")
+        axis.margins(y=0.15)
+        axis.set_title(f"{len(rows)} prompts by {by.replace('_', ' ')}", fontsize=11)
+    return buffer.getvalue()
+
+
+def shift(result: dict) -> bytes:
+    """Histograms of the skewness per token, before and after."""
+    edges, counts = result["histogram"]["edges"], result["histogram"]["tokens"]
+    names = ("before", "after") if len(counts) == 2 else ("model",)
+    with _drawing() as ((axis,), buffer):
+        for found, name, colour, model in zip(counts, names, COLOURS, result["models"]):
+            shares = [count / sum(found) for count in found]
+            axis.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
+            axis.stairs(shares, edges, color=colour, linewidth=1.5)
+            axis.axvline(model["skewness"], color=colour, linestyle="--", linewidth=1)
+            high = 0.97 if name != "after" else 0.88
+            axis.annotate(
+                f" {name}: mean {model['skewness']:.3f}",
+                (model["skewness"], high),
+                xycoords=("data", "axes fraction"),
+                color=colour,
+                fontsize=9,
+            )
+        axis.set(xlabel="skewness of a token's logits", ylabel="share of tokens")
+        axis.set_title(f"Logits shift, {result['models'][0]['tokens']} tokens", fontsize=11)
+    return buffer.getvalue()
+
+
+def forks(result: dict) -> bytes:
+    """All entropies and the threshold, and the types that are forks most often."""
+    edges, counts = result["histogram"]["edges"], result["histogram"]["tokens"]
+    types = result["types"][:12][::-1]
+    with _drawing(columns=2, size=(9, 4)) as ((left, right), buffer):
+        left.stairs(counts, edges, color=BLUE, fill=True, alpha=0.4)
+        left.axvline(result["tau"], color=ORANGE, linewidth=1.2)
+        left.annotate(
+            f" forks: H ≥ {result['tau']:.3g}",
+            (result["tau"], 0.95),
+            xycoords=("data", "axes fraction"),
+            color=ORANGE,
+            fontsize=9,
+        )
+        left.set(yscale="symlog", xlabel="entropy of a token (nats)", ylabel="tokens (log scale)")
+        left.set_ylim(bottom=0)
+        left.set_title(f"{result['tokens']} tokens", fontsize=11)
+        names = [repr(row["token"]) for row in types]
+        right.barh(range(len(types)), [row["forks"] for row in types], color=ORANGE, alpha=0.7)
+        # Not mathematics: a token may hold a dollar sign.
+        right.set_yticks(range(len(types)), [name.replace("$", r"\$") for name in names])
+        right.set(xlabel="times a fork")
+        right.set_title("Tokens that are forks most often", fontsize=11)
+    return buffer.getvalue()
+
+
+def entropy_at_temperatures(result: dict) -> bytes:
+    rows = result["temperatures"]
+    with _drawing() as ((axis,), buffer):
+        _errors(axis, [r["temperature"] for r in rows], [r["over_texts"] for r in rows], BLUE)
+        axis.set(xlabel="temperature T", ylabel="mean entropy (nats per token)")
+        axis.set_ylim(bottom=0)
+        title = f"Entropy of softmax(z / T) on {rows[0]['texts']} fixed texts"
+        axis.set_title(f"{title}\n(bars: 95 % bootstrap interval over texts)", fontsize=11)
+    return buffer.getvalue()
+
+
+def law(result: dict) -> bytes:
+    """The points, each with its label, and the curve through them."""
+    import numpy as np
+
+    points, fit = result["points"], result["fit"]
+    x = [p["entropy"] for p in points]
+    with _drawing(size=(7, 4.4)) as ((axis,), buffer):
+        if fit:
+            grid = np.linspace(0, max(x) * 1.05, 200)
+            axis.plot(grid, -fit["a"] * np.exp(grid) + fit["b"], color=ORANGE)
+            _label(axis, f"ceiling {fit['ceiling']:.3f}", 0, fit["ceiling"], ORANGE, (4, 9))
+        axis.scatter(x, [p["performance"] for p in points], color=BLUE, zorder=3)
+        for point in points:
+            text = point["label"].replace("$", r"\$")
+            _label(axis, text, point["entropy"], point["performance"], BLUE, (6, 6))
+        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="accuracy R")
+        axis.margins(x=0.2, y=0.2)
+        title = "R = -a exp(H) + b"
+        if fit:
+            quality = "" if fit["r2"] is None else f", R² = {fit['r2']:.3f}"
+            title += f": a = {fit['a']:.3g}, b = {fit['b']:.3g}{quality}"
+        axis.set_title(title, fontsize=11)
+    return buffer.getvalue()
+
+
+def run_curve(result: dict) -> bytes:
+    """Accuracy above, entropy in the middle, loss below, by updates taken."""
+    points, training = result["points"], result["training"]
+    updates = [p["update"] for p in points]
+    with _drawing(rows=3, size=(7, 8)) as ((top, middle, bottom), buffer):
+        drawn = f"T = {points[0]['temperature']:g}" if points[0]["temperature"] else "greedy"
+        _errors(top, updates, [p["accuracy"] for p in points], BLUE)
+        _label(top, drawn, updates[0], points[0]["accuracy"]["mean"], BLUE, (6, -12))
+        greedy = [p["greedy"] for p in points]
+        if None not in greedy and points[0]["temperature"]:
+            _errors(top, updates, greedy, ORANGE, linestyle="--")
+            _label(top, "greedy", updates[0], greedy[0]["mean"], ORANGE, (6, 10))
+        top.axvline(result["peak"], color=GREY, linestyle=":")
+        _label(top, "peak", result["peak"], 0.04, GREY, (4, 0))
+        top.set(ylabel="accuracy", ylim=(0, 1))
+        top.set_title(f"Accuracy by update\n({INTERVAL})", fontsize=11)
+        known = [(p["update"], p["entropy"]) for p in points if p["entropy"] is not None]
+        if known:
+            middle.plot(*zip(*known), color=BLUE, marker="o")
+            _label(middle, "answers of the evaluation", *known[0], BLUE, (6, 8))
+        _training(middle, training, "mean_entropy", "on the training prompts")
+        middle.set(ylabel="mean entropy\n(nats per token)")
+        middle.set_ylim(bottom=0)
+        _training(bottom, training, "loss", "loss in training")
+        bottom.set(xlabel="optimiser updates taken", ylabel="loss")
+        for axis in (top, middle, bottom):
+            axis.set_xlim(-0.4, max(updates) + 0.4)
+    return buffer.getvalue()
+
+
+def _training(axis, lines: Sequence[dict], name: str, label: str) -> None:
+    known = [(line["at"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    if known:
+        axis.plot(*zip(*known), color=GREEN, marker=".", linewidth=1)
+        _label(axis, label, *known[len(known) // 2], GREEN, (6, 10))
+
+
+def metrics(lines: Sequence[dict], names: Sequence[str], units: Callable[[str], str]) -> bytes:
+    """A small panel for each metric of a run."""
+    rows = -(-len(names) // 3)
+    with _drawing(rows, 3, size=(10, 2.5 * rows)) as (axes, buffer):
+        for axis, name in zip(axes, names):
+            axis.plot(
+                *zip(*[(line["update"], line[name]) for line in lines if name in line]),
+                color=BLUE,
+                marker="." if len(lines) < 60 else "",
+            )
+            axis.set_title(name.replace("_", " "), fontsize=10)
+            axis.set(xlabel="update", ylabel=units(name))
+        for axis in axes[len(names) :]:
+            axis.set_visible(False)
+    return buffer.getvalue()

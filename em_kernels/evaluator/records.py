@@ -1,0 +1,113 @@
+"""An evaluation on disk: its settings, and its answers, one JSON line each, so that a stopped one
+can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
+
+
+class EvalError(ValueError):
+    """A folder that holds another evaluation, or none."""
+
+
+def read_settings(folder: str | Path) -> dict:
+    """What eval.json of the folder holds.
+
+    Raises:
+        EvalError: there is none, or it cannot be read.
+    """
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise EvalError(f"{folder} is not an evaluation: it has no {SETTINGS}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvalError(f"{path} cannot be read: {error}") from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    aside.replace(path)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the model.
+
+    Args:
+        text, tokens: what it said; how many tokens, the end token included.
+        finished: it ended by itself.
+        correct: the judge's verdict.
+        parsed: a final answer was found in it; without one it is wrong.
+        entropy, logprob: mean entropy (nats) and sum of log-probabilities of its tokens under the
+            model at T = 1; None where signals were not asked for.
+        ids: its tokens, the end token included.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    correct: bool
+    parsed: bool = True
+    entropy: float | None = None
+    logprob: float | None = None
+    ids: list[int] | None = None
+
+    @property
+    def confidence(self) -> float | None:
+        """exp(mean log-probability of its tokens), in [0, 1]."""
+        return None if self.logprob is None else math.exp(self.logprob / max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer, to problem number `problem`, drawn at `temperature` (0 is greedy)."""
+
+    problem: int
+    temperature: float
+    sample: int
+    answer: Answer
+
+    @property
+    def key(self) -> tuple[int, float, int]:
+        return self.problem, self.temperature, self.sample
+
+
+class Records:
+    """Records in a file, appended to a batch at a time and read back as a stream."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, records: list[Record]) -> None:
+        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def __iter__(self) -> Iterator[Record]:
+        if not self.path.is_file():
+            return
+        with self.path.open(encoding="utf-8") as file:
+            for line in file:
+                value = json.loads(line)
+                yield Record(**{**value, "answer": Answer(**value["answer"])})
+
+
+def repair_lines(path: Path) -> None:
+    """Cut off what a crash left of an unfinished last line."""
+    if not path.is_file():
+        return
+    whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)

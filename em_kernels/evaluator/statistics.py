@@ -1,0 +1,264 @@
+"""Estimators over judged answers: accuracies, intervals, comparisons, calibration, fits.
+
+Everything takes and gives plain floats and sequences; one problem is one independent observation,
+however many answers were drawn to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean over problems and its two-sided confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that one of k of the n answers is right, unbiased.
+
+    Args:
+        correct, samples: c right answers among n.
+        k: in [1, n].
+
+    Raises:
+        ValueError: k or c out of range.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (2021),
+    arXiv:2107.03374.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must be in [1, {samples}], the number of samples, got {k!r}")
+    if not 0 <= correct <= samples:
+        raise ValueError(f"correct must be in [0, {samples}], got {correct!r}")
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority_at_k(clusters: Sequence[Hashable], correct: Sequence[bool], k: int) -> float:
+    """Whether the commonest of the first k answers is right; of a tie, the share that is right.
+
+    Args:
+        clusters: which answers are the same; None is no answer, which is never elected.
+        correct: whether each answer is right.
+        k: in [1, number of answers].
+
+    Source: Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models"
+    (2022), arXiv:2203.11171.
+    """
+    if not 1 <= k <= len(clusters):
+        raise ValueError(f"k must be in [1, {len(clusters)}], the number of samples, got {k!r}")
+    votes: dict[Hashable, list[bool]] = {}
+    for cluster, right in zip(clusters[:k], correct):
+        if cluster is not None:
+            votes.setdefault(cluster, []).append(right)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
+    elected = [any(rights) for rights in votes.values() if len(rights) == most]
+    return sum(elected) / len(elected)
+
+
+def vote_margin(clusters: Sequence[Hashable]) -> float:
+    """(votes of the commonest answer - votes of the next) / all; None is no answer."""
+    counts: dict[Hashable, int] = {}
+    for cluster in clusters:
+        if cluster is not None:
+            counts[cluster] = counts.get(cluster, 0) + 1
+    first, second, *_ = [*sorted(counts.values(), reverse=True), 0, 0]
+    return (first - second) / max(len(clusters), 1)
+
+
+def cluster_entropy(clusters: Sequence[Hashable]) -> float:
+    """Semantic entropy -sum_c p_c log p_c, nats; each answer that is None is alone.
+
+    Source: Farquhar et al., "Detecting hallucinations in large language models using semantic
+    entropy" (2024).
+    """
+    counts: dict[Hashable, int] = {}
+    for i, cluster in enumerate(clusters):
+        key = ("alone", i) if cluster is None else ("same", cluster)
+        counts[key] = counts.get(key, 0) + 1
+    shares = [count / len(clusters) for count in counts.values()]
+    return max(0.0, -sum(p * math.log(p) for p in shares))
+
+
+def bootstrap(
+    values: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean over problems with a percentile bootstrap interval; problems are drawn with replacement.
+
+    Raises:
+        ValueError: no values, or a confidence outside (0, 1).
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), percentile interval.
+    """
+    if not len(values):
+        raise ValueError("values must have at least one value, got none")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+    x = np.asarray(values, dtype=np.float64)
+    means = _resampled_means(x, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(x.mean()), float(low), float(high))
+
+
+def _resampled_means(x: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """In blocks of about a million draws, so that memory does not grow with the problems."""
+    random = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // len(x))
+    means = [
+        x[random.integers(0, len(x), (min(block, resamples - start), len(x)))].mean(1)
+        for start in range(0, resamples, block)
+    ]
+    return np.concatenate(means)
+
+
+class Comparison(NamedTuple):
+    """Mean of b - a over the same problems, its interval, and a two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    problems: int
+    better: int
+    worse: int
+
+
+def compare(
+    a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Comparison:
+    """Is b better than a on the problems both were asked? Paired, by flipping signs.
+
+    Under the null hypothesis the sign of each problem's difference is as likely + as -; the p-value
+    is the share of random sign patterns, the observed one included, whose mean is at least as far
+    from 0.
+
+    Raises:
+        ValueError: different numbers of problems, or none.
+
+    Source: Fisher, The Design of Experiments (1935), randomisation test of paired differences;
+    Phipson and Smyth (2010) for counting the observed pattern.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a and b must be of the same problems, got {len(a)} and {len(b)}")
+    difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    interval = bootstrap(difference, resamples=resamples, seed=seed)
+    return Comparison(
+        *interval,
+        p_value=_sign_flip(difference, resamples, seed),
+        problems=len(difference),
+        better=int((difference > 0).sum()),
+        worse=int((difference < 0).sum()),
+    )
+
+
+def _sign_flip(difference: np.ndarray, resamples: int, seed: int) -> float:
+    x = difference[difference != 0]
+    if not len(x):
+        return 1.0
+    random = np.random.default_rng(seed)
+    block, extreme = max(1, 1_000_000 // len(x)), 0
+    observed = abs(x.sum()) * (1 - 1e-12)  # sums of the same numbers differ by rounding
+    for start in range(0, resamples, block):
+        signs = random.integers(0, 2, (min(block, resamples - start), len(x))) * 2 - 1
+        extreme += int((np.abs(signs @ x) >= observed).sum())
+    return (1 + extreme) / (1 + resamples)
+
+
+class Calibration(NamedTuple):
+    """How confidence goes with being right; `auroc` is None where all or none are right."""
+
+    ece: float
+    brier: float
+    auroc: float | None
+    bins: list[tuple[float, float, int]]  # mean confidence, accuracy, answers
+
+
+def calibration(
+    confidence: Sequence[float], correct: Sequence[bool], *, bins: int = 10
+) -> Calibration:
+    """ECE = sum_b n_b / n |accuracy_b - confidence_b| over equal-width bins, Brier, AUROC.
+
+    Args:
+        confidence: in [0, 1], one per answer.
+        correct: whether the answer is right.
+        bins: equal-width bins of [0, 1]; empty ones are left out of the result.
+
+    Raises:
+        ValueError: different lengths, no answers, or a confidence outside [0, 1].
+
+    Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (2015),
+    ECE; Brier (1950); AUROC as the Mann-Whitney statistic, ties counting half.
+    """
+    p, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if len(p) != len(y) or not len(p):
+        raise ValueError(f"confidence and correct must be as many, got {len(p)} and {len(y)}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("confidence must be in [0, 1]")
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    found = [(p[which == b], y[which == b]) for b in range(bins)]
+    rows = [(float(c.mean()), float(r.mean()), len(c)) for c, r in found if len(c)]
+    ece = sum(n * abs(accuracy - mean) for mean, accuracy, n in rows) / len(p)
+    return Calibration(ece, float(((p - y) ** 2).mean()), auroc(p, y), rows)
+
+
+def auroc(score: Sequence[float], correct: Sequence[bool]) -> float | None:
+    """The chance that a right answer scores above a wrong one, ties half; None without both."""
+    x, y = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
+    right, wrong = np.sort(x[y]), np.sort(x[~y])
+    if not len(right) or not len(wrong):
+        return None
+    below = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
+    return float(below.sum() / 2 / (len(right) * len(wrong)))
+
+
+class EntropyFit(NamedTuple):
+    """R = -a exp(H) + b; `ceiling` b - a is R at H = 0, `r2` the share of variance explained."""
+
+    a: float
+    b: float
+    ceiling: float
+    r2: float | None
+    points: int
+
+
+def fit_entropy_law(entropy: Sequence[float], performance: Sequence[float]) -> EntropyFit:
+    """Least squares of R = -a exp(H) + b, linear in exp(H).
+
+    Args:
+        entropy: mean entropies H, nats.
+        performance: R at each, e.g. accuracies.
+
+    Raises:
+        ValueError: different lengths, or fewer than two different entropies.
+
+    Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
+    Models" (2025), arXiv:2505.22617.
+    """
+    x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(performance, dtype=np.float64)
+    if len(x) != len(y) or len(set(x.tolist())) < 2:
+        raise ValueError(
+            f"a fit needs as many entropies as performances, two of them different, got {len(x)} "
+            f"entropies ({len(set(x.tolist()))} different) and {len(y)} performances"
+        )
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    b = float(y.mean() - slope * x.mean())
+    total = float(((y - y.mean()) ** 2).sum())
+    left = float(((y - (slope * x + b)) ** 2).sum())
+    return EntropyFit(-slope, b, b + slope, 1 - left / total if total > 0 else None, len(x))

@@ -1,0 +1,167 @@
+"""What the answers of an evaluation amount to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from em_kernels.evaluator.judge import exact, final_answer
+from em_kernels.evaluator.records import RECORDS, Answer, Record, Records, read_settings
+from em_kernels.evaluator.statistics import (
+    bootstrap,
+    calibration,
+    compare,
+    majority_at_k,
+    pass_at_k,
+)
+
+
+class Light(NamedTuple):
+    """An answer without its text: what is kept of each in memory."""
+
+    correct: bool
+    final: str | None
+    tokens: int
+    finished: bool
+    entropy: float | None
+    confidence: float | None
+
+    @classmethod
+    def of(cls, answer: Answer) -> Light:
+        return cls(
+            answer.correct,
+            final_answer(answer.text),
+            answer.tokens,
+            answer.finished,
+            answer.entropy,
+            answer.confidence,
+        )
+
+
+def read_answers(records: Iterable[Record]) -> dict[float, dict[int, list[Light]]]:
+    """temperature -> problem -> answers in the order of their sample numbers."""
+    found: dict[float, dict[int, dict[int, Light]]] = {}
+    for record in records:
+        of_problem = found.setdefault(record.temperature, {}).setdefault(record.problem, {})
+        of_problem[record.sample] = Light.of(record.answer)
+    return {
+        temperature: {
+            i: [answers[s] for s in sorted(answers)] for i, answers in sorted(problems.items())
+        }
+        for temperature, problems in sorted(found.items())
+    }
+
+
+def clusters(answers: list[Light]) -> list[int | None]:
+    """Number the answers by their final answer: the same number, or the same text; None without."""
+    firsts: list[str] = []
+    numbers: list[int | None] = []
+    for answer in answers:
+        numbers.append(None if answer.final is None else _place(answer.final, firsts))
+    return numbers
+
+
+def _place(final: str, firsts: list[str]) -> int:
+    for number, first in enumerate(firsts):
+        if final == first or exact(f"\\boxed{{{final}}}", first):
+            return number
+    firsts.append(final)
+    return len(firsts) - 1
+
+
+def summarise(folder: str | Path) -> dict:
+    """Accuracies with bootstrap intervals, and what there is to know before believing them.
+
+    Per temperature: mean@k (the mean over problems of the share of right samples), pass@k for
+    powers of two up to the number of samples, majority@k, mean response length, the shares without
+    an end and without a final answer, mean entropy, and calibration of the sequence confidence.
+    Problems not finished yet, rows of the source left out and prompts that were too long are
+    counted; a prompt that was too long counts as wrong.
+    """
+    settings = read_settings(folder)
+    config = settings["config"]
+    found = read_answers(Records(Path(folder) / RECORDS))
+    asked = sum(config["samples"] if t > 0 else 1 for t in config["temperatures"])
+    answers = sum(len(a) for problems in found.values() for a in problems.values())
+    return {
+        "model": config["model"],
+        "problems": len(settings["problems"]),
+        "source": config["problems"],
+        "judge": config["judge"],
+        "labelled": config["labelled"],
+        "samples": config["samples"],
+        "skipped_rows": settings["skipped"],
+        "too_long": settings["too_long"],
+        "missing_answers": asked * len(settings["problems"]) - answers,
+        "temperatures": [
+            {"temperature": t, **_at_temperature(list(problems.values()))}
+            for t, problems in found.items()
+        ],
+    }
+
+
+def _at_temperature(problems: list[list[Light]]) -> dict:
+    answers = [answer for of_problem in problems for answer in of_problem]
+    k = min(map(len, problems))
+    counts = [(sum(a.correct for a in p), len(p)) for p in problems]
+    votes = [(clusters(p), [a.correct for a in p]) for p in problems]
+    powers = [2**i for i in range(k.bit_length()) if 2**i <= k]
+    said = [a for a in answers if a.tokens]
+    return {
+        "samples": k,
+        "mean": bootstrap([c / n for c, n in counts])._asdict(),
+        "pass": {n: bootstrap([pass_at_k(c, m, n) for c, m in counts])._asdict() for n in powers},
+        "majority": bootstrap([majority_at_k(*vote, k) for vote in votes])._asdict(),
+        "response_length": _mean(a.tokens for a in said),
+        "without_end": _mean(not a.finished for a in said),
+        "without_final_answer": _mean(a.final is None for a in said),
+        "entropy": _mean(a.entropy for a in said if a.entropy is not None),
+        "calibration": _calibration(said),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = [float(value) for value in values]
+    return statistics.fmean(values) if values else None
+
+
+def _calibration(answers: list[Light]) -> dict | None:
+    """Of exp(mean log-probability) as the confidence that an answer is right."""
+    pairs = [(min(a.confidence, 1.0), a.correct) for a in answers if a.confidence is not None]
+    return calibration(*zip(*pairs))._asdict() if pairs else None
+
+
+def compare_folders(a: str | Path, b: str | Path) -> list[dict]:
+    """b - a at every temperature both have, over the problems both were asked, pair by pair.
+
+    Raises:
+        EvalError: a folder without an evaluation.
+        ValueError: no problem, or no temperature, in common.
+    """
+    first, second = _means(a), _means(b)
+    rows = []
+    for temperature in sorted(set(first) & set(second)):
+        shared = sorted(set(first[temperature]) & set(second[temperature]))
+        if shared:
+            pairs = [[means[temperature][text] for text in shared] for means in (first, second)]
+            found = compare(*pairs)
+            averages = {"a": statistics.fmean(pairs[0]), "b": statistics.fmean(pairs[1])}
+            rows.append({"temperature": temperature, **averages, **found._asdict()})
+    if not rows:
+        raise ValueError(f"{a} and {b} have no problem and temperature in common")
+    return rows
+
+
+def _means(folder: str | Path) -> dict[float, dict[str, float]]:
+    """temperature -> text of the problem -> share of right samples."""
+    problems = read_settings(folder)["problems"]
+    found = read_answers(Records(Path(folder) / RECORDS))
+    return {
+        temperature: {
+            problems[i]["problem"]: statistics.fmean(a.correct for a in answers)
+            for i, answers in of_problem.items()
+        }
+        for temperature, of_problem in found.items()
+    }
