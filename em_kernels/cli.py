@@ -20,6 +20,7 @@ import torch
 
 import em_kernels
 from em_kernels.evaluator.commands import add_commands
+from em_kernels.evaluator.judge import JUDGES
 from em_kernels.evaluator.options import quiet_transformers
 from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer import (
