@@ -6,6 +6,8 @@ Each process holds some rows of the head. Every one gets the statistics of whole
 on each, and the gradient of its own rows; hidden states get theirs summed over all of them.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -16,9 +18,10 @@ TOKENS, WIDTH, VOCAB = 64, 32, 1000
 
 def main() -> tuple[float, float]:
     """(loss, relative error of the gradients), as this process sees them."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    gpus = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])  # one for each process
+    dist.init_process_group("nccl" if gpus else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     torch.manual_seed(0)  # the same everywhere; a real model loads its own rows only
     hidden = torch.randn(TOKENS, WIDTH).to(device).requires_grad_()
     weight = torch.randn(VOCAB, WIDTH).to(device)
