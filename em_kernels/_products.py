@@ -36,13 +36,17 @@ def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits @ weight, in the dtype of both.
 
     On a GPU the sum over the vocabulary may be cut between multiprocessors, and 16-bit results let
-    the library round each part: ask for float32 and round once.
+    the library round each part: ask for float32, some rows at a time, and round once.
     """
     if weight.dtype.itemsize != 2 or not is_gpu(weight):
         return grad_logits @ weight
-    out = weight.new_empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32)
-    mm_wide(grad_logits, weight, out)
-    return out.to(weight.dtype)
+    out = weight.new_empty(grad_logits.shape[0], weight.shape[1])
+    block = _block_rows(weight.shape[1])
+    wide = out.new_empty(min(block, out.shape[0]), out.shape[1], dtype=torch.float32)
+    for part, rows in zip(out.split(block), grad_logits.split(block)):
+        mm_wide(rows, weight, wide[: rows.shape[0]])
+        part.copy_(wide[: rows.shape[0]])
+    return out
 
 
 def accumulate(
@@ -72,12 +76,17 @@ def _accumulate_on_gpu(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool)
     elif adds_to_float32(x.device, x.dtype):
         addmm_wide(total, grad_logits.T, x)
     else:
-        block = max(128, GPU_PIECE_BYTES // (total.shape[1] * total.itemsize) // 128 * 128)
+        block = _block_rows(total.shape[1])
         piece = total.new_empty(min(block, total.shape[0]), total.shape[1])
         for part, columns in zip(total.split(block), grad_logits.split(block, dim=1)):
             product = piece[: part.shape[0]]
             mm_wide(columns.T, x, product)
             part += product
+
+
+def _block_rows(width: int) -> int:
+    """How many float32 rows of `width` make a piece."""
+    return max(128, GPU_PIECE_BYTES // (4 * width) // 128 * 128)
 
 
 def mm_wide(a: Tensor, b: Tensor, out: Tensor) -> None:
