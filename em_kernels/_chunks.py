@@ -4,9 +4,10 @@ Forward is one matrix product, backward three (the logits again, dX, dW); where 
 are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
 out before the first product. The gradient of a chunk takes the place of its logits: float32 logits
 of 16-bit operands are narrowed there where the backend can, and the products read it from there.
-Where it makes fewer chunks (`_cut`), the narrow gradient of a chunk lies beside the logits of some
-of its rows instead. dW and db are summed over chunks in float32 (float64 for float64) and rounded
-once; the terms of both are the gradient rounded to the dtype of `hidden`.
+Where it makes fewer chunks (`_cut`), the narrow gradient of a chunk has memory of its own, and
+the logits of some of its rows at a time lie where dW will be. dW and db are summed over chunks in
+float32 (float64 for float64) and rounded once; the terms of both are the gradient rounded to the
+dtype of `hidden`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from em_kernels import _products
 from em_kernels._columns import BLOCK, kept_columns
-from em_kernels._cut import Cut, cut_rows, row_stride
+from em_kernels._cut import LOGIT_BYTES, Cut, cut_rows, row_stride, spare_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
 
 
 class Needs(NamedTuple):
@@ -78,12 +80,12 @@ class Rows(NamedTuple):
             kept = mask.nonzero()[:, 0]
             if kept.shape[0] < count:
                 index, count = kept, kept.shape[0]
-        # All ranks of a group must cut alike.
-        width = _width(linear, getattr(backend, "widest_shard", linear.weight.shape[0]))
+        width = _width(linear, _widest(linear, backend))
         size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
-        deferrable = needs is not None and _can_defer(linear, backend, needs)
+        spare = None if needs is None else _spare_rows(linear, backend, needs)
         gpu = _products.is_gpu(linear.hidden)
-        return cls(index, count, cut_rows(count, width, size, gpu, deferrable, linear.chunk_tokens))
+        cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens)
+        return cls(index, count, cut)
 
     def chunks(self) -> Iterator[Tensor | slice]:
         for start in range(0, self.count, self.cut.chunk):
@@ -143,7 +145,7 @@ def grad(
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
     rows = Rows.counted(linear, spec.mask, backend, needs)
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
-    for chunk in _chunks(linear, spec, rows, backend):
+    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))
             backend.grad(logits[None], row_spec, part_saved, _pick(upstream, part), out[None])
@@ -163,7 +165,7 @@ def loss(
     rows = Rows.counted(linear, spec.mask, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
-    for chunk in _chunks(linear, spec, rows, backend):
+    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             weights = _pick(upstream, part)
             values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
@@ -171,15 +173,6 @@ def loss(
                 result[part] = value
         sums.add(chunk)
     return [*results, *sums.finish()]
-
-
-def empty(
-    backend: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """torch.empty, from memory that the backend keeps for it where it does."""
-    if hasattr(backend, "empty"):
-        return backend.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Gradients:
@@ -199,6 +192,9 @@ class _Gradients:
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
         several = rows.count > rows.cut.chunk
+        early = several and needs.weight and rows.cut.logits < rows.cut.chunk
+        # Until `finish` the logits lie there.
+        self.rounded = weight.new_empty(weight.shape) if early else None
         # The first chunk overwrites it: zeros would only cost the page faults.
         self.started = needs.filter_eps is not None
         make = torch.empty if rows.count and not self.started else torch.zeros
@@ -228,7 +224,9 @@ class _Gradients:
 
     def _add_all(self, chunk: Chunk, gradient: Tensor, weight: Tensor) -> None:
         if self.needs.hidden:
-            self.hidden[chunk.rows] = _products.back_multiply(gradient, weight)
+            for own in _products.pieces(gradient, weight):
+                rows = _pick_rows(chunk.rows, own)
+                self.hidden[rows] = _products.back_multiply(gradient[own], weight)
         if self.needs.weight:
             total = self.weight[: weight.shape[0]]
             _products.accumulate(total, gradient, chunk.x, self.started, self.backend)
@@ -251,24 +249,35 @@ class _Gradients:
             self.hidden[chunk.rows] = wide.to(x.dtype)
 
     def finish(self) -> list[Tensor]:
-        weight = self.weight.to(self.linear.weight.dtype)
+        if self.rounded is None:
+            weight = self.weight.to(self.linear.weight.dtype)
+        else:
+            weight = self.rounded.copy_(self.weight)
         bias = self.bias if self.spec.bias is None else self.bias.to(self.spec.bias.dtype)
         return [self.hidden, weight, bias]
 
 
-def _chunks(linear: Linear, spec: RowSpec, rows: Rows, backend: ModuleType) -> Iterator[Chunk]:
-    """The chunks in turn, all in the same memory."""
+def _chunks(
+    linear: Linear,
+    spec: RowSpec,
+    rows: Rows,
+    backend: ModuleType,
+    spare: Tensor | None = None,
+) -> Iterator[Chunk]:
+    """The chunks in turn, all in the same memory; that of `spare` may be used."""
     hidden, vocab, cut = linear.hidden, spec.valid_vocab, rows.cut
-
-    def room(count: int, dtype: torch.dtype) -> Tensor:
-        shape = (min(count, rows.count), _width(linear, vocab))
-        return empty(backend, shape, dtype, hidden.device)[:, :vocab]
-
-    logits = room(cut.logits, linear.logits_dtype)
-    if cut.logits < cut.chunk:
-        gradient = room(cut.chunk, hidden.dtype)
+    width = _width(linear, vocab)
+    shape = (min(cut.logits, rows.count), width)
+    if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
+        logits = lie_in(spare, shape)
     else:
-        gradient = _room_for_gradient(logits, hidden.dtype, backend)
+        logits = empty(backend, shape, linear.logits_dtype, hidden.device)
+    logits = logits[:, :vocab]
+    if cut.logits < cut.chunk:
+        shape = (min(cut.chunk, rows.count), width)
+        gradient = empty(backend, shape, hidden.dtype, hidden.device)[:, :vocab]
+    else:
+        gradient = room_for_gradient(logits, hidden.dtype, backend)
     for part in rows.chunks():
         x = hidden[part]
         yield Chunk(part, x, logits, gradient[: x.shape[0]])
@@ -279,34 +288,29 @@ def _width(linear: Linear, vocab: int) -> int:
     return row_stride(vocab) if _products.is_gpu(linear.hidden) else vocab
 
 
-def _narrows(linear_dtype: torch.dtype, logits_dtype: torch.dtype, backend: ModuleType) -> bool:
-    """Whether the gradient of the logits is written in the operands' 16 bits at once."""
-    narrower = logits_dtype == torch.float32 and linear_dtype.itemsize == 2
-    return narrower and getattr(backend, "narrows", False)
-
-
-def _room_for_gradient(logits: Tensor, dtype: torch.dtype, backend: ModuleType) -> Tensor:
-    """Where the gradient of `logits` goes: their memory, or the first half of each row of it."""
-    if _narrows(dtype, logits.dtype, backend):
-        return logits.view(dtype)[:, : logits.shape[1]]
-    return logits
-
-
 def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
     """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
-    cast = own != operand and not _narrows(operand, own, backend)
+    cast = own != operand and not narrows(operand, own, backend)
     return own.itemsize + (operand.itemsize if cast else 0)
 
 
-def _can_defer(linear: Linear, backend: ModuleType, needs: Needs) -> bool:
-    """Whether the gradient may wait in 16 bits, and fewer chunks would save trips of dW.
+def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
+    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
+    fewer chunks would save no trips of dW.
 
-    Ranks of a group must cut alike, and may not all need dW.
+    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
     """
-    narrows = _narrows(linear.hidden.dtype, linear.logits_dtype, backend)
+    narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
     trips = needs.weight or hasattr(backend, "widest_shard")
-    return narrows and trips and _products.is_gpu(linear.hidden)
+    if not (narrow and trips and _products.is_gpu(linear.hidden)):
+        return None
+    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
+
+
+def _widest(linear: Linear, backend: ModuleType) -> int:
+    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
+    return getattr(backend, "widest_shard", linear.weight.shape[0])
 
 
 def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:

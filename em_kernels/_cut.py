@@ -2,7 +2,8 @@
 
 In place, a chunk of R rows holds R rows of logits, and then their gradient in the same memory.
 Deferred, it holds the 16-bit gradient of R rows while float32 logits exist for only S of them: the
-rows of a chunk are gone through S at a time, and the products of dX and dW follow over all R.
+rows of a chunk are gone through S at a time, and the products of dX and dW follow over all R. The
+logits lie where dW will be rounded to 16 bits after the last chunk, if that has room for them.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ def cut_rows(
     width: int,
     bytes_per_logit: int,
     gpu: bool,
-    deferrable: bool = False,
+    spare: int | None = None,
     chunk_tokens: int | None = None,
 ) -> Cut:
     """Deferred where that is possible and pays, else in place.
 
+    `spare` is the rows of logits that the memory of dW holds, None where nothing can be deferred.
     With `chunk_tokens` rows it pays where 2 R + 4 S bytes a column are less than 4 R; else where it
     makes fewer chunks out of the same budget.
     """
     chunk = chunk_tokens or default_chunk_tokens(count, width, bytes_per_logit, gpu)
     in_place = Cut(chunk, chunk)
-    if not deferrable or count <= chunk:
+    if spare is None or count <= chunk:
         return in_place
     if chunk_tokens:
-        deferred = Cut(chunk, _evenly(chunk, GPU_LOGITS_ROWS, GPU_TILE_ROWS))
+        deferred = Cut(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
         return deferred if chunk > 2 * GPU_LOGITS_ROWS else in_place
-    deferred = deferred_cut(count, width)
+    deferred = deferred_cut(count, width, spare)
     fewer = deferred is not None and _pieces(count, deferred.chunk) < _pieces(count, chunk)
     return deferred if fewer else in_place
 
@@ -63,26 +65,42 @@ def default_chunk_tokens(count: int, width: int, bytes_per_logit: int, gpu: bool
     return _evenly(max(1, count), max(tile, limit // tile * tile), tile)
 
 
-def deferred_cut(count: int, width: int) -> Cut | None:
+def deferred_cut(count: int, width: int, spare: int) -> Cut | None:
     """The same with the gradient deferred; None where that holds no more rows than in place.
 
-    Of `column` bytes for each entry of the vocabulary, S = GPU_LOGITS_ROWS rows of logits take 4 S
-    and R = (column - 4 S) / 2 rows of gradient the rest. The product of S rows does S operations
-    for each byte of weight it reads, and an H200 about 180 in the time of one byte: 512 hides the
-    reading nearly three times over. What is left when R has been evened out goes to S.
+    The product of S rows does S operations for each byte of weight it reads, and an H200 about 180
+    in the time of one byte: GPU_LOGITS_ROWS hides the reading nearly three times over. If the
+    memory of dW, 2 D bytes for each entry of the vocabulary, holds as many rows of logits, and
+    there are several chunks, the `column` bytes of the budget are for the gradient alone. Else
+    logits take 4 S of them and the gradient the rest; what is left when R has been evened out goes
+    to S.
     """
     column, tile = GPU_WORKSPACE_BYTES // width, GPU_TILE_ROWS
+    alone = column // GRADIENT_BYTES // tile * tile
+    if spare >= GPU_LOGITS_ROWS and 2 * GPU_LOGITS_ROWS < alone < count:
+        chunk = _evenly(count, alone, tile)
+        return Cut(chunk, _part_of(chunk, spare))
     limit = (column - LOGIT_BYTES * GPU_LOGITS_ROWS) // GRADIENT_BYTES // tile * tile
     if limit <= 2 * GPU_LOGITS_ROWS:
         return None
     chunk = _evenly(count, limit, tile)
-    most = (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES // tile * tile
-    return Cut(chunk, _evenly(chunk, most, tile))
+    return Cut(chunk, _part_of(chunk, (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES))
+
+
+def spare_rows(vocab: int, dim: int) -> int:
+    """Rows of float32 logits that a 16-bit dW has room for: about D / 2."""
+    return vocab * dim * GRADIENT_BYTES // (row_stride(vocab) * LOGIT_BYTES)
 
 
 def row_stride(vocab: int) -> int:
     """Matrix products on a GPU are slow where rows do not start at 16 bytes."""
     return -(-vocab // GPU_ROW_ALIGN) * GPU_ROW_ALIGN
+
+
+def _part_of(chunk: int, limit: int) -> int:
+    """S rows: even parts of a chunk, two at least."""
+    tile = GPU_TILE_ROWS
+    return _evenly(chunk, max(tile, min(limit, chunk // 2) // tile * tile), tile)
 
 
 def _pieces(count: int, limit: int) -> int:

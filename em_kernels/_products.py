@@ -32,21 +32,24 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
+def pieces(grad_logits: Tensor, weight: Tensor) -> list[slice]:
+    """The rows to give `back_multiply` at once: on a GPU its result is float32 first."""
+    count = grad_logits.shape[0]
+    step = _block_rows(weight.shape[1]) if is_gpu(weight) else max(1, count)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits @ weight, in the dtype of both.
 
     On a GPU the sum over the vocabulary may be cut between multiprocessors, and 16-bit results let
-    the library round each part: ask for float32, some rows at a time, and round once.
+    the library round each part: ask for float32 and round once.
     """
     if weight.dtype.itemsize != 2 or not is_gpu(weight):
         return grad_logits @ weight
-    out = weight.new_empty(grad_logits.shape[0], weight.shape[1])
-    block = _block_rows(weight.shape[1])
-    wide = out.new_empty(min(block, out.shape[0]), out.shape[1], dtype=torch.float32)
-    for part, rows in zip(out.split(block), grad_logits.split(block)):
-        mm_wide(rows, weight, wide[: rows.shape[0]])
-        part.copy_(wide[: rows.shape[0]])
-    return out
+    out = weight.new_empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32)
+    mm_wide(grad_logits, weight, out)
+    return out.to(weight.dtype)
 
 
 def accumulate(

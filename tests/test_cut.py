@@ -3,7 +3,7 @@
 import pytest
 
 from em_kernels import _cut
-from em_kernels._cut import Cut, cut_rows, default_chunk_tokens, deferred_cut
+from em_kernels._cut import Cut, cut_rows, default_chunk_tokens, deferred_cut, spare_rows
 
 COUNTS = (1, 127, 128, 129, 2000, 2049, 4097, 8192, 10000, 32768, 100_000)
 VOCABS = (1000, 32000, 50264, 131072, 151936, 152064, 262144, 1 << 20, 1 << 26)
@@ -46,63 +46,82 @@ def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, siz
             assert rows - count / chunks < tile
 
 
-# (rows, vocabulary) -> the cut with the gradient deferred where that pays, and its chunks
+# (rows, vocabulary, hidden size) -> the cut with the gradient deferred where that pays, its chunks
 @pytest.mark.parametrize(
-    "count, vocab, cut, chunks",
+    "count, vocab, dim, cut, chunks",
     (
-        (8192, 131072, Cut(2816, 640), 3),  # in place 4 of 2048
-        (32768, 131072, Cut(3072, 512), 11),  # in place 16
-        (8192, 152064, Cut(2048, 512), 4),  # in place 5
-        (32768, 152064, Cut(2432, 512), 14),  # in place 20
-        (2049, 131072, Cut(2176, 768), 1),  # no float32 dW at all
-        (2048, 131072, Cut(2048, 2048), 1),
-        (4096, 131072, Cut(2048, 2048), 2),  # as many as deferred
-        (32768, 32000, Cut(11008, 2816), 3),
-        (32768, 262144, Cut(1024, 1024), 32),  # 512 rows of logits leave room for no more
-        (8192, 1 << 26, Cut(16, 16), 512),
-        (0, 131072, Cut(128, 128), 0),
+        (8192, 131072, 4096, Cut(4096, 2048), 2),  # in place 4 of 2048
+        (32768, 131072, 4096, Cut(4096, 2048), 8),  # in place 16
+        (8192, 152064, 3584, Cut(2816, 1408), 3),  # in place 5
+        (32768, 152064, 3584, Cut(3328, 1664), 10),  # in place 20
+        (8192, 131072, 896, Cut(2816, 640), 3),  # dW has no room for 512 rows of logits
+        (32768, 131072, 896, Cut(3072, 512), 11),
+        (2049, 131072, 4096, Cut(2176, 768), 1),  # a single chunk rounds dW in its product
+        (2048, 131072, 4096, Cut(2048, 2048), 1),
+        (4096, 131072, 4096, Cut(2048, 2048), 2),  # as many as deferred
+        (32768, 32000, 4096, Cut(16384, 2048), 2),
+        (32768, 262144, 4096, Cut(2048, 1024), 16),
+        (32768, 262144, 896, Cut(1024, 1024), 32),  # 512 rows of logits leave room for no more
+        (8192, 1 << 26, 4096, Cut(16, 16), 512),
+        (0, 131072, 4096, Cut(128, 128), 0),
     ),
 )
-def test_default_cuts_where_the_gradient_can_be_deferred(count, vocab, cut, chunks):
-    assert cut_rows(count, vocab, 4, gpu=True, deferrable=True) == cut
+def test_default_cuts_where_the_gradient_can_be_deferred(count, vocab, dim, cut, chunks):
+    assert cut_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim)) == cut
     assert -(-count // cut.chunk) == chunks
 
 
+@pytest.mark.parametrize("dim", (64, 896, 1024, 4096))
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_deferred_chunks_fit_the_budget_and_are_as_few_as_it_allows(vocab):
+def test_deferred_chunks_fit_the_budget_and_are_as_few_as_it_allows(vocab, dim):
+    column, spare = _cut.GPU_WORKSPACE_BYTES // vocab, spare_rows(vocab, dim)
+    beside = (column - 4 * 512) // 2 // 128 * 128
+    alone = column // 2 // 128 * 128
     for count in COUNTS:
-        cut = deferred_cut(count, vocab)
-        longest = (_cut.GPU_WORKSPACE_BYTES // vocab - 4 * 512) // 2 // 128 * 128
+        cut = deferred_cut(count, vocab, spare)
+        borrows = spare >= 512 and 1024 < alone < count
+        longest = alone if borrows else beside
         assert (cut is None) == (longest <= 1024)
         if cut is not None:
-            assert (2 * cut.chunk + 4 * cut.logits) * vocab <= _cut.GPU_WORKSPACE_BYTES
+            held = 2 * cut.chunk + (0 if borrows else 4 * cut.logits)
+            assert held * vocab <= _cut.GPU_WORKSPACE_BYTES
+            assert not borrows or 4 * cut.logits * vocab <= 2 * vocab * dim
             assert cut.chunk % 128 == cut.logits % 128 == 0
             assert -(-count // cut.chunk) == -(-count // longest)
-            assert min(512, cut.chunk / 2) <= cut.logits <= cut.chunk
+            assert cut.logits <= cut.chunk
 
 
+@pytest.mark.parametrize("dim", (64, 896, 4096))
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_the_gradient_is_deferred_only_for_fewer_chunks(vocab):
+def test_the_gradient_is_deferred_only_for_fewer_chunks(vocab, dim):
     for count in COUNTS:
         in_place = cut_rows(count, vocab, 4, gpu=True)
-        cut = cut_rows(count, vocab, 4, gpu=True, deferrable=True)
+        cut = cut_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim))
         assert in_place.chunk == in_place.logits
         if cut != in_place:
             assert -(-count // cut.chunk) < -(-count // in_place.chunk)
+            assert 256 <= cut.logits < cut.chunk
 
 
 @pytest.mark.parametrize(
-    "count, given, cut",
+    "count, given, spare, cut",
     (
-        (8192, 3000, Cut(3000, 512)),
-        (8192, 1280, Cut(1280, 512)),  # 3 of 512, 512 and 256
-        (8192, 1100, Cut(1100, 384)),  # evenly
-        (8192, 1024, Cut(1024, 1024)),  # deferring would take as much memory
-        (8192, 100, Cut(100, 100)),
-        (3000, 3000, Cut(3000, 3000)),  # a single chunk
+        (8192, 3000, 0, Cut(3000, 512)),
+        (8192, 3000, 2048, Cut(3000, 1024)),  # 3 of 1024, 1024 and 952: even parts
+        (8192, 1280, 0, Cut(1280, 512)),
+        (8192, 1100, 0, Cut(1100, 384)),
+        (8192, 1024, 2048, Cut(1024, 1024)),  # deferring would take as much memory
+        (8192, 100, 2048, Cut(100, 100)),
+        (3000, 3000, 2048, Cut(3000, 3000)),  # a single chunk
     ),
 )
-def test_chunk_tokens_are_the_rows_of_the_gradient(count, given, cut):
-    assert cut_rows(count, 131072, 4, True, deferrable=True, chunk_tokens=given) == cut
+def test_chunk_tokens_are_the_rows_of_the_gradient(count, given, spare, cut):
+    assert cut_rows(count, 131072, 4, True, spare, chunk_tokens=given) == cut
     assert cut_rows(count, 131072, 4, True, chunk_tokens=given) == Cut(given, given)
-    assert 2 * cut.chunk + 4 * cut.logits < 4 * given or cut == Cut(given, given)
+
+
+@pytest.mark.parametrize("vocab", (1, 7, 8, 50257, 131072))
+@pytest.mark.parametrize("dim", (1, 16, 1024))
+def test_spare_rows_fit_where_dw_goes(vocab, dim):
+    rows, row = spare_rows(vocab, dim), 4 * _cut.row_stride(vocab)
+    assert rows * row <= 2 * vocab * dim < (rows + 1) * row
