@@ -4,8 +4,10 @@ Forward is one matrix product, backward three (the logits again, dX, dW); where 
 are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
 out before the first product. The gradient of a chunk takes the place of its logits: float32 logits
 of 16-bit operands are narrowed there where the backend can, and the products read it from there.
-dW and db are summed over chunks in float32 (float64 for float64) and rounded once; the terms of
-both are the gradient rounded to the dtype of `hidden`.
+Where it makes fewer chunks (`_cut`), the narrow gradient of a chunk has memory of its own, and
+the logits of some of its rows at a time lie where dW will be. dW and db are summed over chunks in
+float32 (float64 for float64) and rounded once; the terms of both are the gradient rounded to the
+dtype of `hidden`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,9 @@ from torch import Tensor
 
 from em_kernels import _products
 from em_kernels._columns import BLOCK, kept_columns
+from em_kernels._cut import LOGIT_BYTES, Cut, cut_rows, row_stride, spare_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
-
-CPU_WORKSPACE_BYTES = 160 << 20
-GPU_WORKSPACE_BYTES = 1 << 30
-CPU_TILE_ROWS, GPU_TILE_ROWS = 16, 128
-GPU_ROW_ALIGN = 8  # entries: rows of logits, and of their 16-bit gradient, start at 16 bytes
+from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
 
 
 class Needs(NamedTuple):
@@ -62,28 +61,58 @@ class Rows(NamedTuple):
 
     index: Tensor | None  # None is all of them
     count: int
-    chunk: int
+    cut: Cut
 
     @classmethod
     def counted(
-        cls, linear: Linear, mask: Tensor | None, bytes_per_logit: int, backend: ModuleType
+        cls,
+        linear: Linear,
+        mask: Tensor | None,
+        backend: ModuleType,
+        needs: Needs | None = None,
     ) -> Rows:
-        """The rows where `mask` is set; finding their number waits for the device, once a call."""
+        """The rows where `mask` is set; finding their number waits for the device, once a call.
+
+        `needs` is None for statistics alone.
+        """
         index, count = None, linear.hidden.shape[0]
         if mask is not None:
             kept = mask.nonzero()[:, 0]
             if kept.shape[0] < count:
                 index, count = kept, kept.shape[0]
-        # All ranks of a group must cut alike.
-        vocab = getattr(backend, "widest_shard", linear.weight.shape[0])
+        width = _width(linear, _widest(linear, backend))
+        size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
+        spare = None if needs is None else _spare_rows(linear, backend, needs)
         gpu = _products.is_gpu(linear.hidden)
-        chunk = default_chunk_tokens(count, vocab, bytes_per_logit, gpu)
-        return cls(index, count, linear.chunk_tokens or chunk)
+        cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens)
+        return cls(index, count, cut)
 
     def chunks(self) -> Iterator[Tensor | slice]:
-        for start in range(0, self.count, self.chunk):
-            part = slice(start, min(start + self.chunk, self.count))
+        for start in range(0, self.count, self.cut.chunk):
+            part = slice(start, min(start + self.cut.chunk, self.count))
             yield part if self.index is None else self.index[part]
+
+
+class Chunk(NamedTuple):
+    """The rows whose gradient is multiplied at once, and the memory they go through."""
+
+    rows: Tensor | slice
+    x: Tensor  # (R, D), the hidden rows
+    logits: Tensor  # (S, V), of some of the rows at a time
+    gradient: Tensor  # (R, V), beside the logits or over them
+
+    def parts(
+        self, linear: Linear, spec: RowSpec
+    ) -> Iterator[tuple[Tensor | slice, Tensor, RowSpec, Tensor]]:
+        """(rows, their logits, their spec, where their gradient goes), S rows at a time."""
+        weight, spec = linear.weight[: spec.valid_vocab], spec._replace(mask=None)
+        count = self.x.shape[0]
+        for start in range(0, count, self.logits.shape[0]):
+            own = slice(start, min(start + self.logits.shape[0], count))
+            logits = self.logits[: own.stop - start]
+            _products.multiply(self.x[own], weight, logits)
+            rows = _pick_rows(self.rows, own)
+            yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
 
 def default_logits_dtype(hidden: Tensor) -> torch.dtype:
@@ -92,32 +121,16 @@ def default_logits_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if wide else hidden.dtype
 
 
-def default_chunk_tokens(count: int, vocab: int, bytes_per_logit: int, gpu: bool) -> int:
-    """Rows per chunk: as few chunks as the workspace budget allows, all of one size.
-
-    Every chunk but the first reads and writes the float32 dW once more, 2 x 4 x V x D bytes: at
-    V = 131072, D = 4096 that is 4.3 GB, a millisecond on an H200 beside the 8.6 ms of the chunk's
-    three products over 2048 rows. So the chunks are as large as the budget holds, and since a
-    short last one would pay the same, `count` rows are divided evenly and rounded up to the tile
-    height of the products.
-    """
-    limit = (GPU_WORKSPACE_BYTES if gpu else CPU_WORKSPACE_BYTES) // (vocab * bytes_per_logit)
-    tile = GPU_TILE_ROWS if gpu and limit >= GPU_TILE_ROWS else CPU_TILE_ROWS
-    limit = max(tile, limit // tile * tile)
-    count = max(1, count)
-    chunks = -(-count // limit)
-    return min(limit, -(-count // (chunks * tile)) * tile)
-
-
 def stats(
     linear: Linear, spec: RowSpec, outputs: tuple[str, ...], backend: ModuleType
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product."""
-    rows = Rows.counted(linear, spec.mask, linear.logits_dtype.itemsize, backend)
+    rows = Rows.counted(linear, spec.mask, backend)
     results = _empty_rows(linear, rows, 3 + len(outputs))
-    for part, _, logits, row_spec in _chunks(linear, spec, rows, backend):
-        for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
-            result[part] = value
+    for chunk in _chunks(linear, spec, rows, backend):
+        for part, logits, row_spec, _ in chunk.parts(linear, spec):
+            for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
+                result[part] = value
     return results
 
 
@@ -130,14 +143,13 @@ def grad(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
-    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend), backend)
-    sums = _Gradients(linear, spec, needs, backend, rows)
-    for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):
-        out = _room_for_gradient(logits, x.dtype, backend)
-        chunk_saved = Saved(*(s[part] for s in saved))
-        weights = _pick(upstream, part)
-        backend.grad(logits[None], row_spec, chunk_saved, weights, out[None])
-        sums.add(part, x, out, weights)
+    rows = Rows.counted(linear, spec.mask, backend, needs)
+    sums = _Gradients(linear, spec, upstream, needs, backend, rows)
+    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
+        for part, logits, row_spec, out in chunk.parts(linear, spec):
+            part_saved = Saved(*(s[part] for s in saved))
+            backend.grad(logits[None], row_spec, part_saved, _pick(upstream, part), out[None])
+        sums.add(chunk)
     return sums.finish()
 
 
@@ -150,38 +162,39 @@ def loss(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
-    rows = Rows.counted(linear, spec.mask, _bytes_per_logit(linear, backend), backend)
+    rows = Rows.counted(linear, spec.mask, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
-    sums = _Gradients(linear, spec, needs, backend, rows)
-    for part, x, logits, row_spec in _chunks(linear, spec, rows, backend):
-        out = _room_for_gradient(logits, x.dtype, backend)
-        weights = _pick(upstream, part)
-        values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
-        for result, value in zip(results, values):
-            result[part] = value
-        sums.add(part, x, out, weights)
+    sums = _Gradients(linear, spec, upstream, needs, backend, rows)
+    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
+        for part, logits, row_spec, out in chunk.parts(linear, spec):
+            weights = _pick(upstream, part)
+            values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
+            for result, value in zip(results, values):
+                result[part] = value
+        sums.add(chunk)
     return [*results, *sums.finish()]
-
-
-def empty(
-    backend: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """torch.empty, from memory that the backend keeps for it where it does."""
-    if hasattr(backend, "empty"):
-        return backend.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Gradients:
     """dX, dW and db, summed over chunks."""
 
     def __init__(
-        self, linear: Linear, spec: RowSpec, needs: Needs, backend: ModuleType, rows: Rows
+        self,
+        linear: Linear,
+        spec: RowSpec,
+        upstream: Upstream,
+        needs: Needs,
+        backend: ModuleType,
+        rows: Rows,
     ):
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
+        self.upstream = upstream
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
-        several = rows.count > rows.chunk
+        several = rows.count > rows.cut.chunk
+        early = several and needs.weight and rows.cut.logits < rows.cut.chunk
+        # Until `finish` the logits lie there.
+        self.rounded = weight.new_empty(weight.shape) if early else None
         # The first chunk overwrites it: zeros would only cost the page faults.
         self.started = needs.filter_eps is not None
         make = torch.empty if rows.count and not self.started else torch.zeros
@@ -196,34 +209,35 @@ class _Gradients:
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
         )
 
-    def add(self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, upstream: Upstream) -> None:
-        valid, kept = self.spec.valid_vocab, None
+    def add(self, chunk: Chunk) -> None:
+        gradient, kept = chunk.gradient, None
+        valid = self.spec.valid_vocab
         if self.needs.bias:
-            self.bias[:valid] += grad_logits.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
+            self.bias[:valid] += gradient.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
         if self.needs.filter_eps is not None:
-            kept = kept_columns(grad_logits, upstream, self.needs.filter_eps)
+            upstream = _pick(self.upstream, chunk.rows)
+            kept = kept_columns(gradient, upstream, self.needs.filter_eps)
         if kept is None:
-            self._add_all(rows, x, grad_logits.to(x.dtype), self.linear.weight[:valid])
-        else:
-            self._add_columns(rows, x, grad_logits, kept)
+            self._add_all(chunk, gradient.to(chunk.x.dtype), self.linear.weight[:valid])
+        elif len(kept):
+            self._add_columns(chunk, kept)
 
-    def _add_all(
-        self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, weight: Tensor
-    ) -> None:
+    def _add_all(self, chunk: Chunk, gradient: Tensor, weight: Tensor) -> None:
         if self.needs.hidden:
-            self.hidden[rows] = _products.back_multiply(grad_logits, weight)
+            for own in _products.pieces(gradient, weight):
+                rows = _pick_rows(chunk.rows, own)
+                self.hidden[rows] = _products.back_multiply(gradient[own], weight)
         if self.needs.weight:
             total = self.weight[: weight.shape[0]]
-            _products.accumulate(total, grad_logits, x, self.started, self.backend)
+            _products.accumulate(total, gradient, chunk.x, self.started, self.backend)
             self.started = True
 
-    def _add_columns(
-        self, rows: Tensor | slice, x: Tensor, grad_logits: Tensor, kept: Tensor
-    ) -> None:
+    def _add_columns(self, chunk: Chunk, kept: Tensor) -> None:
         """The same for some of the columns, gathered a block at a time."""
+        x = chunk.x
         wide = x.new_zeros(x.shape, dtype=accumulate_dtype(x.dtype))
         for columns in kept.split(BLOCK):
-            part = grad_logits[:, columns].to(x.dtype)
+            part = chunk.gradient[:, columns].to(x.dtype)
             if self.needs.hidden:
                 weight = self.linear.weight[columns]
                 _products.accumulate(wide, part.T, weight, True, self.backend)
@@ -232,53 +246,71 @@ class _Gradients:
                 _products.accumulate(product, part, x, False, self.backend)
                 self.weight.index_add_(0, columns, product)
         if self.needs.hidden:
-            self.hidden[rows] = wide.to(x.dtype)
+            self.hidden[chunk.rows] = wide.to(x.dtype)
 
     def finish(self) -> list[Tensor]:
-        weight = self.weight.to(self.linear.weight.dtype)
+        if self.rounded is None:
+            weight = self.weight.to(self.linear.weight.dtype)
+        else:
+            weight = self.rounded.copy_(self.weight)
         bias = self.bias if self.spec.bias is None else self.bias.to(self.spec.bias.dtype)
         return [self.hidden, weight, bias]
 
 
 def _chunks(
-    linear: Linear, spec: RowSpec, rows: Rows, backend: ModuleType
-) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, RowSpec]]:
-    """(rows, hidden rows, their logits, their spec); the memory of the logits is reused."""
-    hidden, vocab = linear.hidden, spec.valid_vocab
-    width = _row_stride(vocab) if _products.is_gpu(hidden) else vocab
-    shape = (min(rows.chunk, rows.count), width)
-    buffer = empty(backend, shape, linear.logits_dtype, hidden.device)
-    spec = spec._replace(mask=None)
+    linear: Linear,
+    spec: RowSpec,
+    rows: Rows,
+    backend: ModuleType,
+    spare: Tensor | None = None,
+) -> Iterator[Chunk]:
+    """The chunks in turn, all in the same memory; that of `spare` may be used."""
+    hidden, vocab, cut = linear.hidden, spec.valid_vocab, rows.cut
+    width = _width(linear, vocab)
+    shape = (min(cut.logits, rows.count), width)
+    if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
+        logits = lie_in(spare, shape)
+    else:
+        logits = empty(backend, shape, linear.logits_dtype, hidden.device)
+    logits = logits[:, :vocab]
+    if cut.logits < cut.chunk:
+        shape = (min(cut.chunk, rows.count), width)
+        gradient = empty(backend, shape, hidden.dtype, hidden.device)[:, :vocab]
+    else:
+        gradient = room_for_gradient(logits, hidden.dtype, backend)
     for part in rows.chunks():
         x = hidden[part]
-        logits = buffer[: x.shape[0], :vocab]
-        _products.multiply(x, linear.weight[:vocab], logits)
-        yield part, x, logits, select_rows(spec, part)
+        yield Chunk(part, x, logits, gradient[: x.shape[0]])
 
 
-def _row_stride(vocab: int) -> int:
-    """Matrix products are slow where rows do not start at 16 bytes."""
-    return -(-vocab // GPU_ROW_ALIGN) * GPU_ROW_ALIGN
-
-
-def _narrows(linear_dtype: torch.dtype, logits_dtype: torch.dtype, backend: ModuleType) -> bool:
-    """Whether the gradient of the logits is written in the operands' 16 bits at once."""
-    narrower = logits_dtype == torch.float32 and linear_dtype.itemsize == 2
-    return narrower and getattr(backend, "narrows", False)
-
-
-def _room_for_gradient(logits: Tensor, dtype: torch.dtype, backend: ModuleType) -> Tensor:
-    """Where the gradient of `logits` goes: their memory, or the first half of each row of it."""
-    if _narrows(dtype, logits.dtype, backend):
-        return logits.view(dtype)[:, : logits.shape[1]]
-    return logits
+def _width(linear: Linear, vocab: int) -> int:
+    """Entries from one row of logits to the next."""
+    return row_stride(vocab) if _products.is_gpu(linear.hidden) else vocab
 
 
 def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
     """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
-    cast = own != operand and not _narrows(operand, own, backend)
+    cast = own != operand and not narrows(operand, own, backend)
     return own.itemsize + (operand.itemsize if cast else 0)
+
+
+def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
+    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
+    fewer chunks would save no trips of dW.
+
+    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
+    """
+    narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
+    trips = needs.weight or hasattr(backend, "widest_shard")
+    if not (narrow and trips and _products.is_gpu(linear.hidden)):
+        return None
+    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
+
+
+def _widest(linear: Linear, backend: ModuleType) -> int:
+    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
+    return getattr(backend, "widest_shard", linear.weight.shape[0])
 
 
 def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:
@@ -287,6 +319,13 @@ def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:
     dtype = accumulate_dtype(hidden.dtype)
     make = torch.empty if rows.index is None else torch.zeros
     return [make(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(count)]
+
+
+def _pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
+    """Those of `rows` that stand at `own`."""
+    if isinstance(rows, slice):
+        return slice(rows.start + own.start, rows.start + own.stop)
+    return rows[own]
 
 
 def _pick(upstream: Upstream, rows: Tensor | slice) -> Upstream:

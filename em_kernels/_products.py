@@ -32,6 +32,13 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
+def pieces(grad_logits: Tensor, weight: Tensor) -> list[slice]:
+    """The rows to give `back_multiply` at once: on a GPU its result is float32 first."""
+    count = grad_logits.shape[0]
+    step = _block_rows(weight.shape[1]) if is_gpu(weight) else max(1, count)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits @ weight, in the dtype of both.
 
@@ -72,12 +79,17 @@ def _accumulate_on_gpu(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool)
     elif adds_to_float32(x.device, x.dtype):
         addmm_wide(total, grad_logits.T, x)
     else:
-        block = max(128, GPU_PIECE_BYTES // (total.shape[1] * total.itemsize) // 128 * 128)
+        block = _block_rows(total.shape[1])
         piece = total.new_empty(min(block, total.shape[0]), total.shape[1])
         for part, columns in zip(total.split(block), grad_logits.split(block, dim=1)):
             product = piece[: part.shape[0]]
             mm_wide(columns.T, x, product)
             part += product
+
+
+def _block_rows(width: int) -> int:
+    """How many float32 rows of `width` make a piece."""
+    return max(128, GPU_PIECE_BYTES // (4 * width) // 128 * 128)
 
 
 def mm_wide(a: Tensor, b: Tensor, out: Tensor) -> None:

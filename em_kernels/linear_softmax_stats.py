@@ -48,8 +48,8 @@ def linear_softmax_stats(
             weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
             dimension is named "tp", "tensor", "tensor_parallel" or "vocab" or is that of `group`;
             sharded over another mesh (FSDP2) it is gathered, its gradient averaged.
-        chunk_tokens: rows per chunk; None fits the logits of a chunk into 160 MB on a CPU, 1 GiB
-            on a GPU.
+        chunk_tokens: rows per chunk; None fits the logits of a chunk, or on a GPU their 16-bit
+            gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.

@@ -1,14 +1,14 @@
 """How the chunk driver works on a GPU, with the GPU's products played by ones on the CPU."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
+from gpu_products import defer_small_chunks, play_gpu
 from helpers import IMPLS, error, make_linear, random_target, random_upstream, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels import _chunks, _products, reference
-from em_kernels._chunks import Linear, Needs, default_chunk_tokens
+from em_kernels import _chunks, _cut, _products, reference
+from em_kernels._chunks import Linear, Needs
+from em_kernels._cut import Cut
 from em_kernels._ops import backend
 from em_kernels._spec import RowSpec, Saved, Upstream
 
@@ -18,35 +18,17 @@ ALL = Needs(True, True, True)
 N, D, V = 12, 16, 301
 
 
-class Product(NamedTuple):
-    """A call of one of the wide products: its operands and where the result went."""
-
-    kind: str
-    a: torch.Tensor
-    b: torch.Tensor
-    out: torch.Tensor
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """Make the driver take its GPU ways; returns the wide products it ran."""
-    calls = []
+    return play_gpu(monkeypatch)
 
-    def mm_wide(a, b, out):
-        calls.append(Product("mm", a, b, out))
-        assert a.dtype == b.dtype != out.dtype
-        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
 
-    def addmm_wide(total, a, b):
-        calls.append(Product("addmm", a, b, total))
-        assert a.dtype == b.dtype != total.dtype
-        total += a.to(total.dtype) @ b.to(total.dtype)
-
-    monkeypatch.setattr(_products, "is_gpu", lambda x: True)
-    monkeypatch.setattr(_products, "mm_wide", mm_wide)
-    monkeypatch.setattr(_products, "addmm_wide", addmm_wide)
-    monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: True)
-    return calls
+@pytest.fixture
+def deferring(gpu, monkeypatch):
+    """The same, chunks of more than 4 rows with the logits of 2 at a time."""
+    defer_small_chunks(monkeypatch)
+    return gpu
 
 
 def operands(dtype=torch.bfloat16, vocab=V):
@@ -71,7 +53,8 @@ def exact(hidden, weight, spec, upstream):
     bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
     values = truth(wide[0] @ wide[1].T + bias, spec.target)
     kept = torch.ones(N) if spec.mask is None else spec.mask.double()
-    total = sum((kept * g * values[k]).sum() for k, g in zip(upstream._fields, upstream))
+    given = {name: g for name, g in upstream._asdict().items() if g is not None}
+    total = sum((kept * g * values[name]).sum() for name, g in given.items())
     return torch.autograd.grad(total, (*wide, bias))
 
 
@@ -207,40 +190,127 @@ def test_what_the_product_can_add_to_is_tried_once(monkeypatch, message):
     _products.adds_to_float32.cache_clear()
 
 
-# (rows, vocabulary, bytes a logit) -> rows per chunk on a GPU with 1 GiB of workspace
+@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+@pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
+def test_deferred_gradients(deferring, monkeypatch, name, dtype, masked, adds):
+    """As close to the exact ones as those in place, and with the same products of dX and dW."""
+    monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: adds)
+    (hidden, weight), (spec, upstream) = operands(dtype), call(masked)
+    out = gradients(hidden, weight, spec, upstream, 5, backend(name, torch.device("cpu")))
+    limit = {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
+        assert error(grad, ref) < limit
+    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
+    logits = [len(product.out) for product in deferring if product.out.shape[1] == V]
+    last = [2, 1] if masked else [2]
+    stats = [5, 3] if masked else [5, 5, 2]
+    grads = [2, 2, 1, *last] if masked else [2, 2, 1, 2, 2, 1, *last]
+    assert logits == [*grads, *stats, *grads]
+
+
+@pytest.mark.parametrize("name", NARROWING)
+def test_products_read_the_deferred_gradient_beside_the_logits(deferring, name):
+    (hidden, weight), (spec, upstream) = operands(), call()
+    linear = Linear.cut(hidden, weight, 5, None)
+    *_, dw, _ = _chunks.loss(linear, spec, upstream, (), ALL, backend(name, torch.device("cpu")))
+    logits = [product.out for product in deferring if product.out.shape[1] == V]
+    operands_of_dx = [product.a for product in deferring if product.a.shape[1] == V]
+    operands_of_dw = [product.a.T for product in weight_gradients(deferring)]
+    assert [len(narrow) for narrow in operands_of_dx] == [5, 5, 2]
+    for narrow, same in zip(operands_of_dx, operands_of_dw, strict=True):
+        assert narrow.data_ptr() == same.data_ptr() == operands_of_dx[0].data_ptr()
+        assert narrow.shape == same.shape and narrow.dtype == torch.bfloat16
+        assert narrow.stride() == same.stride() == (_cut.row_stride(V), 1)
+    for wide in logits:
+        assert wide.dtype == torch.float32 and wide.data_ptr() == dw.data_ptr(), "not where dW goes"
+        assert wide.stride() == (_cut.row_stride(V), 1)
+
+
+class Shard:
+    """The reference as a rank of a group sees it, the widest shard elsewhere."""
+
+    widest_shard = 2 * V
+    narrows = True
+
+
 @pytest.mark.parametrize(
-    "count, vocab, size, rows",
+    "dtype, module, needs, deferred",
     (
-        (8192, 131072, 4, 2048),  # 4 equal ones, the budget in full
-        (8192, 152064, 4, 1664),  # 5, all but the last equal
-        (8192, 131072, 6, 1280),  # where a cast stands beside the logits
-        (9000, 131072, 4, 1920),  # 5 of 1800, not 4 of 2048 and a sliver
-        (2049, 131072, 4, 1152),
-        (2048, 131072, 4, 2048),
-        (100, 131072, 4, 128),
-        (0, 131072, 4, 128),
-        (32768, 32000, 4, 8192),
-        (8192, 1 << 22, 4, 64),  # less than a tile fits
-        (8192, 1 << 26, 4, 16),  # nothing fits: as little as is sensible
+        (torch.bfloat16, reference, ALL, True),
+        (torch.float16, reference, ALL, True),
+        (torch.float32, reference, ALL, False),  # nothing to narrow
+        (torch.bfloat16, reference, Needs(True, False, True), False),  # no trips of dW
+        (torch.bfloat16, Shard, Needs(True, False, True), True),  # a rank that cuts like the others
+        (torch.bfloat16, reference, None, False),  # statistics
+        (torch.bfloat16, "cpu", ALL, False),  # cannot narrow
     ),
 )
-def test_default_chunks_on_a_gpu(count, vocab, size, rows):
-    assert default_chunk_tokens(count, vocab, size, gpu=True) == rows
+def test_when_the_gradient_is_deferred(deferring, dtype, module, needs, deferred):
+    if module == "cpu":
+        module = pytest.importorskip("em_kernels.cpu")
+    linear = Linear.cut(*operands(dtype), 5, None)
+    assert _chunks.Rows.counted(linear, None, module, needs).cut == Cut(5, 2 if deferred else 5)
 
 
-@pytest.mark.parametrize("gpu_rows", (True, False))
-@pytest.mark.parametrize("size", (2, 4, 6, 8))
-def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, size):
-    budget = _chunks.GPU_WORKSPACE_BYTES if gpu_rows else _chunks.CPU_WORKSPACE_BYTES
-    tile = 128 if gpu_rows else 16
-    for vocab in (1000, 32000, 50257, 131072, 151936, 262144):
-        limit = budget // (vocab * size) // tile * tile
-        for count in (1, 127, 128, 129, 2000, 8192, 10000, 32768):
-            rows = default_chunk_tokens(count, vocab, size, gpu_rows)
-            assert rows * vocab * size <= budget and rows % tile == 0
-            chunks = -(-count // limit)
-            assert -(-count // rows) <= chunks
-            assert rows - count / chunks < tile
+def test_on_a_cpu_the_gradient_is_not_deferred(monkeypatch):
+    defer_small_chunks(monkeypatch)
+    linear = Linear.cut(*operands(), 5, torch.float32)
+    assert _chunks.Rows.counted(linear, None, reference, ALL).cut == Cut(5, 5)
+
+
+def test_default_chunks_are_cut_for_the_widest_shard(deferring, monkeypatch):
+    """20 bytes for an entry of its vocabulary: 5 rows in place, or 10 with the logits elsewhere."""
+    monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 20 * _cut.row_stride(2 * V))
+    linear = Linear.cut(*operands(), None, None)
+    assert _chunks.Rows.counted(linear, None, Shard, ALL).cut == Cut(6, 3)
+
+
+@pytest.mark.parametrize("name", NARROWING)
+def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name):
+    """Fewer trips of dW out of the same budget, and the same gradients."""
+    monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 20 * _cut.row_stride(V))
+    (hidden, weight), (spec, upstream) = operands(), call()
+    out = gradients(hidden, weight, spec, upstream, None, backend(name, torch.device("cpu")))
+    for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
+        assert error(grad, ref) < 6e-3
+    assert [product.kind for product in weight_gradients(deferring)] == 2 * ["mm", "addmm"]
+
+
+@pytest.mark.parametrize("eps", (1e-3, 1e-2))
+def test_columns_are_kept_by_all_the_rows_of_a_deferred_chunk(deferring, monkeypatch, eps):
+    (hidden, weight), (spec, upstream) = operands(), call()
+    arguments = (hidden, 3 * weight, spec, upstream, 5, reference, Needs(*ALL[:3], eps))
+    deferred = gradients(*arguments)
+    monkeypatch.setattr(_cut, "GPU_LOGITS_ROWS", 5)
+    in_place = gradients(*arguments)
+    left_out = (in_place[1] == 0).all(1)
+    assert left_out.any() and torch.equal((deferred[1] == 0).all(1), left_out)
+    for out, ref in zip(deferred, in_place, strict=True):
+        assert error(out, ref) < 1e-5
+
+
+def test_without_a_column_to_keep_no_product_is_run(gpu):
+    """Flat rows: all their gradients are below the threshold, and that of the bias stays exact."""
+    (hidden, weight), (spec, _) = operands(), call()
+    upstream = Upstream(entropy=torch.ones(N))
+    arguments = (hidden, 1e-3 * weight, spec, upstream)
+    dx, dw, db = gradients(*arguments, 5, reference, Needs(*ALL[:3], 0.1))
+    assert (dx == 0).all() and (dw == 0).all()
+    assert error(db, exact(*arguments)[2]) < 6e-3
+    assert [product.out.shape[1] for product in gpu] == 9 * [V]
+
+
+def test_the_product_of_dx_is_run_in_pieces(gpu, monkeypatch):
+    monkeypatch.setattr(_products, "GPU_PIECE_BYTES", 128 * D * 4)
+    gradient = torch.randn(300, V).bfloat16()
+    _, weight = operands()
+    parts = _products.pieces(gradient, weight)
+    assert [(part.start, part.stop) for part in parts] == [(0, 128), (128, 256), (256, 300)]
+    out = torch.cat([_products.back_multiply(gradient[part], weight) for part in parts])
+    assert error(out, gradient.double() @ weight.double()) < 3e-3
+    assert [len(product.out) for product in gpu] == [128, 128, 44]
 
 
 @pytest.mark.parametrize("name, size", (("reference", 4), ("cpu", 6)))
@@ -248,9 +318,9 @@ def test_every_byte_of_a_logit_counts_towards_the_budget(gpu, monkeypatch, name,
     """Float32 logits with their gradient narrowed in place, or with a 16-bit cast beside them."""
     if name not in IMPLS:
         pytest.skip(f"{name} is not available here")
-    monkeypatch.setattr(_chunks, "GPU_WORKSPACE_BYTES", 4 * 32 * V)
-    monkeypatch.setattr(_chunks, "GPU_TILE_ROWS", 4)
-    monkeypatch.setattr(_chunks, "CPU_TILE_ROWS", 4)
+    monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 4 * 32 * _cut.row_stride(V))
+    monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 4)
+    monkeypatch.setattr(_cut, "CPU_TILE_ROWS", 4)
     hidden, weight = make_linear(96, dim=D, vocab=V, dtype=torch.bfloat16)
     spec, upstream = RowSpec(valid_vocab=V), Upstream(entropy=torch.ones(96))
     linear = Linear.cut(hidden.detach(), weight.detach(), None, None)

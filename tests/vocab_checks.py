@@ -22,6 +22,7 @@ from vocab_cases import (
 
 from em_kernels import (
     _chunks,
+    _cut,
     linear_entropy_loss,
     linear_softmax_stats,
     linear_token_loss,
@@ -149,13 +150,13 @@ def uneven_chunks():
     """Collectives of a call whose smallest shard would fit in one chunk, the largest in two."""
     sizes = OTHER_SIZES[dist.get_world_size()][0]
     head, _ = draw_head(own_cut(sizes))
-    budget, _chunks.CPU_WORKSPACE_BYTES = _chunks.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
+    budget, _cut.CPU_WORKSPACE_BYTES = _cut.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
     try:
         return count_collectives(
             lambda: linear_softmax_stats(head.hidden, head.weight, group=dist.group.WORLD)
         )
     finally:
-        _chunks.CPU_WORKSPACE_BYTES = budget
+        _cut.CPU_WORKSPACE_BYTES = budget
 
 
 def opcheck():

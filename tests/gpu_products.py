@@ -1,0 +1,44 @@
+"""The GPU ways of the chunk driver, with the GPU's products played by ones on the CPU."""
+
+from typing import NamedTuple
+
+import torch
+
+from em_kernels import _cut, _products
+
+
+class Product(NamedTuple):
+    """A call of one of the wide products: its operands and where the result went."""
+
+    kind: str
+    a: torch.Tensor
+    b: torch.Tensor
+    out: torch.Tensor
+
+
+def play_gpu(patch) -> list[Product]:
+    """Make the driver take its GPU ways, by a MonkeyPatch; returns the wide products it runs."""
+    calls = []
+
+    def mm_wide(a, b, out):
+        calls.append(Product("mm", a, b, out))
+        assert a.dtype == b.dtype != out.dtype
+        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
+
+    def addmm_wide(total, a, b):
+        calls.append(Product("addmm", a, b, total))
+        assert a.dtype == b.dtype != total.dtype
+        total += a.to(total.dtype) @ b.to(total.dtype)
+
+    patch.setattr(_products, "is_gpu", lambda x: True)
+    patch.setattr(_products, "mm_wide", mm_wide)
+    patch.setattr(_products, "addmm_wide", addmm_wide)
+    patch.setattr(_products, "adds_to_float32", lambda device, dtype: True)
+    return calls
+
+
+def defer_small_chunks(patch, logits_rows: int = 2) -> None:
+    """Chunks of more than 2 * logits_rows rows are worth deferring their gradient."""
+    patch.setattr(_cut, "GPU_LOGITS_ROWS", logits_rows)
+    patch.setattr(_cut, "GPU_TILE_ROWS", 1)
+    patch.setattr(_cut, "CPU_TILE_ROWS", 1)
