@@ -1,6 +1,6 @@
 """Entropy-controlled RL on the embedded model, over seeds, next to control arms.
 
-    python -m benchmarks.rl_study --out benchmarks/results [--seeds 3 --updates 24]
+    python -m benchmarks.rl_study --out benchmarks/results [--seeds 2 --updates 24]
 
 What it asks, each with its arms (`ARMS`):
 
@@ -251,11 +251,11 @@ def tables(study: dict) -> str:
     """Markdown: every arm after its last update, then the law, then predicted against measured."""
     error = 0.5 / study["problems"] ** 0.5
     lines = [
-        f"{study['problems']} held-out problems, {study['seeds']} seeds, mean ± standard deviation "
-        f"over seeds; {study['updates']} updates of {study['responses']} answers, EM for "
+        f"{study['problems']} held-out problems, mean ± standard deviation over seeds "
+        f"({study['seeds']}); {study['updates']} updates of {study['responses']} answers, EM for "
         f"{study['em_updates']}, each stage of ConciseR for {study['updates']}. One standard error "
         f"of a single accuracy is at most {error:.3f}. Entropy: mean over the sampled tokens of "
-        "the last update on the practice problems, nats.",
+        "the last four updates on the practice problems, nats.",
         "",
         "| arm | entropy | sampled, T = 1 | greedy | length |",
         "|---|---|---|---|---|",
@@ -286,8 +286,9 @@ def _end(number: int) -> str:
 
 
 def _last(run: dict) -> float:
-    """Mean entropy of the last update with an RL objective."""
-    return [line["mean_entropy"] for line in run["lines"] if "reward_mean" in line][-1]
+    """Mean entropy of the last four updates with an RL objective."""
+    entropies = [line["mean_entropy"] for line in run["lines"] if "reward_mean" in line]
+    return statistics.fmean(entropies[-4:])
 
 
 def _row(name: str, points: list[dict]) -> str:
@@ -303,11 +304,20 @@ def _cell(points: list[dict], label: str, digits: str) -> str:
     return f"{statistics.fmean(values):{digits}} ± {deviation:{digits}}"
 
 
+def rounded(value):
+    """Floats to six digits, at any depth."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache", type=Path, default=Path("rl-study-output"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--responses", type=int, default=64, help="sampled answers an update")
     parser.add_argument("--problems", type=int, default=600, help="held-out problems")
@@ -317,7 +327,8 @@ def main(arguments: list[str] | None = None) -> None:
     size = Size(given.updates, given.responses, given.problems, given.seeds)
     study = run_study(size, given.arms, given.cache)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "rl_study.json").write_text(json.dumps(study), encoding="utf-8")
+    text = json.dumps(rounded(study))
+    (given.out / "rl_study.json").write_text(text + "\n", encoding="utf-8")
     text = tables(study)
     (given.out / "rl_study.md").write_text(text, encoding="utf-8")
     plot(study, given.out / "rl_study.png")

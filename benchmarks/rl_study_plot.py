@@ -40,8 +40,8 @@ def plot(study: dict, path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Entropy-controlled RL on the embedded model: {study['seeds']} seeds, mean and one "
-        f"standard deviation over them; accuracy on {study['curve_problems']} held-out problems "
+        f"Entropy-controlled RL on the embedded model: mean and one standard deviation over seeds "
+        f"({study['seeds']}); accuracy on {study['curve_problems']} held-out problems "
         f"(last point: {study['problems']})",
         fontsize=13,
     )
@@ -172,5 +172,5 @@ def _label_ends(axis, ends: list[tuple[str, float, float]]) -> None:
             va="center",
             arrowprops=dict(arrowstyle="-", color=COLOURS[arm], alpha=0.4, linewidth=0.8),
         )
-    axis.set_xlim(right=right * 1.32)
+    axis.set_xlim(right=right * 1.4)
     axis.set_ylim(bottom, max(top, last + step))
