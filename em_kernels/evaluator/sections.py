@@ -8,7 +8,7 @@ from pathlib import Path
 
 from em_kernels.evaluator import plots
 from em_kernels.evaluator.analyses.run_curve import read_metrics
-from em_kernels.evaluator.page import Figure, Section, coloured
+from em_kernels.evaluator.page import Figure, Section, coloured, folded
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
 from em_kernels.evaluator.summary_tables import (
     comparison_table,
@@ -28,6 +28,7 @@ from em_kernels.trainer.checkpoint import read_config
 
 NO_PLOTS = "Without plots: matplotlib is not installed."
 EXAMPLES = 3  # of each kind
+FIRST = ("loss", "mean_entropy", "accuracy", "reward", "response_length", "truncated", "grad_norm")
 UNITS = {
     "mean_entropy": "nats per token",
     "response_length": "tokens",
@@ -75,8 +76,9 @@ def examples(folder: str | Path) -> Section:
             of_kind.append(record)
     if not settings["config"]["labelled"]:
         kinds = {"some": [record for records in kinds.values() for record in records][:EXAMPLES]}
-    html = "".join(_examples(settings, kind, records) for kind, records in kinds.items())
-    return Section("Settings and examples", [], [settings_table(settings["config"])], [], html)
+    html = folded("Settings", settings_table(settings["config"]))
+    html += "".join(_examples(settings, kind, records) for kind, records in kinds.items())
+    return Section("Settings and examples", html=html)
 
 
 def _examples(settings: dict, kind: str, records: list[Record]) -> str:
@@ -142,7 +144,7 @@ def _texts(result: dict) -> str:
 def _coloured_text(text: dict, top: float) -> str:
     left = f"<em> … and {text['not_shown']} tokens more</em>" if text["not_shown"] else ""
     body = coloured(text["pieces"], text["entropy"], top)
-    head = f'<p class="key">text {escape(text["key"])}</p>'
+    head = f'<p class="key">{escape(text["key"])}</p>'
     return f'{head}<div class="text">{body}{left}</div>'
 
 
@@ -199,19 +201,23 @@ def verdict(result: dict) -> str:
 def metrics(folder: str | Path) -> Section:
     """The settings of a run, and every number of its metrics by update."""
     lines, broken = read_metrics(folder)
-    settings = settings_table(read_config(folder).to_dict())
+    settings = folded("Settings", settings_table(read_config(folder).to_dict()))
     notes = ["Not read: " + "; ".join(broken) + "."] if broken else []
-    names = sorted(
-        {name for line in lines for name, value in line.items() if _is_number(value)}
-        - {"update", "step"}
-    )
+    found = {name for line in lines for name, value in line.items() if _is_number(value)}
+    names = sorted(found - {"update", "step"}, key=_importance)
     if not lines or not names:
-        return Section("Training", [*notes, "No updates yet."], [settings])
+        return Section("Training", [*notes, "No updates yet."], html=settings)
     lines = [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
     unit = UNITS.get
     figures, more = _plot("metrics by update", plots.metrics, lines, names, lambda n: unit(n, ""))
     notes.append(f"{len(lines)} updates; mean entropy in the last: {_last(lines)} nats per token.")
-    return Section("Training", notes + more, [metrics_table(lines, names), settings], figures)
+    return Section("Training", notes + more, [metrics_table(lines, names)], figures, settings)
+
+
+def _importance(name: str) -> tuple[int, str]:
+    """What is asked about first comes first, how long it took last."""
+    place = FIRST.index(name) if name in FIRST else len(FIRST)
+    return place + (name.endswith(("seconds", "second"))), name
 
 
 def _last(lines: list[dict]) -> str:

@@ -117,8 +117,8 @@ def _short(text: str, length: int = 50) -> str:
 
 
 def settings_table(config: dict) -> Table:
-    rows = [[name, _short(str(value), 120)] for name, value in config.items()]
-    return Table("Settings", ["", ""], rows)
+    rows = [[name, _short(str(value), 500)] for name, value in config.items()]
+    return Table("", ["setting", "value"], rows)
 
 
 def shift_table(result: dict) -> Table:

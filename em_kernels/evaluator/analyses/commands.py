@@ -61,6 +61,9 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
     )
     parser.add_argument("--ratio", type=float, default=0.2, help="share of tokens that are forks")
     parser.add_argument("--limit", type=int, help="only the first so many texts")
+    parser.add_argument(
+        "--drawn-at", type=float, metavar="T", help="only answers of this temperature, 0 is greedy"
+    )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
     add_model_options(parser)
     add_common(parser, _tokens)
@@ -103,6 +106,7 @@ def _read(
         tokenizer or own,
         longest=None if longest is None else longest + 1,
         limit=arguments.limit,
+        drawn_at=arguments.drawn_at,
     )
     options = dict(name=name, temperatures=temperatures, progress=not arguments.quiet)
     return read_tokens(model, texts, path, **options), texts

@@ -94,6 +94,7 @@ def read_tokens(
             raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
     head = read_head(model)
     described = {"model": name, "source": str(texts.source), "limit": texts.limit}
+    described["drawn_at"] = texts.drawn_at
     described["temperatures"] = [float(t) for t in temperatures]
     path = Path(path)
     done = _begin(path, described)
