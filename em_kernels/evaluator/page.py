@@ -17,7 +17,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem;
 table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-size: .92rem; display: block;
   overflow-x: auto; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e4e4e4; text-align: right;
-  font-variant-numeric: tabular-nums; }
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; white-space: pre-wrap; }
 img { max-width: 100%; height: auto; }

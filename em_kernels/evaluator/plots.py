@@ -77,7 +77,7 @@ def _at_widest(at: dict, name: str, widest: int) -> dict | None:
 def reliability(summary: dict) -> bytes:
     """Accuracy against confidence, a panel for each temperature."""
     at = [t for t in summary["temperatures"] if t["calibration"]]
-    with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.2), 3.9)) as (axes, buffer):
+    with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.4), 4.7)) as (axes, buffer):
         for axis, t in zip(axes, at):
             bins = t["calibration"]["bins"]
             largest = max(n for *_, n in bins)
@@ -91,10 +91,7 @@ def reliability(summary: dict) -> bytes:
             axis.set_xlabel("confidence, exp(mean log-probability)")
         axes[0].set_ylabel("share of answers that are right")
         axes[0].figure.suptitle(
-            "Calibration (dots: answers binned by confidence, larger where there are more; "
-            "dotted: perfect)",
-            fontsize=11,
-            wrap=True,
+            "Calibration\n(larger dot: more answers; dotted: perfect)", fontsize=11
         )
     return buffer.getvalue()
 
