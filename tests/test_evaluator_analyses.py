@@ -268,6 +268,22 @@ def test_entropy_law():
     assert alone["fit"] is None and "two of them different" in alone["reason"]
 
 
+def test_entropy_law_over_the_updates_of_a_run(tmp_path, capsys):
+    rows = [
+        {"update": u, "mean_entropy": h, "reward_mean": 0.9 - 0.2 * math.exp(h)}
+        for u, h in enumerate((1.0, 0.7, 0.2), start=1)
+    ]
+    write_rows(tmp_path / "metrics.jsonl", [*rows, {"update": 4, "mean_entropy": 0.1}, "broken"])
+    assert cli.main(["analyze", "law", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a = 0.2, b = 0.9, ceiling b - a = 0.7, R2 = 1.000, 3 points" in printed
+    assert "1 (no 'mean_entropy' or no 'reward_mean')" in printed
+    assert "1 (line 5: not valid JSON (Expecting value))" in printed
+    # Accuracy goes before reward where there is both.
+    write_rows(tmp_path / "metrics.jsonl", [{**row, "accuracy": 0.5} for row in rows])
+    assert [r for *_, r in points_of(tmp_path).points] == [0.5] * 3
+
+
 def test_analyze_writes_everything(tmp_path, capsys):
     before = save_bigrams(tmp_path / "before", sure(0.6))
     after = save_bigrams(tmp_path / "after", sure(0.95))
@@ -289,7 +305,7 @@ def test_analyze_writes_everything(tmp_path, capsys):
     again = tmp_path / "law"
     assert cli.main(["analyze", "law", str(folder), "--output", str(again)]) == 0
     assert "No fit: a fit needs" in capsys.readouterr().out
-    ((label, entropy, accuracy),) = points_of([folder])
+    ((label, entropy, accuracy),) = points_of(folder).points
     assert label == "eval, T = 1" and accuracy < 1
     assert entropy == pytest.approx(entropy_of(np.exp(row_of(0.6))) / 2, rel=1e-3)
     texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": "a", "response": "1"}])

@@ -15,7 +15,8 @@ from evaluations import letters, save_bigrams, sure, write_rows
 
 from em_kernels import cli
 from em_kernels.evaluator import EvalConfig, Records, run_eval
-from em_kernels.evaluator.analyses.run_curve import follow, models_of_run, read_metrics
+from em_kernels.evaluator.analyses.metrics import read_metrics
+from em_kernels.evaluator.analyses.run_curve import follow, models_of_run
 from em_kernels.evaluator.page import Section, coloured, page
 from em_kernels.evaluator.report import write_report
 from em_kernels.evaluator.tables import Table

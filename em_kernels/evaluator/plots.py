@@ -208,7 +208,7 @@ def law(result: dict) -> bytes:
         for point in _apart(points):
             text = point["label"].replace("$", r"\$")
             _label(axis, text, point["entropy"], point["performance"], BLUE, (6, 6))
-        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="accuracy R")
+        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="performance R")
         axis.margins(x=0.2, y=0.2)
         title = "R = -a exp(H) + b"
         if fit:

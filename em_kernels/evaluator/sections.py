@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from em_kernels.evaluator import plots
-from em_kernels.evaluator.analyses.run_curve import read_metrics
+from em_kernels.evaluator.analyses.metrics import read_metrics
 from em_kernels.evaluator.page import Figure, Section, coloured, folded
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
 from em_kernels.evaluator.summary_tables import (
@@ -28,7 +28,15 @@ from em_kernels.trainer.checkpoint import read_config
 
 NO_PLOTS = "Without plots: matplotlib is not installed."
 EXAMPLES = 3  # of each kind
-FIRST = ("loss", "mean_entropy", "accuracy", "reward", "response_length", "truncated", "grad_norm")
+FIRST = (
+    "loss",
+    "mean_entropy",
+    "accuracy",
+    "reward_mean",
+    "response_length",
+    "truncated",
+    "grad_norm",
+)
 UNITS = {
     "mean_entropy": "nats per token",
     "response_length": "tokens",
@@ -137,8 +145,11 @@ def forks(result: dict) -> Section:
 
 def _texts(result: dict) -> str:
     """Where the texts are from, and which were left out."""
-    left_out = ", ".join(f"{count} ({why})" for why, count in result["left_out"].items())
-    return f"Texts: {result['source']}; left out: {left_out or 'none'}."
+    return f"Texts: {result['source']}; left out: {_counted(result['left_out']) or 'none'}."
+
+
+def _counted(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} ({why})" for why, count in left_out.items())
 
 
 def _coloured_text(text: dict, top: float) -> str:
@@ -163,6 +174,8 @@ def temperature(result: dict) -> Section:
 def law(result: dict) -> Section:
     title = "Entropy and performance"
     notes = [] if result["fit"] else [f"No fit: {result['reason']}."]
+    if result["left_out"]:
+        notes.append(f"Left out: {_counted(result['left_out'])}.")
     if not result["points"]:
         return Section(title, notes)
     figures, more = _plot("performance against entropy", plots.law, result)

@@ -185,7 +185,7 @@ def law_table(result: dict) -> Table:
             f"R = -a exp(H) + b: a = {fit['a']:.4g}, b = {fit['b']:.4g}, ceiling b - a = "
             f"{fit['ceiling']:.4g}, R2 = {number(fit['r2'])}, {fit['points']} points"
         )
-    return Table(title, ["", "H (nats)", "accuracy R"], rows)
+    return Table(title, ["", "H (nats)", "R"], rows)
 
 
 def run_table(result: dict) -> Table:

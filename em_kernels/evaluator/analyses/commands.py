@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -145,17 +146,24 @@ def _run(arguments: argparse.Namespace) -> int:
 def _add_law(kinds, add_common: AddCommon) -> None:
     parser = kinds.add_parser(
         "law",
-        help="fit R = -a exp(H) + b over evaluations",
-        description="Fit accuracy R = -a exp(H) + b to the mean entropies H of the answers of "
-        "evaluations, one point for each and each temperature above 0.",
+        help="fit R = -a exp(H) + b over evaluations or the updates of a run",
+        description="Fit R = -a exp(H) + b: accuracy against mean entropy, a point for each "
+        "evaluation and temperature above 0; or, of a training run, accuracy or reward against "
+        "mean entropy, a point for each update.",
     )
-    parser.add_argument("evaluations", nargs="+", help="folders of evaluations")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
+    parser.add_argument("--output", metavar="DIR", help="default: the first folder")
     add_common(parser, _law)
 
 
 def _law(arguments: argparse.Namespace) -> int:
-    return _done(arguments.output, {"law": entropy_law(points_of(arguments.evaluations))})
+    points, left_out = [], Counter()
+    for folder in arguments.folders:
+        found = points_of(folder)
+        points += found.points
+        left_out.update(found.left_out)
+    output = arguments.output or arguments.folders[0]
+    return _done(output, {"law": entropy_law(points, dict(left_out))})
 
 
 def _done(folder: str | Path, results: dict[str, dict]) -> int:

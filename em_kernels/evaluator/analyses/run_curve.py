@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from em_kernels.evaluator.analyses.law import entropy_law
-from em_kernels.evaluator.problems import json_rows
+from em_kernels.evaluator.analyses.metrics import read_metrics
 from em_kernels.evaluator.summary import compare_folders, summarise
-from em_kernels.trainer.checkpoint import METRICS_FILE, read_config
+from em_kernels.trainer.checkpoint import read_config
 from em_kernels.trainer.models import list_checkpoints
 
 EVALUATIONS = "evaluations"
@@ -111,18 +111,3 @@ def _difference(run: str | Path, best: dict, last: dict) -> dict:
     folders = [evaluation_folder(run, point["update"]) for point in (best, last)]
     rows = compare_folders(*folders)
     return next(row for row in rows if row["temperature"] == best["temperature"])
-
-
-def read_metrics(run: str | Path) -> tuple[list[dict], list[str]]:
-    """The lines of metrics.jsonl, and why others cannot be read."""
-    path = Path(run) / METRICS_FILE
-    if not path.is_file():
-        return [], [f"no {METRICS_FILE}"]
-    lines, broken = [], []
-    for number, row in json_rows(path):
-        if isinstance(row, dict) and isinstance(row.get("update"), int):
-            lines.append(row)
-        else:
-            reason = row if isinstance(row, str) else "no 'update'"
-            broken.append(f"line {number}: {reason}")
-    return lines, broken
