@@ -55,7 +55,7 @@ def by_hand(path, texts, temperatures=()):
     names = ("key", "ids", "logprob", "entropy", "logit_mean", "logit_var", "logit_skew")
     head = {"model": "by hand", "source": "x", "limit": None, "temperatures": list(temperatures)}
     rows = [
-        {**{name: [] for name in names}, "entropy_at": [], "key": str(i), **t}
+        {**{name: [] for name in names}, "entropy_at": [], "digest": "", "key": str(i), **t}
         for i, t in enumerate(texts)
     ]
     write_rows(path, [head, *rows])
@@ -102,6 +102,15 @@ def test_a_stopped_read_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     assert sum(batches) == 5 and max(batches) <= 14 // 2
     another = read(model, texts, path, temperatures=(0.5,))
     assert all(s.entropy_at for s in another) and len(list(another)) == 9
+
+
+def test_numbers_of_other_weights_or_texts_are_not_kept(tmp_path):
+    texts, path = given(tmp_path, [{"prompt": "a", "response": "1"}]), tmp_path / "tokens.jsonl"
+    (first,) = read(make_model(0), texts, path)
+    (other,) = read(make_model(1), texts, path)
+    assert other.ids == first.ids and other.entropy != first.entropy
+    (prompted,) = read(make_model(1), given(tmp_path, [{"prompt": "b", "response": "1"}]), path)
+    assert prompted.ids == other.ids and prompted.entropy != other.entropy
 
 
 def test_what_cannot_be_read_is_counted(tmp_path):

@@ -60,7 +60,7 @@ def test_eval_prints_every_temperature_and_keeps_the_answers(model, problems, tm
     folder = tmp_path / "eval"
     given = ("eval", "--model", model, "--problems", problems, "--samples", 4)
     printed = run(capsys, *given, "--temperatures", 0.5, 1, "--output", folder)
-    assert "24 problems of" in printed and "judged by auto" in printed
+    assert "24 problems of" in printed and "judged by math-verify" in printed
     # Greedy: a and c are right, and b where the tie falls on 2, the first.
     assert line_of(printed, "greedy").split()[2] == "1.000"
     found = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ class Text(NamedTuple):
     key: str
     prompt: list[int]
     answer: list[int]
+
+    @property
+    def digest(self) -> str:
+        """Tells texts of the same key apart."""
+        return hashlib.sha256(repr((self.prompt, self.answer)).encode()).hexdigest()[:16]
 
 
 class Texts:
