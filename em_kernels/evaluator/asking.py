@@ -41,7 +41,9 @@ def weights_digest(model) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+            parameter.element_size()
+        ]
         total = parameter.detach().contiguous().view(integers).sum(dtype=torch.int64)
         digest.update(f"{name} {tuple(parameter.shape)} {int(total)};".encode())
     return digest.hexdigest()[:16]

@@ -14,9 +14,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; m
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem;
   border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-size: .92rem; display: block;
+table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-size: .88rem; display: block;
   overflow-x: auto; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #e4e4e4; text-align: right;
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; white-space: pre-wrap; }

@@ -225,7 +225,7 @@ def _apart(points: Sequence[dict]) -> list[dict]:
     kept: list[dict] = []
     for point in points:
         away = [[abs(point[n] - k[n]) / span for n, span in zip(names, spans)] for k in kept]
-        if all(x > 0.25 or y > 0.06 for x, y in away):
+        if all(x > 0.25 or y > 0.09 for x, y in away):
             kept.append(point)
     return kept
 
@@ -253,15 +253,24 @@ def run_curve(result: dict) -> bytes:
         _training(middle, training, "mean_entropy", "on the training prompts")
         middle.set(ylabel="mean entropy\n(nats per token)")
         middle.set_title("Entropy", fontsize=11)
-        middle.margins(y=0.15)
-        middle.set_ylim(bottom=0)
         _training(bottom, training, "loss", "on the training prompts")
         bottom.set_title("Loss", fontsize=11)
         bottom.set(xlabel="optimiser updates taken", ylabel="loss")
         for axis in (top, middle, bottom):
             axis.set_xlim(-0.4, max(updates) + 0.4)
             axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis in (middle, bottom):
+            _on_log_scale(axis)
     return buffer.getvalue()
+
+
+def _on_log_scale(axis) -> None:
+    """Where every value is positive: what falls to almost nothing can be seen to go on falling."""
+    values = [value for line in axis.lines for value in line.get_ydata()]
+    if values and min(values) > 0:
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{axis.get_ylabel()}, log scale")
+        axis.margins(y=0.15)
 
 
 def _training(axis, lines: Sequence[dict], name: str, label: str) -> None:

@@ -201,14 +201,16 @@ def verdict(result: dict) -> str:
     peak, after = result["peak"], result["after_peak"]
     if after is None:
         return f"Accuracy is best at the last update that was evaluated, {peak}: no decline."
+    p = p_value(after["p_value"])
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
     change = f"{after['difference']:+.3f} [{after['low']:+.3f}, {after['high']:+.3f}]"
     text = (
         f"Accuracy peaks at update {peak}; from there to the last update it changes by {change}, "
-        f"p {p_value(after['p_value'])} (the peak was chosen by looking, so p is too small)."
+        f"{p} (the peak was chosen by looking, so p is too small)."
     )
     if result["over_confident"]:
-        return text + " Entropy went on falling: over-confidence."
-    return text + " No over-confidence at p < 0.05 with entropy falling."
+        return text + " Entropy in training went on falling: over-confidence."
+    return text + " No over-confidence: that would be p < 0.05 with entropy in training falling."
 
 
 def metrics(folder: str | Path) -> Section:

@@ -54,6 +54,7 @@ def interval(found: Mapping) -> str:
 
 
 def p_value(value: float) -> str:
+    """As it stands in a table: 0.012, or < 0.001."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
