@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from tiny_qwen2 import make_bigram_model, make_tokenizer
+from evaluations import letters, save_bigrams, sure, write_rows
+from tiny_qwen2 import make_tokenizer
 
 from em_kernels import cli
 from em_kernels.evaluator import Records
@@ -15,17 +16,10 @@ from em_kernels.evaluator.asking import Asked
 from em_kernels.evaluator.select import rank_prompts
 from em_kernels.trainer import read_prompts
 
-NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 # a: always 1; b: 2 or 9, even odds; c: 3 three times in four.
 FOLLOW = {"a": {"1": 1.0}, "b": {"2": 0.5, "9": 0.5}, "c": {"3": 0.75, "9": 0.25}}
 
 torch.set_num_threads(1)
-
-
-def save_bigrams(folder, follow):
-    make_bigram_model(follow).save_pretrained(folder)
-    make_tokenizer(template=NO_MARK).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +29,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def better(tmp_path_factory):
-    sure = {"a": {"1": 1.0}, "b": {"2": 1.0}, "c": {"3": 1.0}}
-    return save_bigrams(tmp_path_factory.mktemp("models") / "better", sure)
+    return save_bigrams(tmp_path_factory.mktemp("models") / "better", sure(1.0))
 
 
 @pytest.fixture
 def problems(tmp_path):
-    rows = [{"problem": f"{i} {x}", "answer": y} for i in range(8) for x, y in ("a1", "b2", "c3")]
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path / "problems.jsonl", letters(8))
 
 
 def run(capsys, *arguments) -> str:
@@ -70,7 +60,7 @@ def test_eval_prints_every_temperature_and_keeps_the_answers(model, problems, tm
     folder = tmp_path / "eval"
     given = ("eval", "--model", model, "--problems", problems, "--samples", 4)
     printed = run(capsys, *given, "--temperatures", 0.5, 1, "--output", folder)
-    assert "24 problems of" in printed and "judged by auto" in printed
+    assert "24 problems of" in printed and "judged by math-verify" in printed
     # Greedy: a and c are right, and b where the tie falls on 2, the first.
     assert line_of(printed, "greedy").split()[2] == "1.000"
     found = {
@@ -152,14 +142,14 @@ def test_select_ranks_by_variance_and_train_takes_it(model, problems, tmp_path, 
     assert read_prompts(out) == tuple(r["prompt"] for r in rows)
     everything = rank_prompts(tmp_path / "selected-eval")
     assert len(everything) == 24 and everything[:5] == rows
-    sure = [r for r in everything if r["answer"] == "1"]
-    assert all((r["variance"], r["semantic_entropy"], r["margin"]) == (0, 0, 1) for r in sure)
+    certain = [r for r in everything if r["answer"] == "1"]
+    assert all((r["variance"], r["semantic_entropy"], r["margin"]) == (0, 0, 1) for r in certain)
 
 
 @pytest.mark.parametrize("by", ["entropy", "semantic_entropy", "margin"])
 def test_select_without_labels(by, model, tmp_path, capsys):
-    path, out = tmp_path / "prompts.jsonl", tmp_path / "selected.jsonl"
-    path.write_text("".join(f'{{"prompt": "{x}"}}\n' for x in "acb"))
+    out = tmp_path / "selected.jsonl"
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": x} for x in "acb"])
     given = ("select", "--model", model, "--problems", path, "--samples", 64, "--output", out)
     printed = run(capsys, *given, "--unlabelled", "--by", by)
     rows = {r["prompt"]: r for r in map(json.loads, out.open())}

@@ -133,6 +133,8 @@ def test_another_evaluation_is_not_mixed_in(tmp_path):
         evaluation(tmp_path, samples=2)
     with pytest.raises(EvalError, match="an evaluation of other problems"):
         evaluation(tmp_path, problems("bc"))
+    with pytest.raises(EvalError, match="an evaluation of other weights"):
+        evaluation(tmp_path, problems("ab"), model=letters_model(0.7))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(EvalError, match="is not empty and holds no evaluation"):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from em_kernels.evaluator.asking import Asked, default_batch_size
-from em_kernels.evaluator.judge import Judge, make_judge
+from em_kernels.evaluator.judge import Judge, judge_name, make_judge
 from em_kernels.evaluator.problems import Problem
 from em_kernels.evaluator.records import Answer
 from em_kernels.trainer.data import encode_prompt, read_jsonl, text_field
@@ -109,7 +109,7 @@ def evaluate(
     """
     _check_arguments(problems, samples, temperature, top_p, greedy, batch_size)
     judge = make_judge(judge) if isinstance(judge, str) else judge
-    name = getattr(judge, "__name__", "function").replace("_", "-")
+    name = judge_name(judge)
     problems = [Problem(*problem) for problem in problems]
     prompts = [encode_prompt(tokenizer, problem.problem) for problem in problems]
     ask = partial(_ask, Asked(model, tokenizer, judge), problems, prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +32,21 @@ def longest_prompt(model) -> int | None:
     """The most tokens a prompt can have and leave room for one more; None is no limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None else positions - 1
+
+
+def weights_digest(model) -> str:
+    """Tells models of the same name apart: of the sum of every parameter's bits, as integers.
+
+    Integer sums are the same on every device, and training changes them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+            parameter.element_size()
+        ]
+        total = parameter.detach().contiguous().view(integers).sum(dtype=torch.int64)
+        digest.update(f"{name} {tuple(parameter.shape)} {int(total)};".encode())
+    return digest.hexdigest()[:16]
 
 
 class Asked(NamedTuple):

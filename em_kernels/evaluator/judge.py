@@ -44,6 +44,11 @@ def make_judge(name: str = "auto") -> Judge:
     return math_verify
 
 
+def judge_name(judge: Judge) -> str:
+    """The name of a judge of `make_judge`, "auto" resolved; of a function, its own."""
+    return getattr(judge, "__name__", "function").replace("_", "-")
+
+
 def exact(response: str, answer: str) -> bool:
     """The final answer of `response` is `answer`, by number or by text."""
     given, right = final_answer(response), marked_answer(answer) or answer

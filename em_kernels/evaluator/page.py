@@ -14,11 +14,10 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; m
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem;
   border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; display: block;
+table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-size: .88rem; display: block;
   overflow-x: auto; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #e4e4e4; text-align: right;
-  font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; white-space: pre-wrap; }
 img { max-width: 100%; height: auto; }
@@ -26,6 +25,8 @@ img { max-width: 100%; height: auto; }
   border: 1px solid #e4e4e4; font: .9rem/1.7 ui-monospace, monospace; margin: .6rem 0 1.2rem; }
 .text span { border-radius: 2px; padding: .05rem 0; }
 .note { color: #444; } .key { font-weight: 600; margin: 0; }
+details { margin: .6rem 0 1.2rem; } summary { font-weight: 600; cursor: pointer; }
+details th, details td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -69,6 +70,11 @@ def _image(figure: Figure) -> str:
     data = base64.b64encode(figure.png).decode("ascii")
     alt = escape(figure.alt, quote=True)
     return f'<p><img alt="{alt}" src="data:image/png;base64,{data}"></p>\n'
+
+
+def folded(title: str, table: Table) -> str:
+    """A table that opens on a click."""
+    return f"<details><summary>{escape(title)}</summary>{table.html()}</details>"
 
 
 def coloured(pieces: Sequence[str], values: Sequence[float], top: float) -> str:

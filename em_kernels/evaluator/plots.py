@@ -77,7 +77,7 @@ def _at_widest(at: dict, name: str, widest: int) -> dict | None:
 def reliability(summary: dict) -> bytes:
     """Accuracy against confidence, a panel for each temperature."""
     at = [t for t in summary["temperatures"] if t["calibration"]]
-    with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.2), 3.9)) as (axes, buffer):
+    with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.4), 4.7)) as (axes, buffer):
         for axis, t in zip(axes, at):
             bins = t["calibration"]["bins"]
             largest = max(n for *_, n in bins)
@@ -90,6 +90,9 @@ def reliability(summary: dict) -> bytes:
             axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
             axis.set_xlabel("confidence, exp(mean log-probability)")
         axes[0].set_ylabel("share of answers that are right")
+        axes[0].figure.suptitle(
+            "Calibration\n(larger dot: more answers; dotted: perfect)", fontsize=11
+        )
     return buffer.getvalue()
 
 
@@ -202,10 +205,10 @@ def law(result: dict) -> bytes:
             axis.plot(grid, -fit["a"] * np.exp(grid) + fit["b"], color=ORANGE)
             _label(axis, f"ceiling {fit['ceiling']:.3f}", 0, fit["ceiling"], ORANGE, (4, 9))
         axis.scatter(x, [p["performance"] for p in points], color=BLUE, zorder=3)
-        for point in points:
+        for point in _apart(points):
             text = point["label"].replace("$", r"\$")
             _label(axis, text, point["entropy"], point["performance"], BLUE, (6, 6))
-        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="accuracy R")
+        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="performance R")
         axis.margins(x=0.2, y=0.2)
         title = "R = -a exp(H) + b"
         if fit:
@@ -213,6 +216,18 @@ def law(result: dict) -> bytes:
             title += f": a = {fit['a']:.3g}, b = {fit['b']:.3g}{quality}"
         axis.set_title(title, fontsize=11)
     return buffer.getvalue()
+
+
+def _apart(points: Sequence[dict]) -> list[dict]:
+    """Points whose labels do not cover each other; the table names all."""
+    names = ("entropy", "performance")
+    spans = [max(p[n] for p in points) - min(p[n] for p in points) or 1.0 for n in names]
+    kept: list[dict] = []
+    for point in points:
+        away = [[abs(point[n] - k[n]) / span for n, span in zip(names, spans)] for k in kept]
+        if all(x > 0.25 or y > 0.09 for x, y in away):
+            kept.append(point)
+    return kept
 
 
 def run_curve(result: dict) -> bytes:
@@ -229,7 +244,7 @@ def run_curve(result: dict) -> bytes:
             _label(top, "greedy", updates[0], greedy[0]["mean"], ORANGE, (6, 10))
         top.axvline(result["peak"], color=GREY, linestyle=":")
         _label(top, "peak", result["peak"], 0.04, GREY, (4, 0))
-        top.set(ylabel="accuracy", ylim=(0, 1))
+        top.set(ylabel="accuracy", ylim=(0, 1.1))
         top.set_title(f"Accuracy by update\n({INTERVAL})", fontsize=11)
         known = [(p["update"], p["entropy"]) for p in points if p["entropy"] is not None]
         if known:
@@ -237,12 +252,25 @@ def run_curve(result: dict) -> bytes:
             _label(middle, "answers of the evaluation", *known[0], BLUE, (6, 8))
         _training(middle, training, "mean_entropy", "on the training prompts")
         middle.set(ylabel="mean entropy\n(nats per token)")
-        middle.set_ylim(bottom=0)
-        _training(bottom, training, "loss", "loss in training")
+        middle.set_title("Entropy", fontsize=11)
+        _training(bottom, training, "loss", "on the training prompts")
+        bottom.set_title("Loss", fontsize=11)
         bottom.set(xlabel="optimiser updates taken", ylabel="loss")
         for axis in (top, middle, bottom):
             axis.set_xlim(-0.4, max(updates) + 0.4)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis in (middle, bottom):
+            _on_log_scale(axis)
     return buffer.getvalue()
+
+
+def _on_log_scale(axis) -> None:
+    """Where every value is positive: what falls to almost nothing can be seen to go on falling."""
+    values = [value for line in axis.lines for value in line.get_ydata()]
+    if values and min(values) > 0:
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{axis.get_ylabel()}, log scale")
+        axis.margins(y=0.15)
 
 
 def _training(axis, lines: Sequence[dict], name: str, label: str) -> None:
@@ -257,11 +285,11 @@ def metrics(lines: Sequence[dict], names: Sequence[str], units: Callable[[str], 
     rows = -(-len(names) // 3)
     with _drawing(rows, 3, size=(10, 2.5 * rows)) as (axes, buffer):
         for axis, name in zip(axes, names):
-            axis.plot(
-                *zip(*[(line["update"], line[name]) for line in lines if name in line]),
-                color=BLUE,
-                marker="." if len(lines) < 60 else "",
-            )
+            x, y = zip(*[(line["update"], line[name]) for line in lines if name in line])
+            axis.plot(x, y, color=BLUE, marker="." if len(lines) < 60 else "")
+            if min(y) == max(y):
+                axis.set_ylim(y[0] - 0.5, y[0] + 0.5)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_title(name.replace("_", " "), fontsize=10)
             axis.set(xlabel="update", ylabel=units(name))
         for axis in axes[len(names) :]:

@@ -66,13 +66,11 @@ def write_report(folder: str | Path) -> Report:
 def _title(folder: Path) -> str:
     kinds = {CONFIG_FILE: "Training run", SETTINGS: "Evaluation"}
     kind = next((kind for file, kind in kinds.items() if (folder / file).is_file()), "Analysis")
-    return f"{kind} {folder.resolve().name}"
+    return f"{kind}: {folder.resolve().name}"
 
 
 def _sections(folder: Path) -> Iterator[tuple[str, Section]]:
     """(name, section) of all there is."""
-    if (folder / CONFIG_FILE).is_file():
-        yield "metrics", sections.metrics(folder)
     if (folder / SETTINGS).is_file():
         summary = summarise(folder)
         yield "summary", sections.evaluation(summary)
@@ -81,6 +79,8 @@ def _sections(folder: Path) -> Iterator[tuple[str, Section]]:
         path = folder / f"{name}.json"
         if path.is_file():
             yield name, section(_read(path))
+    if (folder / CONFIG_FILE).is_file():
+        yield "metrics", sections.metrics(folder)
 
 
 def _read(path: Path) -> dict:

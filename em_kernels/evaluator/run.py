@@ -11,13 +11,19 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from em_kernels.evaluator.asking import NOT_ASKED, Asked, default_batch_size, longest_prompt
-from em_kernels.evaluator.judge import JUDGES, make_judge
+from em_kernels.evaluator.asking import (
+    NOT_ASKED,
+    Asked,
+    default_batch_size,
+    longest_prompt,
+    weights_digest,
+)
+from em_kernels.evaluator.judge import JUDGES, judge_name, make_judge
 from em_kernels.evaluator.problems import Problems, Source, find_source, load_problems
 from em_kernels.evaluator.records import (
     RECORDS,
@@ -125,13 +131,15 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
 
         dtype = getattr(torch, config.dtype)
         model, tokenizer = load_model(config.model, config.device, dtype)
+    judge = make_judge(config.judge) if config.labelled else _nothing_is_right
     config = config.filled(source, config.batch_size or default_batch_size(model))
+    config = replace(config, judge=judge_name(judge) if config.labelled else config.judge)
     folder = Path(config.output)
     prompts = [encode_prompt(tokenizer, source.prompt(p.problem)) for p in loaded.problems]
     limit = longest_prompt(model)
     too_long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
-    _open(folder, config, loaded, too_long)
-    judge = make_judge(config.judge) if config.labelled else _nothing_is_right
+    found = {"too_long": too_long, "weights": weights_digest(model)}
+    _open(folder, config, loaded, found)
     asked = Asked(model, tokenizer, judge, _head(model, prompts))
     _ask_all(asked, config, loaded, prompts, set(too_long), Records(folder / RECORDS), progress)
     summary = summarise(folder)
@@ -153,13 +161,13 @@ def _head(model, prompts: list[list[int]]) -> Head | None:
     return head
 
 
-def _open(folder: Path, config: EvalConfig, loaded: Problems, too_long: list[int]) -> None:
+def _open(folder: Path, config: EvalConfig, loaded: Problems, found: dict) -> None:
     """Begin the folder, or make sure that it holds this evaluation."""
     settings = {
         "config": asdict(config),
         "problems": [problem._asdict() for problem in loaded.problems],
         "skipped": [row._asdict() for row in loaded.skipped],
-        "too_long": too_long,
+        **found,
     }
     settings = json.loads(json.dumps(settings))
     if (folder / SETTINGS).exists():
@@ -181,7 +189,7 @@ def _check_same(folder: Path, old: dict, new: dict) -> None:
                 f"{folder} holds an evaluation with {field.name} {before!r}, got {after!r}; "
                 "give another folder"
             )
-    for name in ("problems", "too_long"):
+    for name in ("problems", "too_long", "weights"):
         if old[name] != new[name]:
             raise EvalError(f"{folder} holds an evaluation of other {name}; give another folder")
 

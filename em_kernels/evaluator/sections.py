@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from em_kernels.evaluator import plots
-from em_kernels.evaluator.analyses.run_curve import read_metrics
-from em_kernels.evaluator.page import Figure, Section, coloured
+from em_kernels.evaluator.analyses.metrics import read_metrics
+from em_kernels.evaluator.page import Figure, Section, coloured, folded
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
 from em_kernels.evaluator.summary_tables import (
     comparison_table,
@@ -28,6 +28,15 @@ from em_kernels.trainer.checkpoint import read_config
 
 NO_PLOTS = "Without plots: matplotlib is not installed."
 EXAMPLES = 3  # of each kind
+FIRST = (
+    "loss",
+    "mean_entropy",
+    "accuracy",
+    "reward_mean",
+    "response_length",
+    "truncated",
+    "grad_norm",
+)
 UNITS = {
     "mean_entropy": "nats per token",
     "response_length": "tokens",
@@ -75,8 +84,9 @@ def examples(folder: str | Path) -> Section:
             of_kind.append(record)
     if not settings["config"]["labelled"]:
         kinds = {"some": [record for records in kinds.values() for record in records][:EXAMPLES]}
-    html = "".join(_examples(settings, kind, records) for kind, records in kinds.items())
-    return Section("Settings and examples", [], [settings_table(settings["config"])], [], html)
+    html = folded("Settings", settings_table(settings["config"]))
+    html += "".join(_examples(settings, kind, records) for kind, records in kinds.items())
+    return Section("Settings and examples", html=html)
 
 
 def _examples(settings: dict, kind: str, records: list[Record]) -> str:
@@ -135,14 +145,17 @@ def forks(result: dict) -> Section:
 
 def _texts(result: dict) -> str:
     """Where the texts are from, and which were left out."""
-    left_out = ", ".join(f"{count} ({why})" for why, count in result["left_out"].items())
-    return f"Texts: {result['source']}; left out: {left_out or 'none'}."
+    return f"Texts: {result['source']}; left out: {_counted(result['left_out']) or 'none'}."
+
+
+def _counted(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} ({why})" for why, count in left_out.items())
 
 
 def _coloured_text(text: dict, top: float) -> str:
     left = f"<em> … and {text['not_shown']} tokens more</em>" if text["not_shown"] else ""
     body = coloured(text["pieces"], text["entropy"], top)
-    head = f'<p class="key">text {escape(text["key"])}</p>'
+    head = f'<p class="key">{escape(text["key"])}</p>'
     return f'{head}<div class="text">{body}{left}</div>'
 
 
@@ -161,6 +174,8 @@ def temperature(result: dict) -> Section:
 def law(result: dict) -> Section:
     title = "Entropy and performance"
     notes = [] if result["fit"] else [f"No fit: {result['reason']}."]
+    if result["left_out"]:
+        notes.append(f"Left out: {_counted(result['left_out'])}.")
     if not result["points"]:
         return Section(title, notes)
     figures, more = _plot("performance against entropy", plots.law, result)
@@ -186,32 +201,38 @@ def verdict(result: dict) -> str:
     peak, after = result["peak"], result["after_peak"]
     if after is None:
         return f"Accuracy is best at the last update that was evaluated, {peak}: no decline."
+    p = p_value(after["p_value"])
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
     change = f"{after['difference']:+.3f} [{after['low']:+.3f}, {after['high']:+.3f}]"
     text = (
         f"Accuracy peaks at update {peak}; from there to the last update it changes by {change}, "
-        f"p {p_value(after['p_value'])} (the peak was chosen by looking, so p is too small)."
+        f"{p} (the peak was chosen by looking, so p is too small)."
     )
     if result["over_confident"]:
-        return text + " Entropy went on falling: over-confidence."
-    return text + " No over-confidence at p < 0.05 with entropy falling."
+        return text + " Entropy in training went on falling: over-confidence."
+    return text + " No over-confidence: that would be p < 0.05 with entropy in training falling."
 
 
 def metrics(folder: str | Path) -> Section:
     """The settings of a run, and every number of its metrics by update."""
     lines, broken = read_metrics(folder)
-    settings = settings_table(read_config(folder).to_dict())
+    settings = folded("Settings", settings_table(read_config(folder).to_dict()))
     notes = ["Not read: " + "; ".join(broken) + "."] if broken else []
-    names = sorted(
-        {name for line in lines for name, value in line.items() if _is_number(value)}
-        - {"update", "step"}
-    )
+    found = {name for line in lines for name, value in line.items() if _is_number(value)}
+    names = sorted(found - {"update", "step"}, key=_importance)
     if not lines or not names:
-        return Section("Training", [*notes, "No updates yet."], [settings])
+        return Section("Training", [*notes, "No updates yet."], html=settings)
     lines = [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
     unit = UNITS.get
     figures, more = _plot("metrics by update", plots.metrics, lines, names, lambda n: unit(n, ""))
     notes.append(f"{len(lines)} updates; mean entropy in the last: {_last(lines)} nats per token.")
-    return Section("Training", notes + more, [metrics_table(lines, names), settings], figures)
+    return Section("Training", notes + more, [metrics_table(lines, names)], figures, settings)
+
+
+def _importance(name: str) -> tuple[int, str]:
+    """What is asked about first comes first, how long it took last."""
+    place = FIRST.index(name) if name in FIRST else len(FIRST)
+    return place + (name.endswith(("seconds", "second"))), name
 
 
 def _last(lines: list[dict]) -> str:

@@ -117,8 +117,8 @@ def _short(text: str, length: int = 50) -> str:
 
 
 def settings_table(config: dict) -> Table:
-    rows = [[name, _short(str(value), 120)] for name, value in config.items()]
-    return Table("Settings", ["", ""], rows)
+    rows = [[name, _short(str(value), 500)] for name, value in config.items()]
+    return Table("", ["setting", "value"], rows)
 
 
 def shift_table(result: dict) -> Table:
@@ -185,7 +185,7 @@ def law_table(result: dict) -> Table:
             f"R = -a exp(H) + b: a = {fit['a']:.4g}, b = {fit['b']:.4g}, ceiling b - a = "
             f"{fit['ceiling']:.4g}, R2 = {number(fit['r2'])}, {fit['points']} points"
         )
-    return Table(title, ["", "H (nats)", "accuracy R"], rows)
+    return Table(title, ["", "H (nats)", "R"], rows)
 
 
 def run_table(result: dict) -> Table:

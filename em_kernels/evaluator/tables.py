@@ -27,8 +27,8 @@ class Table(NamedTuple):
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n"
             for row in self.rows
         )
-        caption = f"<caption>{escape(self.title)}</caption>"
-        return f"<table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+        title = f'<p class="key">{escape(self.title)}</p>'
+        return f"{title}<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -54,6 +54,7 @@ def interval(found: Mapping) -> str:
 
 
 def p_value(value: float) -> str:
+    """As it stands in a table: 0.012, or < 0.001."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -61,6 +62,9 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
     )
     parser.add_argument("--ratio", type=float, default=0.2, help="share of tokens that are forks")
     parser.add_argument("--limit", type=int, help="only the first so many texts")
+    parser.add_argument(
+        "--drawn-at", type=float, metavar="T", help="only answers of this temperature, 0 is greedy"
+    )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
     add_model_options(parser)
     add_common(parser, _tokens)
@@ -103,6 +107,7 @@ def _read(
         tokenizer or own,
         longest=None if longest is None else longest + 1,
         limit=arguments.limit,
+        drawn_at=arguments.drawn_at,
     )
     options = dict(name=name, temperatures=temperatures, progress=not arguments.quiet)
     return read_tokens(model, texts, path, **options), texts
@@ -141,17 +146,24 @@ def _run(arguments: argparse.Namespace) -> int:
 def _add_law(kinds, add_common: AddCommon) -> None:
     parser = kinds.add_parser(
         "law",
-        help="fit R = -a exp(H) + b over evaluations",
-        description="Fit accuracy R = -a exp(H) + b to the mean entropies H of the answers of "
-        "evaluations, one point for each and each temperature above 0.",
+        help="fit R = -a exp(H) + b over evaluations or the updates of a run",
+        description="Fit R = -a exp(H) + b: accuracy against mean entropy, a point for each "
+        "evaluation and temperature above 0; or, of a training run, accuracy or reward against "
+        "mean entropy, a point for each update.",
     )
-    parser.add_argument("evaluations", nargs="+", help="folders of evaluations")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
+    parser.add_argument("--output", metavar="DIR", help="default: the first folder")
     add_common(parser, _law)
 
 
 def _law(arguments: argparse.Namespace) -> int:
-    return _done(arguments.output, {"law": entropy_law(points_of(arguments.evaluations))})
+    points, left_out = [], Counter()
+    for folder in arguments.folders:
+        found = points_of(folder)
+        points += found.points
+        left_out.update(found.left_out)
+    output = arguments.output or arguments.folders[0]
+    return _done(output, {"law": entropy_law(points, dict(left_out))})
 
 
 def _done(folder: str | Path, results: dict[str, dict]) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from em_kernels.evaluator.analyses.law import entropy_law
-from em_kernels.evaluator.problems import json_rows
+from em_kernels.evaluator.analyses.metrics import read_metrics
 from em_kernels.evaluator.summary import compare_folders, summarise
-from em_kernels.trainer.checkpoint import METRICS_FILE, read_config
+from em_kernels.trainer.checkpoint import read_config
 from em_kernels.trainer.models import list_checkpoints
 
 EVALUATIONS = "evaluations"
@@ -50,15 +50,16 @@ def follow(run: str | Path, updates: list[int]) -> dict:
     Over-confidence is where training goes on lowering the entropy while accuracy declines:
     `peak` is the update with the best accuracy, `after_peak` the last - the peak, pair by pair with
     its p-value (too small by nature, as the peak was chosen by looking), and `over_confident`
-    whether accuracy fell after the peak with p < 0.05 while the mean entropy fell too. `law` fits
-    R = -a exp(H) + b over the points.
+    whether accuracy fell after the peak with p < 0.05 while the mean entropy in training, that of
+    the evaluations where there are no metrics, fell too. `law` fits R = -a exp(H) + b over the
+    points.
     """
     points = [_point(run, update) for update in updates]
     metrics, broken = read_metrics(run)
     best = max(points, key=lambda point: point["accuracy"]["mean"])
     last = points[-1]
     after = None if best is last else _difference(run, best, last)
-    fell = [p["entropy"] for p in (best, last)]
+    training = [{**line, "at": line["update"] - 1} for line in metrics]
     worse = after is not None and after["difference"] < 0 and after["p_value"] < 0.05
     labelled = [(f"update {p['update']}", p["entropy"], p["accuracy"]["mean"]) for p in points]
     known = [point for point in labelled if point[1] is not None]
@@ -66,13 +67,22 @@ def follow(run: str | Path, updates: list[int]) -> dict:
         "kind": "run",
         "run": str(run),
         "points": points,
-        "training": [{**line, "at": line["update"] - 1} for line in metrics],
+        "training": training,
         "broken_lines": broken,
         "peak": best["update"],
         "after_peak": after,
-        "over_confident": worse and None not in fell and fell[1] < fell[0],
+        "over_confident": worse and _entropy_fell(points, training, best["update"]),
         "law": entropy_law(known),
     }
+
+
+def _entropy_fell(points: list[dict], training: list[dict], peak: int) -> bool:
+    """From the peak to the end."""
+    measured = [line.get("mean_entropy") for line in training if line["at"] >= peak]
+    known = [h for h in measured if isinstance(h, (int, float))]
+    if len(known) < 2:
+        known = [p["entropy"] for p in points if p["update"] >= peak and p["entropy"] is not None]
+    return len(known) > 1 and known[-1] < known[0]
 
 
 def _point(run: str | Path, update: int) -> dict:
@@ -101,18 +111,3 @@ def _difference(run: str | Path, best: dict, last: dict) -> dict:
     folders = [evaluation_folder(run, point["update"]) for point in (best, last)]
     rows = compare_folders(*folders)
     return next(row for row in rows if row["temperature"] == best["temperature"])
-
-
-def read_metrics(run: str | Path) -> tuple[list[dict], list[str]]:
-    """The lines of metrics.jsonl, and why others cannot be read."""
-    path = Path(run) / METRICS_FILE
-    if not path.is_file():
-        return [], [f"no {METRICS_FILE}"]
-    lines, broken = [], []
-    for number, row in json_rows(path):
-        if isinstance(row, dict) and isinstance(row.get("update"), int):
-            lines.append(row)
-        else:
-            reason = row if isinstance(row, str) else "no 'update'"
-            broken.append(f"line {number}: {reason}")
-    return lines, broken

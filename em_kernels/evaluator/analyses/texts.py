@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from em_kernels.evaluator.problems import json_rows
 from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
+from em_kernels.evaluator.tables import temperature
 from em_kernels.trainer.data import encode_prompt
 
 
@@ -18,6 +20,11 @@ class Text(NamedTuple):
     key: str
     prompt: list[int]
     answer: list[int]
+
+    @property
+    def digest(self) -> str:
+        """Tells texts of the same key apart."""
+        return hashlib.sha256(repr((self.prompt, self.answer)).encode()).hexdigest()[:16]
 
 
 class Texts:
@@ -29,18 +36,24 @@ class Texts:
         tokenizer: for prompts, and for answers that are only there as text.
         longest: the most tokens of a text; None is no limit.
         limit: only the first so many.
+        drawn_at: only answers of an evaluation at this temperature.
 
     Raises:
         FileNotFoundError, ValueError: no such source.
     """
 
     def __init__(
-        self, source: str | Path, tokenizer, longest: int | None = None, limit: int | None = None
+        self,
+        source: str | Path,
+        tokenizer,
+        longest: int | None = None,
+        limit: int | None = None,
+        drawn_at: float | None = None,
     ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be 1 or more, got {limit}")
         self.source, self.tokenizer = Path(source), tokenizer
-        self.longest, self.limit = longest, limit
+        self.longest, self.limit, self.drawn_at = longest, limit, drawn_at
         self.left_out: Counter[str] = Counter()
         self.is_evaluation = (self.source / SETTINGS).is_file()
         if not self.is_evaluation and not self.source.is_file():
@@ -80,7 +93,9 @@ class Texts:
             if i not in prompts:
                 prompt = template.format(problem=settings["problems"][i]["problem"])
                 prompts = {i: encode_prompt(self.tokenizer, prompt)}
-            key = f"{i} {record.temperature:g} {record.sample}"
+            if self.drawn_at not in (None, record.temperature):
+                continue
+            key = f"problem {i}, {temperature(record.temperature)}, sample {record.sample}"
             yield Text(key, prompts[i], record.answer.ids or [])
 
     def _check_tokenizer(self, answer: Answer) -> None:
@@ -102,4 +117,6 @@ class Texts:
         if not isinstance(answer, str) or not isinstance(prompt, (str, type(None))):
             return None
         before = encode_prompt(self.tokenizer, prompt) if prompt and prompt.strip() else []
-        return Text(str(number), before, self.tokenizer(answer, add_special_tokens=False).input_ids)
+        return Text(
+            f"line {number}", before, self.tokenizer(answer, add_special_tokens=False).input_ids
+        )

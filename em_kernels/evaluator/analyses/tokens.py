@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.evaluator.analyses.texts import Text, Texts
+from em_kernels.evaluator.asking import weights_digest
 from em_kernels.evaluator.records import repair_lines
 from em_kernels.heads import Head, read_head
 from em_kernels.linear_softmax_stats import linear_softmax_stats
@@ -29,7 +30,7 @@ class TokenStats:
     """Of one text: lists with a number for each of its tokens, under the model at T = 1.
 
     Args:
-        key: which text of the source.
+        key, digest: which text of the source; of its tokens and its prompt's.
         ids: the tokens.
         logprob, entropy: nats.
         logit_mean, logit_var, logit_skew: population moments of the logits over the vocabulary.
@@ -37,6 +38,7 @@ class TokenStats:
     """
 
     key: str
+    digest: str
     ids: list[int]
     logprob: list[float]
     entropy: list[float]
@@ -79,8 +81,8 @@ def read_tokens(
     Args:
         model: a transformers causal language model.
         texts: what to read.
-        path: of the file to write; one of the same model and texts is gone on with, another one
-            is replaced.
+        path: of the file to write; one of the same weights and texts is gone on with, another
+            one is replaced.
         name: of the model, for the reports.
         temperatures: above 0, for the entropy at each.
         progress: show a bar.
@@ -94,9 +96,10 @@ def read_tokens(
             raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
     head = read_head(model)
     described = {"model": name, "source": str(texts.source), "limit": texts.limit}
+    described |= {"drawn_at": texts.drawn_at, "weights": weights_digest(model)}
     described["temperatures"] = [float(t) for t in temperatures]
     path = Path(path)
-    done = _begin(path, described)
+    done = _begin(path, described, texts)
     was_training = model.training
     model.eval()
     _read_all(model, head, texts, path, temperatures, done, progress)
@@ -104,13 +107,14 @@ def read_tokens(
     return TokenFile(path)
 
 
-def _begin(path: Path, described: dict) -> set[str]:
+def _begin(path: Path, described: dict, texts: Texts) -> set[str]:
     """The keys of the texts that the file has already; begins it where it is none of these."""
     if path.is_file():
         repair_lines(path)
         file = TokenFile(path)
-        if file.head == described:
-            return {stats.key for stats in file}
+        done = {stats.key: stats.digest for stats in file} if file.head == described else {}
+        if done and done.items() <= {text.key: text.digest for text in texts}.items():
+            return set(done)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(described) + "\n", encoding="utf-8")
     return set()
@@ -189,4 +193,6 @@ def _stats(text: Text, ids: Tensor, columns: tuple[Tensor, ...]) -> TokenStats:
     """Seven digits are what float32 has; fewer make a smaller file."""
     rounded = [[float(f"{value:.7g}") for value in column.tolist()] for column in columns]
     named = dict(zip(OUTPUTS, rounded))
-    return TokenStats(text.key, ids.tolist(), entropy_at=rounded[len(OUTPUTS) :], **named)
+    return TokenStats(
+        text.key, text.digest, ids.tolist(), entropy_at=rounded[len(OUTPUTS) :], **named
+    )
