@@ -177,7 +177,9 @@ def temperature(result: dict) -> Section:
 
 def law(result: dict) -> Section:
     title = "Entropy and performance"
-    notes = [] if result["fit"] else [f"No fit: {result['reason']}."]
+    notes = ["The ceiling b - a is R extrapolated to H = 0."]
+    if not result["fit"]:
+        notes = [f"No fit: {result['reason']}."]
     if result["left_out"]:
         notes.append(f"Left out: {_counted(result['left_out'])}.")
     if not result["points"]:
