@@ -100,6 +100,17 @@ def test_an_interrupted_eval_goes_on(model, problems, tmp_path, capsys, monkeypa
     assert "goes on" not in capsys.readouterr().err
 
 
+def test_majority_is_over_all_samples_and_pass_over_a_power_of_two(
+    model, problems, tmp_path, capsys
+):
+    given = ("eval", "--model", model, "--problems", problems, "--samples", 6, "--limit", 6)
+    printed = run(capsys, *given, "--output", tmp_path / "eval")
+    assert "pass@4" in printed and "majority@6" in printed
+    at = json.loads((tmp_path / "eval" / "summary.json").read_text())["temperatures"][1]
+    assert f"{at['pass']['4']['mean']:.3f} [" in printed
+    assert f"{at['majority']['mean']:.3f} [" in line_of(printed, "T = 1")
+
+
 def test_records_hold_the_tokens(model, problems, tmp_path, capsys):
     folder = tmp_path / "eval"
     run(capsys, "eval", "--model", model, "--problems", problems, "--output", folder)

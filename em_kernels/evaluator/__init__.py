@@ -4,7 +4,9 @@ from em_kernels.evaluator.accuracy import EvalResult, ProblemRecord, evaluate, r
 from em_kernels.evaluator.judge import Judge, final_answer, make_judge
 from em_kernels.evaluator.problems import PRESETS, Problem, Source, find_source, load_problems
 from em_kernels.evaluator.records import Answer, EvalError, Record, Records
+from em_kernels.evaluator.report import write_report
 from em_kernels.evaluator.run import EvalConfig, run_eval
+from em_kernels.evaluator.select import rank_prompts
 from em_kernels.evaluator.summary import compare_folders, summarise
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "find_source",
     "load_problems",
     "make_judge",
+    "rank_prompts",
     "read_problems",
     "run_eval",
     "summarise",
+    "write_report",
 ]

@@ -52,26 +52,23 @@ def accuracy(summary: dict) -> bytes:
     with _drawing(size=(7, 4)) as ((axis,), buffer):
         _errors(axis, range(len(at)), [t["mean"] for t in at], BLUE)
         _label(axis, "mean accuracy", len(at) - 1, at[-1]["mean"]["mean"], BLUE)
-        widest = max(max(map(int, t["pass"])) for t in at)
         for name, colour, shift in (("pass", GREEN, 0.06), ("majority", ORANGE, -0.06)):
-            many = [(i + shift, _at_widest(t, name, widest)) for i, t in enumerate(at)]
-            many = [(x, found) for x, found in many if found and widest > 1]
+            many = [(i + shift, *_of_many(t, name)) for i, t in enumerate(at) if t["samples"] > 1]
             if many:
-                x, found = zip(*many)
+                x, k, found = zip(*many)
                 _errors(axis, x, found, colour, linestyle="--")
-                _label(axis, f"{name}@{widest}", x[-1], found[-1]["mean"], colour)
+                _label(axis, f"{name}@{k[-1]}", x[-1], found[-1]["mean"], colour)
         axis.set_xticks(range(len(at)), names)
         axis.set(ylabel="share of problems", ylim=(-0.02, 1.02), xlim=(-0.3, len(at) - 0.3))
         axis.set_title(f"Accuracy on {summary['problems']} problems\n({INTERVAL})", fontsize=11)
     return buffer.getvalue()
 
 
-def _at_widest(at: dict, name: str, widest: int) -> dict | None:
-    if at["samples"] < widest:
-        return None
-    return (
-        at["majority"] if name == "majority" else {int(k): v for k, v in at["pass"].items()}[widest]
-    )
+def _of_many(at: dict, name: str) -> tuple[int, dict]:
+    """(k, interval) of majority@k over all samples, or of the largest pass@k."""
+    if name == "majority":
+        return at["samples"], at["majority"]
+    return max(((int(k), found) for k, found in at["pass"].items()), key=lambda pair: pair[0])
 
 
 def reliability(summary: dict) -> bytes:

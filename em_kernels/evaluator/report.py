@@ -74,13 +74,14 @@ def _sections(folder: Path) -> Iterator[tuple[str, Section]]:
     if (folder / SETTINGS).is_file():
         summary = summarise(folder)
         yield "summary", sections.evaluation(summary)
-        yield "examples", sections.examples(folder)
     for name, section in FOUND.items():
         path = folder / f"{name}.json"
         if path.is_file():
             yield name, section(_read(path))
     if (folder / CONFIG_FILE).is_file():
         yield "metrics", sections.metrics(folder)
+    if (folder / SETTINGS).is_file():
+        yield "examples", sections.examples(folder)
 
 
 def _read(path: Path) -> dict:

@@ -73,14 +73,18 @@ def evaluation(summary: dict) -> Section:
 
 
 def examples(folder: str | Path) -> Section:
-    """The settings, and the first answers that are right, wrong, and without a final answer."""
+    """The settings, and the first answers that are right, wrong, and without a final answer.
+
+    At most one of each kind to a problem.
+    """
     settings = read_settings(folder)
     kinds: dict[str, list[Record]] = {"right": [], "wrong": [], "without a final answer": []}
     for record in Records(Path(folder) / RECORDS):
         answer = record.answer
         kind = "wrong" if answer.parsed else "without a final answer"
         of_kind = kinds["right" if answer.correct else kind]
-        if answer.tokens and len(of_kind) < EXAMPLES:
+        asked = {other.problem for other in of_kind}
+        if answer.tokens and len(of_kind) < EXAMPLES and record.problem not in asked:
             of_kind.append(record)
     if not settings["config"]["labelled"]:
         kinds = {"some": [record for records in kinds.values() for record in records][:EXAMPLES]}
@@ -173,7 +177,9 @@ def temperature(result: dict) -> Section:
 
 def law(result: dict) -> Section:
     title = "Entropy and performance"
-    notes = [] if result["fit"] else [f"No fit: {result['reason']}."]
+    notes = ["The ceiling b - a is R extrapolated to H = 0."]
+    if not result["fit"]:
+        notes = [f"No fit: {result['reason']}."]
     if result["left_out"]:
         notes.append(f"Left out: {_counted(result['left_out'])}.")
     if not result["points"]:

@@ -31,14 +31,15 @@ def accuracy_table(summary: dict) -> Table:
         f"judged by {summary['judge']}; mean [95 % interval]"
     )
     widest = max((max(map(int, t["pass"])) for t in summary["temperatures"]), default=1)
-    head = ["", "samples", "accuracy", f"pass@{widest}", f"majority@{widest}"]
+    most = max((t["samples"] for t in summary["temperatures"]), default=1)
+    head = ["", "samples", "accuracy", f"pass@{widest}", f"majority@{most}"]
     rows = [
         [
             temperature(t["temperature"]),
             str(t["samples"]),
             interval(t["mean"]),
             _pass(t, widest),
-            interval(t["majority"]) if t["samples"] >= widest > 1 else NONE,
+            interval(t["majority"]) if t["samples"] == most > 1 else NONE,
             number(t["response_length"], 1),
             number(t["entropy"], 4),
         ]
