@@ -97,6 +97,19 @@ else:
     assert finished.returncode == 0, finished.stderr
 
 
+def test_info_and_the_judge_need_torch_alone():
+    code = """
+from em_kernels.cli import main
+from em_kernels.objectives import verified_reward
+
+assert main(["info"]) == 0
+assert verified_reward(["so #### 3"], ["3"]).tolist() == [1]
+"""
+    blocked = ["numpy", "transformers", "matplotlib", "tqdm", "triton", "math_verify", "datasets"]
+    finished = run(code, blocked)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_importing_does_not_import_the_optional_parts():
     code = """
 import em_kernels

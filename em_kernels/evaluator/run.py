@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from em_kernels.evaluator.asking import (
     NOT_ASKED,
     Asked,
@@ -213,12 +211,11 @@ def _ask_all(
             keys = [(i, temperature, s) for i, s in batch]
             if done.issuperset(keys):
                 continue
-            seed = np.random.SeedSequence([config.seed, round(temperature * 1e6), number])
             sampling = Sampling(
                 temperature=temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens
             )
             askable = [i for i, _ in batch if i not in too_long]
-            with RandomState(int(seed.generate_state(1)[0])):
+            with RandomState(_batch_seed(config.seed, temperature, number)):
                 rights = [loaded.problems[i].answer for i in askable]
                 answers = asked.ask([prompts[i] for i in askable], rights, sampling)
             found = iter(answers)
@@ -226,6 +223,12 @@ def _ask_all(
             new = [record for record in new if record.key not in done]
             records.add(new)
             bar.update(len(new))
+
+
+def _batch_seed(seed: int, temperature: float, number: int) -> int:
+    from numpy.random import SeedSequence
+
+    return int(SeedSequence([seed, round(temperature * 1e6), number]).generate_state(1)[0])
 
 
 def _batches(

@@ -1,16 +1,18 @@
 """Estimators over judged answers: accuracies, intervals, comparisons, calibration, fits.
 
 Everything takes and gives plain floats and sequences; one problem is one independent observation,
-however many answers were drawn to it.
+however many answers were drawn to it. NumPy is imported where it is used: it comes with the extras,
+and what needs only a judge or `em-kernels info` goes without.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -106,6 +108,8 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), percentile interval.
     """
+    import numpy as np
+
     if not len(values):
         raise ValueError("values must have at least one value, got none")
     if not 0 < confidence < 1:
@@ -117,8 +121,10 @@ def bootstrap(
     return Interval(float(x.mean()), float(low), float(high))
 
 
-def _resampled_means(x: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _resampled_means(x: ndarray, resamples: int, seed: int) -> ndarray:
     """In blocks of about a million draws, so that memory does not grow with the problems."""
+    import numpy as np
+
     random = np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(x))
     means = [
@@ -155,6 +161,8 @@ def compare(
     Source: Fisher, The Design of Experiments (1935), randomisation test of paired differences;
     Phipson and Smyth (2010) for counting the observed pattern.
     """
+    import numpy as np
+
     if len(a) != len(b):
         raise ValueError(f"a and b must be of the same problems, got {len(a)} and {len(b)}")
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
@@ -168,7 +176,9 @@ def compare(
     )
 
 
-def _sign_flip(difference: np.ndarray, resamples: int, seed: int) -> float:
+def _sign_flip(difference: ndarray, resamples: int, seed: int) -> float:
+    import numpy as np
+
     x = difference[difference != 0]
     if not len(x):
         return 1.0
@@ -206,6 +216,8 @@ def calibration(
     Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (2015),
     ECE; Brier (1950); AUROC as the Mann-Whitney statistic, ties counting half.
     """
+    import numpy as np
+
     p, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(p) != len(y) or not len(p):
         raise ValueError(f"confidence and correct must be as many, got {len(p)} and {len(y)}")
@@ -220,6 +232,8 @@ def calibration(
 
 def auroc(score: Sequence[float], correct: Sequence[bool]) -> float | None:
     """The chance that a right answer scores above a wrong one, ties half; None without both."""
+    import numpy as np
+
     x, y = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
     right, wrong = np.sort(x[y]), np.sort(x[~y])
     if not len(right) or not len(wrong):
@@ -251,6 +265,8 @@ def fit_entropy_law(entropy: Sequence[float], performance: Sequence[float]) -> E
     Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
     Models" (2025), arXiv:2505.22617.
     """
+    import numpy as np
+
     x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(performance, dtype=np.float64)
     if len(x) != len(y) or len(set(x.tolist())) < 2:
         raise ValueError(

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from em_kernels.evaluator.analyses.forks import forks
 from em_kernels.evaluator.analyses.law import entropy_law, points_of
 from em_kernels.evaluator.analyses.run_curve import evaluate_run
-from em_kernels.evaluator.analyses.shift import logits_shift
 from em_kernels.evaluator.analyses.temperature import entropy_at_temperatures
 from em_kernels.evaluator.analyses.texts import Texts
 from em_kernels.evaluator.analyses.tokens import TokenFile, read_tokens
@@ -71,6 +69,10 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
 
 
 def _tokens(arguments: argparse.Namespace) -> int:
+    # Imported where they are used: the command line starts without NumPy.
+    from em_kernels.evaluator.analyses.forks import forks
+    from em_kernels.evaluator.analyses.shift import logits_shift
+
     quiet_transformers()
     arguments.go_on = GO_ON
     is_evaluation = (Path(arguments.source) / SETTINGS).is_file()
