@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache", type=Path, default=Path("rl-study-output"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--responses", type=int, default=64, help="sampled answers an update")
     parser.add_argument("--problems", type=int, default=600, help="held-out problems")

@@ -105,7 +105,7 @@ from em_kernels.objectives import verified_reward
 assert main(["info"]) == 0
 assert verified_reward(["so #### 3"], ["3"]).tolist() == [1]
 """
-    blocked = ["numpy", "transformers", "matplotlib", "tqdm", "triton", "math_verify", "datasets"]
+    blocked = ["numpy", "transformers", "matplotlib", "tqdm", "triton", "datasets"]
     finished = run(code, blocked)
     assert finished.returncode == 0, finished.stderr
 
