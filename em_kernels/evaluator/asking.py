@@ -104,10 +104,8 @@ def _signals(model, head: Head, ids: Tensor, attention: Tensor, mask: Tensor):
         hidden_states(model, ids, attention),
         head.weight,
         ids.roll(-1, 1),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         mask=mask,
+        **head.arguments,
     )
     entropy = stats.entropy.sum(1) / mask.sum(1).clamp(min=1)
     return zip(entropy.tolist(), stats.logprob.sum(1).tolist())

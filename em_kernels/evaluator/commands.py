@@ -21,7 +21,7 @@ from em_kernels.evaluator.problems import PRESETS
 from em_kernels.evaluator.records import RECORDS, EvalError, Records, write_json
 from em_kernels.evaluator.report import save, write_report
 from em_kernels.evaluator.run import run_eval
-from em_kernels.evaluator.select import SIGNALS, rank_prompts, write_prompts
+from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
 from em_kernels.evaluator.summary import compare_folders
 from em_kernels.evaluator.summary_tables import (
     comparison_table,
@@ -143,6 +143,7 @@ def _select(arguments: argparse.Namespace) -> int:
         raise ValueError("--by variance needs answers; with --unlabelled rank by another signal")
     if arguments.temperature == 0:
         raise EvalError("--temperature must be above 0: greedy answers do not vary")
+    check_top(arguments.top)
     quiet_transformers()
     arguments.go_on = GO_ON
     path = Path(arguments.output)
@@ -154,7 +155,7 @@ def _select(arguments: argparse.Namespace) -> int:
     )
     summary = run_eval(config, progress=not arguments.quiet)
     everything = rank_prompts(config.output, arguments.by)
-    rows = rank_prompts(config.output, arguments.by, arguments.top)
+    rows = everything[: arguments.top]
     write_prompts(rows, path)
     found = {"kind": "selection", "by": arguments.by, "chosen": len(rows), "rows": everything}
     save(config.output, "selection", found)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from em_kernels.evaluator.judge import JUDGES
 from em_kernels.evaluator.problems import find_source
 from em_kernels.evaluator.run import EvalConfig
+from em_kernels.trainer.config import DTYPES
 from em_kernels.trainer.models import require_transformers
 
 AddCommon = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], int]], None]
@@ -34,7 +35,7 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

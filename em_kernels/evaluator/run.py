@@ -36,6 +36,7 @@ from em_kernels.evaluator.records import (
 )
 from em_kernels.evaluator.summary import summarise
 from em_kernels.heads import Head, ModelError, read_head
+from em_kernels.trainer.config import DTYPES, check_choice, check_float, check_int
 from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.models import check_causal, load_model
 from em_kernels.trainer.random_state import RandomState
@@ -86,13 +87,12 @@ class EvalConfig:
         for name in ("model", "problems", "output"):
             object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in ("samples", "max_new_tokens", "batch_size", "limit"):
-            _check_count(name, getattr(self, name))
-        if self.judge not in JUDGES:
-            raise ValueError(f"judge must be one of {JUDGES}, got {self.judge!r}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        check_choice("judge", self.judge, JUDGES)
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.top_p is not None:
+            check_float("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
         if self.temperatures is not None:
             object.__setattr__(self, "temperatures", _temperatures(self.temperatures))
 
@@ -251,12 +251,3 @@ def _temperatures(values) -> tuple[float, ...]:
         if not 0 <= value < math.inf:
             raise ValueError(f"temperature must be 0 or more and finite, got {value!r}")
     return values
-
-
-def _check_count(name: str, value) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")

@@ -40,8 +40,7 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
     """
     if by not in SIGNALS:
         raise ValueError(f"by must be one of {tuple(SIGNALS)}, got {by!r}")
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, got {top}")
+    check_top(top)
     settings = read_settings(folder)
     drawn = [t for t in settings["config"]["temperatures"] if t > 0]
     if len(drawn) != 1:
@@ -52,6 +51,11 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
     if any(row[by] is None for row in rows):
         raise ValueError(f"{folder} has no {by} for its answers; rank by another signal")
     return sorted(rows, key=lambda row: SIGNALS[by] * row[by])[:top]
+
+
+def check_top(top: int | None) -> None:
+    if top is not None and top < 1:
+        raise ValueError(f"top must be 1 or more, got {top}")
 
 
 def _row(settings: dict, i: int, answers: list[Light]) -> dict:

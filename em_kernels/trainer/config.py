@@ -123,23 +123,23 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in ("updates", "responses", "micro_batch", "sample_batch", "max_new_tokens"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("stop_patience", self.stop_patience, 1)
+            check_int(name, getattr(self, name), 1)
+        check_int("stop_patience", self.stop_patience, 1)
         for name in ("top_k", "seed", "save_every", "keep_checkpoints"):
-            _check_int(name, getattr(self, name), 0)
+            check_int(name, getattr(self, name), 0)
         for name in ("loss_temperature", "sampling_temperature", "repetition_penalty", "clip"):
-            _check_float(name, getattr(self, name), lambda v: v > 0, "positive")
+            check_float(name, getattr(self, name), lambda v: v > 0, "positive")
         for name in ("top_p", "vllm_memory"):
-            _check_float(name, getattr(self, name), lambda v: 0 < v <= 1, "in (0, 1]")
+            check_float(name, getattr(self, name), lambda v: 0 < v <= 1, "in (0, 1]")
         for name in ("learning_rate", "weight_decay"):
-            _check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
+            check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
         for name in ("stop_entropy", "stop_skew"):
             if getattr(self, name) is not None:
-                _check_float(name, getattr(self, name), math.isfinite, "a number")
-        _check_choice("reduction", self.reduction, self.REDUCTIONS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("compat", self.compat, (None, "official"))
+                check_float(name, getattr(self, name), math.isfinite, "a number")
+        check_choice("reduction", self.reduction, self.REDUCTIONS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("compat", self.compat, (None, "official"))
         _check_prompts(self.prompt_texts)
         if self.compat == "official" and self.reduction != "token_mean":
             raise ValueError(
@@ -206,20 +206,20 @@ def _check_prompts(prompts: tuple) -> None:
             raise ValueError(f"prompt must not be empty, got {prompt!r}")
 
 
-def _check_int(name: str, value, least: int) -> None:
+def check_int(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, got {value}")
 
 
-def _check_float(name: str, value, good, rule: str) -> None:
+def check_float(name: str, value, good, rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or not good(value):
         raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
 
 
-def _check_choice(name: str, value, choices: tuple) -> None:
+def check_choice(name: str, value, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -51,14 +51,12 @@ def micro_batch_loss(
         hidden,
         head.weight,
         part.input_ids.roll(-1, 1),
-        bias=head.bias,
         entropy_weight=part.entropy_weight,
         logprob_weight=part.logprob_weight,
         outputs=outputs,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         mask=part.loss_mask,
+        **head.arguments,
     )
 
 

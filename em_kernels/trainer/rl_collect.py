@@ -22,7 +22,7 @@ class Practice:
 
     def __init__(self, config: RLConfig, tokenizer):
         self.seed, self.group_size = config.seed, config.group_size
-        self.tasks = config.tasks()
+        self.tasks = config.tasks
         self.prompts = [encode_prompt(tokenizer, config.ask(task)) for task in self.tasks]
         self.judge = make_judge(config.judge)
 

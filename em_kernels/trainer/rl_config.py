@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
-from em_kernels.trainer.config import TrainConfig, _check_choice, _check_float, _check_int
+from em_kernels.trainer.config import TrainConfig, check_choice, check_float, check_int
 from em_kernels.trainer.data import read_jsonl, text_field
 from em_kernels.trainer.schedule import Stage, parse_schedule
 
@@ -143,19 +144,19 @@ class RLConfig(TrainConfig):
             raise ValueError(f"problems must be given for {self.objective!r}, got none")
         super().__post_init__()
         for name in ("group_size", "epochs", "minibatches", "sampling_rounds"):
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         if self.max_length is not None:
-            _check_int("max_length", self.max_length, 1)
+            check_int("max_length", self.max_length, 1)
         if self.responses % self.group_size:
             raise ValueError(
                 f"responses must be a multiple of group_size={self.group_size}, "
                 f"got {self.responses}"
             )
         self._check_numbers()
-        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _check_choice("ppl_label", self.ppl_label, PPL_LABELS)
-        _check_choice("reward", self.reward, (None, *REWARDS))
-        _check_choice("compat", self.compat, (None,))
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choice("ppl_label", self.ppl_label, PPL_LABELS)
+        check_choice("reward", self.reward, (None, *REWARDS))
+        check_choice("compat", self.compat, (None,))
         if "{problem}" not in self.template:
             raise ValueError(f"template must have {{problem}} in it, got {self.template!r}")
         for stage in self.stages:
@@ -177,15 +178,15 @@ class RLConfig(TrainConfig):
     def _check_numbers(self) -> None:
         for name in ("clip_low", "clip_high", "entropy_target", "ref_kl", "kl_cov_coef", "em_coef"):
             if getattr(self, name) is not None:
-                _check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
+                check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
         for name in ("cov_lower", "cov_upper", "empo_low", "empo_high", "entropy_coef"):
             if getattr(self, name) is not None:
-                _check_float(name, getattr(self, name), math.isfinite, "a number")
+                check_float(name, getattr(self, name), math.isfinite, "a number")
         for name in ("entropy_step", "alpha"):
-            _check_float(name, getattr(self, name), lambda v: v > 0, "positive")
-        _check_float("gamma", self.gamma, lambda v: 0 < v <= 1, "in (0, 1]")
+            check_float(name, getattr(self, name), lambda v: v > 0, "positive")
+        check_float("gamma", self.gamma, lambda v: 0 < v <= 1, "in (0, 1]")
         if self.ratio is not None:
-            _check_float("ratio", self.ratio, lambda v: 0 < v <= 1, "in (0, 1]")
+            check_float("ratio", self.ratio, lambda v: 0 < v <= 1, "in (0, 1]")
         for low, high in (("cov_lower", "cov_upper"), ("empo_low", "empo_high")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
@@ -212,11 +213,11 @@ class RLConfig(TrainConfig):
     @property
     def prompt_texts(self) -> tuple[str, ...]:
         """What EM stages sample from."""
-        return self.prompts or tuple(self.ask(task) for task in self.tasks())
+        return self.prompts or tuple(self.ask(task) for task in self.tasks)
 
     @property
     def all_texts(self) -> tuple[str, ...]:
-        return self.prompts + tuple(self.ask(task) for task in self.tasks())
+        return self.prompts + tuple(self.ask(task) for task in self.tasks)
 
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}
@@ -225,8 +226,9 @@ class RLConfig(TrainConfig):
         """The user's turn."""
         return self.template.replace("{problem}", task.problem)
 
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """The problems, read from their file if they are in one.
+        """The problems, read from their file, once, if they are in one.
 
         Raises:
             FileNotFoundError, ValueError: no such file; a broken line; a missing answer.

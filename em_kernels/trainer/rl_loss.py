@@ -71,12 +71,10 @@ def token_stats(model, head, part, temperature: float, outputs: tuple[str, ...])
         hidden,
         head.weight,
         part.input_ids.roll(-1, 1),
-        bias=head.bias,
         outputs=outputs,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         mask=part.loss_mask,
+        **head.arguments,
     )
 
 
