@@ -21,8 +21,8 @@ setup: $(VENV)/ready
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel ninja pybind11
-	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate
-	$(PIP) --no-deps trl liger-kernel verl
+	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate peft
+	$(PIP) --no-deps trl liger-kernel verl torchao
 	touch $@
 
 demo: setup

@@ -124,11 +124,12 @@ def test_ctrl_c_tells_where_to_go_on(model, tmp_path):
     process = start(*arguments, "--updates", "100000", "--save-every", "1")
     wait_for(run / "checkpoint-1", process)
     process.send_signal(signal.SIGINT)
-    message = process.communicate()[1].strip()
+    written = process.communicate()[1].strip()
     assert process.returncode == 130
+    message = written.splitlines()[-1]  # torchao, where it is installed, remarks on its own build
     assert message.startswith("em-kernels: interrupted; the last checkpoint is ")
     assert message.endswith(f"go on with: em-kernels train --resume {run}")
-    assert "Traceback" not in message
+    assert "Traceback" not in written
 
 
 def test_ctrl_c_before_the_first_checkpoint(model, tmp_path, monkeypatch, capsys):
