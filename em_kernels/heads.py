@@ -1,11 +1,34 @@
-"""The head of a transformers causal language model, as the ops take it."""
+"""The head of a transformers causal language model, as the ops take it.
+
+What the head is, is asked at every call: adapters, casts, hooks and quantisation can be put on it
+at any time. `_head_call.check_head` adds to that, once, a probe of what the model does with its
+results.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names in configs of c in c tanh(logits / c): Gemma; RecurrentGemma; xLSTM."""
+
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Names in configs of what logits are multiplied by: Cohere; Falcon-H1; Muse."""
+
+DIVISORS = ("logits_scaling",)
+"""Names in configs of what logits are divided by: Granite."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OWN_TENSORS = ("torch.distributed.", "torch._subclasses.")  # DTensor; what tracing puts there
+_LINEAR = nn.Linear.forward
+
+STAND_IN = "_em_kernels_stand_in"
+"""Attribute of a layer while something of this package's is called in place of its forward."""
 
 
 class ModelError(ValueError):
@@ -38,18 +61,164 @@ class Head(NamedTuple):
         return self.transform(products)
 
 
+def causal_lm(model):
+    """The transformers model inside a PEFT model or what torch.compile returned."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, "_orig_mod", model)
+
+
+@torch.compiler.disable
 def read_head(model) -> Head:
-    """The model's head. A scale is applied by the models that have one after the bias, so to both.
+    """The model's head as it is now. A scale is applied after the bias by the models that have one.
+
+    PEFT's wrappers are looked into: the head is the active copy of `modules_to_save`, the weight
+    with its trainable tokens, or the layer under adapters that are disabled, merged or not active.
 
     Raises:
-        ModelError: the model has no linear head.
+        ModelError: the model has no head, or one that is not softcap(scale * (x @ weight.T + bias))
+            with a plain weight; says what it is and what to do.
     """
-    layer = model.get_output_embeddings()
-    if getattr(layer, "weight", None) is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head")
+    model = causal_lm(model)
+    name, layer = type(model).__name__, head_layers(model)[-1]
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # pruning, weight_norm, ...
+            hook(layer, ())  # makes the weight
+    if _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
+        weight, bias = layer.get_merged_weights(layer.active_adapters), None
+    else:
+        weight, bias = layer.weight, layer.bias
+    _check_weight(name, weight)
+    softcap, scale = _read_config(model)
+    return Head(weight, bias if bias is None or scale == 1 else scale * bias, softcap, scale)
+
+
+def _read_config(model) -> tuple[float | None, float]:
+    """(softcap, scale) of the logits; a number that the model itself holds comes first."""
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    bias = getattr(layer, "bias", None)
-    return Head(layer.weight, bias if bias is None or scale == 1 else scale * bias, softcap, scale)
+
+    def read(name: str) -> float | None:
+        values = (getattr(holder, name, None) for holder in (model, config))
+        return next((float(v) for v in values if isinstance(v, (int, float)) and v), None)
+
+    softcap = next(filter(None, map(read, SOFTCAPS)), None)
+    scale = 1.0
+    for name in FACTORS:
+        scale *= read(name) or 1.0
+    for name in DIVISORS:
+        scale /= read(name) or 1.0
+    return softcap, scale
+
+
+# The layer
+
+
+def head_layers(model) -> list[nn.Module]:
+    """The head from the outermost of PEFT's wrappers to the layer that multiplies; checked."""
+    name, layer, layers = type(model).__name__, model.get_output_embeddings(), []
+    if layer is None:
+        raise ModelError(f"{name} has no language-model head")
+    while layer is not None:
+        _check_own_forward(name, layer)
+        layers.append(layer)
+        layer = _inside(layer)
+    _check_layer(name, layers[-1])
+    return layers
+
+
+def _inside(layer: nn.Module) -> nn.Module | None:
+    """What a wrapper of PEFT calls and adds nothing to, in the state it is in; else None."""
+    if _is_a(layer, "peft.utils.other", "TrainableTokensWrapper"):
+        return layer.token_adapter
+    if _is_a(layer, "peft.utils.other", "ModulesToSaveWrapper"):
+        active = layer.active_adapters
+        if layer.disable_adapters or not active or not set(active) <= set(layer.modules_to_save):
+            return layer.original_module
+        return layer.modules_to_save[active[0]]
+    if _is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+        parts = [getattr(layer, part, ()) for part in layer.adapter_layer_names]
+        active = any(adapter in part for part in parts for adapter in layer.active_adapters)
+        return layer.base_layer if layer.disable_adapters or layer.merged or not active else None
+    return None
+
+
+def _is_a(layer: object, module: str, name: str) -> bool:
+    """isinstance, of a class whose package need not be there."""
+    return isinstance(layer, getattr(sys.modules.get(module), name, ()))
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if _is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+        if not _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
+            raise ModelError(
+                f"the head of {name} is a {kind}, not a plain nn.Linear: leave it out of "
+                'target_modules (modules_to_save=["lm_head"] trains all of it), or merge it'
+            )
+    elif type(layer).forward is not _LINEAR or type(layer).__call__ is not nn.Module.__call__:
+        raise ModelError(
+            f"the head of {name} is a {kind}, not a plain nn.Linear: leave it out of quantisation "
+            '(modules_to_not_convert=["lm_head"]), or put an nn.Linear with its weights there'
+        )
+    hook = layer.__dict__.get("_hf_hook")
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        raise ModelError(
+            f"the head of {name} is offloaded: keep it (and the embedding that it is tied to) on a "
+            'device, as with device_map={"lm_head": 0, ...}'
+        )
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        raise ModelError(
+            f"the head of {name} has backward hooks, which would not be called: remove them, or "
+            "register them on its weight"
+        )
+
+
+def _check_own_forward(name: str, layer: nn.Module) -> None:
+    """Refuse a forward put on the layer itself, but for accelerate's, which moves its input."""
+    forward = layer.__dict__.get(forward_slot(layer))
+    if forward is None or forward is layer.__dict__.get(STAND_IN):
+        return
+    if getattr(forward, "__func__", None) is type(layer).forward and forward.__self__ is layer:
+        return
+    raise ModelError(
+        f"the forward of the head of {name} was replaced by {described(forward)}: what it gives "
+        "need not be hidden @ weight.T + bias. `del model.get_output_embeddings().forward`; to "
+        "multiply in float32, cast the head, and its input in a forward pre-hook on it"
+    )
+
+
+def forward_slot(layer: nn.Module) -> str:
+    """The attribute that holds a forward of the layer's own; accelerate's is around it."""
+    around = getattr(layer.__dict__.get("forward"), "func", None)
+    hooked = getattr(around, "__module__", None) == "accelerate.hooks"
+    return "_old_forward" if hooked else "forward"
+
+
+def described(function: Callable) -> str:
+    function = getattr(function, "func", function)
+    module = getattr(function, "__module__", type(function).__module__)
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _check_weight(name: str, weight: object) -> None:
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"the head of {name} has a weight of type {kind}, not a tensor")
+    plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain = (plain or kind.startswith(_OWN_TENSORS)) and weight.layout is torch.strided
+    if not plain or weight.dtype not in _DTYPES:
+        raise ModelError(
+            f"the weight of the head of {name} is a {kind} of {weight.dtype}: leave the head out "
+            'of quantisation (modules_to_not_convert=["lm_head"]), or dequantise it'
+        )
+    if weight.device.type == "meta":
+        raise ModelError(
+            f"the weight of the head of {name} is on the meta device, offloaded or never loaded: "
+            'keep it on a device, as with device_map={"lm_head": 0, ...}'
+        )
+    if weight.dim() != 2:
+        raise ModelError(
+            f"the weight of the head of {name} has the shape {tuple(weight.shape)}, not (V, D): "
+            "FSDP1 and DeepSpeed ZeRO-3 keep it in parts; FSDP2 is served"
+        )

@@ -11,9 +11,8 @@ head itself returns nothing. So caches, routers, adapters and hooks of the backb
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from em_kernels._checks import check_number
+from em_kernels._head_call import Taken, check_dtypes, check_head, head_replaced, is_replaced
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
-from em_kernels.heads import ModelError, read_head
+from em_kernels.heads import causal_lm, read_head
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.token_loss import linear_token_loss, token_loss
 
@@ -95,10 +95,9 @@ def apply_em_kernels(model):
     """
     target = _causal_lm(model)
     if _patch(target) is None:
-        _check_head(target)
-        forward = _patched_forward(target)
-        target._em_kernels = _Patch(forward, target.__dict__.get("forward"))
-        target.forward = types.MethodType(forward, target)
+        check_head(target)
+        target._em_kernels = _Patch(target, target.__dict__.get("forward"))
+        target.forward = target._em_kernels
     return model
 
 
@@ -112,7 +111,7 @@ def remove_em_kernels(model):
     patch = _patch(target)
     if patch is None:
         raise ValueError(f"model is not patched by apply_em_kernels, got {type(model).__name__}")
-    if getattr(target.__dict__.get("forward"), "__func__", None) is not patch.forward:
+    if target.__dict__.get("forward") is not patch:
         raise ValueError("model.forward was patched again after apply_em_kernels: undo that first")
     del target._em_kernels, target.forward
     if patch.previous is not None:
@@ -202,25 +201,30 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
-class _Taken:
-    """In place of the head's forward: keeps what it is called with and gives no logits."""
-
-    hidden: Tensor | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        self.hidden = hidden
-        return hidden[..., :0]
-
-
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Patch:
-    """What is remembered on a patched model."""
+    """The forward of a patched model. It holds the model, so that a copy of the two, made together
+    by deepcopy or pickle, is a patched model of its own."""
 
-    forward: Callable  # the function that its forward now is
+    model: PreTrainedModel
     previous: Callable | None  # the forward it had besides its class's
-    taken: _Taken = field(default_factory=_Taken)
+    taken: Taken = field(default_factory=Taken)
     deferred: bool = False  # in train mode return head_input, for a loss function
     autocast: torch.dtype | None = None  # autocast's dtype in the last forward, if it was on
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the model's own forward: generate and Trainer look at it."""
+        return inspect.signature(functools.partial(type(self.model).forward, self.model))
+
+    def __call__(self, *args, em_outputs=None, em_temperature=1.0, **kwargs):
+        model = self.model
+        if em_outputs is not None:
+            return _statistics(model, args, kwargs, em_outputs, em_temperature)
+        deferred = self.deferred and model.training and not _wants_logits(kwargs)
+        if deferred and not is_replaced(model):
+            return _deferred(model, args, kwargs)
+        return _own_forward(model)(*args, **kwargs)
 
 
 def _patch(model) -> _Patch | None:
@@ -228,25 +232,10 @@ def _patch(model) -> _Patch | None:
 
 
 def _causal_lm(model) -> PreTrainedModel:
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
+    inner = causal_lm(model)
+    if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    return model
-
-
-def _patched_forward(model: PreTrainedModel) -> Callable:
-    """With the signature of the model's own forward: generate and Trainer look at it."""
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, em_outputs=None, em_temperature=1.0, **kwargs):
-        if em_outputs is not None:
-            return _statistics(self, args, kwargs, em_outputs, em_temperature)
-        if _patch(self).deferred and self.training and not _wants_logits(kwargs):
-            return _deferred(self, args, kwargs)
-        return _own_forward(self)(*args, **kwargs)
-
-    return forward
+    return inner
 
 
 def _own_forward(model: PreTrainedModel) -> Callable:
@@ -266,6 +255,7 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
     names = _check_names(names, target)
     outputs, hidden = _run_backbone(model, args, kwargs)
     head = read_head(model)
+    check_dtypes(head, hidden)
     hidden = hidden.to(head.weight.device)
     stats = linear_softmax_stats(
         hidden,
@@ -341,64 +331,6 @@ def _run_backbone(model, args, kwargs) -> tuple[ModelOutput, Tensor]:
         )
     kwargs = {"use_cache": False, **kwargs, "return_dict": True}
     taken = _patch(model).taken
-    with _head_replaced(model, taken):
+    with head_replaced(model, taken):
         outputs = _own_forward(model)(*args, **kwargs)
-    hidden, taken.hidden = taken.hidden, None
-    return outputs, hidden
-
-
-@contextmanager
-def _head_replaced(model, forward: Callable) -> Iterator[None]:
-    layer = model.get_output_embeddings()
-    previous = layer.__dict__.get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if previous is not None:
-            layer.forward = previous
-
-
-def _check_head(model: PreTrainedModel) -> None:
-    """Make sure that scale and softcap, and nothing else, lie between the head and the logits."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} has an encoder; only causal language models are supported")
-    head, layer = read_head(model), model.get_output_embeddings()
-    if type(layer).forward is not nn.Linear.forward:
-        raise ModelError(f"the head of {name} is a {type(layer).__name__}, not a plain nn.Linear")
-    probe = 30 * torch.randn(1, 2, head.weight.shape[0], generator=torch.Generator().manual_seed(0))
-    expected = head.transform(probe)
-    try:
-        logits, eps = _logits_of(model, probe)
-        error = (logits.float().cpu() - expected).norm() / expected.norm()
-    except (RuntimeError, TypeError, ValueError, AttributeError) as reason:
-        raise ModelError(f"{name} cannot be called with two tokens: {reason}") from reason
-    if not error <= 8 * eps:
-        raise ModelError(
-            f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
-            f"softcap {head.softcap} and scale {head.logit_scale:g} from its config"
-        )
-
-
-@torch.no_grad()
-def _logits_of(model: PreTrainedModel, probe: Tensor) -> tuple[Tensor, float]:
-    """(the logits that the model makes out of `probe` as its head's result, rounding unit)."""
-    modes = {module: module.training for module in model.modules()}
-    units = []
-
-    def answer(hidden: Tensor) -> Tensor:
-        units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
-        return probe.to(hidden)
-
-    model.eval()
-    try:
-        with _head_replaced(model, answer):
-            ids = torch.tensor([[0, 1]], device=model.device)
-            forward = model.__dict__.get("forward", functools.partial(type(model).forward, model))
-            logits = forward(input_ids=ids, use_cache=False, return_dict=True).logits
-        return logits, units[0]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return outputs, taken.take()
