@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from em_kernels._dtensor import is_dtensor
 from em_kernels._ops import IMPLS
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
 
@@ -55,6 +56,16 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
         raise ValueError(
             f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
             f"got {logits_dtype!r}"
+        )
+
+
+def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
+    if not isinstance(allreduce_dgrad, bool):
+        raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")
+    if not allreduce_dgrad and is_dtensor(hidden):
+        raise ValueError(
+            "allreduce_dgrad must be True for a hidden that is a DTensor, got False: "
+            "give hidden.full_tensor(grad_placements=[Partial()])"
         )
 
 

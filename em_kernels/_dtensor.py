@@ -22,7 +22,7 @@ Data-parallel sharding (FSDP2) cuts dimension 0 as well; only the name of the me
 
 def local_logits(logits: Tensor, group) -> tuple[Tensor, object]:
     """(logits of this rank, the group they are cut over): vocabulary-sharded or replicated."""
-    if not _is_dtensor(logits):
+    if not is_dtensor(logits):
         return logits, group
     last = logits.dim() - 1
     for placement in logits.placements:
@@ -45,18 +45,18 @@ def local_operands(
     gradient averaged over that mesh, as FSDP2 does. A hidden that is a DTensor is gathered.
     """
     found = group
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         weight, found = _local_weight(weight, "weight", group)
-    if _is_dtensor(bias):
+    if is_dtensor(bias):
         bias, bias_group = _local_weight(bias, "bias", group)
         if bias_group is not found:
             raise ValueError("bias must be sharded as weight is")
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         hidden = hidden.full_tensor()
     return hidden, weight, bias, found
 
 
-def _is_dtensor(x) -> bool:
+def is_dtensor(x) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 

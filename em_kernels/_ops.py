@@ -209,7 +209,7 @@ def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = _chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module)
-    return _shape_grads(grads, needs, hidden, module)
+    return _shape_grads(grads, needs, hidden)
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
@@ -222,7 +222,11 @@ def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         results = _chunks.loss(linear, spec, _flat(upstream), tuple(outputs), needs, module)
     rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
-    return [*rows, *_shape_grads(results[-3:], needs, hidden, module)]
+    return [*rows, *_shape_grads(results[-3:], needs, hidden)]
+
+
+def _all_reduce(x: Tensor, group: str) -> list[Tensor]:
+    return [_vocab_parallel.all_reduce(x, group)]
 
 
 def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
@@ -256,15 +260,9 @@ def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> li
     ]
 
 
-def _shape_grads(
-    grads: list[Tensor], needs: Needs, hidden: Tensor, module: ModuleType | VocabParallel
-) -> list[Tensor]:
+def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
     grad_hidden, *rest = grads
-    if not needs.hidden:
-        return grads
-    if isinstance(module, VocabParallel):
-        grad_hidden = module.sum(grad_hidden)
-    return [grad_hidden.view(hidden.shape), *rest]
+    return [grad_hidden.view(hidden.shape), *rest] if needs.hidden else grads
 
 
 def _serve(
@@ -342,6 +340,10 @@ def _fake_softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> Non
     return None
 
 
+def _fake_all_reduce(x: Tensor, group: str) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
 def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
@@ -406,6 +408,7 @@ _OPERATORS = {
         _linear_loss,
         _fake_linear_loss,
     ),
+    "all_reduce": ("Tensor x, str group", _all_reduce, _fake_all_reduce),
     "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fake_scale_inplace),
 }
 

@@ -2,7 +2,8 @@
 
 Every rank holds a slice of the vocabulary, in the order of the group's ranks. The wrapped backend
 sees only that slice. Its statistics are exchanged in one collective per call (per chunk, from
-hidden states) and merged by `_merge`; its gradient is that of the whole rows' `Saved`.
+hidden states) and merged by `_merge`; its gradient is that of the whole rows' `Saved`. What that
+leaves of the gradient of hidden states is this rank's share; autograd sums it (`all_reduce`).
 
 All ranks must make the same calls with the same arguments, and with them the same collectives.
 What can be told apart cheaply is compared before anything else is done, so that a mismatch is an
@@ -52,6 +53,14 @@ class Shards(NamedTuple):
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group that torch.distributed registered under `name`."""
     return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks; 16-bit numbers are added in float32 and rounded once."""
+    total = x.to(accumulate_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
+    if total.numel():
+        dist.all_reduce(total, group=resolve(group))
+    return total.to(x.dtype)
 
 
 def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple) -> Shards:
@@ -141,13 +150,6 @@ class VocabParallel:
         rows = self.stats(logits, spec, outputs)
         self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
         return rows
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Over the ranks; 16-bit numbers are added in float32 and rounded once."""
-        total = x.to(accumulate_dtype(x.dtype)).contiguous()
-        if total.numel():
-            dist.all_reduce(total, group=self.shards.group)
-        return total.to(x.dtype)
 
     def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> list[Tensor]:
         """What this rank reports: the inner backend's statistics; where it has no finite logit,

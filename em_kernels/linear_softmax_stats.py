@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from em_kernels._checks import check_cut, check_filter_eps, check_linear, check_outputs, make_spec
+from em_kernels._checks import (
+    check_allreduce_dgrad,
+    check_cut,
+    check_filter_eps,
+    check_linear,
+    check_outputs,
+    make_spec,
+)
 from em_kernels._dtensor import local_operands
 from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
@@ -26,6 +33,7 @@ def linear_softmax_stats(
     mask: Tensor | None = None,
     valid_vocab: int | None = None,
     group=None,
+    allreduce_dgrad: bool = True,
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -48,6 +56,11 @@ def linear_softmax_stats(
             weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
             dimension is named "tp", "tensor", "tensor_parallel" or "vocab" or is that of `group`;
             sharded over another mesh (FSDP2) it is gathered, its gradient averaged.
+        allreduce_dgrad: with a group, whether the gradient of `hidden` is summed over the ranks
+            here. False leaves it partial, this rank's share, for a `hidden` whose own backward
+            sums it, as that of Megatron's gather_from_sequence_parallel_region (sequence
+            parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
+            name is that of Megatron's ColumnParallelLinear.
         chunk_tokens: rows per chunk; None fits the logits of a chunk, or on a GPU their 16-bit
             gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
@@ -70,6 +83,7 @@ def linear_softmax_stats(
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
     """
+    check_allreduce_dgrad(allreduce_dgrad, hidden)
     hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=group is not None)
@@ -95,6 +109,7 @@ def linear_softmax_stats(
     if fuse_product:
         rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
         return pack_stats(outputs, rows[3:])
+    hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     cut = (chunk_tokens, logits_dtype, impl)
     rows = _LinearStats.apply(hidden, weight, *spec, outputs, filter_eps, *cut)
     return pack_stats(outputs, rows)
@@ -131,6 +146,27 @@ def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
+
+
+def copy_to_ranks(hidden: Tensor, group: str | None) -> Tensor:
+    """`hidden`, the same on every rank of the group; backward sums its gradient over them."""
+    return hidden if group is None else _CopyToRanks.apply(hidden, group)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, group):
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None
+        (total,) = torch.ops.em_kernels.all_reduce(grad, ctx.group)
+        return total, None
 
 
 class _LinearStats(torch.autograd.Function):

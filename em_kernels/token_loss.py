@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import (
+    check_allreduce_dgrad,
     check_cut,
     check_filter_eps,
     check_linear,
@@ -27,7 +28,7 @@ from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import empty_rows
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
-from em_kernels.linear_softmax_stats import autocast_inputs
+from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
 from em_kernels.softmax_stats import pack_stats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -115,6 +116,7 @@ def linear_token_loss(
     mask: Tensor | None = None,
     valid_vocab: int | None = None,
     group=None,
+    allreduce_dgrad: bool = True,
     impl: str = "auto",
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -129,6 +131,7 @@ def linear_token_loss(
 
     Returns, raises: as `token_loss`.
     """
+    check_allreduce_dgrad(allreduce_dgrad, hidden)
     hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=group is not None)
@@ -151,6 +154,7 @@ def linear_token_loss(
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     needs = Needs(*needs, filter_eps)
+    hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     cut = (chunk_tokens, logits_dtype, impl)
     results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
     return TokenLoss(results[0], pack_stats(outputs, results[1:]))
@@ -197,7 +201,7 @@ def linear_entropy_loss(
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
 
     Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
-    group, impl) as in `linear_token_loss`.
+    group, allreduce_dgrad, impl) as in `linear_token_loss`.
     """
     check_logits(hidden, "hidden")
     loss = linear_token_loss(
