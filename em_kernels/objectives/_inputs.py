@@ -11,7 +11,11 @@ from em_kernels._checks import check_floating, check_shape, check_tensor, count_
 from em_kernels._spec import accumulate_dtype
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are held to +-20 (exp(20) = 5e8), without gradient outside, so that none overflows."""
+"""In GRPO's ratio and in k3 a log-ratio is held to at most 20 (exp(20) = 5e8), as in verl.
+
+Above there is no gradient. Nothing is held from below, where exp only underflows."""
+MAX_EXPONENT = 80.0
+"""Clip-Cov and KL-Cov do not hold log-ratios in verl; here they are at what float32 can take."""
 
 
 class PolicyLoss(NamedTuple):
@@ -57,8 +61,14 @@ def masked(x: Tensor, counted: Tensor, dtype: torch.dtype | None = None) -> Tens
     return torch.where(counted, x.to(dtype or accumulate_dtype(x.dtype)), 0)
 
 
-def log_ratio(tokens: PolicyTokens) -> Tensor:
-    return (tokens.logprob - tokens.old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+def log_ratio(tokens: PolicyTokens, at_most: float = MAX_LOG_RATIO) -> Tensor:
+    return (tokens.logprob - tokens.old_logprob).clamp(max=at_most)
+
+
+def k3(d: Tensor) -> Tensor:
+    """exp(d) - d - 1, accurate near 0, of a log-ratio held to at most `MAX_LOG_RATIO`."""
+    d = d.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(d) - d
 
 
 def masked_mean(x: Tensor, counted: Tensor) -> Tensor:
@@ -69,8 +79,7 @@ def masked_mean(x: Tensor, counted: Tensor) -> Tensor:
 
 def policy_kl(tokens: PolicyTokens) -> Tensor:
     """Mean of rho - 1 - log rho: KL(old || current) estimated on the old policy's tokens, >= 0."""
-    change = log_ratio(tokens).detach()
-    return masked_mean(torch.expm1(change) - change, tokens.counted)
+    return masked_mean(k3((tokens.logprob - tokens.old_logprob).detach()), tokens.counted)
 
 
 class Groups:

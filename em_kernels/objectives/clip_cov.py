@@ -8,6 +8,7 @@ from torch import Tensor
 from em_kernels._checks import count_mask
 from em_kernels.covariance import clip_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
+    MAX_EXPONENT,
     PolicyLoss,
     log_ratio,
     masked_mean,
@@ -50,7 +51,9 @@ def clip_cov_selection(
     Models" (2025), arXiv:2505.22617, Clip-Cov.
     """
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
-    _, clipped = clipped_surrogate(log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high)
+    _, clipped = clipped_surrogate(
+        log_ratio(tokens, MAX_EXPONENT).exp(), tokens.advantage, clip_low, clip_high
+    )
     cov = token_covariance(tokens.logprob, tokens.advantage, tokens.counted, group=group)
     bounds = dict(ratio=ratio, lower=lower, upper=upper)
     return clip_cov_mask(
@@ -78,7 +81,8 @@ def clip_cov_loss(
         All others: as in `grpo_loss`.
 
     Returns:
-        PolicyLoss with metrics clip_fraction (by PPO), selected_fraction and policy_kl (nats).
+        PolicyLoss with metrics clip_fraction (by PPO), selected_fraction and policy_kl (nats). The
+        log-ratio is not held, as in verl, up to what overflows: 80, without gradient above.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -88,7 +92,7 @@ def clip_cov_loss(
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     selected = count_mask(selected, logprob, "selected")
     loss, clipped = clipped_surrogate(
-        log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
+        log_ratio(tokens, MAX_EXPONENT).exp(), tokens.advantage, clip_low, clip_high
     )
     metrics = {
         "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),

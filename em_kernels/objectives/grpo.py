@@ -48,7 +48,7 @@ def grpo_loss(
         PolicyLoss: `loss` (..., T) float32 (float64 for float64) for `aggregate_loss`; `metrics`
         clip_fraction (tokens whose clipped term is the active one and thus have no gradient),
         policy_kl (old || current, nats) and, with a reference, ref_kl (nats). The log-ratio is
-        held to [-20, 20].
+        held to at most 20, without gradient above: verl's to [-20, 20], TRL's not at all.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from em_kernels._checks import check_floating
 from em_kernels._spec import accumulate_dtype
-from em_kernels.objectives._inputs import MAX_LOG_RATIO
+from em_kernels.objectives._inputs import k3
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -21,7 +20,8 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, *, estimator: str = "k3") 
                              average
 
     "On average" is over tokens sampled from p itself, with the sampling not differentiated. For
-    k3, d is held to [-20, 20] (no gradient outside), which keeps it finite in float32.
+    k3, d is held to at most 20 (no gradient above), which keeps exp(d) finite; verl's k3 holds d
+    to [-20, 20] and the result to at most 10, TRL's nothing.
 
     Args:
         logprob: (...) floating point, of the sampled tokens under the current policy p.
@@ -47,7 +47,6 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, *, estimator: str = "k3") 
         case "k2":
             return d.square() / 2
         case "k3":
-            d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            return torch.expm1(d) - d
+            return k3(d)
         case _:
             raise ValueError(f"estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from em_kernels._checks import check_number, count_mask
 from em_kernels.covariance import kl_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
+    MAX_EXPONENT,
     PolicyLoss,
     log_ratio,
     masked_mean,
@@ -63,7 +64,8 @@ def kl_cov_loss(
         All others: as in `grpo_loss`.
 
     Returns:
-        PolicyLoss with metrics selected_fraction, abs_log_ratio and policy_kl (nats).
+        PolicyLoss with metrics selected_fraction, abs_log_ratio and policy_kl (nats). The
+        log-ratio is not held, as in verl, up to what overflows: 80, without gradient above.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -74,7 +76,7 @@ def kl_cov_loss(
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     selected = count_mask(selected, logprob, "selected")
     distance = (tokens.logprob - tokens.old_logprob).abs()
-    loss = -tokens.advantage * log_ratio(tokens).exp()
+    loss = -tokens.advantage * log_ratio(tokens, MAX_EXPONENT).exp()
     metrics = {
         "selected_fraction": masked_mean(selected.to(loss.dtype), tokens.counted),
         "abs_log_ratio": masked_mean(distance, tokens.counted),
