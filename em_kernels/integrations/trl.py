@@ -23,6 +23,7 @@ import trl.kernels
 import trl.trainer.utils as trl_utils
 from torch import Tensor
 
+from em_kernels.integrations._arguments import check_logits_dtype, flat_temperature
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
@@ -40,12 +41,24 @@ OUTPUTS = {
 }
 
 
-def apply_to_trl() -> None:
-    """Switch TRL over, in this process; a second call changes nothing.
+_logits_dtype: torch.dtype | None = None
+
+
+def apply_to_trl(*, logits_dtype: torch.dtype | None = None) -> None:
+    """Switch TRL over, in this process; a second call changes nothing but `logits_dtype`.
 
     Under DeepSpeed ZeRO-3, where TRL's own backward gathers the head's weight, TRL's function goes
     on serving.
+
+    Args:
+        logits_dtype: as in `linear_softmax_stats`, for what is computed from hidden states.
+
+    Raises:
+        TypeError, ValueError: `logits_dtype` is none that hidden states can have.
     """
+    global _logits_dtype
+    check_logits_dtype(logits_dtype)
+    _logits_dtype = logits_dtype
     if not is_applied():
         trl.kernels.ChunkedLogProbFunction.apply = staticmethod(chunked_log_probs)
         rebind("trl", _REPLACEMENTS)
@@ -55,6 +68,8 @@ def apply_to_trl() -> None:
 
 def remove_from_trl() -> None:
     """Undo `apply_to_trl`; without it nothing happens."""
+    global _logits_dtype
+    _logits_dtype = None
     if is_applied():
         del trl.kernels.ChunkedLogProbFunction.apply  # the inherited one shows again
         rebind("trl", {ours: theirs for theirs, ours in _REPLACEMENTS.items()})
@@ -68,14 +83,16 @@ def is_applied() -> bool:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
-    """`apply_to_trl()` inside the block; afterwards TRL is as it was before."""
-    before = is_applied()
-    apply_to_trl()
+def patched(*, logits_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """`apply_to_trl(...)` inside the block; afterwards TRL is as it was before."""
+    before, dtype_before = is_applied(), _logits_dtype
+    apply_to_trl(logits_dtype=logits_dtype)
     try:
         yield
     finally:
-        if not before:
+        if before:
+            apply_to_trl(logits_dtype=dtype_before)
+        else:
             remove_from_trl()
 
 
@@ -107,10 +124,11 @@ def chunked_log_probs(
         targets,
         bias=bias if bias is None else logit_scale * bias,
         outputs=("logprob", *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs)),
-        temperature=temperature,
+        temperature=flat_temperature(temperature, targets),
         softcap=final_logit_softcapping,
         logit_scale=logit_scale,
         ignore_index=NEVER_IGNORED,
+        logits_dtype=_logits_dtype,
     )
     collision = None if stats.collision is None else stats.collision.log()
     return stats.logprob, stats.entropy, collision, stats.logit_mean, stats.is_top1
@@ -125,7 +143,7 @@ def _selective_log_softmax(
         logits,
         index,
         outputs=("logprob",),
-        temperature=temperature,
+        temperature=flat_temperature(temperature, index),
         mask=row_mask,
         ignore_index=NEVER_IGNORED,
     )

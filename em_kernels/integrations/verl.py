@@ -6,10 +6,13 @@
 in every process, or for all of a run's workers, without a line of code:
 
     export VERL_USE_EXTERNAL_MODULES=em_kernels.integrations.verl_plugin
+    export EM_KERNELS_LOGITS_DTYPE=float32    # if wanted: apply_to_verl(logits_dtype=torch.float32)
 
 Then `use_fused_kernels` with the "triton" backend calls `linear_cross_entropy` of this module, on
 any device, and the policy losses "vanilla", "clip_cov" and "kl_cov" are those of
-`em_kernels.objectives`, read from the same settings and logged under the same names.
+`em_kernels.objectives`, read from the same settings and logged under the same names. Log-ratios
+are held where verl holds them: in "vanilla" to [-20, 20], loss and actor/ppo_kl alike, in
+"clip_cov" and "kl_cov" nowhere (but at 80, where exp would overflow).
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from em_kernels._checks import check_number
+from em_kernels.integrations._arguments import check_logits_dtype, flat_temperature
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
@@ -30,9 +35,10 @@ from em_kernels.objectives import (
     kl_cov_loss,
     kl_cov_selection,
 )
-from em_kernels.objectives._inputs import masked_mean
+from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
 
 REDUCTIONS = ("none", "sum", "mean")
+_INTEGERS = (torch.int8, torch.int16, torch.int32)
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
 
@@ -41,19 +47,24 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log p_label, H) of softmax(hidden @ weight.T / temperature), as verl's function of the name.
 
     Args:
-        hidden: (..., D), flattened to N tokens. weight: (V, D). labels: (...) int64; a token with
-            label -100 gives zeros.
-        temperature: positive.
-        reduction: of the log-probabilities: "none" for (N,), "sum" or "mean" for a scalar. The
-            entropies are (N,) in any case.
+        hidden: (..., D), flattened to N tokens. weight: (V, D). labels: (...) integers; a token
+            with label -100 gives zeros.
+        temperature: positive; a float, or a tensor of one number or of one for each label.
+        reduction: of the log-probabilities: "none" for (N,), "sum" or "mean" (over all N tokens)
+            for a scalar. The entropies are (N,) in any case.
         dist_process_group: tensor-parallel group over which the vocabulary of `weight` is sharded.
+            The gradient of `hidden` is then partial, as verl's: this rank's share, to be summed
+            over the group by the backward of what made `hidden`. Under sequence parallelism, verl's
+            default, gather_from_sequence_parallel_region does; without it verl's callers do
+            nothing, and the backbone's gradient is as incomplete as with verl's own head: leave
+            `sequence_parallel` on, or put copy_to_tensor_model_parallel_region before.
 
     Returns:
         float32 (float64 for float64) tensors, differentiable in hidden and weight.
@@ -61,15 +72,20 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
     """
+    reduction = reduction.lower() if isinstance(reduction, str) else reduction
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if labels.dtype in _INTEGERS:
+        labels = labels.to(torch.int64)
     sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
     stats = linear_softmax_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
-        temperature=temperature,
+        temperature=flat_temperature(temperature, labels),
         group=dist_process_group if sharded else None,
+        allreduce_dgrad=False,
+        logits_dtype=_logits_dtype,
     )
     logprob = stats.logprob
     if reduction != "none":
@@ -89,24 +105,31 @@ def policy_loss_vanilla(
     """`grpo_loss` with verl's dual clip: where A < 0 the loss is at most -A clip_ratio_c.
 
     All tensors (B, T). `config` is verl's ActorConfig: clip_ratio, clip_ratio_low, clip_ratio_high,
-    clip_ratio_c, global_batch_info. `rollout_is_weights` multiply the losses of the tokens.
+    clip_ratio_c (3 where it is missing), global_batch_info. `rollout_is_weights` multiply the
+    losses of the tokens. The log-ratio is held to [-20, 20], as verl's.
 
     Returns:
         (loss aggregated by verl's `agg_loss`, metrics actor/pg_clipfrac, actor/ppo_kl and
         actor/pg_clipfrac_lower).
 
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+
     Source of the dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep
     Reinforcement Learning" (2020).
     """
     low, high = _clip_bounds(config)
-    tokens = (log_prob, old_log_prob, advantages, response_mask)
+    dual_clip = config.get("clip_ratio_c", 3.0)
+    check_number("clip_ratio_c", dual_clip, lambda v: v > 1, "more than 1")
+    change = (log_prob - old_log_prob.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    tokens = (change, torch.zeros_like(change), advantages, response_mask)
     result = grpo_loss(*tokens, clip_low=low, clip_high=high)
-    limit = -advantages * config.get("clip_ratio_c", 3.0)
+    limit = -advantages * dual_clip
     lowered = (advantages < 0) & (result.loss > limit) & (response_mask != 0)
     loss = torch.where(lowered, limit, result.loss)
     metrics = {
         "actor/pg_clipfrac": result.metrics["clip_fraction"],
-        "actor/ppo_kl": _masked_mean(old_log_prob - log_prob, response_mask),
+        "actor/ppo_kl": _masked_mean(-change, response_mask),
         "actor/pg_clipfrac_lower": _masked_mean(lowered, response_mask),
     }
     return _aggregate(loss, response_mask, loss_agg_mode, config, rollout_is_weights, metrics)
@@ -184,16 +207,27 @@ POLICY_LOSSES: dict[str, Callable] = {
     "kl_cov": policy_loss_kl_cov,
 }
 _replaced: dict[str, Callable] = {}  # verl's own, while this package's are in their place
+_logits_dtype: torch.dtype | None = None
 
 
-def apply_to_verl() -> None:
-    """Switch verl over, in this process; a second call changes nothing.
+def apply_to_verl(*, logits_dtype: torch.dtype | None = None) -> None:
+    """Switch verl over, in this process; a second call changes nothing but `logits_dtype`.
+
+    Args:
+        logits_dtype: as in `linear_softmax_stats`, for the fused head.
 
     Raises:
         ImportError: verl, or one of its dependencies, is missing.
+        TypeError, ValueError: `logits_dtype` is none that hidden states can have.
     """
-    if _replaced:
-        return
+    global _logits_dtype
+    check_logits_dtype(logits_dtype)
+    if not _replaced:
+        _switch_over()
+    _logits_dtype = logits_dtype
+
+
+def _switch_over() -> None:
     head, algorithms = import_module(_HEAD), import_module(_ALGORITHMS)
     _replaced.update({name: algorithms.get_policy_loss_fn(name) for name in POLICY_LOSSES})
     _replaced["linear_cross_entropy"] = head.linear_cross_entropy
@@ -204,6 +238,8 @@ def apply_to_verl() -> None:
 
 def remove_from_verl() -> None:
     """Undo `apply_to_verl`; without it nothing happens."""
+    global _logits_dtype
+    _logits_dtype = None
     if not _replaced:
         return
     rebind("verl", {linear_cross_entropy: _replaced.pop("linear_cross_entropy")})
