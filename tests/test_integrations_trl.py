@@ -232,3 +232,80 @@ def test_a_weight_that_deepspeed_gathers_is_left_to_trl():
     with integration.patched():
         ours = trl.kernels.ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 11)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_logits_dtype_reaches_the_head_and_is_what_it_was_after_a_block():
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(301, 32).bfloat16()
+    target = random_target(64, vocab=301)
+    exact = truth(hidden.double() @ weight.double().T, target)
+
+    def errors():
+        log_probs, entropy, *_ = trl.kernels.ChunkedLogProbFunction.apply(
+            hidden, weight, None, target, 1.0, 128
+        )
+        return error(log_probs, exact["logprob"]), error(entropy, exact["entropy"])
+
+    with integration.patched():
+        rounded = errors()
+        assert min(rounded) > 1e-4
+        integration.apply_to_trl(logits_dtype=torch.float32)
+        assert max(errors()) < 1e-5
+        with integration.patched(logits_dtype=torch.bfloat16):
+            assert errors() == rounded
+        assert max(errors()) < 1e-5
+    with integration.patched():
+        assert errors() == rounded
+
+
+@pytest.mark.parametrize("value", ("float32", torch.int64))
+def test_a_bad_logits_dtype_raises_at_the_switch(value):
+    for switch in (integration.apply_to_trl, lambda **kw: integration.patched(**kw).__enter__()):
+        with pytest.raises((TypeError, ValueError), match="logits_dtype must be"):
+            switch(logits_dtype=value)
+    assert not integration.is_applied()
+
+
+@pytest.mark.parametrize("tokens", (0, 1, 6))
+@pytest.mark.parametrize("temperature", (0.7, torch.tensor(0.7)))
+def test_the_fused_head_on_few_tokens(tokens, temperature):
+    hidden = torch.randn(16, tokens).T.requires_grad_()  # not contiguous
+    weight = torch.randn(53, 16, requires_grad=True)
+    arguments = (hidden, weight, None, random_target(tokens, vocab=53), temperature, 20)
+    theirs = trl.kernels.ChunkedLogProbFunction.apply(*arguments)
+    with integration.patched():
+        ours = trl.kernels.ChunkedLogProbFunction.apply(*arguments)
+    grads = []
+    for results in (ours, theirs):
+        grads.append(torch.autograd.grad((results[0] + results[1]).sum(), (hidden, weight)))
+    for a, b in zip((*ours[:4], *grads[0]), (*theirs[:4], *grads[1])):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_a_label_trains_on(monkeypatch):
+    """The loss is 0 and stays connected to the model."""
+    model = load_model(str(tiny_math.model_path()), "cpu")[0]
+    trl_utils.add_fused_lm_head(model, 0.9, outputs=("log_probs", "entropy"))
+    ids = random_target(2, 5, vocab=400)
+    with integration.patched():
+        outputs = model(ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    assert outputs.loss == 0 and not outputs.label_mask.any()
+    outputs.loss.backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("temperature", (0.7, torch.tensor(0.7)))
+def test_functions_of_logits_on_views_and_with_numbers_as_masks(dtype, temperature):
+    logits = random_logits(41, 4, 3).permute(2, 1, 0).to(dtype)
+    index, mask = random_target(3, 4, vocab=41), torch.tensor([1, 0, 2, 1]).expand(3, 4)
+    digits = 1e-5 if dtype == torch.float32 else 2e-2
+    names = ("selective_log_softmax", "selective_log_softmax_and_entropy")
+    theirs = [getattr(trl_utils, name) for name in names]
+    expected = theirs[0](logits, index, temperature, mask)
+    both = theirs[1](logits, index, True, temperature, mask)
+    with integration.patched():
+        got = trl_utils.selective_log_softmax(logits, index, temperature, mask)
+        ours = trl_utils.selective_log_softmax_and_entropy(logits, index, True, temperature, mask)
+    for a, b in zip((got, *ours), (expected, *both)):
+        assert a.shape == b.shape and error(a, b.to(a.dtype)) < digits

@@ -6,7 +6,14 @@ import pytest
 import torch
 from objectives_inputs import poison, policy_inputs
 
-from em_kernels.objectives import aggregate_loss, clipped_surrogate, grpo_loss, kl_estimate
+from em_kernels.objectives import (
+    aggregate_loss,
+    clip_cov_loss,
+    clipped_surrogate,
+    grpo_loss,
+    kl_cov_loss,
+    kl_estimate,
+)
 
 RATIO = torch.tensor([[1.0, 1.5, 1.5, 0.5, 0.5, 1.25]])
 ADVANTAGE = torch.tensor([[2.0, 2.0, -2.0, 2.0, -2.0, 2.0]])
@@ -103,6 +110,25 @@ def test_masked_nan_and_huge_ratios_do_no_harm():
     loss.sum().backward()
     assert loss.isfinite().all() and logprob.grad.isfinite().all() and loss[0] == 0
     assert all(value.isfinite() for value in metrics.values())
+
+
+def test_where_log_ratios_are_held():
+    """GRPO's at 20, where verl holds them, Clip-Cov's and KL-Cov's at 80; from below none."""
+    change = torch.tensor([-40.0, -25.0, 15.0, 30.0, 50.0, 100.0])
+    logprob, old = (change - 200).requires_grad_(), torch.full((6,), -200.0)
+    tokens = (logprob, old, torch.full((6,), -1.0), torch.ones(6))
+    nothing = torch.zeros(6, dtype=torch.bool)
+    wide = dict(clip_low=1.0, clip_high=1.0)
+    for result, limit in (
+        (grpo_loss(*tokens, **wide), 20.0),
+        (clip_cov_loss(*tokens, nothing, **wide), 80.0),
+        (kl_cov_loss(*tokens, nothing), 80.0),
+    ):
+        torch.testing.assert_close(result.loss, change.clamp(max=limit).exp())
+        (grad,) = torch.autograd.grad(result.loss.sum(), logprob)
+        torch.testing.assert_close(grad, change.clamp(max=limit).exp() * (change < limit))
+    far = [x[:2] for x in tokens]
+    torch.testing.assert_close(grpo_loss(*far).metrics["policy_kl"], torch.tensor(63.0 / 2))
 
 
 def test_no_token_at_all():

@@ -53,6 +53,12 @@ def test_k3_is_accurate_for_close_policies_and_finite_for_far_ones():
     d = 2**-10
     torch.testing.assert_close(close.item(), d * d / 2 + d**3 / 6, rtol=1e-3, atol=0)
     assert kl_estimate(torch.tensor([-200.0, -1.0]), torch.tensor([-1.0, -200.0])).isfinite().all()
+    # Only exp(d) for a large d overflows: for a small one nothing is held.
+    logprob = torch.tensor([-1.0, -1.0, -0.5, -30.0], requires_grad=True)
+    far = kl_estimate(logprob, torch.tensor([-30.0, -25.0, -100.0, -1.0]))
+    torch.testing.assert_close(far[:3], torch.tensor([28.0, 23.0, 98.5]))
+    far.sum().backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     assert kl_estimate(torch.ones(2).bfloat16(), torch.ones(2).bfloat16()).dtype == torch.float32
 
 

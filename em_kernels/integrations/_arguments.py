@@ -27,10 +27,11 @@ def logits_dtype_named(text: str, source: str) -> torch.dtype | None:
     return _NAMES.get(text)
 
 
-def flat_temperature(temperature: float | Tensor, tokens: Tensor) -> float | Tensor:
-    """One number, 0-dim or not, for all tokens, or one for each of `tokens`, flattened."""
+def temperature_of(temperature: float | Tensor, tokens: Tensor) -> float | Tensor:
+    """A tensor of one number, or of one for each token, in the shape of `tokens`."""
     if not isinstance(temperature, Tensor):
         return temperature
     if temperature.numel() == 1:
-        temperature = temperature.reshape(()).expand(tokens.shape)
-    return temperature.reshape(-1)
+        return temperature.reshape(()).expand(tokens.shape)
+    same = temperature.numel() == tokens.numel()
+    return temperature.reshape(tokens.shape) if same else temperature

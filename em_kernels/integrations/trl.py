@@ -23,7 +23,7 @@ import trl.kernels
 import trl.trainer.utils as trl_utils
 from torch import Tensor
 
-from em_kernels.integrations._arguments import check_logits_dtype, flat_temperature
+from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
@@ -124,7 +124,7 @@ def chunked_log_probs(
         targets,
         bias=bias if bias is None else logit_scale * bias,
         outputs=("logprob", *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs)),
-        temperature=flat_temperature(temperature, targets),
+        temperature=temperature_of(temperature, targets),
         softcap=final_logit_softcapping,
         logit_scale=logit_scale,
         ignore_index=NEVER_IGNORED,
@@ -143,7 +143,7 @@ def _selective_log_softmax(
         logits,
         index,
         outputs=("logprob",),
-        temperature=flat_temperature(temperature, index),
+        temperature=temperature_of(temperature, index),
         mask=row_mask,
         ignore_index=NEVER_IGNORED,
     )
@@ -161,7 +161,9 @@ def _selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logprob, entropy = selective_log_softmax_and_entropy(logits, index, temperature, row_mask)
+    logprob, entropy = selective_log_softmax_and_entropy(
+        logits, index, temperature_of(temperature, index), row_mask
+    )
     return logprob, entropy if entropy_requires_grad else entropy.detach()
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._checks import check_number
-from em_kernels.integrations._arguments import check_logits_dtype, flat_temperature
+from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
@@ -78,11 +78,12 @@ def linear_cross_entropy(
     if labels.dtype in _INTEGERS:
         labels = labels.to(torch.int64)
     sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
+    labels = labels.reshape(-1)
     stats = linear_softmax_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        labels.reshape(-1),
-        temperature=flat_temperature(temperature, labels),
+        labels,
+        temperature=temperature_of(temperature, labels),
         group=dist_process_group if sharded else None,
         allreduce_dgrad=False,
         logits_dtype=_logits_dtype,
