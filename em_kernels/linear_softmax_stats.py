@@ -161,12 +161,20 @@ class _CopyToRanks(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        if grad is None:
-            return None, None
-        (total,) = torch.ops.em_kernels.all_reduce(grad, ctx.group)
-        return total, None
+        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, group):
+        ctx.group = group
+        (total,) = torch.ops.em_kernels.all_reduce(grad, group)
+        return total
+
+    @staticmethod
+    def backward(ctx, again):
+        return copy_to_ranks(again, ctx.group), None
 
 
 class _LinearStats(torch.autograd.Function):
