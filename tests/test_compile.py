@@ -54,9 +54,12 @@ def operator_arguments(name, dtype, device, impl):
     }[name]
 
 
+# Triton's alone: tests/test_triton_linear.py. Between ranks: tests/vocab_checks.py.
+ELSEWHERE = ("linear_stats_fused", "all_reduce")
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-# linear_stats_fused is Triton's alone: tests/test_triton_linear.py.
-@pytest.mark.parametrize("name", [name for name in _OPERATORS if name != "linear_stats_fused"])
+@pytest.mark.parametrize("name", [name for name in _OPERATORS if name not in ELSEWHERE])
 def test_opcheck(impl, device, name, dtype):
     operator = getattr(torch.ops.em_kernels, name).default
     torch.library.opcheck(operator, operator_arguments(name, dtype, device, impl))

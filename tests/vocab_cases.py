@@ -27,8 +27,10 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
+from em_kernels._checks import check_group
 from em_kernels._spec import OUTPUTS
 from em_kernels.integrations import verl
+from em_kernels.linear_softmax_stats import copy_to_ranks
 
 VOCAB = 63
 SIZES = {2: (40, 23), 3: (30, 5, 28)}
@@ -255,9 +257,11 @@ def linear_with_a_bias_of_minus_inf(cut, impl):
 
 
 def verl_head(cut, impl):
-    """verl's signature; its backend is chosen by the device, so `impl` plays no part."""
+    """verl's signature; its backend is chosen by the device, so `impl` plays no part. The gradient
+    it leaves partial is summed by what comes before it, as in verl."""
     head, target = draw_head(cut)
-    arguments = (head.hidden, head.weight, target, 0.7, "none", cut.group)
+    hidden = copy_to_ranks(head.hidden, check_group(cut.group))
+    arguments = (hidden, head.weight, target, 0.7, "none", cut.group)
     values = dict(zip(("logprob", "entropy"), verl.linear_cross_entropy(*arguments)))
     return with_gradients(
         values, draw_upstream(18), {"weight": (head.weight, 0)}, {"hidden": head.hidden}

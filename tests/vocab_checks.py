@@ -160,8 +160,10 @@ def uneven_chunks():
 
 
 def opcheck():
-    """An operator with a group, in step on all ranks."""
+    """Operators with a group, in step on all ranks."""
     head, target = draw_head(own_cut())
+    gradient = (torch.ones(3, 2).T.bfloat16(), dist.group.WORLD.group_name)
+    torch.library.opcheck(torch.ops.em_kernels.all_reduce.default, gradient)
     torch.library.opcheck(
         torch.ops.em_kernels.linear_loss.default,
         (
