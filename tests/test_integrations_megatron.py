@@ -261,3 +261,10 @@ def test_allreduce_dgrad_must_be_a_bool_and_is_nothing_without_a_group(call):
         assert torch.equal(plain, partial)
     else:
         assert torch.equal(plain.entropy, partial.entropy)
+
+
+def test_a_dtensor_has_its_gradient_summed():
+    hidden = torch.randn(2, 3)
+    hidden.device_mesh = None  # what a DTensor is known by
+    with pytest.raises(ValueError, match=r"allreduce_dgrad must be True for a hidden .* DTensor"):
+        linear_token_loss(hidden, torch.randn(5, 3), allreduce_dgrad=False)

@@ -282,7 +282,7 @@ def test_the_fused_head_on_few_tokens(tokens, temperature):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_without_a_label_trains_on(monkeypatch):
+def test_a_batch_without_a_label_trains_on():
     """The loss is 0 and stays connected to the model."""
     model = load_model(str(tiny_math.model_path()), "cpu")[0]
     trl_utils.add_fused_lm_head(model, 0.9, outputs=("log_probs", "entropy"))
