@@ -8,7 +8,9 @@ autograd lives outside, in the modules that hold the public functions.
 from __future__ import annotations
 
 import importlib
+import json
 import re
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -29,6 +31,8 @@ from em_kernels._vocab_parallel import VocabParallel
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # What "auto" tries in turn. Triton comes before CUDA until a measurement on a GPU says otherwise.
 AUTO_ON_CPU, AUTO_ON_GPU = ("cpu", "reference"), ("triton", "cuda", "reference")
+
+BUILD_RECORD = Path(__file__).with_name("_build.json")  # module -> why it was left out
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
@@ -82,14 +86,24 @@ def backends() -> dict[str, str]:
     return {name: why_not(name) or "available" for name in IMPLS if name != "auto"}
 
 
+def _missing(part: str, module: str, error: ImportError, remedy: str) -> str:
+    """Why a part is not there: what setup.py wrote down, else what importing it says."""
+    again = "and reinstall with `pip install --no-build-isolation .`"
+    try:
+        left_out = dict(json.loads(BUILD_RECORD.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        left_out = {}
+    reason = left_out.get(module)
+    if reason is None:
+        return f"{part} is missing ({error}); {remedy} {again}"
+    return f"{part} was left out of this build ({reason}); change that {again}"
+
+
 def _why_not_compiled() -> str | None:
     try:
         importlib.import_module("em_kernels._C")
     except ImportError as error:
-        return (
-            f"the compiled part is missing ({error}); install a C++ compiler and reinstall with "
-            "`pip install --no-build-isolation .`"
-        )
+        return _missing("the compiled part", "em_kernels._C", error, "install a C++ compiler")
     return None
 
 
@@ -110,10 +124,7 @@ def _why_not_cuda(device: torch.device | None) -> str | None:
     try:
         built = importlib.import_module("em_kernels._cuda").architectures
     except ImportError as error:
-        return (
-            f"the CUDA part is missing ({error}); install the CUDA toolkit and reinstall with "
-            "`pip install --no-build-isolation .`"
-        )
+        return _missing("the CUDA part", "em_kernels._cuda", error, "install the CUDA toolkit")
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "no NVIDIA GPU is visible to torch"
     if device is not None and device.type != "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -228,6 +229,18 @@ def test_missing_transformers_is_one_clear_line(model, tmp_path, capsys, monkeyp
     assert cli.main(["info"]) == 0
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_terminal_has_no_letters_for_is_shown_as_an_escape(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(cli, "_version", lambda package: "\u2264 1 \ud835")
+    assert cli.main(["info"]) == 0
+    assert b"\\u2264 1 \\ud835" in out.buffer.getvalue()
+    assert cli.main(["report", "\u2264 \ud835"]) == cli.FAILED
+    assert b"no such folder: \\u2264 \\ud835" in err.buffer.getvalue()
+
+
 def test_errors_of_train(model, problems, tmp_path, capsys):
     run = tmp_path / "run"
     given = ("train", "--model", model, "--output", run, *FAST)
@@ -235,6 +248,7 @@ def test_errors_of_train(model, problems, tmp_path, capsys):
     assert "--output must be given" in error_of(capsys, "train", "--model", model)
     assert "prompt must not be empty, got ''" in error_of(capsys, *given, "--prompt", "")
     both = ("--prompt", "1", "--prompts", problems)
+    assert "prompt must be Unicode text" in error_of(capsys, *given, "--prompt", "1 \udcff")
     assert "--prompt or --prompts, not both" in error_of(capsys, *given, *both)
     assert "no such file: nothing.jsonl" in error_of(capsys, *given, "--prompts", "nothing.jsonl")
     assert "loss_temperature must be positive" in error_of(capsys, *given, "--loss-temperature", -1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import cuda_offline
@@ -138,7 +139,7 @@ def test_a_failing_cuda_build_takes_nothing_else_down(toolkit, tmp_path):
     (project / "csrc/bindings.cpp").write_text(module)
     (project / "csrc/cuda/broken.cu").write_text("")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    stale = project / f"em_kernels/_cuda{suffix}"
+    stale, record = project / f"em_kernels/_cuda{suffix}", project / "em_kernels/_build.json"
     stale.write_text("of an older version")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
@@ -147,13 +148,70 @@ def test_a_failing_cuda_build_takes_nothing_else_down(toolkit, tmp_path):
     assert 'error: expected a ";"' in done.stderr
     assert "without the compiled CPU" not in done.stderr
     assert (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
+    assert list(json.loads(record.read_text())) == ["em_kernels._cuda"]
+    stale.write_text("of an older version")
     environment = {**os.environ, "EM_KERNELS_NO_EXTENSION": "1"}
     left = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert left.returncode == 0 and left.stderr.count("EM_KERNELS_NO_EXTENSION=1") == 2
+    assert not (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
+    assert set(json.loads(record.read_text()).values()) == {"EM_KERNELS_NO_EXTENSION=1"}
+    stale.write_text("of an older version")
     environment = {**os.environ, "EM_KERNELS_NO_CUDA": "1"}
     left = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert left.returncode == 0 and left.stderr.count("installing without") == 1
     assert "without the CUDA kernels: EM_KERNELS_NO_CUDA=1" in left.stderr
+    assert (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
+    assert json.loads(record.read_text()) == {"em_kernels._cuda": "EM_KERNELS_NO_CUDA=1"}
+
+
+@pytest.mark.parametrize(
+    "setting, cpu, cuda",
+    [
+        ("EM_KERNELS_NO_EXTENSION=1", "EM_KERNELS_NO_EXTENSION=1", "EM_KERNELS_NO_EXTENSION=1"),
+        ("EM_KERNELS_NO_CUDA=1", "built without torch, as under pip's build", "EM_KERNELS_NO_CUDA"),
+        ("CUDA_HOME=nowhere", "built without torch, as under pip's build", "no nvcc in CUDA_HOME"),
+    ],
+)
+def test_a_wheel_holds_what_was_built_for_it_and_says_why_not(tmp_path, setting, cpu, cuda):
+    """setup.py itself, where torch cannot be imported, in a tree that was built before."""
+    for name in ("setup.py", "cuda_build.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("README.md", "em_kernels/__init__.py", "isolated/torch/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "isolated/torch/__init__.py").write_text('raise ImportError("No torch here")')
+    suffix, command = sysconfig.get_config_var("EXT_SUFFIX"), [sys.executable, "setup.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "isolated")}
+    environment |= dict([setting.split("=")])
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+    first = subprocess.run([*command, "bdist_wheel"], **options)
+    assert first.returncode == 0, first.stderr
+    (lib,) = (tmp_path / "build").glob("lib*")
+    for leftover in (f"_C{suffix}", f"_cuda{suffix}", "gone.py"):
+        (lib / "em_kernels" / leftover).write_text("of an older version")
+    done = subprocess.run([*command, "bdist_wheel"], **options)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        files = [name for name in packed.namelist() if name.startswith("em_kernels/")]
+        reasons = json.loads(packed.read("em_kernels/_build.json"))
+    assert sorted(files) == ["em_kernels/__init__.py", "em_kernels/_build.json"]
+    assert reasons["em_kernels._C"].startswith(cpu) and reasons["em_kernels._cuda"].startswith(cuda)
+
+
+@pytest.mark.parametrize("impl, module", [("cpu", "em_kernels._C"), ("cuda", "em_kernels._cuda")])
+def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(_ops, "BUILD_RECORD", tmp_path / "_build.json")
+    usual = _ops.why_not(impl)
+    assert "is missing" in usual and "; install " in usual
+    for text in ("{}", "{bro", "[]", "null", '{"em_kernels.other": "no"}'):
+        _ops.BUILD_RECORD.write_text(text)
+        assert _ops.why_not(impl) == usual
+    _ops.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
+    assert cli.main(["info"]) == 0
+    said = "was left out of this build (built without torch); change that and reinstall with `pip"
+    assert said in capsys.readouterr().out
 
 
 # The choice of a backend

@@ -123,6 +123,8 @@ def test_what_cannot_be_read_is_counted(tmp_path):
         {"prompt": "a" * 70, "response": "1"},
         {"prompt": "a", "response": "1"},
         "[]",
+        '{"text": "1 \\ud835"}',
+        '{"prompt": "\\ud835", "response": "1"}',
     ]
     texts = given(tmp_path, rows, longest=64)
     assert [t.key for t in texts] == ["line 7"]
@@ -133,6 +135,7 @@ def test_what_cannot_be_read_is_counted(tmp_path):
         "one token and no prompt": 1,
         "too long for the model": 1,
         "not a JSON object but list": 1,
+        "half of a surrogate pair": 2,
     }
     assert dict(texts.left_out) == counted
     with pytest.raises(ValueError, match="no text can be read"):

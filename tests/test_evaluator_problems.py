@@ -137,6 +137,41 @@ def test_rows_that_are_no_problems_are_kept_with_their_reason(tmp_path):
         assert skipped.row == row and reason in skipped.reason
 
 
+@pytest.mark.parametrize("field", ["problem", "answer"])
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ('"x \\ud835 y"', "must be Unicode text, got half of a surrogate pair, '\\ud835', as char"),
+        (
+            '"\\udc00"',
+            "must be Unicode text, got half of a surrogate pair, '\\udc00', as char",
+        ),
+        ('["1", "\\ud835"]', "must be Unicode text"),
+        ("null", "must be text that is not empty, got None"),
+        ("[]", "must be text that is not empty, got []"),
+        ('{"a": 1}', "must be text that is not empty, got {'a': 1}"),
+        ("NaN", "must be text that is not empty, got nan"),
+        ("-Infinity", "must be text that is not empty, got -inf"),
+        ("[1, 1e999]", "must be text that is not empty, got [1, inf]"),
+        ("1" + "0" * 5000, "not valid JSON (Exceeds the limit"),
+        ("[" * 400 + "1" + "]" * 400, "must be text that is not empty, got [[["),
+        ("[" * 100_000 + "]" * 100_000, "not valid JSON (nested too deeply)"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_odd_rows_are_counted_and_the_others_are_problems(tmp_path, field, value, reason):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"problem": "\U0001d54f \0", "answer": "1"})  # a whole pair, as two escapes
+    values = {"problem": '"p"', "answer": '"a"', field: value}
+    odd = "{" + ", ".join(f'"{name}": {text}' for name, text in values.items()) + "}"
+    path.write_text(f"{good}\n{odd}\n{good}\n", encoding="ascii")
+    found = load_problems(str(path))
+    assert found.problems == [Problem("\U0001d54f \0", "1")] * 2
+    (skipped,) = found.skipped
+    assert skipped.row == 2 and reason in skipped.reason and len(skipped.reason) < 200
+    json.dumps(skipped.reason).encode()
+
+
 def test_nothing_usable(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"q": 1}])
     with pytest.raises(ValueError, match="no usable problems among 1 rows; row 1: no field"):
@@ -145,7 +180,7 @@ def test_nothing_usable(tmp_path):
         load_problems(str(tmp_path / "missing.jsonl"))
 
 
-@pytest.mark.parametrize("template", ["no place", "{other}", "{problem", "{}"])
+@pytest.mark.parametrize("template", ["no place", "{other}", "{problem", "{}", "{problem} \ud835"])
 def test_bad_templates(template):
     with pytest.raises(ValueError, match="template"):
         Source("x", template=template)

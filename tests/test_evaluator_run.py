@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from tiny_qwen2 import make_bigram_model, make_tokenizer
 from em_kernels.evaluator import EvalConfig, EvalError, Records, compare_folders, run_eval
 from em_kernels.evaluator import run as run_module
 from em_kernels.evaluator.asking import Asked
+from em_kernels.evaluator.records import Answer, Record, read_settings, write_json
+from em_kernels.evaluator.report import write_report
 
 NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 FOLLOW = {"a": "1", "b": "2", "c": "3"}
@@ -42,6 +45,28 @@ def of(summary, temperature):
 
 def lines(tmp_path, name="eval"):
     return (tmp_path / name / "records.jsonl").read_text().splitlines()
+
+
+def test_any_text_is_written_and_read_back(tmp_path):
+    """Half of a surrogate pair, which UTF-8 has no bytes for, among them."""
+    texts = ["\ud835", "a\udc00b \U0001d54f", "\0 \\ud835 \u2028 \x85\n", "\\"]
+    records = Records(tmp_path / "records.jsonl")
+    for i, text in enumerate(texts):
+        records.add([Record(i, 0.0, 0, Answer(text, 1, True, False))])
+    assert [record.answer.text for record in records] == texts
+    write_json(tmp_path / "eval.json", dict(enumerate(texts)))
+    assert list(read_settings(tmp_path).values()) == texts
+
+
+def test_the_report_of_an_evaluation_shows_any_answer(tmp_path, monkeypatch):
+    decode = Asked.ask
+
+    def ask(self, *args):
+        return [replace(a, text=f"{a.text}\ud835 \0") for a in decode(self, *args)]
+
+    monkeypatch.setattr(Asked, "ask", ask)
+    evaluation(tmp_path, [*problems("abc"), '{"problem": "\\ud835", "answer": "1"}'])
+    assert "\\ud835" in write_report(tmp_path / "eval").path.read_text(encoding="utf-8")
 
 
 def test_accuracies_of_a_model_that_is_known(tmp_path):

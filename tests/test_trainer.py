@@ -252,6 +252,10 @@ def test_prompts_take_turns_over_the_run():
         (dict(compat="official", reduction="sequence_mean"), "reduction must be 'token_mean'"),
         (dict(prompts=()), "prompts must have at least one prompt"),
         (dict(prompts="  "), "prompt must not be empty, got '  '"),
+        (
+            dict(prompts=("1", "2\ud835")),
+            "prompt must be Unicode text, got half of a surrogate pair",
+        ),
         (dict(seed=-1), "seed must be 0 or more"),
     ],
 )

@@ -146,6 +146,13 @@ def test_a_failed_start_leaves_no_run_behind(tmp_path):
         ('{"text": "1"}\n', "line 1: no field 'prompt' or 'problem', got"),
         ('{"prompt": "1"}\n{"prompt": " "}\n', "line 2: 'prompt' must be text that is not empty"),
         ('{"problem": null}\n', "line 1: 'problem' must be text that is not empty, got None"),
+        ('{"prompt": "1"}\n{"prompt": "1 \\ud835"}\n', "line 2: 'prompt' must be Unicode text"),
+        ('{"problem": "\\udc00 1"}\n', "line 1: 'problem' must be Unicode .*'.udc00', as char.* 1"),
+        ('{"prompt": NaN}\n', "line 1: 'prompt' must be text that is not empty, got nan"),
+        ('{"prompt": -Infinity}\n', "line 1: 'prompt' must be text that is not empty, got -inf"),
+        ('{"prompt": 1' + "0" * 5000 + "}", "line 1: not valid JSON .*4300"),
+        ("[" * 100_000, "line 1: not valid JSON .nested too deeply"),
+        ('{"prompt": ' + "[" * 300 + "]" * 300 + "}", "line 1: 'prompt' must be text.{,60}$"),
         ("\n", "no prompts in the file"),
     ],
 )

@@ -8,7 +8,14 @@ from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.trainer import Rollout, Sampling, sample
 from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.rollout import aligned_mask, answer_mask, official_masks
+from em_kernels.trainer.rl_collect import join_rollouts
+from em_kernels.trainer.rollout import (
+    aligned_mask,
+    answer_mask,
+    join_answers,
+    left_pad,
+    official_masks,
+)
 
 torch.set_num_threads(1)
 
@@ -46,6 +53,26 @@ def test_official_mask_is_unshifted_and_lets_left_padded_prompts_leak():
     attention, mask = official_masks(rollout, 0)
     assert attention.int().tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
     assert mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("filler", [0, 1], ids=["PAD", "PAD = EOS"])
+@pytest.mark.parametrize("empty", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_answers_without_a_token_have_length_zero(empty, filler):
+    prompts, drawn = [[7, 8, 9], [7], [8, 9]], [[5, 1], [5, 6, 6, 1], [6, 6, 6]]
+    drawn = [[] if row in empty else answer for row, answer in enumerate(drawn)]
+    joined = join_answers(
+        *left_pad(prompts, filler), [torch.tensor([a]) for a in drawn], [1], filler
+    )
+    assert joined.prompt_width == 3 and joined.input_ids.dtype == torch.int64
+    assert [ids.tolist() for ids in joined.answers()] == drawn
+    assert joined.finished.tolist() == [1 in answer for answer in drawn]
+    assert joined.attention_mask.sum(1).tolist() == [len(p + a) for p, a in zip(prompts, drawn)]
+    assert aligned_mask(joined).sum(1).tolist() == list(map(len, drawn))
+    attention, mask = official_masks(joined, filler)
+    assert (mask <= attention).all() and attention.shape == joined.input_ids.shape
+    twice = join_rollouts([joined, rollout_of([[7] * 5], [[5, 1]], filler)], filler)
+    assert twice.prompt_width == 5
+    assert [ids.tolist() for ids in twice.answers()] == [*drawn, [5, 1]]
 
 
 def test_official_mask_drops_the_end_token_where_pad_is_eos():

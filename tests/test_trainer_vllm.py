@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from rl_runs import rl_settings
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import Spy, run, settings, without_times
 
@@ -160,6 +163,46 @@ def test_ranks_draw_their_share_with_the_seeds_of_one(vllm, tmp_path):
     assert [len(share) for share in shares] == [3, 2]
     assert torch.equal(rollout.input_ids, expected.input_ids)
     assert torch.equal(rollout.response_mask, expected.response_mask)
+
+
+@pytest.mark.parametrize("outputs", [[], [SimpleNamespace(token_ids=())]], ids=["none", "empty"])
+@pytest.mark.parametrize("every", [False, True], ids=["one given up", "all given up"])
+@pytest.mark.parametrize(
+    "objective, reward",
+    [
+        *(("em", None), ("grpo", "length"), ("grpo++", "random"), ("ppl", "random")),
+        *(("grpo", "negative_entropy"), ("grpo", "self_certainty"), ("empo", None)),
+        *(("high_entropy", "random"), ("clip_cov", "random"), ("kl_cov", "random")),
+        ("l-grpo", None),
+    ],
+)
+def test_requests_that_are_given_up_are_answers_without_a_token(
+    vllm, tmp_path, monkeypatch, objective, reward, every, outputs
+):
+    own, count = LLM._draw, itertools.count()
+
+    def draw(self, prompt, params):
+        given_up = every or next(count) % 5 == 0
+        return SimpleNamespace(outputs=outputs) if given_up else own(self, prompt, params)
+
+    monkeypatch.setattr(LLM, "_draw", draw)
+    common = dict(model=save(tmp_path / "model"), sampler="vllm", updates=1)
+    if objective == "em":
+        config = settings(**common, responses=10)
+    else:
+        config = rl_settings(objective=objective, reward=reward, **common)
+    (line,) = train(config, progress=False).metrics
+    numbers = [value for value in line.values() if isinstance(value, float)]
+    assert all(map(math.isfinite, numbers)), line
+    assert (line["response_tokens"] == 0) == every
+    assert line["loss"] == 0 or not every
+
+
+def test_an_answer_too_few_is_an_error(vllm, tmp_path, monkeypatch):
+    own = LLM.generate
+    monkeypatch.setattr(LLM, "generate", lambda *args, **kwargs: own(*args, **kwargs)[1:])
+    with pytest.raises(ValueError, match="vLLM gave 3 answers to 4 prompts"):
+        run(settings(model=save(tmp_path / "model"), sampler="vllm", responses=4))
 
 
 def test_vllm_that_is_not_installed_is_an_error(monkeypatch, tmp_path):

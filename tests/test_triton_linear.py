@@ -39,10 +39,16 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(linear, "plan", lambda dtype, light, shared_memory: SMALL)
 
 
-def make(dtype=torch.float32, valid=V, **options):
-    """(hidden, weight, spec): logits of standard deviation about 3."""
-    hidden = torch.randn(N, D).to(dtype).to(DEVICE)
-    weight = (0.7 * torch.randn(V, D)).to(dtype).to(DEVICE)
+def make(dtype=torch.float32, valid=V, exact=False, **options):
+    """(hidden, weight, spec): logits of standard deviation about 3.
+
+    `exact` takes multiples of 1/8: products and their sums are exact in any order, so their bits do
+    not depend on where in a tile a row stands, which a matrix library is free to let them.
+    """
+    hidden, weight = torch.randn(N, D), 0.7 * torch.randn(V, D)
+    if exact:
+        hidden, weight = on_a_grid(hidden), on_a_grid(weight)
+    hidden, weight = hidden.to(dtype).to(DEVICE), weight.to(dtype).to(DEVICE)
     target = torch.randint(valid, (N,))
     target[:3] = torch.tensor([valid - 1, 0, int((hidden @ weight.T)[2, :valid].argmax())])
     if options.get("bias"):
@@ -52,6 +58,10 @@ def make(dtype=torch.float32, valid=V, **options):
     if options.get("mask"):
         options["mask"] = (torch.arange(N) % 3 != 1).to(DEVICE)
     return hidden, weight, RowSpec(target=target.to(DEVICE), valid_vocab=valid, **options)
+
+
+def on_a_grid(x):
+    return (8 * x).round() / 8
 
 
 def fused(hidden, weight, spec, outputs=OUTPUTS) -> dict:
@@ -93,7 +103,7 @@ def test_no_rows_and_no_counted_rows():
 
 
 def test_masked_rows_are_zero_and_not_read():
-    hidden, weight, spec = make()
+    hidden, weight, spec = make(exact=True)
     mask = torch.arange(N, device=DEVICE) % 4 != 2
     clean = fused(hidden, weight, spec)
     hidden[~mask] = math.nan
@@ -103,7 +113,7 @@ def test_masked_rows_are_zero_and_not_read():
 
 
 def test_padded_vocabulary_is_not_read():
-    hidden, weight, spec = make(valid=VALID, bias=True)
+    hidden, weight, spec = make(exact=True, valid=VALID, bias=True)
     clean = fused(hidden, weight, spec)
     weight[VALID:], spec.bias[VALID:] = math.nan, math.nan
     for name, row in fused(hidden, weight, spec).items():
@@ -112,7 +122,7 @@ def test_padded_vocabulary_is_not_read():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_row_is_nan_and_alone(bad):
-    hidden, weight, spec = make()
+    hidden, weight, spec = make(exact=True)
     clean = fused(hidden, weight, spec)
     hidden[5, 3] = bad
     others = torch.arange(N, device=DEVICE) != 5
@@ -176,7 +186,7 @@ def test_target_out_of_range_is_nan_in_its_row(bad):
 
 
 def test_a_row_does_not_depend_on_the_others():
-    hidden, weight, spec = make(temperature_rows=True)
+    hidden, weight, spec = make(exact=True, temperature_rows=True)
     together = fused(hidden, weight, spec)
     rows = slice(15, 18)
     part = spec._replace(
@@ -187,7 +197,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_any_strides():
-    hidden, weight, spec = make()
+    hidden, weight, spec = make(exact=True)
     want = fused(hidden, weight, spec)
     wide = torch.randn(N, 2 * D, device=DEVICE)
     wide[:, ::2] = hidden
@@ -241,7 +251,7 @@ def test_public_function_agrees_with_the_chunks():
 
 
 def test_leading_shape_and_no_target():
-    hidden, weight, _ = make()
+    hidden, weight, _ = make(exact=True)
     outputs = tuple(name for name in OUTPUTS if name not in NEEDS_TARGET)
     cube = hidden[:18].view(2, 9, D)
     got = linear_softmax_stats(cube, weight, outputs=outputs, fuse_product=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from em_kernels.evaluator.asking import Asked, default_batch_size
 from em_kernels.evaluator.judge import Judge, judge_name, make_judge
 from em_kernels.evaluator.problems import Problem
-from em_kernels.evaluator.records import Answer
+from em_kernels.evaluator.records import Answer, write_json
 from em_kernels.trainer.data import encode_prompt, read_jsonl, text_field
 from em_kernels.trainer.random_state import RandomState
 from em_kernels.trainer.rollout import Sampling
@@ -56,9 +55,7 @@ class EvalResult:
         return {name: value for name, value in vars(self).items() if name != "records"}
 
     def write_json(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(Path(path), asdict(self))
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:

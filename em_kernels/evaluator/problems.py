@@ -6,11 +6,13 @@ A row that cannot be used is kept as a `Skipped`, with its number and the reason
 from __future__ import annotations
 
 import importlib
-import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+
+from em_kernels.trainer.data import check_unicode, is_number, not_unicode, parse_line
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 PLAIN = "{problem}"
@@ -59,6 +61,7 @@ class Source:
             raise ValueError(f"template {self.template!r} cannot be filled: {error!r}") from None
         if "(the problem)" not in filled:
             raise ValueError(f"template must have {{problem}} in it, got {self.template!r}")
+        check_unicode("template", self.template)
 
     def prompt(self, problem: str) -> str:
         return self.template.format(problem=problem)
@@ -160,11 +163,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 def _json_object(line: bytes, number: int) -> dict | str:
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8 text"
+        value = parse_line(line, number)
     except ValueError as error:
-        return f"not valid JSON ({getattr(error, 'msg', error)})"
+        return str(error)
     return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
 
 
@@ -194,9 +195,13 @@ def _read(row: dict | str, source: Source) -> Problem | str:
         present = [name for name in names if name in row]
         if not present:
             return f"no field {' or '.join(map(repr, names))}, only {sorted(row)}"
-        text = _text(row[present[0]])
+        value, must = row[present[0]], f"{present[0]!r} must be"
+        text = _text(value)
         if text is None:
-            return f"{present[0]!r} must be text that is not empty, got {row[present[0]]!r:.80}"
+            return f"{must} text that is not empty, got {reprlib.repr(value)}"
+        reason = not_unicode(text)
+        if reason is not None:
+            return f"{must} Unicode text, got {reason}"
         values.append(text)
     return Problem(values[0], values[1] if source.answer else "")
 
@@ -204,8 +209,8 @@ def _read(row: dict | str, source: Source) -> Problem | str:
 def _text(value) -> str | None:
     """Text or a number as text; several answers are joined as one list."""
     if isinstance(value, (list, tuple)) and value:
-        parts = [_text(v) for v in value]
+        parts = [None if isinstance(v, (list, tuple)) else _text(v) for v in value]
         return None if None in parts else ", ".join(parts)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         return str(value)
     return value if isinstance(value, str) and value.strip() else None

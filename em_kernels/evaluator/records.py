@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
+UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""How texts are written, whatever is in them: half of a surrogate pair, which UTF-8 cannot hold,
+becomes its escape, which JSON reads back."""
 
 
 class EvalError(ValueError):
@@ -35,7 +38,7 @@ def write_json(path: Path, value: dict) -> None:
     """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), **UTF8)
     aside.replace(path)
 
 
@@ -90,7 +93,7 @@ class Records:
 
     def add(self, records: list[Record]) -> None:
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", **UTF8) as file:
             file.write(lines)
 
     def __iter__(self) -> Iterator[Record]:

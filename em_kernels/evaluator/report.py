@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from em_kernels.evaluator import sections
 from em_kernels.evaluator.page import Section, page
-from em_kernels.evaluator.records import SETTINGS, EvalError, write_json
+from em_kernels.evaluator.records import SETTINGS, UTF8, EvalError, write_json
 from em_kernels.evaluator.summary import summarise
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
@@ -58,7 +58,7 @@ def write_report(folder: str | Path) -> Report:
         _write_plots(folder, name, section)
     path = folder / REPORT
     aside = path.with_name(f"{REPORT}.new")
-    aside.write_text(page(_title(folder), list(found.values())), encoding="utf-8")
+    aside.write_text(page(_title(folder), list(found.values())), **UTF8)
     aside.replace(path)
     return Report(path, found)
 

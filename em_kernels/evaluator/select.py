@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from em_kernels.evaluator.records import RECORDS, EvalError, Records, read_settings
+from em_kernels.evaluator.records import RECORDS, UTF8, EvalError, Records, read_settings
 from em_kernels.evaluator.statistics import cluster_entropy, vote_margin
 from em_kernels.evaluator.summary import Light, clusters, read_answers
 
@@ -83,4 +83,4 @@ def write_prompts(rows: list[dict], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, **UTF8)

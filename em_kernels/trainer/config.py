@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 
-from em_kernels.trainer.data import ONE_SHOT_PROMPT
+from em_kernels.trainer.data import ONE_SHOT_PROMPT, check_text
 from em_kernels.trainer.schedule import Stage
 
 DTYPES = ("float32", "bfloat16")
@@ -202,8 +202,7 @@ def _check_prompts(prompts: tuple) -> None:
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be text, got {type(prompt).__name__}")
-        if not prompt.strip():
-            raise ValueError(f"prompt must not be empty, got {prompt!r}")
+        check_text("prompt", prompt)
 
 
 def check_int(name: str, value, least: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,29 +32,83 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                value = parse_line(line, number)
             except ValueError as error:
-                why = getattr(error, "msg", "not UTF-8 text")
-                raise ValueError(f"{path}, line {number}: not valid JSON ({why})") from None
+                raise ValueError(f"{path}, line {number}: {error}") from None
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {kind}")
             yield number, value
 
 
+def parse_line(line: bytes, number: int):
+    """The value in line `number` of a file of JSON lines.
+
+    Raises:
+        ValueError: there is none; only the reason, for the caller to say where.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not valid JSON (not UTF-8 text)") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+
+
+def not_unicode(text: str) -> str | None:
+    """What keeps a text from tokenizers and files, or None.
+
+    JSON can hold one half of a surrogate pair, as an escape; there is no such character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        return f"half of a surrogate pair, {half}, as character {error.start + 1}"
+    return None
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise a ValueError where `text` is empty, or no Unicode text."""
+    if not text.strip():
+        raise ValueError(f"{name} must not be empty, got {text!r}")
+    check_unicode(name, text)
+
+
+def check_unicode(name: str, text: str) -> None:
+    reason = not_unicode(text)
+    if reason is not None:
+        raise ValueError(f"{name} must be Unicode text, got {reason}")
+
+
+def is_number(value) -> bool:
+    """Finite, and not a bool; JSON as Python reads it has NaN and Infinity too."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def text_field(path: str | Path, number: int, line: dict, *names: str) -> str:
-    """The first of `names` that the line has: text that is not blank, or a number as text."""
+    """The first of `names` that the line has: text that is not blank, or a number as text.
+
+    Raises:
+        ValueError: it has none of them, or it is something else; names file and line.
+    """
     present = [name for name in names if name in line]
     expected = " or ".join(map(repr, names))
     if not present:
         raise ValueError(f"{path}, line {number}: no field {expected}, got {sorted(line)}")
     value = line[present[0]]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         return str(value)
+    where = f"{path}, line {number}: {present[0]!r} must be"
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(
-            f"{path}, line {number}: {present[0]!r} must be text that is not empty, got {value!r}"
-        )
+        raise ValueError(f"{where} text that is not empty, got {reprlib.repr(value)}")
+    reason = not_unicode(value)
+    if reason is not None:
+        raise ValueError(f"{where} Unicode text, got {reason}")
     return value
 
 
@@ -70,8 +126,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
     A tokenizer without a chat template encodes the bare text.
     """
-    if not prompt.strip():
-        raise ValueError(f"prompt must not be empty, got {prompt!r}")
+    check_text("prompt", prompt)
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

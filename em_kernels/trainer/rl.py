@@ -267,7 +267,7 @@ def _describe(
     """Metrics of the answers, before any step is taken."""
     mask, advantage = tokens.loss_mask, tokens.advantage
     cov = token_covariance(before["logprob"], advantage, mask)
-    ordered = cov[mask].sort().values
+    ordered = cov[mask].sort().values if mask.any() else cov.new_zeros(1)
     quantiles = {
         f"cov_p{100 * q:g}": ordered[int(q * (len(ordered) - 1))].item()
         for q in COVARIANCE_QUANTILES

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer.config import TrainConfig, check_choice, check_float, check_int
-from em_kernels.trainer.data import read_jsonl, text_field
+from em_kernels.trainer.data import check_unicode, read_jsonl, text_field
 from em_kernels.trainer.schedule import Stage, parse_schedule
 
 PPL_LABELS = ("pseudo", "none")
@@ -142,6 +142,7 @@ class RLConfig(TrainConfig):
         self._settle_problems()
         if not self.problems:
             raise ValueError(f"problems must be given for {self.objective!r}, got none")
+        check_unicode("template", self.template)
         super().__post_init__()
         for name in ("group_size", "epochs", "minibatches", "sampling_rounds"):
             check_int(name, getattr(self, name), 1)
@@ -173,6 +174,8 @@ class RLConfig(TrainConfig):
                 raise ValueError(f"problems must be text that is not empty, got {task.problem!r}")
             if not isinstance(task.answer, (str, type(None))):
                 raise TypeError(f"answers of problems must be text, got {task.answer!r}")
+            check_unicode("problems", task.problem)
+            check_unicode("answers of problems", task.answer or "")
         object.__setattr__(self, "problems", tasks)
 
     def _check_numbers(self) -> None:

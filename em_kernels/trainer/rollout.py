@@ -15,6 +15,8 @@ from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import require_transformers
 from em_kernels.trainer.shared_sampling import SharedDraw, generate_share
 
+NO_TOKEN = -1  # beside an answer, until padding takes its place, which may be an end token's id
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -42,8 +44,12 @@ class Rollout(NamedTuple):
 
     @property
     def prompt_width(self) -> int:
-        """Columns before the first generated token, which is in the same column in every row."""
-        return int(self.response_mask[0].long().argmax())
+        """Columns before the first generated token, which is in the same column in every row.
+
+        Answers may have no token; where none has one, all columns are prompt.
+        """
+        generated = self.response_mask.any(0)
+        return int(generated.long().argmax()) if generated.any() else len(generated)
 
     def answers(self) -> list[Tensor]:
         """The generated tokens of each row, without padding."""
@@ -144,9 +150,9 @@ def _generate_share(
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, longest prompt)."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[filler] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    return ids, mask
+    ids = [[filler] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
 
 
 def answer_mask(answers: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -216,14 +222,17 @@ def _checkpoint_settings_put_aside(model) -> Iterator[None]:
 def join_answers(
     ids: Tensor, mask: Tensor, answers: list[Tensor], ends: list[int], filler: int
 ) -> Rollout:
-    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each."""
+    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each.
+
+    An answer may have width 0: what a request gives that was given up before its first token.
+    """
     width = max(a.shape[1] for a in answers)
-    joined = torch.cat([pad(a, (0, width - a.shape[1]), value=filler) for a in answers])
-    lengths = torch.cat([a.new_full((a.shape[0], 1), a.shape[1]) for a in answers])
+    joined = torch.cat([pad(a.to(ids), (0, width - a.shape[1]), value=NO_TOKEN) for a in answers])
+    inside = joined != NO_TOKEN
     generated, finished = answer_mask(joined, ends)
-    generated &= torch.arange(width, device=joined.device) < lengths
+    generated &= inside
     return Rollout(
-        torch.cat([ids, joined], 1),
+        torch.cat([ids, joined.where(inside, filler)], 1),
         torch.cat([mask, generated], 1),
         torch.cat([torch.zeros_like(mask), generated], 1),
         finished,

@@ -95,7 +95,8 @@ class VllmSampler:
             seeds = [self._seed(update, row) for row in own]
             return self._generate([prompts[row] for row in own], seeds, settings, ends)
 
-        answers = [torch.tensor([a]) for share in self.ranks.gather(draw) for a in share]
+        drawn = [answer for share in self.ranks.gather(draw) for answer in share]
+        answers = [torch.tensor([answer], dtype=torch.long) for answer in drawn]
         rollout = join_answers(*left_pad(prompts, filler), answers, ends, filler)
         return Rollout(*(part.to(model.device) for part in rollout))
 
@@ -112,7 +113,12 @@ class VllmSampler:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         drawn = [self._sampling_params(settings, seed, ends) for seed in seeds]
         outputs = self.engine.generate(inputs, sampling_params=drawn, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        if len(outputs) != len(prompts):
+            raise ValueError(f"vLLM gave {len(outputs)} answers to {len(prompts)} prompts")
+        # A request that was given up has an answer without tokens, or none.
+        return [
+            [token for one in output.outputs[:1] for token in one.token_ids] for output in outputs
+        ]
 
     def _sampling_params(self, settings: Sampling, seed: int, ends: list[int]):
         return self.vllm.SamplingParams(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from em_kernels.evaluator.problems import json_rows
 from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
 from em_kernels.evaluator.tables import temperature
-from em_kernels.trainer.data import encode_prompt
+from em_kernels.trainer.data import encode_prompt, not_unicode
 
 
 class Text(NamedTuple):
@@ -104,18 +104,20 @@ class Texts:
 
     def _lines(self) -> Iterator[Text]:
         for number, row in json_rows(self.source):
-            text = self._text(number, row) if isinstance(row, dict) else None
-            if text is None:
-                reason = row if isinstance(row, str) else "no text in 'response' or 'text'"
-                self.left_out[reason] += 1
+            text = self._text(number, row) if isinstance(row, dict) else row
+            if isinstance(text, str):
+                self.left_out[text] += 1
             else:
                 yield text
 
-    def _text(self, number: int, row: dict) -> Text | None:
+    def _text(self, number: int, row: dict) -> Text | str:
+        """What a row holds, or why it holds none."""
         answer = next((row[name] for name in ("response", "text") if name in row), None)
         prompt = row.get("prompt")
         if not isinstance(answer, str) or not isinstance(prompt, (str, type(None))):
-            return None
+            return "no text in 'response' or 'text'"
+        if not_unicode(answer) or not_unicode(prompt or ""):
+            return "half of a surrogate pair"
         before = encode_prompt(self.tokenizer, prompt) if prompt and prompt.strip() else []
         return Text(
             f"line {number}", before, self.tokenizer(answer, add_special_tokens=False).input_ids
