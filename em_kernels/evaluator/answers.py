@@ -16,12 +16,14 @@ _STYLE = re.compile(
 )
 _MEANING = re.compile(r"[^\s{}$?.…_:;,~*`\\]|\\[A-Za-z{]")
 _ANSWER_HEADING = re.compile(
-    r"[\W_]*(?:the\s+)?(?:final\s+)?(?:answer|result)\b(?:\s+is\b)?[\s:*_]*", re.IGNORECASE
+    r"[\W_]{0,9}(?:the\s+)?(?:final\s+)?(?:answer|result)\b(?:\s+is\b)?[\s:*_]*", re.IGNORECASE
 )
 _HEADING = re.compile(
-    r"[\W_]*(?:step|part|case|solution|explanation|conclusion)\b|\d+[.)]\s+\S", re.IGNORECASE
+    r"[\W_]{0,9}(?:step|part|case|solution|explanation|conclusion)\b|\d+[.)]\s+\S", re.IGNORECASE
 )
-_NUMBERED = re.compile(r"^#+[ \t]*[\W_]*(?:step|part|case)\b.*$", re.IGNORECASE | re.MULTILINE)
+_NUMBERED = re.compile(
+    r"^#{1,6}[ \t]*[*_]{0,3}(?:step|part|case)\b.*$", re.IGNORECASE | re.MULTILINE
+)
 
 
 def final_answer(text: str | None) -> str | None:
@@ -64,7 +66,7 @@ def _marked(text: str) -> str | None:
     if filled:
         return filled[-1]
     marks = reversed(list(_MARK.finditer(text)))
-    found = (_after_mark(mark[1].strip(), text[mark.end() :].strip()) for mark in marks)
+    found = (_after_mark(m[1].strip(), text[m.end() : m.end() + 2000].strip()) for m in marks)
     return next((answer for answer in found if answer is not None), None)
 
 

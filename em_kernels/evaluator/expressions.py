@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 _TOKEN = re.compile(
@@ -61,6 +62,7 @@ _GROUPS = re.compile(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?")
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|left|right|binom)(?![A-Za-z])")
 _NAME = re.compile(r"\\?[^\W\d_]+(?:_(?:\w|\{[^{}]*\})|'|\([^()=]*\))*")
 _LEADS_TO = re.compile(r"\\(?:approx|implies|Rightarrow)(?![A-Za-z])|[\u2248\u21d2]")
+_LONGEST = 20_000
 _RANGE = re.compile(r"\d+[-\u2013](\d+)")
 
 
@@ -68,8 +70,10 @@ def last_expression(text: str) -> str | None:
     r"""The last number, or expression with a number in it, of a text; None if there is none.
 
     An expression between $ signs, \( \) or \[ \] may be one of letters alone, x + y. Several of
-    them in a row, with commas, "and" or "or" between, are one list.
+    them in a row, with commas, "and" or "or" between, are one list. Only the end of a long text,
+    20,000 characters, is looked at.
     """
+    text = text[-_LONGEST:]
     end = len(text)
     for start, stop, content in reversed(_spans(text)):
         found = _last_plain(text[stop:end])
@@ -193,51 +197,48 @@ class _Line:
                 opened.append(number)
             elif token.kind == "close" and opened:
                 self.closes[opened.pop()] = number
+        # How many tokens up to each one are no part of a formula.
+        self.prose = list(accumulate(map(self._is_prose, self.tokens), initial=0))
 
     def atom(self, at: int) -> int | None:
-        """The end of the number, symbol, command or bracket at `at`, with what hangs on it."""
-        token = self.tokens[at]
-        if token.kind == "root":
-            return self.atom(at + 1)
-        if token.kind == "open":
-            end = self._bracket(at)
-        elif token.kind in ("number", "symbol", "command"):
-            end = at + 1
-        else:
-            end = at + 1 if self._is_name(token) else None
-        while end is not None and token.kind == "command" and self.tokens[end].text in ("{", "["):
-            if end not in self.closes:
-                return None
-            end = self.closes[end] + 1
-        return None if end is None else self._hanging(end)
-
-    def _hanging(self, end: int) -> int:
-        """Percent and degree signs, powers and indices."""
-        while True:
+        """The end of the number, symbol, command or bracket at `at`, with what hangs on it: percent
+        and degree signs, powers and indices."""
+        end = self._bare(at)
+        while end is not None:
             token = self.tokens[end]
-            script = token.text in ("^", "_")
-            if token.kind != "suffix" and not script:
-                return end
-            inner = end + 1
-            if script and self.tokens[inner].text == "{" and inner in self.closes:
-                end = self.closes[inner] + 1
-            elif script:
-                inner += self.tokens[inner].text in _SIGNS
-                found = self.atom(inner)
-                if found is None:
-                    return end
-                end = found
-            else:
+            if token.kind == "suffix":
                 end += 1
+            elif token.text in ("^", "_"):
+                script = self._script(end + 1)
+                if script is None:
+                    return end
+                end = script
+            else:
+                return end
+        return None
 
-    def _bracket(self, at: int) -> int | None:
-        """The end of a bracket without words in it."""
-        close = self.closes.get(at)
-        inside = self.tokens[at + 1 : close]
-        if close is None or any(t.kind in ("gap", "other") for t in inside):
-            return None
-        words = [t for i, t in enumerate(inside) if t.kind == "word" and not self._is_name(t)]
-        return None if words and r"\text" not in {t.text for t in inside} else close + 1
+    def _bare(self, at: int) -> int | None:
+        while self.tokens[at].kind == "root":
+            at += 1
+        token, end = self.tokens[at], at + 1
+        if token.kind == "open":
+            close = self.closes.get(at)
+            return None if close is None or self.prose[close] > self.prose[at] else close + 1
+        if token.kind == "command":
+            while self.tokens[end].text in ("{", "["):
+                if end not in self.closes:
+                    return None
+                end = self.closes[end] + 1
+            return end
+        return end if token.kind in ("number", "symbol") or self._is_name(token) else None
+
+    def _script(self, at: int) -> int | None:
+        if self.tokens[at].text == "{":
+            return self.closes[at] + 1 if at in self.closes else None
+        return self._bare(at + (self.tokens[at].text in _SIGNS))
+
+    def _is_prose(self, token: _Token) -> bool:
+        return token.kind in ("gap", "other") or (token.kind == "word" and not self._is_name(token))
 
     @staticmethod
     def _is_name(token: _Token) -> bool:

@@ -1,8 +1,8 @@
-"""math-verify in processes of its own, which can be ended: its limits hold in every thread.
+"""math-verify in a process of its own, which can be ended: its limit holds in every thread.
 
-A process is started when it is first needed (importing sympy takes a second or two, which no
-answer's limit pays for), kept for the next answer, and ended with the program. A process forked
-from the program starts its own.
+The process is started when it is first needed (importing sympy takes a second or two, which no
+answer's limit pays for) and ended with the program. It serves each thread that asks in a fork of
+its own, see `judge_worker`. A process forked from the program starts its own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import threading
 import time
 from pathlib import Path
 
-PROCESSES = 4
+THREADS = 8
 """How many answers are compared at once at most; further threads wait."""
 START_SECONDS, GRACE_SECONDS = 120, 2  # for it to start; for it to end an answer by itself
 MEMORY_BYTES = 4 * 1024**3
 """Address space of a process; an answer that needs more is wrong."""
-_FAILED = "math-verify's process cannot be started"
 _WORKER = Path(__file__).with_name("judge_worker.py")
 
 
@@ -36,113 +35,154 @@ def equal(given: str, right: str, seconds: float) -> bool:
     return _pool.equal(given, right, seconds)
 
 
-class _Process:
-    """A worker, and the socket that it reads and writes."""
+class _Line:
+    """A socket with a process at its other end; JSON lines go both ways."""
 
-    def __init__(self, seconds: float):
-        self.socket, theirs = socket.socketpair()
-        self.seconds, self.ready, self.received = seconds, False, b""
-        self.deadline = time.monotonic() + START_SECONDS
-        with theirs:
-            self.process = self._started(theirs)
-        path = [str(folder) for folder in sys.path]
-        self._send({"path": path, "seconds": seconds, "bytes": MEMORY_BYTES})
+    def __init__(self):
+        self.socket, self.theirs = socket.socketpair()
+        self.received = b""
 
-    def _started(self, theirs: socket.socket) -> subprocess.Popen:
-        command = [sys.executable or "python", "-I", str(_WORKER)]
-        try:
-            return subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
-        except OSError as error:
-            self.socket.close()
-            raise RuntimeError(f"{_FAILED} ({error}): {' '.join(command)}") from error
-
-    def await_start(self) -> None:
-        if self.ready:
-            return
-        try:
-            reply = self._receive(self.deadline)
-        except OSError as error:
-            reply = f"it has ended, or hangs: {error}"
-        if reply != "ready":
-            raise RuntimeError(
-                f"{_FAILED} ({reply}); check that `{sys.executable} -c 'import math_verify'` "
-                "works, or use the judge 'exact'"
-            )
-        self.ready = True
-
-    def equal(self, given: str, right: str) -> bool | None:
-        """None where an answer took too long. OSError: the process has ended, or hangs."""
-        self._send([given, right])
-        return self._receive(time.monotonic() + self.seconds + GRACE_SECONDS)
-
-    def _send(self, value) -> None:
-        self.socket.settimeout(START_SECONDS)
-        with contextlib.suppress(OSError):  # it has ended, which is seen when it should reply
-            self.socket.sendall(json.dumps(value).encode() + b"\n")
-
-    def _receive(self, deadline: float):
-        while b"\n" not in self.received:
+    def ask(self, value, seconds: float):
+        """The reply. OSError: the process has ended, or took too long."""
+        deadline = time.monotonic() + seconds
+        self.socket.settimeout(seconds)
+        self.socket.sendall(json.dumps(value).encode() + b"\n")
+        while not self.received.endswith(b"\n"):
             self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
             more = self.socket.recv(65536)
             if not more:
-                raise ConnectionError("no reply")
+                raise ConnectionError("the process has ended")
             self.received += more
-        line, _, self.received = self.received.partition(b"\n")
-        return json.loads(line)
+        reply, self.received = self.received, b""
+        return json.loads(reply)
+
+    def is_quiet(self) -> bool:
+        """Nothing is there to be read, not even an end: the process waits."""
+        self.socket.setblocking(False)
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        self.socket.close()
+        self.theirs.close()
+
+
+class _Server:
+    """The process, and the line that it takes further lines from."""
+
+    def __init__(self):
+        self.line = _Line()
+        self.process = None
+        command = [sys.executable or "python", "-I", str(_WORKER)]
+        settings = {"path": [str(folder) for folder in sys.path], "bytes": MEMORY_BYTES}
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=self.line.theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self.line.theirs.close()
+            reply = self.line.ask(settings, START_SECONDS)
+        except OSError as error:
+            reply = error
+        except BaseException:
+            self.end()
+            raise
+        if reply != "ready":
+            self.end()
+            raise RuntimeError(
+                f"math-verify's process cannot be started ({reply}); check that "
+                f"`{command[0]} -c 'import math_verify'` works, or use the judge 'exact'"
+            )
+
+    def serve(self, line: _Line) -> None:
+        """OSError: the process has ended."""
+        socket.send_fds(self.line.socket, [b"+"], [line.theirs.fileno()])
+        line.theirs.close()
 
     def end(self) -> None:
-        self.socket.close()
-        self.process.kill()
-        self.process.wait()
+        self.line.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 class _Pool:
-    """The workers, those of them that wait for an answer, and how many more there may be."""
+    """The process, the lines to it, and those of them that nobody waits at."""
 
     def __init__(self):
-        self.free = threading.BoundedSemaphore(PROCESSES)
-        self.idle: list[_Process] = []
-        self.all: set[_Process] = set()
+        self.starting = threading.Lock()
+        self.free = threading.BoundedSemaphore(THREADS)
+        self.server: _Server | None = None
+        self.lines: set[_Line] = set()
+        self.idle: list[_Line] = []
 
     def equal(self, given: str, right: str, seconds: float) -> bool:
         with self.free:
-            process = self._take(seconds)
+            line = self._take()
             try:
-                process.await_start()
-                verdict = process.equal(given, right)
+                verdict = line.ask([given, right, seconds], seconds + GRACE_SECONDS)
             except OSError:
-                self._end(process)
+                self._close(line)
                 return False
             except BaseException:  # as Ctrl-C: the reply may still be to come
-                self._end(process)
+                self._close(line)
                 raise
-            self.idle.append(process)
-            return bool(verdict)
+            self.idle.append(line)
+            return verdict
 
-    def _take(self, seconds: float) -> _Process:
+    def _take(self) -> _Line:
         with contextlib.suppress(IndexError):
             while True:
-                process = self.idle.pop()
-                if process.seconds == seconds and process.process.poll() is None:
-                    return process
-                self._end(process)
-        process = _Process(seconds)
-        self.all.add(process)
-        return process
+                line = self.idle.pop()
+                if line.is_quiet():
+                    return line
+                self._close(line)
+        line = _Line()
+        self.lines.add(line)
+        try:
+            with self.starting:
+                self._serve(line)
+        except BaseException:
+            self._close(line)
+            raise
+        return line
 
-    def _end(self, process: _Process) -> None:
-        self.all.discard(process)
-        process.end()
+    def _serve(self, line: _Line) -> None:
+        if self.server is not None:
+            try:
+                return self.server.serve(line)
+            except OSError:
+                self.server.end()
+                self.server = None
+        self.server = _Server()
+        self.server.serve(line)
+
+    def _close(self, line: _Line) -> None:
+        self.lines.discard(line)
+        line.close()
 
     def end(self) -> None:
-        for process in list(self.all):
-            self._end(process)
+        for line in list(self.lines):
+            self._close(line)
+        self.idle.clear()
+        if self.server is not None:
+            self.server.end()
+            self.server = None
 
     def forget(self) -> None:
-        """In a forked process, which has its own workers: these are the parent's."""
-        for process in self.all:
-            process.socket.close()
-            process.process.returncode = 0  # there is nothing to wait for
+        """In a forked process, which has its own worker: this is the parent's."""
+        for line in self.lines:
+            line.close()
+        if self.server is not None:
+            self.server.line.close()
+            self.server.process.returncode = 0  # there is nothing to wait for
         self.__init__()
 
 

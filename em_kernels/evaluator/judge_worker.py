@@ -1,12 +1,10 @@
 """The process that asks math-verify whether two answers are equal.
 
 It is run as a file, with `python -I`, so that it imports neither this package nor torch. Over the
-socket that is its standard input it reads JSON lines: first {"path": the parent's sys.path,
-"seconds", "bytes"}, to which it replies "ready" or why it is not, then [given, right], to which it
-replies true, false, or null where the answer took too long or too much memory.
-
-Answers are read in a fork of it, which an alarm ends. The next fork is ready at once, for it has
-everything loaded.
+socket that is its standard input it reads one JSON line, {"path": the parent's sys.path, "bytes"},
+and replies "ready" or why it is not. Then it takes sockets, one with each byte, and serves each in
+a fork of its own: JSON lines [given, right, seconds], to which the fork replies true or false. An
+answer that takes longer, or too much memory, ends the fork; the next has everything loaded.
 """
 
 import contextlib
@@ -14,43 +12,48 @@ import functools
 import json
 import os
 import signal
+import socket
 import sys
 
 
 def main() -> None:
+    control = socket.socket(fileno=os.dup(0))
     settings = json.loads(sys.stdin.readline())
     sys.path[:] = settings["path"]
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)  # what libraries print is no reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    socket = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # what libraries print is no reply
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     try:
         limit_memory(settings["bytes"])
         equal = load()
     except Exception as error:
-        reply(socket, f"{type(error).__name__}: {error}")
+        reply(control, f"{type(error).__name__}: {error}")
         return
-    reply(socket, "ready")
-    while not serve(socket, equal, settings["seconds"]):
-        reply(socket, None)
+    reply(control, "ready")
+    while True:
+        received, taken, *_ = socket.recv_fds(control, 1, 1)
+        if not received:
+            return
+        with socket.socket(fileno=taken[0]) as line:
+            if os.fork() == 0:
+                control.close()
+                serve(line, equal)
+                os._exit(0)
 
 
-def reply(socket: int, value) -> None:
-    os.write(socket, json.dumps(value).encode() + b"\n")
-
-
-def serve(socket: int, equal, seconds: float) -> bool:
-    """Answer in a fork; whether it ended because its input did."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1] == 0
-    for line in sys.stdin:
-        given, right = json.loads(line)
+def serve(line: socket.socket, equal) -> None:
+    for request in line.makefile():
+        given, right, seconds = json.loads(request)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         verdict = equal(given, right)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        reply(socket, verdict)
-    os._exit(0)
+        reply(line, verdict)
+
+
+def reply(line: socket.socket, value) -> None:
+    line.sendall(json.dumps(value).encode() + b"\n")
 
 
 def limit_memory(most: int) -> None:

@@ -101,8 +101,7 @@ def _recurring(match: re.Match) -> str:
 
 
 def _large(match: re.Match) -> str:
-    power = 3 * (1 + ["thousand", "million", "billion", "trillion"].index(match[2].lower()))
-    return rf"{match[1]}\times 10^{{{power}}}"
+    return rf"{match[1]}\times 10^{{{_LARGE[match[2].lower()]}}}"
 
 
 _Rules = tuple[tuple[re.Pattern[str], "str | Callable[[re.Match], str]"], ...]
@@ -116,10 +115,11 @@ _DRESSING = (
     ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"),
     ("*", "*"), ("`", "`"), ("{", "}"), ('"', '"'), ("\u201c", "\u201d"),
 )  # fmt: skip
+_LARGE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _SPACE = r"(?:\s|(?<!\\)\\[ ,;:!]|~)"
 _TEXT = r"\\(?:text|mbox|mathrm|mathbf|mathit|textbf|textit|textrm|bm|boldsymbol)"
-_UNIT = r"(?:[A-Za-z]{2,}|[mshgdlLCFKWVJN])(?:\^\{?-?\d\}?)?"
+_UNIT = r"(?!(?:or|and|mod|squared|cubed)\b)(?:[A-Za-z]{2,}|[mshgdlLCFKWVJN])(?:\^\{?-?\d\}?)?"
 _THOUSANDS = r"(?<![\d.,])\d{1,3}(?:%s\d{3})+(?!\d|,\d)"
 _MONEY = r"\\?[$\u20ac\u00a3\u00a5\u20b9]"
 
@@ -157,6 +157,7 @@ _FORMS = _compiled(
     (rf"{_SPACE}*(?:\u00b0\s*[CF]?(?![A-Za-z])|\^\s*\{{?\s*\\circ\s*\}}?|\\degree)", ""),
     (rf"{_SPACE}*(?:\\?%|{_TEXT}\{{\s*percent\s*\}}|percent(?![a-z]))", r"\\%"),
     (rf"(?:USD|EUR|GBP|(?:US|A)?{_MONEY})\s*(?=[-+.\d])|(?<=\d)\s*{_MONEY}", ""),
+    (rf"{_TEXT}\{{\s*((?:{'|'.join(_LARGE)})[^{{}}]*)\}}", r" \1"),
     (rf"^{_TEXT}\s*\{{([^{{}}]*\d[^{{}}]*)\}}$", r"\1"),
     (rf"{_TEXT}\s*\{{\s*([-+\d.,/]+)\s*\}}", r" \1 "),
     (rf"^(.*?[\d}})%])(?:{_SPACE})*{_TEXT}\{{\s*[^{{}}\d]{{2,}}\}}(?:\^\{{?\d\}}?)?$", r"\1"),
@@ -173,7 +174,7 @@ _FORMS = _compiled(
         lambda m: rf"{m[1]}\times 10^{{{int(m[2])}}}",
     ),
     (r"(?<=10)\s*\^\s*([-+]?\d+)(?![\d.])", r"^{\1}"),
-    (r"(?i)^(\D{0,2}[\d.]+)\s*(thousand|million|billion|trillion)(?:s?(?:\s+[a-z]+)?)$", _large),
+    (rf"(?i)^([-+]?[\d.]+)\s*({'|'.join(_LARGE)})s?(?:\s+[a-z]+)?$", _large),
     (rf"(?<![\w.,/^}}])(\d+){_SPACE}+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (rf"^([-+]?)\s*({_DECIMAL})\s*/\s*({_DECIMAL})(?=\s|$)", r"\1\\frac{\2}{\3}"),
     (rf"^([-+\d.\s]+(?:\\frac\{{\d+\}}\{{\d+\}})?)\s*{_UNIT}(?:[\s/.*-]+{_UNIT})*$", r"\1"),
