@@ -9,7 +9,7 @@ from em_kernels.evaluator.expressions import braces, is_expression, last_express
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _UNBRACED = re.compile(r"(?=\S*[\d\\])[^\s${}]+(?:\{[^{}]*\})*")
-_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*((?:(?!####)[^\n]){0,2000})")
 _STYLE = re.compile(
     r"\\(?:text|math|bf|rm|it|displaystyle|quad|qquad|square|Box|ldots|dots|cdots|left|right"
     r"|hspace|phantom|underline|boxed|fbox)[a-z]*(?![A-Za-z])|\\[ ,;:!]"
@@ -21,9 +21,7 @@ _ANSWER_HEADING = re.compile(
 _HEADING = re.compile(
     r"[\W_]{0,9}(?:step|part|case|solution|explanation|conclusion)\b|\d+[.)]\s+\S", re.IGNORECASE
 )
-_NUMBERED = re.compile(
-    r"^#{1,6}[ \t]*[*_]{0,3}(?:step|part|case)\b.*$", re.IGNORECASE | re.MULTILINE
-)
+_NUMBERED = re.compile(r"(?im)^#{1,6}[ \t]*[*_]{0,3}(?:step|part|case)\b.*$")
 
 
 def final_answer(text: str | None) -> str | None:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 _TOKEN = re.compile(
     r"""
-    (?P<number>(?:\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*|\.\d+)
+    (?P<number>(?:\d+\.\d*(?:\\(?:overline|bar|dot)\{?\d+\}?|\(\d+\))|\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*|\.\d+)
         (?:[eE][-+\u2212]?\d+(?!\w))?)
     |(?P<nothing>\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])|\\?[$\u20ac\u00a3\u00a5])
     |(?P<gap>\\(?:begin|end|item|quad|qquad|boxed|fbox|approx|implies|Rightarrow)(?![A-Za-z])
         |\\[()\[\]]|[^\W\d_]+\d\w*(?:\.\d+)*)
     |(?P<operator>\\(?:cdot|times|div|pm|mp|leq?|geq?|neq?|lt|gt|in|cup|cap|to)(?![A-Za-z])
         |\*\*|[-+*/^_=<>:\u2212\u2013\u00b1\u00d7\u00b7\u22c5\u00f7\u2264\u2265\u2260\u2044])
-    |(?P<root>[\u221a\u221b])
+    |(?P<root>[\u221a\u221b]+)
     |(?P<suffix>\\?%|[\u00b0\u00b2\u00b3\u00b9\u2070-\u207f])
     |(?P<command>\\(?:[dt]?frac|sqrt|binom)\d+|\\[A-Za-z]+)
     |(?P<word>[^\W\d_]+)
@@ -56,7 +56,9 @@ _SPAN = re.compile(
     re.DOTALL,
 )
 _BETWEEN = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
-_VALUE = re.compile(r"[\d\u03c0\u221e\u2205\u00bc-\u00be\u2150-\u215f]|\\(?:pi|infty|emptyset)\b")
+_VALUE = re.compile(
+    r"[\d\u03c0\u221e\u2205\u00bc-\u00be\u2150-\u215f]|\\(?:pi|infty|emptyset|varnothing)\b"
+)
 _FORMULA = re.compile(r"[\w})]\s*(?:[-+*/^]|\\cdot|\\times)\s*[\\\w({]")
 _GROUPS = re.compile(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?")
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|left|right|binom)(?![A-Za-z])")
@@ -218,8 +220,7 @@ class _Line:
         return None
 
     def _bare(self, at: int) -> int | None:
-        while self.tokens[at].kind == "root":
-            at += 1
+        at += self.tokens[at].kind == "root"
         token, end = self.tokens[at], at + 1
         if token.kind == "open":
             close = self.closes.get(at)
