@@ -63,7 +63,7 @@ def _marked(text: str) -> str | None:
     filled = [content for content in _boxes(text) if has_meaning(content)]
     if filled:
         return filled[-1]
-    marks = reversed(list(_MARK.finditer(text)))
+    marks = reversed(list(_MARK.finditer(text))[-20:])
     found = (_after_mark(m[1].strip(), text[m.end() : m.end() + 2000].strip()) for m in marks)
     return next((answer for answer in found if answer is not None), None)
 

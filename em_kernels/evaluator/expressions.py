@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 _TOKEN = re.compile(
     r"""
-    (?P<number>(?:\d+\.\d*(?:\\(?:overline|bar|dot)\{?\d+\}?|\(\d+\))|\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*|\.\d+)
+    (?P<number>
+        (?:\d+\.\d*(?:\\(?:overline|bar|dot)\{?\d+\}?|\(\d+\))
+        |\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*
+        |\.\d+)
         (?:[eE][-+\u2212]?\d+(?!\w))?)
     |(?P<nothing>\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])|\\?[$\u20ac\u00a3\u00a5])
     |(?P<gap>\\(?:begin|end|item|quad|qquad|boxed|fbox|approx|implies|Rightarrow)(?![A-Za-z])

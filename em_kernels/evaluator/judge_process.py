@@ -187,6 +187,6 @@ class _Pool:
 
 
 _pool = _Pool()
-atexit.register(_pool.end)
+atexit.register(lambda: _pool.end())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.forget)
+    os.register_at_fork(after_in_child=lambda: _pool.forget())
