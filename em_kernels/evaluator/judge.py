@@ -1,33 +1,35 @@
-"""Whether an answer in free text is the right one."""
+"""Whether an answer in free text is the right one: what is equal, for every reward and vote."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
-import threading
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from em_kernels.evaluator import judge_process
+from em_kernels.evaluator.answers import final_answer, has_meaning, marked_answer
+from em_kernels.evaluator.written import is_words, read
 
 JUDGES = ("auto", "math-verify", "exact")
 TIME_LIMIT_SECONDS = 3
-
-_DIGITS = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-_PLAIN = re.compile(_DIGITS)
-_IN_TEXT = re.compile(rf"(?<![\w.]){_DIGITS}")
-_FRACTION = re.compile(r"([-+]?\d+)\s*/\s*(\d+)|([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
+"""Longest time for one comparison by math-verify, wherever it runs; then it is ended."""
+_CLOSE = 1e-3  # relative; numbers further apart are no roundings of each other
 
 Judge = Callable[[str, str], bool]
 """(response, right answer) -> whether the response's final answer is right."""
 
 
 def make_judge(name: str = "auto") -> Judge:
-    """The judge called `name`.
+    r"""The judge called `name`.
 
-    - "exact": the final answers are the same number (1,234 = 1234.0, 1/2 = 0.5) or the same text
-      but for case, spaces and LaTeX dressing;
+    - "exact": the final answers are the same number (1,234 = 1234.0, 1/2 = 0.5, 1 1/2 = 3/2,
+      1e3 = 10^{3}) or the same text but for case and dressing (LaTeX layout, $, Markdown, units);
     - "math-verify": right by "exact", or equal by the package math-verify, which also knows
-      expressions, sets and intervals; an answer it fails on, or takes too long over, is wrong;
+      expressions, sets and intervals. It runs in a process that is ended after
+      `TIME_LIMIT_SECONDS`, in any thread; an answer that it fails on, or takes too long over, is
+      wrong. So is one of more than 2,000 characters that is not the same text. Of its leniences
+      these stay: 50\% is 0.5 and, being a whole number, 50 (12.5\% is 0.125 alone); a fraction or
+      root equals its decimals if they agree to 6 places; x = 5 is 5; units are not compared;
     - "auto": "math-verify" where it is installed, else "exact".
 
     Raises:
@@ -51,90 +53,70 @@ def judge_name(judge: Judge) -> str:
 
 def exact(response: str, answer: str) -> bool:
     """The final answer of `response` is `answer`, by number or by text."""
-    given, right = final_answer(response), marked_answer(answer) or answer
-    if given is None:
-        return False
-    numbers = _number(given), _number(right)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _undressed(given) == _undressed(right)
+    given, right = final_answer(response), _right(answer)
+    return given is not None and _identical(given, right)
 
 
 def math_verify(response: str, answer: str) -> bool:
     """`exact`, or equal by math-verify within the time limit."""
-    if exact(response, answer):
-        return True
-    given, right = marked_answer(response), marked_answer(answer) or answer
-    if given is not None and _is_plain_number(given) and _is_plain_number(right):
+    given, right = final_answer(response), _right(answer)
+    return given is not None and (_identical(given, right) or _equal(given, right))
+
+
+def recorded_judge(name: str) -> Judge:
+    """The judge of a finished evaluation, or "exact" where math-verify is no longer installed."""
+    return make_judge("exact" if name == "exact" else "auto")
+
+
+def same_answer(judge: Judge | None = None) -> Callable[[str, str], bool]:
+    """Whether two final answers, as of `final_answer`, are equal by `judge` (`make_judge()`)."""
+    judge = judge or make_judge()
+    return lambda answer, first: answer == first or judge(f"\\boxed{{{answer}}}", first)
+
+
+def number_answers(
+    answers: Iterable[str | None], same: Callable[[str, str], bool]
+) -> list[int | None]:
+    """Number the answers from 0, equal ones alike; None is no answer, and equals nothing.
+
+    An answer joins the first cluster whose first member it is the `same` as.
+    """
+    firsts: list[str] = []
+    return [None if answer is None else _place(answer, firsts, same) for answer in answers]
+
+
+def _place(answer: str, firsts: list[str], same: Callable[[str, str], bool]) -> int:
+    for number, first in enumerate(firsts):
+        if same(answer, first):
+            return number
+    firsts.append(answer)
+    return len(firsts) - 1
+
+
+def _right(answer: str) -> str:
+    return marked_answer(answer) or answer
+
+
+def _identical(given: str, right: str) -> bool:
+    """The same number, or the same text."""
+    a, b = read(given), read(right)
+    if a.number is not None and b.number is not None:
+        return a.number == b.number
+    return a.text == b.text and has_meaning(b.text)
+
+
+def _equal(given: str, right: str) -> bool:
+    """Of what is not identical: by math-verify, if it can be more than nearly equal."""
+    a, b = read(given), read(right)
+    if not (a.legible and b.legible) or (is_words(a.text) and is_words(b.text)):
         return False
-    return _math_verify(response if given is None else f"\\boxed{{{given}}}", right)
+    if a.number is not None and b.number is not None:
+        apart = abs(a.number - b.number) > _CLOSE * max(abs(a.number), abs(b.number))
+        if a.decimal == b.decimal or apart:
+            return False
+    return _by_math_verify(a.latex, b.latex, TIME_LIMIT_SECONDS)
 
 
-def final_answer(text: str) -> str | None:
-    """The marked answer, else the last number in the text, else None."""
-    marked = marked_answer(text)
-    if marked is not None:
-        return marked
-    numbers = _IN_TEXT.findall(text)
-    return numbers[-1] if numbers else None
-
-
-def marked_answer(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, else the line after the last ####, else None."""
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed
-    _, mark, rest = text.rpartition("####")
-    lines = rest.strip().splitlines()
-    return lines[0].strip() if mark and lines else None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len(r"\boxed{")
-    for end in range(begin, len(text)):
-        if text[end] == "}" and depth == 0:
-            return text[begin:end].strip()
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-    return None
-
-
-def _number(text: str) -> Fraction | None:
-    text = _bare(text)
-    if _is_plain_number(text):
-        return Fraction(text.replace(",", ""))
-    match = _FRACTION.fullmatch(text)
-    if match is None:
-        return None
-    over, under = match[1] or match[3] + match[4], match[2] or match[5]
-    return Fraction(int(over), int(under)) if int(under) else None
-
-
-def _is_plain_number(text: str) -> bool:
-    return _PLAIN.fullmatch(_bare(text)) is not None
-
-
-def _bare(text: str) -> str:
-    """Without dollar signs, outer spaces and a full stop at the end."""
-    return text.replace(r"\$", "").replace("$", "").strip().rstrip(".").strip()
-
-
-def _undressed(text: str) -> str:
-    text = _TEXT.sub(r"\1", _bare(text)).replace(r"\left", "").replace(r"\right", "")
-    return re.sub(r"\s|\\[ ,;!]", "", text).replace(r"\dfrac", r"\frac").lower()
-
-
-def _math_verify(given: str, right: str) -> bool:
-    from math_verify import parse, verify
-
-    # Its time limit is a signal, which only the main thread can set.
-    main = threading.current_thread() is threading.main_thread()
-    limit = TIME_LIMIT_SECONDS if main else None
-    try:
-        gold = parse(f"\\boxed{{{right}}}", parsing_timeout=limit)
-        target = parse(given, parsing_timeout=limit)
-        return bool(verify(gold, target, timeout_seconds=limit))
-    except Exception:
-        return False
+@lru_cache(maxsize=4096)
+def _by_math_verify(given: str, right: str, seconds: float) -> bool:
+    return judge_process.equal(given, right, seconds)

@@ -9,6 +9,7 @@ import importlib
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,5 +213,11 @@ def _text(value) -> str | None:
         parts = [None if isinstance(v, (list, tuple)) else _text(v) for v in value]
         return None if None in parts else ", ".join(parts)
     if is_number(value):
-        return str(value)
+        return _number_text(value)
     return value if isinstance(value, str) and value.strip() else None
+
+
+def _number_text(value: int | float) -> str | None:
+    """Its shortest decimal digits, without an exponent: 0.00001, not 1e-05; None for NaN."""
+    number = Decimal(value) if isinstance(value, int) else Decimal(repr(float(value)))
+    return format(number, "f") if number.is_finite() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from em_kernels.evaluator.judge import Judge, recorded_judge
 from em_kernels.evaluator.records import RECORDS, UTF8, EvalError, Records, read_settings
 from em_kernels.evaluator.statistics import cluster_entropy, vote_margin
 from em_kernels.evaluator.summary import Light, clusters, read_answers
@@ -47,7 +48,8 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
         raise EvalError(f"{folder} must have one temperature above 0 to rank by, has {drawn}")
     answers = read_answers(Records(Path(folder) / RECORDS)).get(drawn[0], {})
     left_out = set(settings["too_long"])
-    rows = [_row(settings, i, answers[i]) for i in answers if i not in left_out]
+    judge = recorded_judge(settings["config"]["judge"])
+    rows = [_row(settings, i, answers[i], judge) for i in answers if i not in left_out]
     if any(row[by] is None for row in rows):
         raise ValueError(f"{folder} has no {by} for its answers; rank by another signal")
     return sorted(rows, key=lambda row: SIGNALS[by] * row[by])[:top]
@@ -58,10 +60,10 @@ def check_top(top: int | None) -> None:
         raise ValueError(f"top must be 1 or more, got {top}")
 
 
-def _row(settings: dict, i: int, answers: list[Light]) -> dict:
+def _row(settings: dict, i: int, answers: list[Light], judge: Judge) -> dict:
     problem, config = settings["problems"][i], settings["config"]
     accuracy = sum(a.correct for a in answers) / len(answers) if config["labelled"] else None
-    votes = clusters(answers)
+    votes = clusters(answers, judge)
     return {
         "prompt": config["template"].format(problem=problem["problem"]),
         **problem,

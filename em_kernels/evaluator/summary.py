@@ -7,7 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from em_kernels.evaluator.judge import exact, final_answer
+from em_kernels.evaluator.judge import (
+    Judge,
+    final_answer,
+    number_answers,
+    recorded_judge,
+    same_answer,
+)
 from em_kernels.evaluator.records import RECORDS, Answer, Record, Records, read_settings
 from em_kernels.evaluator.statistics import (
     bootstrap,
@@ -54,21 +60,9 @@ def read_answers(records: Iterable[Record]) -> dict[float, dict[int, list[Light]
     }
 
 
-def clusters(answers: list[Light]) -> list[int | None]:
-    """Number the answers by their final answer: the same number, or the same text; None without."""
-    firsts: list[str] = []
-    numbers: list[int | None] = []
-    for answer in answers:
-        numbers.append(None if answer.final is None else _place(answer.final, firsts))
-    return numbers
-
-
-def _place(final: str, firsts: list[str]) -> int:
-    for number, first in enumerate(firsts):
-        if final == first or exact(f"\\boxed{{{final}}}", first):
-            return number
-    firsts.append(final)
-    return len(firsts) - 1
+def clusters(answers: list[Light], judge: Judge) -> list[int | None]:
+    """Number the answers, those whose final answers are equal by the judge alike; None without."""
+    return number_answers([answer.final for answer in answers], same_answer(judge))
 
 
 def summarise(folder: str | Path) -> dict:
@@ -82,6 +76,7 @@ def summarise(folder: str | Path) -> dict:
     """
     settings = read_settings(folder)
     config = settings["config"]
+    judge = recorded_judge(config["judge"])
     found = read_answers(Records(Path(folder) / RECORDS))
     asked = sum(config["samples"] if t > 0 else 1 for t in config["temperatures"])
     answers = sum(len(a) for problems in found.values() for a in problems.values())
@@ -96,17 +91,17 @@ def summarise(folder: str | Path) -> dict:
         "too_long": settings["too_long"],
         "missing_answers": asked * len(settings["problems"]) - answers,
         "temperatures": [
-            {"temperature": t, **_at_temperature(list(problems.values()))}
+            {"temperature": t, **_at_temperature(list(problems.values()), judge)}
             for t, problems in found.items()
         ],
     }
 
 
-def _at_temperature(problems: list[list[Light]]) -> dict:
+def _at_temperature(problems: list[list[Light]], judge: Judge) -> dict:
     answers = [answer for of_problem in problems for answer in of_problem]
     k = min(map(len, problems))
     counts = [(sum(a.correct for a in p), len(p)) for p in problems]
-    votes = [(clusters(p), [a.correct for a in p]) for p in problems]
+    votes = [(clusters(p, judge), [a.correct for a in p]) for p in problems]
     powers = [2**i for i in range(k.bit_length()) if 2**i <= k]
     said = [a for a in answers if a.tokens]
     return {

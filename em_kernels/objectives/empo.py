@@ -19,6 +19,7 @@ def answer_clusters(
     prompt: Sequence[int] | Tensor,
     *,
     same: Callable[[str, str], bool] | None = None,
+    judge: Callable[[str, str], bool] | None = None,
 ) -> Tensor:
     """Number the responses by meaning, within each prompt.
 
@@ -28,15 +29,17 @@ def answer_clusters(
         responses: N generated texts.
         prompt: N integer ids of their prompts.
         same: (response, first member of a cluster) -> whether they mean the same. By default their
-            final answers (boxed, after ####, or the last number) are equal by the judge of the
-            evaluator, and a response without one gets `NO_ANSWER`.
+            final answers (boxed, after ####, or the last expression) are equal by `judge`, and a
+            response without one gets `NO_ANSWER`.
+        judge: (response, right answer) -> bool; by default `evaluator.make_judge()`. Not with
+            `same`.
 
     Returns:
         (N,) int64 cluster numbers, from 0 within each prompt in order of appearance; on the
         device of `prompt` if that is a tensor.
 
     Raises:
-        ValueError: `prompt` and `responses` differ in length.
+        ValueError: `prompt` and `responses` differ in length, or `same` and `judge` are given.
 
     Source: Zhang et al., "Right Question is Already Half the Answer: Fully Unsupervised LLM
     Reasoning Incentivization" (2025), EMPO; clustering by first member: Farquhar et al.,
@@ -47,39 +50,23 @@ def answer_clusters(
         raise ValueError(
             f"prompt must have {len(responses)} entries, one per response, got {len(prompts)}"
         )
+    if same is not None and judge is not None:
+        raise ValueError("same and judge both say which responses are alike; give one of them")
+    # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
+    from em_kernels.evaluator.judge import final_answer, number_answers, same_answer
+
     texts: Sequence[str | None] = responses
     if same is None:
-        texts, same = _final_answers(responses), _equal_answers()
-    firsts: dict[int, list[str]] = {}
-    clusters = []
-    for text, which in zip(texts, prompts):
-        clusters.append(_join(text, firsts.setdefault(which, []), same))
+        texts, same = [final_answer(response) for response in responses], same_answer(judge)
+    rows: dict[int, list[int]] = {}
+    for row, which in enumerate(prompts):
+        rows.setdefault(which, []).append(row)
     device = prompt.device if isinstance(prompt, Tensor) else None
-    return torch.tensor(clusters, dtype=torch.int64, device=device)
-
-
-def _join(text: str | None, firsts: list[str], same: Callable[[str, str], bool]) -> int:
-    if text is None:
-        return NO_ANSWER
-    for number, first in enumerate(firsts):
-        if same(text, first):
-            return number
-    firsts.append(text)
-    return len(firsts) - 1
-
-
-def _final_answers(responses: Sequence[str]) -> list[str | None]:
-    # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
-    from em_kernels.evaluator.judge import final_answer
-
-    return [final_answer(response) for response in responses]
-
-
-def _equal_answers() -> Callable[[str, str], bool]:
-    from em_kernels.evaluator.judge import make_judge
-
-    judge = make_judge()
-    return lambda answer, first: answer == first or judge(f"\\boxed{{{answer}}}", first)
+    clusters = torch.full((len(prompts),), NO_ANSWER, dtype=torch.int64, device=device)
+    for own in rows.values():
+        numbers = number_answers([texts[row] for row in own], same)
+        clusters[own] = clusters.new_tensor([NO_ANSWER if n is None else n for n in numbers])
+    return clusters
 
 
 def empo_reward(cluster: Tensor, prompt: Tensor) -> Tensor:

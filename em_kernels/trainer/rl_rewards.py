@@ -54,7 +54,7 @@ def describe(
     if all(task.answer is not None for task in tasks):
         correct = verified_reward(texts, [task.answer for task in tasks], judge=judge)
     if objective == "empo" or config.reward_of(objective) in ("majority", "empo"):
-        cluster = answer_clusters(texts, group)
+        cluster = answer_clusters(texts, group, judge=judge)
     return Answers(texts, group, length, correct, cluster)
 
 
