@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,22 @@ from em_kernels._checks import check_number
 from em_kernels._head_call import Taken, check_dtypes, check_head, head_replaced, is_replaced
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.heads import causal_lm, read_head
+from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.token_loss import linear_token_loss, token_loss
 
 IGNORED = -100
 
 
-@dataclass
+@dataclass(init=False)
 class TokenStatsOutput(ModelOutput):
     """What a patched model returns in place of logits; None where not asked for.
 
-    loss: -sum logprob / n with n the number of targets (or `num_items_in_batch`), plus the
-    weighted `aux_loss` of a router; given when there are labels. head_input: (B, T, D), what the
-    head multiplies; only for the loss functions of this module. Then the fields of `TokenStats`,
-    each (B, T), and what the model returned besides its logits.
+    loss: -sum logprob / n with n the number of targets (or `num_items_in_batch`), plus what the
+    model adds to its own loss (the weighted `aux_loss` of a router); given when there are labels.
+    head_input: (B, T, D), what the head multiplies; only for the loss functions of this module.
+    Then the fields of `TokenStats`, each (B, T), and under its own names whatever the model
+    returned besides its loss and logits.
     """
 
     loss: Tensor | None = None
@@ -54,16 +56,32 @@ class TokenStatsOutput(ModelOutput):
     logit_var: Tensor | None = None
     logit_skew: Tensor | None = None
     entropy_slope: Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+
+    def __init__(self, *args, **values):
+        names = [f.name for f in fields(self)]
+        values = {**dict.fromkeys(names), **dict(zip(names, args)), **values}
+        for name, value in values.items():
+            setattr(self, name, value)
+            if value is not None:
+                self[name] = value
+        self.__post_init__()
+
+    def __getattr__(self, name: str):
+        said = f"; {_NO_LOGITS}" if name == "logits" else ""
+        raise AttributeError(f"TokenStatsOutput has no attribute {name!r}{said}")
+
+    def __getitem__(self, key):
+        if key == "logits" and key not in self:
+            raise KeyError(f"logits; {_NO_LOGITS}")
+        return super().__getitem__(key)
 
     @property
     def em(self) -> TokenStats:
         """The statistics alone."""
         return TokenStats(*(getattr(self, name) for name in OUTPUTS))
+
+
+_NO_LOGITS = "the logits were not computed: call the model without em_outputs (or in eval mode)"
 
 
 def apply_em_kernels(model):
@@ -96,7 +114,7 @@ def apply_em_kernels(model):
     target = _causal_lm(model)
     if _patch(target) is None:
         check_head(target)
-        target._em_kernels = _Patch(target, target.__dict__.get("forward"))
+        target._em_kernels = _Patch(target, target.__dict__.get("forward"), adds_to_loss(target))
         target.forward = target._em_kernels
     return model
 
@@ -208,6 +226,7 @@ class _Patch:
 
     model: PreTrainedModel
     previous: Callable | None  # the forward it had besides its class's
+    adds_to_loss: bool  # its own forward, given labels, adds something to its loss
     taken: Taken = field(default_factory=Taken)
     deferred: bool = False  # in train mode return head_input, for a loss function
     autocast: torch.dtype | None = None  # autocast's dtype in the last forward, if it was on
@@ -253,7 +272,7 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
     items = kwargs.pop("num_items_in_batch", None)
     target = shifted if labels is None or shifted is not None else next_token_targets(labels)
     names = _check_names(names, target)
-    outputs, hidden = _run_backbone(model, args, kwargs)
+    outputs, hidden = _run_with_labels(model, args, kwargs, shifted if labels is None else labels)
     head = read_head(model)
     check_dtypes(head, hidden)
     hidden = hidden.to(head.weight.device)
@@ -267,9 +286,9 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
         ignore_index=IGNORED,
         **head.arguments,
     )
-    loss = None if target is None else _cross_entropy(model, outputs, stats.logprob, target, items)
-    fields = {name: value for name, value in stats._asdict().items() if name in names}
-    return TokenStatsOutput(loss=loss, **fields, **_other_fields(outputs))
+    loss = None if target is None else _loss(model, outputs, stats.logprob, target, items)
+    values = {name: value for name, value in stats._asdict().items() if name in names}
+    return TokenStatsOutput(**{**_other_fields(outputs), "loss": loss, **values})
 
 
 def _check_names(names, target: Tensor | None) -> tuple[str, ...]:
@@ -291,12 +310,25 @@ def _attended(kwargs: dict, hidden: Tensor) -> Tensor | None:
     return mask[:, -hidden.shape[1] :].to(hidden.device)
 
 
-def _cross_entropy(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
+def _run_with_labels(model, args, kwargs, labels) -> tuple[ModelOutput, Tensor]:
+    """`_run_backbone`, the loss being what the model itself adds to a loss."""
+    if labels is None or not _patch(model).adds_to_loss:
+        return _run_backbone(model, args, kwargs)
+    with loss_of_zero(model):
+        return _run_backbone(model, args, {**kwargs, "labels": labels})
+
+
+def _loss(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
+    """The mean cross entropy, and what the model adds to it."""
     loss = -logprob.sum() / _item_count(target, items, logprob.device)
-    aux_loss = outputs.get("aux_loss")
-    if aux_loss is None:
-        return loss
-    return loss + model.router_aux_loss_coef * aux_loss.to(loss.device)
+    if _patch(model).adds_to_loss:
+        return loss + outputs.loss.to(loss.device)
+    if outputs.get("aux_loss") is not None:
+        raise ValueError(
+            f"outputs of {type(model).__name__} have an aux_loss, whose weight in the loss is not "
+            "known: set model.config.output_router_logits = False"
+        )
+    return loss
 
 
 def _item_count(target: Tensor, items: Tensor | float | None, device: torch.device) -> Tensor:
@@ -311,12 +343,13 @@ def _deferred(model, args, kwargs) -> TokenStatsOutput:
     device = hidden.device.type
     on = torch.is_autocast_enabled(device)
     _patch(model).autocast = torch.get_autocast_dtype(device) if on else None
-    return TokenStatsOutput(head_input=hidden, **_other_fields(outputs))
+    return TokenStatsOutput(**{**_other_fields(outputs), "head_input": hidden})
 
 
 def _other_fields(outputs) -> dict:
-    names = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
-    return {name: outputs.get(name) for name in names}
+    """What the model returned besides its loss and logits, by name."""
+    names = [f.name for f in fields(outputs)] if is_dataclass(outputs) else list(outputs)
+    return {name: getattr(outputs, name) for name in names if name not in ("loss", "logits")}
 
 
 @functools.partial(torch.compiler.disable, recursive=False)  # compile what is called here
