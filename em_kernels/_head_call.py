@@ -194,7 +194,8 @@ def _logits_of(model, head: Head, probe: Tensor) -> tuple[Tensor, float]:
 
     with in_eval_mode(model), head_replaced(model, answer):
         ids = torch.tensor([[0, 1]], device=model.device)
-        return model.forward(input_ids=ids, use_cache=False, return_dict=True).logits, units[0]
+        called = model._call_impl(input_ids=ids, use_cache=False, return_dict=True)  # with hooks
+        return called.logits, units[0]
 
 
 def check_dtypes(head: Head, hidden: Tensor) -> None:

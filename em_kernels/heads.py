@@ -154,18 +154,12 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         if not _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
             raise ModelError(
                 f"the head of {name} is a {kind}, not a plain nn.Linear: leave it out of "
-                'target_modules (modules_to_save=["lm_head"] trains all of it), or merge it'
+                'target_modules (modules_to_save=["lm_head"] trains all of it), or merge and unload'
             )
     elif type(layer).forward is not _LINEAR or type(layer).__call__ is not nn.Module.__call__:
         raise ModelError(
             f"the head of {name} is a {kind}, not a plain nn.Linear: leave it out of quantisation "
             '(modules_to_not_convert=["lm_head"]), or put an nn.Linear with its weights there'
-        )
-    hook = layer.__dict__.get("_hf_hook")
-    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
-        raise ModelError(
-            f"the head of {name} is offloaded: keep it (and the embedding that it is tied to) on a "
-            'device, as with device_map={"lm_head": 0, ...}'
         )
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ModelError(
@@ -176,6 +170,9 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 def _check_own_forward(name: str, layer: nn.Module) -> None:
     """Refuse a forward put on the layer itself, but for accelerate's, which moves its input."""
+    if "_orig_mod" in layer._modules:
+        raise ModelError(f"the head of {name} is compiled by itself: compile the model instead")
+    _check_accelerate(name, layer.__dict__.get("_hf_hook"))
     forward = layer.__dict__.get(forward_slot(layer))
     if forward is None or forward is layer.__dict__.get(STAND_IN):
         return
@@ -186,6 +183,22 @@ def _check_own_forward(name: str, layer: nn.Module) -> None:
         "need not be hidden @ weight.T + bias. `del model.get_output_embeddings().forward`; to "
         "multiply in float32, cast the head, and its input in a forward pre-hook on it"
     )
+
+
+def _check_accelerate(name: str, hook: object) -> None:
+    """Refuse accelerate's hooks that do more than move the input."""
+    for part in getattr(hook, "hooks", [hook] if hook is not None else []):
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        if getattr(part, "offload", False):
+            raise ModelError(
+                f"the head of {name} is offloaded: keep it (and the embedding that it is tied to) "
+                'on a device, as with device_map={"lm_head": 0, ...}'
+            )
+        if kind not in ("accelerate.hooks.AlignDevicesHook", "accelerate.hooks.CpuOffload"):
+            raise ModelError(
+                f"the head of {name} has a hook of {kind}, which may change its result: "
+                "accelerate.hooks.remove_hook_from_module(model.get_output_embeddings())"
+            )
 
 
 def forward_slot(layer: nn.Module) -> str:

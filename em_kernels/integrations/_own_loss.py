@@ -73,7 +73,8 @@ def _added(model, seed: int) -> float | None:
     ids = torch.tensor([[0, 1]], device=model.device)
     try:
         with in_eval_mode(model), loss_of_zero(model, loss), head_replaced(model, answer):
-            total = model.forward(input_ids=ids, labels=ids, use_cache=False, return_dict=True).loss
+            inputs = dict(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+            total = model._call_impl(**inputs).loss
     except ModelError:
         raise
     except Exception:  # a loss of its own, or inputs that it misses

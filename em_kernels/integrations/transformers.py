@@ -348,8 +348,9 @@ def _deferred(model, args, kwargs) -> TokenStatsOutput:
 
 def _other_fields(outputs) -> dict:
     """What the model returned besides its loss and logits, by name."""
-    names = [f.name for f in fields(outputs)] if is_dataclass(outputs) else list(outputs)
-    return {name: getattr(outputs, name) for name in names if name not in ("loss", "logits")}
+    declared = [f.name for f in fields(outputs)] if is_dataclass(outputs) else []
+    values = {**dict.fromkeys(declared), **outputs}
+    return {name: x for name, x in values.items() if name not in ("loss", "logits")}
 
 
 @functools.partial(torch.compiler.disable, recursive=False)  # compile what is called here
