@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q -c constraints.txt
 GPU_PYTHON ?= python3
 OUT ?= gpu-output
-SOURCES := pyproject.toml setup.py cuda_build.py constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
 .PHONY: setup demo test bench gpu gpu-table study rl-study clean
 
@@ -23,6 +23,8 @@ $(VENV)/ready: $(SOURCES)
 	$(PIP) torch numpy "setuptools>=77" wheel ninja pybind11
 	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate peft
 	$(PIP) --no-deps trl liger-kernel verl torchao
+	rm -rf $(VENV)/newest
+	$(BIN)/pip install -q --no-deps --target $(VENV)/newest -r constraints-newest.txt
 	touch $@
 
 demo: setup

@@ -72,6 +72,7 @@ def head_replaced(model, forward: Callable) -> Iterator[None]:
         yield
 
 
+@torch.compiler.disable
 def is_replaced(model) -> bool:
     """Whether this is inside a `head_replaced` of the model."""
     return STAND_IN in head_layers(causal_lm(model))[-1].__dict__

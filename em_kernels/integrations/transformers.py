@@ -102,14 +102,17 @@ def apply_em_kernels(model):
 
     Args:
         model: a transformers causal language model, with its own or a tied head, with bias, scale
-            and softcap as Gemma, Granite, Cohere and Phi have them; or a PEFT model around one with
-            adapters on the backbone. It is patched in place; patching twice changes nothing.
+            and softcap as Gemma, Granite, Cohere and Phi have them; a PEFT model around one with
+            adapters on the backbone, modules_to_save or trainable tokens on the head; or what
+            torch.compile made of one. It is patched in place; patching twice changes nothing.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: its logits are not softcap(scale * (hidden @ weight.T + bias)); says why.
+        ModelError: its logits are not softcap(scale * (hidden @ weight.T + bias)); says why and
+            what to do. The head is asked again at every call, which raises the same for what was
+            put on it since: adapters, hooks, another forward, quantised or offloaded weights.
     """
     target = _causal_lm(model)
     if _patch(target) is None:
