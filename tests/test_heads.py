@@ -503,3 +503,12 @@ def test_hidden_states_of_a_model_that_has_a_loss_function():
     expected = head_input(model, input_ids=IDS)
     entropy_loss_func(model)
     assert torch.equal(head_input(model, input_ids=IDS), expected)
+
+
+def test_a_model_that_counts_positions_otherwise_is_refused():
+    """RoBERTa's first position is 2: with those of `hidden_states` it is another model."""
+    shape = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=48)
+    config = transformers.RobertaConfig(vocab_size=32, is_decoder=True, **shape)
+    model = transformers.RobertaForCausalLM(config).eval()
+    with pytest.raises(ModelError, match="does not count positions from 0"):
+        check_causal(model, read_head(model), [5, 6, 7])

@@ -109,22 +109,33 @@ def check_causal(model, head: Head, prompt: list[int]) -> None:
     """Make sure that `head` gives the model's own logits, and that no position sees a later token.
 
     Raises:
-        ModelError: as `check_head`; or a position sees a later one, or there are more or fewer
-            positions than tokens.
+        ModelError: as `check_head`; or a position sees a later one, there are more or fewer
+            positions than tokens, or the model counts them otherwise than `hidden_states` does.
     """
     check_head(model, head)
     ids = torch.tensor([prompt, prompt], device=model.device)
     ids[1, -1] = (ids[1, -1] + 1) % head.weight.shape[0]
     with in_eval_mode(model):
-        first, second = hidden_states(model, ids, torch.ones_like(ids)).float()
+        first, second = hidden = hidden_states(model, ids, torch.ones_like(ids))
+        own = head_input(model, input_ids=ids, use_cache=False)
     name = type(model).__name__
-    if len(first) != len(prompt):
+    if hidden.shape[:2] != ids.shape:
         raise ModelError(
-            f"{name} gives its head {len(first)} positions for {len(prompt)} tokens; such a model "
-            "is not supported"
+            f"{name} gives its head {hidden.shape[1]} positions for {len(prompt)} tokens; such a "
+            "model is not supported"
         )
-    if (first[:-1] - second[:-1]).norm() > 1e-3 * first[:-1].norm():
+    if not _close(hidden, own):
+        raise ModelError(
+            f"{name} does not count positions from 0 at the first token; such a model is not "
+            "supported"
+        )
+    if not _close(second[:-1], first[:-1]):
         raise ModelError(f"{name} is not causal: earlier positions see later ones")
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-5 + 4 * torch.finfo(expected.dtype).eps
+    return bool((actual - expected).float().norm() <= tolerance * expected.float().norm())
 
 
 def _device(name: str) -> torch.device:
