@@ -21,7 +21,7 @@ FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Names in configs of what logits are multiplied by: Cohere; Falcon-H1; Muse."""
 
 DIVISORS = ("logits_scaling",)
-"""Names in configs of what logits are divided by: Granite."""
+"""Names in configs of what logits are divided by: Granite. HyperCLOVA X multiplies by it."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OWN_TENSORS = ("torch.distributed.", "torch._subclasses.")  # DTensor; what tracing puts there
@@ -107,7 +107,8 @@ def _read_config(model) -> tuple[float | None, float]:
     for name in FACTORS:
         scale *= read(name) or 1.0
     for name in DIVISORS:
-        scale /= read(name) or 1.0
+        value = read(name) or 1.0
+        scale = scale * value if config.model_type == "hyperclovax" else scale / value
     return softcap, scale
 
 

@@ -474,6 +474,13 @@ def test_recurrent_gemma_has_its_softcap():
     assert read_head(model).softcap == 2 and error(out.entropy, expected) < 1e-5
 
 
+def test_hyperclovax_multiplies_by_what_granite_divides_by():
+    small = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config = transformers.HyperCLOVAXConfig(vocab_size=32, logits_scaling=0.25, **small)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    check_right(apply_em_kernels(model))
+
+
 def test_hidden_states_are_what_the_head_is_given():
     """Not what the backbone gives: a model may scale it in between."""
     model = make_model().double().eval()
