@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,9 +46,12 @@ class Taken:
         return hidden
 
 
+_TAKEN = weakref.WeakKeyDictionary()  # one for each model: torch.compile recompiles for another
+
+
 def head_input(model, **inputs) -> Tensor:
     """What the head multiplies when the model is called with `inputs`: (B, T, D)."""
-    taken = Taken()
+    taken = _TAKEN.setdefault(causal_lm(model), Taken())
     with head_replaced(model, taken):
         model(**inputs)
     return taken.take()
@@ -64,6 +68,8 @@ def head_replaced(model, forward: Callable) -> Iterator[None]:
     """
     model = causal_lm(model)
     layers = head_layers(model)
+    if isinstance(forward, Taken):
+        forward.hidden = None  # a call that failed has left it
     slot = forward_slot(layers[-1])
     with (
         _result_watched(type(model).__name__, layers, forward) as forward,

@@ -505,6 +505,36 @@ def test_a_model_that_calls_its_head_twice_or_never_is_refused():
         head_input(model, input_ids=IDS)
 
 
+def test_a_call_that_fails_after_the_head_leaves_nothing_behind():
+    model = apply_em_kernels(make_model().double().eval())
+    handle = model.register_forward_hook(lambda module, args, output: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        head_input(model, input_ids=IDS)
+    handle.remove()
+    check_right(model)
+    own = type(model).forward
+
+    def fails(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(type(model), "forward", fails)
+        run_patched(model)
+    check_right(model)
+
+
+def test_hidden_states_of_a_compiled_model_are_compiled_once():
+    model, graphs = make_model().eval(), []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    counts = []
+    for _ in range(3):
+        hidden = head_input(compiled, input_ids=IDS, use_cache=False)
+        counts.append(len(graphs))
+    assert error(hidden, head_input(model, input_ids=IDS, use_cache=False)) < 1e-6
+    assert 0 < counts[0] == counts[1] == counts[2]
+
+
 def test_hidden_states_of_a_model_that_has_a_loss_function():
     model = make_model().train()
     expected = head_input(model, input_ids=IDS)
