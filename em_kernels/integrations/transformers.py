@@ -24,9 +24,10 @@ from em_kernels._checks import check_number
 from em_kernels._head_call import Taken, check_dtypes, check_head, head_replaced, is_replaced
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.heads import causal_lm, read_head
+from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
 from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
 from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.token_loss import linear_token_loss, token_loss
+from em_kernels.token_loss import token_loss
 
 IGNORED = -100
 
@@ -37,13 +38,12 @@ class TokenStatsOutput(ModelOutput):
 
     loss: -sum logprob / n with n the number of targets (or `num_items_in_batch`), plus what the
     model adds to its own loss (the weighted `aux_loss` of a router); given when there are labels.
-    head_input: (B, T, D), what the head multiplies; only for the loss functions of this module.
-    Then the fields of `TokenStats`, each (B, T), and under its own names whatever the model
-    returned besides its loss and logits.
+    head_call: only for the loss functions of this module. Then the fields of `TokenStats`, each
+    (B, T), and under its own names whatever the model returned besides its loss and logits.
     """
 
     loss: Tensor | None = None
-    head_input: Tensor | None = None
+    head_call: tuple[Tensor, HeadCall] | None = None  # logits of width 0, what the head was given
     logprob: Tensor | None = None
     entropy: Tensor | None = None
     lse: Tensor | None = None
@@ -153,8 +153,11 @@ def entropy_loss_func(model, *, temperature: float = 1.0) -> LossFunction:
 
     Args:
         model: what the Trainer is given. It is patched (`apply_em_kernels`); from then on a call in
-            train mode without labels, cache or `logits_to_keep` returns no logits but `head_input`.
+            train mode without labels, cache or `logits_to_keep` returns no logits but `head_call`.
             In eval mode it returns logits as before, and the loss is computed from those.
+            In several processes call what wraps it (DDP, FSDP2), and count the items and scale the
+            loss as the Trainer does: n over all processes, and times their number where gradients
+            are averaged.
         temperature: T of softmax(z / T), positive.
 
     Raises:
@@ -177,26 +180,23 @@ def sft_entropy_loss_func(model, *, entropy_coef: float, temperature: float = 1.
 def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> LossFunction:
     check_number("temperature", temperature, lambda v: v > 0, "positive")
     target_model = _causal_lm(apply_em_kernels(model))
-    patch = _patch(target_model)
-    patch.deferred = True
+    _patch(target_model).deferred = True
 
     def compute_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
         _check_batch(outputs, labels)
-        hidden = outputs.get("head_input")
-        x = outputs.logits if hidden is None else hidden
-        target = next_token_targets(labels).to(x.device)
-        weight = _token_weight(target, x, num_items_in_batch)
+        logits, call = outputs.get("head_call") or (outputs.logits, None)
+        target = next_token_targets(labels).to(logits.device)
+        dtype = logits.dtype if call is None else call.hidden.dtype
+        weight = _token_weight(target, dtype, num_items_in_batch)
         arguments = dict(
             logprob_weight=-nll * weight if nll else None,
             entropy_weight=entropy * weight if entropy else None,
             temperature=temperature,
             outputs=(),
         )
-        if hidden is None:
-            return token_loss(x, target, **arguments).loss
-        head = read_head(target_model)
-        with torch.autocast(x.device.type, patch.autocast, enabled=patch.autocast is not None):
-            return linear_token_loss(x, head.weight, target, **arguments, **head.arguments).loss
+        if call is None:
+            return token_loss(logits, target, **arguments).loss
+        return call.loss(logits, target, **arguments)
 
     return compute_loss
 
@@ -211,10 +211,10 @@ def _check_batch(outputs, labels: Tensor | None) -> None:
         )
 
 
-def _token_weight(target: Tensor, x: Tensor, items) -> Tensor:
-    """1 / n where there is a target, n over the whole accumulated batch."""
-    counted = (target != IGNORED).to(accumulate_dtype(x.dtype))
-    return counted / _item_count(target, items, x.device)
+def _token_weight(target: Tensor, dtype: torch.dtype, items) -> Tensor:
+    """1 / n where there is a target, n over the whole accumulated batch; 0 elsewhere, n = 0 too."""
+    counted = (target != IGNORED).to(accumulate_dtype(dtype))
+    return torch.where(counted > 0, counted / _item_count(target, items, target.device), 0)
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -231,8 +231,11 @@ class _Patch:
     previous: Callable | None  # the forward it had besides its class's
     adds_to_loss: bool  # its own forward, given labels, adds something to its loss
     taken: Taken = field(default_factory=Taken)
-    deferred: bool = False  # in train mode return head_input, for a loss function
-    autocast: torch.dtype | None = None  # autocast's dtype in the last forward, if it was on
+    stand: HeadStand = field(init=False)
+    deferred: bool = False  # in train mode return head_call, for a loss function
+
+    def __post_init__(self):
+        self.stand = HeadStand(self.model)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -276,7 +279,7 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
     target = shifted if labels is None or shifted is not None else next_token_targets(labels)
     names = _check_names(names, target)
     outputs, hidden = _run_with_labels(model, args, kwargs, shifted if labels is None else labels)
-    head = read_head(model)
+    head = gathered_as(read_head(model), hidden.dtype)
     check_dtypes(head, hidden)
     hidden = hidden.to(head.weight.device)
     stats = linear_softmax_stats(
@@ -342,11 +345,8 @@ def _item_count(target: Tensor, items: Tensor | float | None, device: torch.devi
 
 
 def _deferred(model, args, kwargs) -> TokenStatsOutput:
-    outputs, hidden = _run_backbone(model, args, kwargs)
-    device = hidden.device.type
-    on = torch.is_autocast_enabled(device)
-    _patch(model).autocast = torch.get_autocast_dtype(device) if on else None
-    return TokenStatsOutput(**{**_other_fields(outputs), "head_input": hidden})
+    outputs, call = _run_backbone(model, args, kwargs, _patch(model).stand)
+    return TokenStatsOutput(**{**_other_fields(outputs), "head_call": (outputs.logits, call)})
 
 
 def _other_fields(outputs) -> dict:
@@ -357,8 +357,8 @@ def _other_fields(outputs) -> dict:
 
 
 @functools.partial(torch.compiler.disable, recursive=False)  # compile what is called here
-def _run_backbone(model, args, kwargs) -> tuple[ModelOutput, Tensor]:
-    """(the model's outputs with logits of width 0, what its head was to multiply)."""
+def _run_backbone(model, args, kwargs, stand: Taken | None = None) -> tuple[ModelOutput, Tensor]:
+    """(the model's outputs with logits of width 0, what was taken in place of its head)."""
     if len(args) > 1:
         raise TypeError("em_outputs: everything but input_ids must be passed by name")
     if isinstance(kwargs.get("logits_to_keep"), Tensor) or kwargs.get("logits_to_keep"):
@@ -367,7 +367,7 @@ def _run_backbone(model, args, kwargs) -> tuple[ModelOutput, Tensor]:
             f"computed anyway; got {kwargs['logits_to_keep']!r}"
         )
     kwargs = {"use_cache": False, **kwargs, "return_dict": True}
-    taken = _patch(model).taken
+    taken = stand or _patch(model).taken
     with head_replaced(model, taken):
         outputs = _own_forward(model)(*args, **kwargs)
     return outputs, taken.take()
