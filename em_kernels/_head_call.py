@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from em_kernels._modes import eval_mode
 from em_kernels.heads import (
     STAND_IN,
     Head,
@@ -192,7 +193,7 @@ def _logits_of(model, head: Head, probe: Tensor) -> tuple[Tensor, float]:
         units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
         return probe.to(hidden)
 
-    with in_eval_mode(model), head_replaced(model, answer):
+    with eval_mode(model), head_replaced(model, answer):
         ids = torch.tensor([[0, 1]], device=model.device)
         return model.forward(input_ids=ids, use_cache=False, return_dict=True).logits, units[0]
 
@@ -209,15 +210,3 @@ def check_dtypes(head: Head, hidden: Tensor) -> None:
             "model's own forward cannot: cast the head's input (a forward pre-hook on it), or the "
             "weight"
         )
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of the model in eval mode for the block, then each in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

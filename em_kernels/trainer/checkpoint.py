@@ -3,8 +3,9 @@
 A run's folder:
     train_config.json     the settings it was started with
     metrics.jsonl         one line per update
-    checkpoint-<update>/  a model folder for transformers, and trainer_state.pt to go on from;
-                          of several ranks, also shards/ (see sharded_checkpoint.py)
+    checkpoint-<update>/  a model folder for transformers, or an adapter (see adapters.py), and
+                          trainer_state.pt to go on from; of several ranks, also shards/ (see
+                          sharded_checkpoint.py)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from em_kernels.trainer.adapters import MERGED, write_model
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
 from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
@@ -38,11 +40,13 @@ def save_checkpoint(
     state: dict,
     keep: int,
     shards: Path | None = None,
+    merged: bool = False,
 ) -> Path:
     """Write checkpoint-<update>: to a temporary folder, then renamed, so that it is all there.
 
     `model` is what `save_pretrained` writes: the model, or its config alone. `shards`, a folder
-    that is written already, becomes part of the checkpoint.
+    that is written already, becomes part of the checkpoint. `merged` adds the whole model that an
+    adapter makes.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
@@ -51,8 +55,9 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        write_model(model, temporary, merged)
+        for place in [temporary, temporary / MERGED] if merged else [temporary]:
+            tokenizer.save_pretrained(place)
         torch.save({"update": update, **state}, temporary / STATE_FILE)
         if shards:
             shards.rename(temporary / SHARDS)

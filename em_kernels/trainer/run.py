@@ -10,6 +10,7 @@ from torch import nn
 
 from em_kernels.heads import ModelError, read_head
 from em_kernels.trainer import checkpoint as checkpoints
+from em_kernels.trainer.adapters import check_adapted, has_adapter, is_adapted, load_weights
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
@@ -21,6 +22,7 @@ from em_kernels.trainer.models import (
     newest_checkpoint,
 )
 from em_kernels.trainer.random_state import RandomState
+from em_kernels.trainer.reached import check_reached
 from em_kernels.trainer.rollout import end_tokens, pad_token
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.sharded_checkpoint import (
@@ -67,9 +69,12 @@ def start_run(
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
+        _check_adapter(config, model, saved=folder is not None)
         head = read_head(model)
         if ranks.is_first:
             check_causal(model, head, prompts[0])
+            if is_adapted(model):
+                check_reached(model, head, prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
@@ -92,6 +97,7 @@ def start_run(
     )
     if folder:
         ranks.first(lambda: checkpoints.write_config(folder, config))
+    run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run
 
@@ -115,15 +121,36 @@ def _get_model(
         if name is None:
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
         device = "cpu" if ranks.size > 1 else config.device
-        if checkpoint and has_shards(checkpoint):
+        if checkpoint and has_shards(checkpoint) and not has_adapter(checkpoint):
             return load_architecture(checkpoint, device)
         return load_model(str(name), device)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
-    if checkpoint and not has_shards(checkpoint):
+    if checkpoint and has_adapter(checkpoint) != is_adapted(model):
+        one, other = ("an adapter", "none") if has_adapter(checkpoint) else ("no adapter", "one")
+        raise ModelError(f"the run to resume trains {one} ({checkpoint}), the model has {other}")
+    if checkpoint and is_adapted(model):
+        load_weights(model, checkpoint)
+    elif checkpoint and not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         model.load_state_dict(saved.state_dict())
     return model, tokenizer
+
+
+def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
+    if not is_adapted(model):
+        if config.save_merged:
+            raise ValueError(
+                "save_merged is for a PEFT model, got one without an adapter: its checkpoints are "
+                "whole models; leave it out"
+            )
+        return
+    if config.shards_only:
+        raise ValueError(
+            "shards_only must be False with a PEFT model, got True: its adapter's files are what "
+            "its checkpoints are for"
+        )
+    check_adapted(model, saved=saved, merged=config.save_merged)
 
 
 def _check_trainable(model) -> None:
@@ -172,4 +199,5 @@ def save_run(run: Run) -> None:
 
 def _write(run: Run, model, state: dict, shards: Path | None = None) -> Path:
     arguments = (run.folder, run.done, model, run.tokenizer, state)
-    return checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints, shards)
+    keep, merged = run.config.keep_checkpoints, run.config.save_merged
+    return checkpoints.save_checkpoint(*arguments, keep, shards, merged)
