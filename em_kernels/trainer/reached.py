@@ -50,6 +50,8 @@ def check_reached(model, head: Head, prompt: list[int]) -> None:
 def _gradients(trained: dict[str, Tensor], logits: Callable[[], Tensor]) -> dict:
     with torch.enable_grad():
         row = logits().float()
+        if not row.requires_grad:
+            return dict.fromkeys(trained)
         weights = torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(row)
         found = torch.autograd.grad((row * weights).sum(), [*trained.values()], allow_unused=True)
     return dict(zip(trained, found))
