@@ -75,6 +75,7 @@ KINDS = {
     "embeddings": dict(target_modules=["q_proj", "embed_tokens"]),
     "head of its own": dict(modules_to_save=["lm_head"]),
     "head and embeddings": dict(modules_to_save=["embed_tokens", "lm_head"]),
+    "trainable tokens": dict(trainable_token_indices=[4, 5]),
     "ia3": dict(
         kind=peft.IA3Config(
             target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
@@ -109,7 +110,6 @@ def test_gradient_checkpointing_changes_no_number(base):
     [
         (dict(target_modules=["q_proj", "lm_head"]), "lm_head"),
         (dict(target_modules=["lm_head"]), "lm_head"),
-        (dict(trainable_token_indices=[4, 5]), "head"),
         (dict(kind=peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)), "virtual tokens"),
         (
             dict(kind=peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
@@ -197,7 +197,7 @@ def test_a_run_goes_on_from_the_command_line(base, tmp_path, capsys):
     options = ["--problems", str(tmp_path / "problems.jsonl"), "--max-new-tokens", "4"]
     options += ["--output", str(tmp_path / "eval"), "--model", folder + "/checkpoint-3"]
     assert cli.main(["eval", *options, "--device", "cpu", "--quiet"]) == 0
-    settings_of = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    settings_of = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert settings_of["weights"] == weights_digest(load_model(folder + "/checkpoint-3", "cpu")[0])
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from em_kernels.heads import ModelError
+from em_kernels.heads import ModelError, causal_lm
 from em_kernels.trainer.fingerprint import digest
 
 ADAPTER_FILE = "adapter_config.json"
@@ -52,11 +52,6 @@ def is_adapted(model) -> bool:
 def has_adapter(folder: str | Path) -> bool:
     """The folder holds an adapter rather than a whole model."""
     return (Path(folder) / ADAPTER_FILE).is_file()
-
-
-def base_of(model):
-    """The transformers model inside a PEFT model; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def active_adapter(model) -> str:
@@ -226,7 +221,7 @@ def merged_copy(model):
         for value in model.parameters()
     }
     copied = copy.deepcopy(model, on_cpu).to("cpu")
-    head = base_of(copied).get_output_embeddings()
+    head = causal_lm(copied).get_output_embeddings()
     if type(head) is nn.Linear:  # an adapter on tied embeddings is not one on the head
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     merged = copied.merge_and_unload()
@@ -286,7 +281,7 @@ def _write_base(model, folder: Path) -> None:
     """Which weights the adapter belongs on: their name, as a path that holds anywhere; a digest."""
     path = folder / ADAPTER_FILE
     values = json.loads(path.read_text(encoding="utf-8"))
-    name = values.get("base_model_name_or_path") or base_of(model).name_or_path or None
+    name = values.get("base_model_name_or_path") or causal_lm(model).name_or_path or None
     if name and Path(name).is_dir():
         name = str(Path(name).resolve())
     values["base_model_name_or_path"] = name
@@ -296,7 +291,7 @@ def _write_base(model, folder: Path) -> None:
 
 def _base(model) -> dict:
     return {
-        "dtype": str(base_of(model).dtype).removeprefix("torch."),
+        "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
         "weights": digest(base_parameters(model)),
     }
 
@@ -307,7 +302,7 @@ def _check_base(model, folder: str | Path) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    dtype = str(base_of(model).dtype).removeprefix("torch.")
+    dtype = str(causal_lm(model).dtype).removeprefix("torch.")
     if before["dtype"] == dtype and before["weights"] != digest(base_parameters(model)):
         raise ModelError(
             f"the weights below the adapter of {folder} are not those it was trained on; give it "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from em_kernels._modes import Modes
-from em_kernels.trainer.adapters import base_of
+from em_kernels.heads import causal_lm
 from em_kernels.trainer.loss import LossModule, micro_batch_loss
 from em_kernels.trainer.random_state import RandomState
 
@@ -178,7 +178,7 @@ class TrainMode:
     """
 
     def __init__(self, model):
-        self._modes = Modes(model) if base_of(model).training else None
+        self._modes = Modes(model) if causal_lm(model).training else None
 
     def __call__(self, model: nn.Module) -> None:
         model.train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from em_kernels._modes import eval_mode
-from em_kernels.trainer.adapters import base_of
+from em_kernels.heads import causal_lm
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import require_transformers
 from em_kernels.trainer.shared_sampling import SharedDraw, generate_share
@@ -213,7 +213,7 @@ def _checkpoint_settings_put_aside(model) -> Iterator[None]:
 
     A PEFT model has it from the model inside, whose generate it calls, or besides that one.
     """
-    holders = [base_of(model)]
+    holders = [causal_lm(model)]
     if model is not holders[0] and "generation_config" in vars(model):
         holders.append(model)
     kept = [holder.generation_config for holder in holders]

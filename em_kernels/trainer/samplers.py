@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from em_kernels.trainer.adapters import base_of, check_same_head, is_adapted, merged_copy
+from em_kernels.heads import causal_lm
+from em_kernels.trainer.adapters import check_same_head, is_adapted, merged_copy
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.rollout import (
@@ -72,7 +73,7 @@ class VllmSampler:
         self.vllm = _require_vllm()
         if is_adapted(model):
             check_same_head(model)
-        name = base_of(model).name_or_path if is_adapted(model) else config.model
+        name = causal_lm(model).name_or_path if is_adapted(model) else config.model
         name = name or config.model or model.name_or_path
         if not name:
             raise ValueError("model must be a folder or a hub name with sampler='vllm', got none")
