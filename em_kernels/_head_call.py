@@ -161,7 +161,7 @@ def check_head(model, head: Head | None = None) -> Head:
     probe = (probe * torch.tensor([[1.0], [1000.0]])).bfloat16().float()  # exact in every dtype
     try:
         logits, eps = _logits_of(model, head, probe)
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as reason:
         raise ModelError(

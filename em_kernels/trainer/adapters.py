@@ -221,12 +221,12 @@ def merged_copy(model):
         for value in model.parameters()
     }
     copied = copy.deepcopy(model, on_cpu).to("cpu")
-    head = causal_lm(copied).get_output_embeddings()
-    if type(head) is nn.Linear:  # an adapter on tied embeddings is not one on the head
+    plain = causal_lm(copied)
+    head = plain.get_output_embeddings()
+    if type(head) is nn.Linear and type(plain.get_input_embeddings()) is not nn.Embedding:
+        # an adapter on embeddings that the head is tied to is not one on the head
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    merged = copied.merge_and_unload()
-    _tie_again(merged)
-    return merged
+    return copied.merge_and_unload()
 
 
 def base_parameters(model) -> Iterator[tuple[str, Tensor]]:
@@ -264,17 +264,6 @@ def _check_mergeable(model) -> None:
             "an adapter is not merged into quantised weights, which would round it away: train "
             "without merged weights, then merge its checkpoint into the unquantised model"
         )
-
-
-def _tie_again(model) -> None:
-    """Make the embeddings one parameter again, unless the head has become another."""
-    config = model.config.get_text_config()
-    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if inner.weight.shape == head.weight.shape and inner.weight.equal(head.weight):
-        if config.tie_word_embeddings:
-            head.weight = inner.weight
-        return
-    config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def _write_base(model, folder: Path) -> None:

@@ -82,7 +82,8 @@ def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     checkpoint, output = Path(checkpoint), Path(output)
     if not has_shards(checkpoint) and not has_adapter(checkpoint):
         raise ValueError(
-            f"checkpoint must be a folder with {SHARDS}/ or an adapter in it, got {checkpoint}"
+            f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
+            "which holds no adapter either"
         )
     if output.exists():
         raise ValueError(f"output must be a new folder, {output} is there already")
