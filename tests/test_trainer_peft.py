@@ -211,12 +211,49 @@ def test_other_bases_and_adapters_are_refused(base, tmp_path):
         run(more, adapted(base, lora_alpha=32), resume=True)
     with pytest.raises(ModelError, match=r"target_modules was \['q_proj'\]"):
         run(more, adapted(base, target_modules=["v_proj"]), resume=True)
-    with pytest.raises(ModelError, match="trains an adapter"):
+    with pytest.raises(ModelError, match="trains an adapter, got a model without one"):
         run(more, load_model(base, "cpu")[0], resume=True)
     plain = settings(updates=1, output=tmp_path / "plain", save_every=1)
     run(plain, load_model(base, "cpu")[0])
-    with pytest.raises(ModelError, match="trains no adapter"):
+    with pytest.raises(ModelError, match="trains a whole model, got one with an adapter"):
         run(dataclasses.replace(plain, updates=2), adapted(base), resume=True)
+
+
+def test_a_run_without_a_checkpoint_does_not_go_on_as_another(base, tmp_path, capsys):
+    """Stopped before the first: the command line would train all of `config.model` instead."""
+    config = settings(model=base, updates=2, output=tmp_path, save_every=0, device="cpu")
+
+    def stop(line, model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, adapted(base), on_step=stop)
+    assert cli.main(["train", "--resume", str(tmp_path), "--quiet"]) == 2
+    assert "pass the PEFT model that it was started with" in capsys.readouterr().err
+    resumed = run(config, adapted(base), resume=True)
+    expected = run(dataclasses.replace(config, output=None), adapted(base))
+    assert without_times(resumed.metrics) == without_times(expected.metrics)
+
+
+def test_a_base_in_another_dtype(base, tmp_path):
+    """A resumed run has that of its start; for an evaluation another may be asked for."""
+    config = settings(updates=1, output=tmp_path, save_every=1, device="cpu")
+
+    def half():
+        model = load_model(base, "cpu", torch.bfloat16)[0]
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    run(config, half())
+    more = dataclasses.replace(config, updates=2)
+    with pytest.raises(ModelError, match=r"weights of torch\.bfloat16, got torch\.float32"):
+        run(more, adapted(base), resume=True)
+    loaded = load_model(str(tmp_path / "checkpoint-1"), "cpu")[0]
+    assert loaded.get_base_model().dtype == torch.float32
+    resumed = train(more, resume=True, progress=False)
+    assert resumed.model.get_base_model().dtype == torch.bfloat16
+    expected = run(dataclasses.replace(more, output=None), half())
+    assert without_times(resumed.metrics) == without_times(expected.metrics)
 
 
 def test_a_checkpoint_loads_with_the_logits_of_the_run(base, tmp_path, monkeypatch):

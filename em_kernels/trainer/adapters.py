@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from em_kernels.heads import ModelError, causal_lm
@@ -144,6 +145,14 @@ def base_name(folder: str | Path) -> tuple[str, str | None]:
     return base, getattr(config, "revision", None)
 
 
+def base_dtype(folder: str | Path) -> torch.dtype | None:
+    """What the weights below an adapter had in training; None where the trainer did not say."""
+    path = Path(folder) / BASE_FILE
+    if not path.is_file():
+        return None
+    return getattr(torch, json.loads(path.read_text(encoding="utf-8"))["dtype"])
+
+
 def attach_adapter(model, folder: str | Path):
     """The PEFT model, in eval mode, of an adapter's folder around its base; it can be trained.
 
@@ -159,7 +168,7 @@ def attach_adapter(model, folder: str | Path):
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"cannot load the adapter of {folder}: {reason}") from error
-    _check_base(adapted, folder)
+    _check_base(adapted, folder, same_dtype=False)
     return adapted.eval()
 
 
@@ -177,7 +186,7 @@ def load_weights(model, folder: Path) -> None:
             f"the adapter differs from that of {folder}: {changed[0]} was {theirs[changed[0]]!r}, "
             f"got {ours[changed[0]]!r}"
         )
-    _check_base(model, folder)
+    _check_base(model, folder, same_dtype=True)
     try:
         state = peft.utils.load_peft_weights(str(folder), device="cpu")
         report = peft.set_peft_model_state_dict(model, state, adapter_name=name)
@@ -285,14 +294,18 @@ def _base(model) -> dict:
     }
 
 
-def _check_base(model, folder: str | Path) -> None:
+def _check_base(model, folder: str | Path, same_dtype: bool) -> None:
     """By the digest that the trainer wrote; in another dtype the weights have other bits."""
-    path = Path(folder) / BASE_FILE
-    if not path.is_file():
+    before, dtype = base_dtype(folder), causal_lm(model).dtype
+    if before is None or (dtype != before and not same_dtype):
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    dtype = str(causal_lm(model).dtype).removeprefix("torch.")
-    if before["dtype"] == dtype and before["weights"] != digest(base_parameters(model)):
+    if dtype != before:
+        raise ModelError(
+            f"the adapter of {folder} was trained on weights of {before}, got {dtype}: load the "
+            "model below it in that dtype"
+        )
+    weights = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))["weights"]
+    if weights != digest(base_parameters(model)):
         raise ModelError(
             f"the weights below the adapter of {folder} are not those it was trained on; give it "
             f"that model (base_model_name_or_path in its {ADAPTER_FILE})"

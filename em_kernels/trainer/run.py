@@ -10,7 +10,14 @@ from torch import nn
 
 from em_kernels.heads import ModelError, read_head
 from em_kernels.trainer import checkpoint as checkpoints
-from em_kernels.trainer.adapters import check_adapted, has_adapter, is_adapted, load_weights
+from em_kernels.trainer.adapters import (
+    adapter_settings,
+    base_dtype,
+    check_adapted,
+    has_adapter,
+    is_adapted,
+    load_weights,
+)
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
@@ -66,7 +73,12 @@ def start_run(
         checkpoint = _checkpoint_to_resume(config, folder) if resume else None
         if folder and not resume:
             checkpoints.check_free(folder)
+        passed = model is not None
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
+        if resume:
+            _check_same_kind(folder, model)
+        if checkpoint and passed:
+            _load_into(model, checkpoint)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         _check_adapter(config, model, saved=folder is not None)
@@ -96,7 +108,8 @@ def start_run(
         done=0,
     )
     if folder:
-        ranks.first(lambda: checkpoints.write_config(folder, config))
+        adapter = adapter_settings(model) if is_adapted(model) else None
+        ranks.first(lambda: checkpoints.write_config(folder, config, adapter))
     run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run
@@ -113,7 +126,7 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | No
 def _get_model(
     config: TrainConfig, model, tokenizer, checkpoint: Path | None, ranks: Ranks
 ) -> tuple:
-    """Model and tokenizer; the weights of a sharded checkpoint come later."""
+    """Model and tokenizer, passed or loaded; the weights of a sharded checkpoint come later."""
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
     if model is None:
@@ -123,18 +136,32 @@ def _get_model(
         device = "cpu" if ranks.size > 1 else config.device
         if checkpoint and has_shards(checkpoint) and not has_adapter(checkpoint):
             return load_architecture(checkpoint, device)
-        return load_model(str(name), device)
+        dtype = base_dtype(name) if checkpoint else None
+        return load_model(str(name), device, dtype or torch.float32)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
-    if checkpoint and has_adapter(checkpoint) != is_adapted(model):
-        one, other = ("an adapter", "none") if has_adapter(checkpoint) else ("no adapter", "one")
-        raise ModelError(f"the run to resume trains {one} ({checkpoint}), the model has {other}")
-    if checkpoint and is_adapted(model):
+    return model, tokenizer
+
+
+def _check_same_kind(folder: Path, model) -> None:
+    """A run that trains an adapter goes on with one, checkpoint or not."""
+    if checkpoints.trains_adapter(folder) == is_adapted(model):
+        return
+    if is_adapted(model):
+        raise ModelError(f"the run in {folder} trains a whole model, got one with an adapter")
+    raise ModelError(
+        f"the run in {folder} trains an adapter, got a model without one: pass the PEFT model that "
+        "it was started with"
+    )
+
+
+def _load_into(model, checkpoint: Path) -> None:
+    """The weights of a checkpoint into a model that was passed."""
+    if has_adapter(checkpoint):
         load_weights(model, checkpoint)
-    elif checkpoint and not has_shards(checkpoint):
+    elif not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         model.load_state_dict(saved.state_dict())
-    return model, tokenizer
 
 
 def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
