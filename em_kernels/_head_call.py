@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from em_kernels._modes import eval_mode
 from em_kernels.heads import (
     STAND_IN,
     Head,
@@ -167,7 +168,7 @@ def check_head(model, head: Head | None = None) -> Head:
     probe = (probe * torch.tensor([[1.0], [1000.0]])).bfloat16().float()  # exact in every dtype
     try:
         logits, eps = _logits_of(model, head, probe)
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as reason:
         raise ModelError(
@@ -199,7 +200,7 @@ def _logits_of(model, head: Head, probe: Tensor) -> tuple[Tensor, float]:
         units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
         return probe.to(hidden)
 
-    with in_eval_mode(model), head_replaced(model, answer):
+    with eval_mode(model), head_replaced(model, answer):
         ids = torch.tensor([[0, 1]], device=model.device)
         called = model._call_impl(input_ids=ids, use_cache=False, return_dict=True)  # with hooks
         return called.logits, units[0]
@@ -217,15 +218,3 @@ def check_dtypes(head: Head, hidden: Tensor) -> None:
             "model's own forward cannot: cast the head's input (a forward pre-hook on it), or the "
             "weight"
         )
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of the model in eval mode for the block, then each in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -134,6 +134,7 @@ def _add_train(commands) -> None:
     setting("--save-every", "updates between checkpoints, 0: only at the end")
     setting("--keep-checkpoints", "how many to keep, 0: all")
     setting("--shards-only", "under torchrun: no merged weights", action="store_true")
+    setting("--save-merged", "of an adapter: also the whole model", action="store_true")
     setting("--stop-entropy", "stop below this mean entropy, nats", type=float)
     setting("--stop-skew", "stop above this skewness of the logits", type=float)
     setting("--stop-patience", "after so many such updates in a row")
@@ -209,10 +210,11 @@ def _type_of(value) -> type:
 def _add_merge(commands) -> None:
     parser = commands.add_parser(
         "merge",
-        help="a model folder of a sharded checkpoint",
-        description="Make a model folder for transformers of what several ranks wrote.",
+        help="a model folder of a sharded checkpoint, or of an adapter",
+        description="Make a model folder for transformers of what several ranks wrote, or of an "
+        "adapter and the model below it.",
     )
-    parser.add_argument("checkpoint", help="checkpoint-<update> of a run under torchrun")
+    parser.add_argument("checkpoint", help="checkpoint-<update> of a run")
     parser.add_argument("--output", required=True, help="the folder to make")
     _add_common(parser, _merge)
 

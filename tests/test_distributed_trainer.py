@@ -6,6 +6,7 @@ report with the same function in this process, which is one rank.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,17 @@ import torch
 import torch.multiprocessing
 import transformers
 from trainer_runs import TIMES, without_times
-from two_rank_runs import GO_ON, ON_TWO_RANKS, SAME, config, gradients, report, work
+from two_rank_runs import (
+    ADAPTERS,
+    GO_ON,
+    ON_TWO_RANKS,
+    SAME,
+    adapted_model,
+    config,
+    gradients,
+    report,
+    work,
+)
 
 from em_kernels import cli
 from em_kernels.trainer import (
@@ -222,6 +233,35 @@ def test_a_shared_draw_is_that_of_multinomial():
             assert torch.equal(draw(None, scores[step][rows]).argmax(-1), expected[step][rows])
         draw.catch_up(4, torch.device("cpu"))
         assert torch.equal(draw(None, scores[4][rows]).argmax(-1), expected[4][rows])
+
+
+def test_a_peft_model_on_two_ranks(shared, ranks, tmp_path):
+    """Its adapter and a head of its own: the numbers of one, resumed by two and by one."""
+    pytest.importorskip("peft")
+    tokenizer = load_model(config().model, "cpu")[1]
+    settings = config(**{**ADAPTERS, "updates": 3})
+    expected = report(train(settings, adapted_model(), tokenizer, progress=False))
+    for found in ranks("adapters"):
+        check_same_run(found["whole"], expected, 1e-3)
+        assert without_times(found["resumed"]["metrics"]) == without_times(
+            found["whole"]["metrics"]
+        )
+        for name, value in found["whole"]["state"].items():
+            assert torch.equal(found["resumed"]["state"][name], value)
+        assert "shards_only must be False" in found["shards only"][1]
+    one = dataclasses.replace(settings, output=str(shared / "adapters-then-one"))
+    check_same_run(report(train(one, resume=True, progress=False)), expected, 1e-3)
+    assert [p.name for p in (shared / "adapters").glob("checkpoint-*")] == ["checkpoint-3"]
+    checkpoint = shared / "adapters" / "checkpoint-3"
+    adapter = load_model(str(checkpoint), "cpu")[0]
+    state = ranks("adapters")[0]["whole"]["state"]
+    assert all(torch.equal(value, state[name]) for name, value in adapter.state_dict().items())
+    parts = sum(part.stat().st_size for part in (checkpoint / "shards").glob("*.distcp"))
+    assert parts < sum(4 * p.numel() for p in adapter.parameters())  # of what is trained only
+    merged = load_model(str(checkpoint / "merged"), "cpu")[0]
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 
 BLOCK = """
 import sys
+from importlib.machinery import PathFinder
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked} or name in {blocked}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find_spec = PathFinder.find_spec
 
-sys.meta_path.insert(0, Blocked())
+def find_others(name, path=None, target=None):
+    blocked = name.partition(".")[0] in {blocked} or name in {blocked}
+    return None if blocked else find_spec(name, path, target)
+
+PathFinder.find_spec = find_others
 """
 
 EVERYTHING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import sys
@@ -14,7 +15,7 @@ from rl_runs import rl_settings
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import Spy, run, settings, without_times
 
-from em_kernels.trainer import Sampling, sample, train
+from em_kernels.trainer import ModelError, Sampling, load_model, sample, train
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.samplers import VllmSampler
 
@@ -203,6 +204,45 @@ def test_an_answer_too_few_is_an_error(vllm, tmp_path, monkeypatch):
     monkeypatch.setattr(LLM, "generate", lambda *args, **kwargs: own(*args, **kwargs)[1:])
     with pytest.raises(ValueError, match="vLLM gave 3 answers to 4 prompts"):
         run(settings(model=save(tmp_path / "model"), sampler="vllm", responses=4))
+
+
+@pytest.mark.parametrize("name", [None, "model"])
+def test_the_engine_is_given_an_adapter_merged_into_its_weights(vllm, tmp_path, name):
+    """Under the names that the model has without it, and of the model below it."""
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "model")
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(load_model(base, "cpu")[0], adapter)
+    seen = []
+
+    def keep(line, model):
+        seen.append(copy.deepcopy(model).merge_and_unload())
+
+    named = name and str(tmp_path / name)
+    run(settings(model=named, sampler="vllm", updates=2), model, on_step=keep)
+    (engine,) = vllm.engines
+    assert engine.options["model"] == base
+    pushed = dict(engine.model.named_parameters())
+    assert pushed.keys() == dict(seen[0].named_parameters()).keys()
+    for key, value in seen[0].named_parameters():
+        assert torch.allclose(pushed[key], value, atol=1e-6), key
+    first, last = (dict(m.named_parameters()) for m in seen)
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(first[changed], last[changed], atol=1e-6)
+
+
+def test_an_adapter_that_vllm_has_no_place_for(vllm, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "model")
+    for changes in (
+        dict(target_modules=["embed_tokens"]),
+        dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ):
+        model = peft.get_peft_model(load_model(base, "cpu")[0], peft.LoraConfig(r=2, **changes))
+        with pytest.raises(ModelError, match="sampler='transformers'"):
+            run(settings(sampler="vllm"), model)
+    assert not vllm.engines
 
 
 def test_vllm_that_is_not_installed_is_an_error(monkeypatch, tmp_path):

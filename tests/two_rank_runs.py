@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 import traceback
@@ -14,7 +15,7 @@ import transformers
 from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels import tiny_math
-from em_kernels.trainer import Rollout, TrainConfig, loop, train
+from em_kernels.trainer import Rollout, TrainConfig, load_model, loop, train
 from em_kernels.trainer.distributed import joined_ranks
 from em_kernels.trainer.run import start_run
 
@@ -87,6 +88,39 @@ def tied_and_frozen(folder: Path) -> dict:
     result = train(settings, model, make_tokenizer(), progress=False)
     assert result.model is model
     return report(result)
+
+
+ADAPTERS = dict(updates=2, save_every=1, keep_checkpoints=1, learning_rate=1e-3)
+
+
+def adapted_model():
+    """LoRA, and a head of its own beside the embeddings that it was tied to."""
+    import peft
+
+    model = load_model(config().model, "cpu")[0]
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    adapter.modules_to_save = ["lm_head"]
+    return peft.get_peft_model(model, adapter)
+
+
+def adapters(folder: Path) -> dict:
+    """A PEFT model on two ranks, without and with an interruption, and merged at the end."""
+    tokenizer = load_model(config().model, "cpu")[1]
+
+    def go(output: Path | None, resume: bool = False, **changes) -> dict:
+        settings = config(**{**ADAPTERS, **changes}, output=output)
+        arguments = (settings, adapted_model(), tokenizer)
+        return report(train(*arguments, resume=resume, progress=False))
+
+    whole = go(None, updates=3)
+    go(folder / "adapters")
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "adapters", folder / "adapters-then-one")
+    dist.barrier()
+    resumed = go(folder / "adapters", resume=True, updates=3, save_merged=True)
+    no_weights = outcome(lambda: go(None, shards_only=True))
+    return {"whole": whole, "resumed": resumed, "shards only": no_weights}
 
 
 def made_rollout() -> Rollout:
@@ -227,6 +261,8 @@ ON_TWO_RANKS = {
     "resumed": resumed,
     "errors": errors,
 }
+if importlib.util.find_spec("peft"):
+    ON_TWO_RANKS["adapters"] = adapters
 
 
 def work(rank: int, folder: Path) -> None:

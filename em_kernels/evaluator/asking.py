@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_kernels._modes import eval_mode
 from em_kernels.evaluator.judge import Judge, final_answer
 from em_kernels.evaluator.records import Answer
 from em_kernels.heads import Head
 from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.trainer.adapters import adapter_settings, is_adapted
+from em_kernels.trainer.fingerprint import digest
 from em_kernels.trainer.models import hidden_states
 from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, sample
 
@@ -35,18 +38,9 @@ def longest_prompt(model) -> int | None:
 
 
 def weights_digest(model) -> str:
-    """Tells models of the same name apart: of the sum of every parameter's bits, as integers.
-
-    Integer sums are the same on every device, and training changes them.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-            parameter.element_size()
-        ]
-        total = parameter.detach().contiguous().view(integers).sum(dtype=torch.int64)
-        digest.update(f"{name} {tuple(parameter.shape)} {int(total)};".encode())
-    return digest.hexdigest()[:16]
+    """Tells models of the same name apart, see `digest`; adapters by their settings too."""
+    settings = json.dumps(adapter_settings(model)) if is_adapted(model) else ""
+    return digest(model.named_parameters(), settings)
 
 
 class Asked(NamedTuple):
@@ -96,7 +90,8 @@ def sequence_signals(model, head: Head, rollout: Rollout) -> list[tuple[float, f
         rollout.attention_mask.split(rows),
         aligned_mask(rollout).split(rows),
     )
-    return [pair for part in parts for pair in _signals(model, head, *part)]
+    with eval_mode(model):
+        return [pair for part in parts for pair in _signals(model, head, *part)]
 
 
 def _signals(model, head: Head, ids: Tensor, attention: Tensor, mask: Tensor):

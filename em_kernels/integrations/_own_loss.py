@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from em_kernels._head_call import head_replaced, in_eval_mode
+from em_kernels._head_call import head_replaced
+from em_kernels._modes import eval_mode
 from em_kernels._spec import accumulate_dtype
 from em_kernels.heads import ModelError, read_head
 
@@ -72,7 +73,7 @@ def _added(model, seed: int) -> float | None:
 
     ids = torch.tensor([[0, 1]], device=model.device)
     try:
-        with in_eval_mode(model), loss_of_zero(model, loss), head_replaced(model, answer):
+        with eval_mode(model), loss_of_zero(model, loss), head_replaced(model, answer):
             inputs = dict(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
             total = model._call_impl(**inputs).loss
     except ModelError:

@@ -2,9 +2,11 @@
 
 A run's folder:
     train_config.json     the settings it was started with
+    adapter.json          of a PEFT model: the settings of its adapter
     metrics.jsonl         one line per update
-    checkpoint-<update>/  a model folder for transformers, and trainer_state.pt to go on from;
-                          of several ranks, also shards/ (see sharded_checkpoint.py)
+    checkpoint-<update>/  a model folder for transformers, or an adapter (see adapters.py), and
+                          trainer_state.pt to go on from; of several ranks, also shards/ (see
+                          sharded_checkpoint.py)
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from pathlib import Path
 
 import torch
 
+from em_kernels.trainer.adapters import MERGED, has_adapter, write_model
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
 from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
 from em_kernels.trainer.rl_config import RLConfig
 
 CONFIG_FILE = "train_config.json"
+ADAPTER_NOTE = "adapter.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.pt"
 
@@ -38,11 +42,13 @@ def save_checkpoint(
     state: dict,
     keep: int,
     shards: Path | None = None,
+    merged: bool = False,
 ) -> Path:
     """Write checkpoint-<update>: to a temporary folder, then renamed, so that it is all there.
 
     `model` is what `save_pretrained` writes: the model, or its config alone. `shards`, a folder
-    that is written already, becomes part of the checkpoint.
+    that is written already, becomes part of the checkpoint. `merged` adds the whole model that an
+    adapter makes.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
@@ -51,8 +57,9 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        write_model(model, temporary, merged)
+        for place in [temporary, temporary / MERGED] if merged else [temporary]:
+            tokenizer.save_pretrained(place)
         torch.save({"update": update, **state}, temporary / STATE_FILE)
         if shards:
             shards.rename(temporary / SHARDS)
@@ -86,10 +93,18 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"output {folder} holds a run already: resume it or choose another folder")
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
-    """Make the run's folder, with its settings in it."""
+def write_config(folder: Path, config: TrainConfig, adapter: dict | None = None) -> None:
+    """Make the run's folder, with its settings, and those of the adapter it trains, in it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+    if adapter is not None:
+        write_text(folder / ADAPTER_NOTE, json.dumps(adapter, indent=2) + "\n")
+
+
+def trains_adapter(folder: Path) -> bool:
+    """Whether a run was started with a PEFT model, checkpoint or not."""
+    newest = newest_checkpoint(folder)
+    return (folder / ADAPTER_NOTE).is_file() or (newest is not None and has_adapter(newest))
 
 
 def read_config(folder: str | Path) -> TrainConfig:

@@ -18,6 +18,7 @@ RESUMABLE = (
     "output",
     "device",
     "shards_only",
+    "save_merged",
     "vllm_memory",
 )
 
@@ -78,6 +79,8 @@ class TrainConfig:
             skewness of the logits above, in `stop_patience` updates in a row; None: never.
         shards_only: with several ranks, write each rank's part of a checkpoint but no weights for
             transformers; `merge_checkpoint` makes them of the parts.
+        save_merged: of a PEFT model, whose checkpoints are its adapter, also write the whole model
+            with the adapter merged into it, as `merged` in each checkpoint.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -113,6 +116,7 @@ class TrainConfig:
     stop_skew: float | None = None
     stop_patience: int = 1
     shards_only: bool = False
+    save_merged: bool = False
 
     REDUCTIONS = ("token_mean", "sequence_mean")
 

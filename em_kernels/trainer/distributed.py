@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from em_kernels._modes import Modes
+from em_kernels.heads import causal_lm
 from em_kernels.trainer.loss import LossModule, micro_batch_loss
 from em_kernels.trainer.random_state import RandomState
 
@@ -168,17 +170,37 @@ def place(model, temperature: float, dtype: str, ranks: Ranks) -> Whole | Sharde
     return Sharded(model, temperature, dtype, ranks)
 
 
+class TrainMode:
+    """Train mode, as the user set it: modules in eval mode below a model in train mode stay so.
+
+    A model in eval mode (from_pretrained) is trained with all its modules in train mode. It counts
+    by itself where it is in a PEFT model, which is in train mode around any.
+    """
+
+    def __init__(self, model):
+        self._modes = Modes(model) if causal_lm(model).training else None
+
+    def __call__(self, model: nn.Module) -> None:
+        model.train()
+        if self._modes:
+            self._modes.restore(model)
+
+
 class Whole:
     """A model trained by one process; bfloat16 is autocast."""
 
     def __init__(self, model, temperature: float, dtype: str):
         self.model, self.bfloat16 = model, dtype == "bfloat16"
         self.trained, self.module = model, LossModule(model, temperature)
+        self._train_mode = TrainMode(model)
 
     def loss(self, part, compute: Callable = micro_batch_loss):
         """`compute(model, head, part, temperature)`, by default the loss of a `Batch`."""
         with self._autocast():
             return self.module(part, compute)
+
+    def train(self) -> None:
+        self._train_mode(self.trained)
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
@@ -216,6 +238,7 @@ class Sharded:
         parameters = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
         self.trained = copy.deepcopy(model, parameters)
         self.module = LossModule(self.trained, temperature)
+        self._train_mode = TrainMode(model)
         _fully_shard(self.module, self.compute_dtype, ranks)
         self._release()
         model.to(ranks.device)
@@ -225,6 +248,9 @@ class Sharded:
         if not torch.is_grad_enabled():  # no backward pass will
             self.module.reshard()
         return result
+
+    def train(self) -> None:
+        self._train_mode(self.trained)
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:

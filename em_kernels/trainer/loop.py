@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from em_kernels._modes import modes_kept
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
@@ -60,7 +61,13 @@ def train(
     Args:
         config: a TrainConfig or an RLConfig; `config.output=None` writes nothing.
         model, tokenizer: both, or neither to load `config.model`. The model is trained in place,
-            in the dtype and on the device that it has.
+            in the dtype and on the device that it has. A `peft.PeftModel` trains what of it
+            requires grad: its active adapter; checkpoints are that adapter (see
+            `TrainConfig.save_merged`), and to resume it is passed again, or loaded on the model
+            that its adapter_config.json names. Modules that are in eval mode below a model in
+            train mode stay so; a model in eval mode, as from_pretrained gives it, is trained with
+            all its modules in train mode. Afterwards, after an error too, every module is in the
+            mode that it was in.
         objective: replaces entropy minimisation by other weights that are known before the
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
             is not written down: pass it again to resume. Not used by stages with rewards. Every
@@ -86,28 +93,37 @@ def train(
         RankError: another rank failed; that rank raises one of the above.
     """
     with joined_ranks(config.device) as ranks:
-        reference = initial_model(config, model)
+        reference = initial_model(config, model, ranks)
         run = start_run(config, model, tokenizer, resume, ranks)
-        was_training = run.model.training
         learner = Learner(run, reference) if any(s.policy for s in config.stages) else None
-        for update, index, stage in _progress(run, progress):
-            set_learning_rate(run, stage.learning_rate or config.learning_rate)
-            with run.random:
-                if stage.policy:
-                    line = learner.update(update, index, stage)
-                else:
-                    line = _update(run, update, objective or _entropy_minimisation(config))
-            line = _shown(run, {**line, **config.labels(index, stage)}, on_step)
-            with ranks.together():
-                run.metrics.add(line)
-            run.done = update
-            if _is_due(run):
-                save_run(run)
-        if not _is_saved(run):
-            save_run(run)
-        run.weights.finish()
-        run.model.train(was_training)
+        with modes_kept(run.model):
+            _run_updates(
+                run, learner, objective or _entropy_minimisation(config), on_step, progress
+            )
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
+
+
+def _run_updates(
+    run: Run, learner: Learner | None, objective: Objective, on_step: Callable | None, show: bool
+) -> None:
+    """Every update that is still to do, with its checkpoints."""
+    config = run.config
+    for update, index, stage in _progress(run, show):
+        set_learning_rate(run, stage.learning_rate or config.learning_rate)
+        with run.random:
+            if stage.policy:
+                line = learner.update(update, index, stage)
+            else:
+                line = _update(run, update, objective)
+        line = _shown(run, {**line, **config.labels(index, stage)}, on_step)
+        with run.ranks.together():
+            run.metrics.add(line)
+        run.done = update
+        if _is_due(run):
+            save_run(run)
+    if not _is_saved(run):
+        save_run(run)
+    run.weights.finish()
 
 
 def _update(run: Run, update: int, objective: Objective) -> dict:
@@ -156,7 +172,7 @@ def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, dict[str, floa
         names["logit_skew"] = "logit_skew"
     sums = [0.0] * (1 + len(names))
     compute = partial(micro_batch_loss, outputs=tuple(names.values()))
-    run.weights.trained.train()
+    run.weights.train()
     for part in run.ranks.deal(_micro_batches(run.config, batch)):
         result = run.weights.loss(part, compute)
         result.loss.backward()

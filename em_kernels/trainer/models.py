@@ -11,8 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from em_kernels._head_call import check_head, head_input, in_eval_mode
+from em_kernels._head_call import check_head, head_input
+from em_kernels._modes import eval_mode
 from em_kernels.heads import Head, ModelError, causal_lm
+from em_kernels.trainer.adapters import ADAPTER_FILE, attach_adapter, base_name, has_adapter
 
 SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
 
@@ -31,17 +33,48 @@ def require_transformers() -> ModuleType:
 
 
 def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple:
-    """(model, tokenizer) from a folder or a hub name, the parameters in `dtype`.
+    """(model, tokenizer) from a folder or a hub name, the parameters in `dtype`, in eval mode.
+
+    A folder with an adapter, as the trainer and PEFT write them, is a `peft.PeftModel` around the
+    model that it names; the adapter can be trained.
 
     Raises:
-        ModelError: nothing there, not a causal language model, or no weights for its head.
+        ModelError: nothing there, not a causal language model, or no weights for its head; for an
+            adapter also: the model below it is not there, or has other weights than in training.
+        ImportError: transformers, or peft for an adapter, is missing.
     """
-    transformers = require_transformers()
+    place = _device(device)
     _check_path(name)
+    if has_adapter(name):
+        model, tokenizer = _load_adapted(name, dtype)
+    else:
+        model, tokenizer = _load_weights(name, dtype), _load_tokenizer(name)
+    return model.to(place), tokenizer
+
+
+def _load_adapted(folder: str, dtype: torch.dtype) -> tuple:
+    """(PEFT model, tokenizer) of a folder with an adapter."""
+    base, revision = base_name(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+        _check_path(base)
+        model = _load_weights(base, dtype, revision)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder} is an adapter, and the model below it cannot be loaded: {error}; "
+            f"base_model_name_or_path in its {ADAPTER_FILE} says where that is"
+        ) from error
+    own = (Path(folder) / "tokenizer_config.json").is_file()
+    tokenizer = _load_tokenizer(folder if own else base)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # the adapter's files hold the new ones
+    return attach_adapter(model, folder), tokenizer
+
+
+def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
+    options = {"revision": revision} if revision else {}
+    try:
+        model, report = require_transformers().AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
@@ -51,7 +84,15 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
         raise ModelError(
             f"{name!r} is not a causal language model: it has no weights for {', '.join(missing)}"
         )
-    return model.to(_device(device)), tokenizer
+    return model
+
+
+def _load_tokenizer(name: str):
+    try:
+        return require_transformers().AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {reason}") from error
 
 
 def load_architecture(folder: Path, device: str = "auto") -> tuple:
@@ -74,7 +115,7 @@ def load_architecture(folder: Path, device: str = "auto") -> tuple:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
-    complete = [p for p in found if (p / "config.json").is_file()]
+    complete = [p for p in found if (p / "config.json").is_file() or has_adapter(p)]
     return sorted(complete, key=lambda p: int(p.name[len("checkpoint-") :]))
 
 
@@ -115,7 +156,7 @@ def check_causal(model, head: Head, prompt: list[int]) -> None:
     check_head(model, head)
     ids = torch.tensor([prompt, prompt], device=model.device)
     ids[1, -1] = (ids[1, -1] + 1) % head.weight.shape[0]
-    with in_eval_mode(model):
+    with eval_mode(model):
         first, second = hidden = hidden_states(model, ids, torch.ones_like(ids))
         own = head_input(model, input_ids=ids, use_cache=False)
     name = type(model).__name__
@@ -154,7 +195,7 @@ def _check_path(name: str) -> None:
     """Refuse what is meant as a path and is not a model folder, rather than ask the hub for it."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not has_adapter(path):
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_kernels._modes import eval_mode
 from em_kernels.covariance import token_covariance
-from em_kernels.trainer.distributed import Whole
+from em_kernels.trainer.adapters import is_adapted
+from em_kernels.trainer.distributed import Ranks, Whole
 from em_kernels.trainer.models import load_model
 from em_kernels.trainer.rl_collect import Collected, Practice, collect
 from em_kernels.trainer.rl_config import RLConfig
@@ -51,14 +53,24 @@ class Part(NamedTuple):
         return self._replace(tokens=self.tokens.without_weight())
 
 
-def initial_model(config, model):
-    """The reference of a KL penalty, before anything trains the model; None where none is asked."""
+def initial_model(config, model, ranks: Ranks):
+    """The reference of a KL penalty, before anything trains the model; None where none is asked.
+
+    It shares the weights that an adapter leaves alone; several ranks take those apart.
+    """
     if not isinstance(config, RLConfig) or config.ref_kl == 0:
         return None
+    if model is None and config.model is None:
+        raise ValueError(
+            "model must be given with ref_kl: the model that the run was started with, got None"
+        )
     if model is None:
         model, _ = load_model(str(config.model), config.device)
         return model.eval().requires_grad_(False)
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    shared = {}
+    if is_adapted(model) and ranks.size == 1:
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 class Learner:
@@ -156,9 +168,8 @@ class Learner:
     def _statistics(self, weights, tokens: Tokens, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """(B, T) each, without gradient; 0 where no token counts. Ranks share the work."""
         found = {name: torch.zeros_like(tokens.old_logprob) for name in outputs}
-        weights.trained.eval()
         compute = partial(token_stats, outputs=outputs)
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(weights.trained):
             for part in self.run.ranks.deal(self._parts(tokens, 1)):
                 stats = weights.loss(part.tokens, compute)
                 for name, values in found.items():
@@ -209,7 +220,7 @@ class Learner:
         coef -= config.em_coef if "em" in stage.objectives else 0.0
         compute = partial(token_stats, outputs=("logprob", "entropy") if coef else ("logprob",))
         size, sums = step_size(config, objective, tokens), {"loss": 0.0}
-        run.weights.trained.train()
+        run.weights.train()
         with run.ranks.apart(update):
             for part in run.ranks.deal(self._parts(tokens, _unit(objective))):
                 stats = run.weights.loss(part.tokens, compute)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from em_kernels._modes import eval_mode
+from em_kernels.heads import causal_lm
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import require_transformers
 from em_kernels.trainer.shared_sampling import SharedDraw, generate_share
@@ -106,16 +108,14 @@ def sample(
     ids, mask = left_pad(prompts, filler)
     room = room_for_answers(model, ids.shape[1], sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=room)
-    training = model.training
-    model.eval()
     answers = []
-    for part_ids, part_mask in zip(ids.split(batch), mask.split(batch)):
-        part = (part_ids.to(model.device), part_mask.to(model.device).long())
-        if ranks is None or ranks.size == 1:
-            answers.append(_generate(model, *part, sampling, ends, filler))
-        else:
-            answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
-    model.train(training)
+    with eval_mode(model), _checkpoint_settings_put_aside(model):
+        for part_ids, part_mask in zip(ids.split(batch), mask.split(batch)):
+            part = (part_ids.to(model.device), part_mask.to(model.device).long())
+            if ranks is None or ranks.size == 1:
+                answers.append(_generate(model, *part, sampling, ends, filler))
+            else:
+                answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
     return join_answers(ids.to(model.device), mask.to(model.device), answers, ends, filler)
 
 
@@ -124,10 +124,9 @@ def _generate(
 ) -> Tensor:
     """The answers (B, longest) to prompts (B, T)."""
     settings = _generation_config(sampling, ends, filler)
-    with _checkpoint_settings_put_aside(model):
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, **options
-        )
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=settings, **options
+    )
     return output[:, ids.shape[1] :]
 
 
@@ -210,13 +209,21 @@ def _warpers(sampling: Sampling):
 
 @contextmanager
 def _checkpoint_settings_put_aside(model) -> Iterator[None]:
-    """generate fills what a call leaves open from `model.generation_config`: keep it out."""
-    kept = model.generation_config
-    model.generation_config = require_transformers().GenerationConfig()
+    """generate fills what a call leaves open from `model.generation_config`: keep it out.
+
+    A PEFT model has it from the model inside, whose generate it calls, or besides that one.
+    """
+    holders = [causal_lm(model)]
+    if model is not holders[0] and "generation_config" in vars(model):
+        holders.append(model)
+    kept = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = require_transformers().GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = kept
+        for holder, settings in zip(holders, kept):
+            holder.generation_config = settings
 
 
 def join_answers(

@@ -10,6 +10,14 @@ from torch import nn
 
 from em_kernels.heads import ModelError, read_head
 from em_kernels.trainer import checkpoint as checkpoints
+from em_kernels.trainer.adapters import (
+    adapter_settings,
+    base_dtype,
+    check_adapted,
+    has_adapter,
+    is_adapted,
+    load_weights,
+)
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
@@ -21,6 +29,7 @@ from em_kernels.trainer.models import (
     newest_checkpoint,
 )
 from em_kernels.trainer.random_state import RandomState
+from em_kernels.trainer.reached import check_reached
 from em_kernels.trainer.rollout import end_tokens, pad_token
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.sharded_checkpoint import (
@@ -64,12 +73,20 @@ def start_run(
         checkpoint = _checkpoint_to_resume(config, folder) if resume else None
         if folder and not resume:
             checkpoints.check_free(folder)
+        passed = model is not None
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
+        if resume:
+            _check_same_kind(folder, model)
+        if checkpoint and passed:
+            _load_into(model, checkpoint)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
+        _check_adapter(config, model, saved=folder is not None)
         head = read_head(model)
         if ranks.is_first:
             check_causal(model, head, prompts[0])
+            if is_adapted(model):
+                check_reached(model, head, prompts[0])
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
@@ -91,7 +108,9 @@ def start_run(
         done=0,
     )
     if folder:
-        ranks.first(lambda: checkpoints.write_config(folder, config))
+        adapter = adapter_settings(model) if is_adapted(model) else None
+        ranks.first(lambda: checkpoints.write_config(folder, config, adapter))
+    run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run
 
@@ -107,7 +126,7 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | No
 def _get_model(
     config: TrainConfig, model, tokenizer, checkpoint: Path | None, ranks: Ranks
 ) -> tuple:
-    """Model and tokenizer; the weights of a sharded checkpoint come later."""
+    """Model and tokenizer, passed or loaded; the weights of a sharded checkpoint come later."""
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer must be passed together, got only one")
     if model is None:
@@ -115,15 +134,50 @@ def _get_model(
         if name is None:
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
         device = "cpu" if ranks.size > 1 else config.device
-        if checkpoint and has_shards(checkpoint):
+        if checkpoint and has_shards(checkpoint) and not has_adapter(checkpoint):
             return load_architecture(checkpoint, device)
-        return load_model(str(name), device)
+        dtype = base_dtype(name) if checkpoint else None
+        return load_model(str(name), device, dtype or torch.float32)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
-    if checkpoint and not has_shards(checkpoint):
+    return model, tokenizer
+
+
+def _check_same_kind(folder: Path, model) -> None:
+    """A run that trains an adapter goes on with one, checkpoint or not."""
+    if checkpoints.trains_adapter(folder) == is_adapted(model):
+        return
+    if is_adapted(model):
+        raise ModelError(f"the run in {folder} trains a whole model, got one with an adapter")
+    raise ModelError(
+        f"the run in {folder} trains an adapter, got a model without one: pass the PEFT model that "
+        "it was started with"
+    )
+
+
+def _load_into(model, checkpoint: Path) -> None:
+    """The weights of a checkpoint into a model that was passed."""
+    if has_adapter(checkpoint):
+        load_weights(model, checkpoint)
+    elif not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         model.load_state_dict(saved.state_dict())
-    return model, tokenizer
+
+
+def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
+    if not is_adapted(model):
+        if config.save_merged:
+            raise ValueError(
+                "save_merged is for a PEFT model, got one without an adapter: its checkpoints are "
+                "whole models; leave it out"
+            )
+        return
+    if config.shards_only:
+        raise ValueError(
+            "shards_only must be False with a PEFT model, got True: its adapter's files are what "
+            "its checkpoints are for"
+        )
+    check_adapted(model, saved=saved, merged=config.save_merged)
 
 
 def _check_trainable(model) -> None:
@@ -172,4 +226,5 @@ def save_run(run: Run) -> None:
 
 def _write(run: Run, model, state: dict, shards: Path | None = None) -> Path:
     arguments = (run.folder, run.done, model, run.tokenizer, state)
-    return checkpoints.save_checkpoint(*arguments, run.config.keep_checkpoints, shards)
+    keep, merged = run.config.keep_checkpoints, run.config.save_merged
+    return checkpoints.save_checkpoint(*arguments, keep, shards, merged)

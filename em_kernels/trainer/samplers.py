@@ -14,6 +14,8 @@ from dataclasses import replace
 
 import torch
 
+from em_kernels.heads import causal_lm
+from em_kernels.trainer.adapters import check_same_head, is_adapted, merged_copy
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.rollout import (
@@ -58,7 +60,8 @@ def sampling(config: TrainConfig) -> Sampling:
 
 
 class VllmSampler:
-    """A vLLM engine in each rank's process, given the model's weights before each update.
+    """A vLLM engine in each rank's process, given the model's weights before each update; those of
+    a PEFT model with its adapter merged into a copy.
 
     Answer i of update u is drawn with a seed of its own, made of the run's seed, u and i: not the
     numbers that transformers would draw, but the same for any number of ranks, as far as vLLM's
@@ -68,7 +71,10 @@ class VllmSampler:
     def __init__(self, config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks):
         self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
         self.vllm = _require_vllm()
-        name = config.model or model.name_or_path
+        if is_adapted(model):
+            check_same_head(model)
+        name = causal_lm(model).name_or_path if is_adapted(model) else config.model
+        name = name or config.model or model.name_or_path
         if not name:
             raise ValueError("model must be a folder or a hub name with sampler='vllm', got none")
         room = room_for_answers(model, longest_prompt, config.max_new_tokens)
@@ -101,7 +107,8 @@ class VllmSampler:
         return Rollout(*(part.to(model.device) for part in rollout))
 
     def _push_weights(self, model) -> None:
-        weights = [(name, value.data) for name, value in model.named_parameters()]
+        whole = merged_copy(model) if is_adapted(model) else model
+        weights = [(name, value.data) for name, value in whole.named_parameters()]
         self.engine.collective_rpc(_load_weights, args=(weights,))
         self.engine.reset_prefix_cache()
 

@@ -13,9 +13,10 @@ from warnings import catch_warnings, filterwarnings
 
 import torch
 
+from em_kernels.trainer.adapters import has_adapter, is_adapted, merged_copy
 from em_kernels.trainer.checkpoint import CheckpointError
 from em_kernels.trainer.distributed import Ranks
-from em_kernels.trainer.models import SHARDS, load_architecture
+from em_kernels.trainer.models import SHARDS, load_architecture, load_model
 
 
 def has_shards(checkpoint: Path) -> bool:
@@ -49,7 +50,7 @@ def load_shards(
     with _checkpoint_errors(f"cannot read {checkpoint / SHARDS}", ranks), catch_warnings():
         filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
         dcp.load(state, checkpoint_id=checkpoint / SHARDS, no_dist=ranks.size == 1)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=_options(model))
     if optimizer:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
@@ -71,17 +72,27 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     """Make a model folder for transformers of a checkpoint's parts; needs no other process.
 
+    Of an adapter, trained by however many ranks, with the model below it, in float32.
+
     Raises:
-        ValueError: `checkpoint` has no parts, or `output` is there already.
+        ValueError: `checkpoint` has no parts and is no adapter, or `output` is there already.
+        ModelError: the model below the adapter is not there, or the two cannot be merged.
         CheckpointError: the parts cannot be read.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if not has_shards(checkpoint):
-        raise ValueError(f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}")
+    if not has_shards(checkpoint) and not has_adapter(checkpoint):
+        raise ValueError(
+            f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
+            "which holds no adapter either"
+        )
     if output.exists():
         raise ValueError(f"output must be a new folder, {output} is there already")
-    model, tokenizer = load_architecture(checkpoint, "cpu")
-    load_shards(checkpoint, model, None, Ranks())
+    if has_adapter(checkpoint):
+        model, tokenizer = load_model(str(checkpoint), "cpu")
+        model = merged_copy(model)
+    else:
+        model, tokenizer = load_architecture(checkpoint, "cpu")
+        load_shards(checkpoint, model, None, Ranks())
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return output
@@ -94,10 +105,18 @@ def _state(model, optimizer: torch.optim.Optimizer | None) -> dict:
         get_optimizer_state_dict,
     )
 
-    state = {"model": get_model_state_dict(model)}
+    state = {"model": get_model_state_dict(model, options=_options(model))}
     if optimizer:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state
+
+
+def _options(model):
+    """Of a PEFT model what is trained: the weights below the adapter are those of its base."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    adapted = is_adapted(model)
+    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from em_kernels._modes import eval_mode
 from em_kernels.evaluator.analyses.texts import Text, Texts
 from em_kernels.evaluator.asking import weights_digest
 from em_kernels.evaluator.records import repair_lines
@@ -100,10 +101,8 @@ def read_tokens(
     described["temperatures"] = [float(t) for t in temperatures]
     path = Path(path)
     done = _begin(path, described, texts)
-    was_training = model.training
-    model.eval()
-    _read_all(model, head, texts, path, temperatures, done, progress)
-    model.train(was_training)
+    with eval_mode(model):
+        _read_all(model, head, texts, path, temperatures, done, progress)
     return TokenFile(path)
 
 
