@@ -24,7 +24,7 @@ def find_others(name, path=None, target=None):
     blocked = name.partition(".")[0] in {blocked} or name in {blocked}
     return None if blocked else find_spec(name, path, target)
 
-PathFinder.find_spec = find_others
+PathFinder.find_spec = staticmethod(find_others)
 """
 
 EVERYTHING = """
