@@ -14,7 +14,7 @@ from em_kernels._checks import (
     make_spec,
 )
 from em_kernels._dtensor import local_operands
-from em_kernels._second_order import differentiable, grouped, weighted_sum
+from em_kernels._second_order import differentiable, weighted_sum
 from em_kernels._spec import RowSpec, TokenStats, Upstream, accumulate_dtype
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
@@ -159,13 +159,7 @@ class _CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return None, None
-
-        def compute():
-            return tuple(torch.ops.em_kernels.all_reduce(grad, ctx.group))
-
-        return *differentiable(compute, grouped, (grad,), ()), None
+        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -26,7 +26,7 @@ from em_kernels._checks import (
 from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import empty_rows
-from em_kernels._second_order import Memory, differentiable, forgotten
+from em_kernels._second_order import Memory, differentiable, forgotten, grouped
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, Upstream, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
 from em_kernels.softmax_stats import pack_stats
@@ -345,10 +345,13 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         left = iter(grads)
         return tuple(_scaled(next(left), upstream, ctx.impl) if n else None for n in ctx.needs)
 
-    inputs = () if torch.compiler.is_compiling() else ctx.memory.recall()
-    if not inputs:
-        return differentiable(compute, forgotten, (empty,), (upstream,))
-    return differentiable(compute, ctx.memory.value, inputs, (upstream, *ctx.memory.rows))
+    if torch.compiler.is_compiling():
+        return compute()
+    memory, inputs = ctx.memory, ctx.memory.recall()
+    if memory.spec.group is not None or not inputs:
+        refusal = forgotten if memory.spec.group is None else grouped
+        return differentiable(compute, refusal, (empty,), (upstream,))
+    return differentiable(compute, memory.value, inputs, (upstream, *memory.rows))
 
 
 class _TokenLoss(torch.autograd.Function):
