@@ -8,7 +8,7 @@ from torch import Tensor
 from em_kernels._spec import TokenStats
 
 
-def known_labels(labels: Tensor, vocab: int | Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+def known_labels(labels: Tensor, vocab: int, ignored: int) -> tuple[Tensor, Tensor]:
     """(labels with 0 for each that is neither in the vocabulary nor `ignored`, which are)."""
     known = (labels >= 0) & (labels < vocab) | (labels == ignored)
     return torch.where(known, labels, 0), known

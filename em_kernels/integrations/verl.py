@@ -17,6 +17,7 @@ are held where verl holds them: in "vanilla" to [-20, 20], loss and actor/ppo_kl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
@@ -58,7 +59,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., D), flattened to N tokens. weight: (V, D). labels: (...) integers; a token
             with label -100 gives zeros. Any other label outside the vocabulary gives, as verl's
-            kernel over a group does, -log sum exp of the logits, and the entropy.
+            kernel over a group does, -log sum exp of the logits, and the entropy; over a group
+            a label beyond the vocabulary is the error of `softmax_stats`.
         temperature: positive; a float, or a tensor of one number or of one for each label.
         reduction: of the log-probabilities: "none" for (N,), "sum" or "mean" (over all N tokens)
             for a scalar. The entropies are (N,) in any case.
@@ -81,9 +83,8 @@ def linear_cross_entropy(
     if labels.dtype in _INTEGERS:
         labels = labels.to(torch.int64)
     sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
-    vocab = torch.tensor(len(weight), device=weight.device)
-    if sharded:
-        dist.all_reduce(vocab, group=dist_process_group)
+    # Over a group only the operator learns how large the whole vocabulary is.
+    vocab = sys.maxsize if sharded else len(weight)
     labels, known = known_labels(labels.reshape(-1), vocab, IGNORED)
     stats = linear_softmax_stats(
         hidden.reshape(-1, hidden.shape[-1]),
