@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._dtensor import is_dtensor
+from em_kernels._masks import nonzero
 from em_kernels._ops import IMPLS
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
 
@@ -143,10 +144,10 @@ def check_group(group) -> str | None:
 def row_mask(
     x: Tensor, target: Tensor | None, ignore_index: int, mask: Tensor | None
 ) -> Tensor | None:
-    """Which rows count: `mask != 0` and `target != ignore_index`; None means all."""
+    """Which rows count: `mask` is not 0 and `target` not `ignore_index`; None means all."""
     if mask is not None:
         check_rows("mask", mask, x)
-        mask = mask != 0
+        mask = nonzero("mask", mask)
     if target is None:
         return mask
     counted = target != ignore_index
@@ -164,10 +165,11 @@ def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
     check_device(name, rows, x)
 
 
-def count_mask(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
+def count_mask(mask: Tensor, like: Tensor | None = None, name: str = "mask") -> Tensor:
     check_tensor(name, mask)
-    check_shape(name, mask, like)
-    return mask != 0
+    if like is not None:
+        check_shape(name, mask, like)
+    return nonzero(name, mask)
 
 
 def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:

@@ -263,10 +263,13 @@ def _flat(rows: tuple) -> tuple:
 
 
 def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> list[Tensor]:
-    """Give per-row results the leading shape; `is_top1` becomes bool."""
+    """Give per-row results the leading shape; `is_top1` becomes bool.
+
+    A result is not a view, as autograd counts them: it can be changed in place.
+    """
     names = (*Saved._fields, *outputs)
     return [
-        (row > 0 if name == "is_top1" else row).view(shape)
+        torch.ops.aten._unsafe_view(row > 0 if name == "is_top1" else row, shape)
         for name, row in zip(names, rows, strict=True)
     ]
 
@@ -302,7 +305,7 @@ def _checked(spec: RowSpec) -> RowSpec:
             (spec.target >= 0) & (spec.target < spec.valid_vocab),
             spec,
             "target",
-            f"in [0, {spec.valid_vocab}) or ignore_index",
+            f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)",
         )
     if spec.temperature_rows is not None and spec.temperature_rows.device.type == "cpu":
         rows = spec.temperature_rows

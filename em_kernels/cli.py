@@ -155,7 +155,7 @@ def _add_rl(parser: argparse.ArgumentParser) -> None:
     setting("--schedule", "stages instead, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov")
     group.add_argument("--problems", metavar="FILE", help='JSON lines {"problem", "answer"}')
     setting("--template", "the user's turn around a problem")
-    setting("--group-size", "answers to each problem of an update")
+    setting("--group-size", "answers to each problem of an update, 2 or more")
     setting("--reward", "instead of the objective's own", choices=REWARDS)
     setting("--judge", "what decides an answer", choices=JUDGES)
     setting("--epochs", "passes over the answers of an update")

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_group, check_number, count_mask
+from em_kernels._checks import check_floating, check_group, check_number, count_mask, row_mask
 from em_kernels._spec import accumulate_dtype
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 
@@ -39,7 +39,8 @@ def token_covariance(
 
     Args:
         logprob, advantage: (...) floating point, of one shape.
-        mask: (...) bool or numeric, tokens where it is non-zero count; None counts all.
+        mask: (...) bool or numeric, tokens where it is non-zero count; None counts all. A floating
+            mask may hold 0 and 1 only, as in `softmax_stats`.
         group: data-parallel process group whose ranks share one mean.
 
     Returns:
@@ -98,8 +99,7 @@ def linear_token_covariance(
             group=vocab_group,
             **kwargs,
         )
-    counted = target != ignore_index
-    counted = counted if mask is None else counted & (mask != 0)
+    counted = row_mask(hidden, target, ignore_index, mask)
     return token_covariance(stats.logprob, advantage, counted, group=group)
 
 
@@ -212,8 +212,10 @@ class _Batch:
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes)])
 
     def own(self, tokens: Tensor) -> Tensor:
-        rank = 0 if self.group is None else dist.get_rank(self.group)
-        return tokens.split(self.sizes)[rank].view(self.shape)
+        """This rank's, in memory of their own."""
+        if self.group is not None:
+            tokens = tokens.split(self.sizes)[dist.get_rank(self.group)].clone()
+        return torch.ops.aten._unsafe_view(tokens, self.shape)
 
     def take(self, ratio: float) -> Tensor:
         """max(floor(ratio N), 1), on the device."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import (
     check_allreduce_dgrad,
@@ -15,7 +14,8 @@ from em_kernels._checks import (
     make_spec,
 )
 from em_kernels._dtensor import local_operands
-from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype
+from em_kernels._second_order import differentiable, weighted_sum
+from em_kernels._spec import RowSpec, TokenStats, Upstream, accumulate_dtype
 from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
 
 
@@ -106,12 +106,9 @@ def linear_softmax_stats(
         bias=bias,
     )
     outputs = check_outputs(outputs, target)
-    if fuse_product:
-        rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
-        return pack_stats(outputs, rows[3:])
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     cut = (chunk_tokens, logits_dtype, impl)
-    rows = _LinearStats.apply(hidden, weight, *spec, outputs, filter_eps, *cut)
+    rows = _LinearStats.apply(hidden, weight, *spec, outputs, fuse_product, filter_eps, *cut)
     return pack_stats(outputs, rows)
 
 
@@ -180,9 +177,12 @@ class _SumOverRanks(torch.autograd.Function):
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, ctx.filter_eps, chunk_tokens, logits_dtype, impl = args
+        *spec, outputs, fused, ctx.filter_eps, chunk_tokens, logits_dtype, impl = args
         ctx.cut = (chunk_tokens, logits_dtype, impl)
-        rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
+        if fused:
+            rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
+        else:
+            rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
         saved, results = split_rows(ctx, outputs, rows)
         tensors, ctx.scalars = spec[:4], spec[4:]
         ctx.save_for_backward(hidden, weight, *tensors, *saved)
@@ -190,16 +190,22 @@ class _LinearStats(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         hidden, weight, *tensors = ctx.saved_tensors
         spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
         upstream = upstream_of(ctx.outputs, grads)
         needs = ctx.needs_input_grad[:3]
-        none = [None] * (len(RowSpec._fields) + 4)
+        none = [None] * (len(RowSpec._fields) + 5)
         if all(g is None for g in upstream):
             return None, None, None, *none
-        grads = torch.ops.em_kernels.linear_grad(
-            hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut
-        )
-        return *(g if need else None for g, need in zip(grads, needs)), *none
+
+        def compute():
+            arguments = (hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut)
+            grads = torch.ops.em_kernels.linear_grad(*arguments)
+            return tuple(g if need else None for g, need in zip(grads, needs))
+
+        def value(inputs, rest):
+            return weighted_sum(inputs, RowSpec(None, *rest[3:], *scalars), Upstream(*rest[:3]))
+
+        scalars, inputs, rest = ctx.scalars, (hidden, weight, spec.bias), (*upstream, *tensors[1:4])
+        return *differentiable(compute, value, inputs, rest), *none

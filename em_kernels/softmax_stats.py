@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import check_logits, check_outputs, make_spec
 from em_kernels._dtensor import local_logits
-from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats
+from em_kernels._second_order import differentiable, weighted_sum
+from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, Upstream
 
 
 def softmax_stats(
@@ -39,14 +39,17 @@ def softmax_stats(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64; row-strided views are read in
             place. A -inf logit has probability 0. A row with NaN, +inf or no finite logit is NaN.
-        target: (...) int64 token ids y; needed by logprob, is_top1 and entropy_slope.
+        target: (...) int64 token ids y; needed by logprob, is_top1 and entropy_slope. An id outside
+            the vocabulary is an error unless its row is ignored or masked: where -1 or a padding id
+            stands for no token, say so by `ignore_index` or `mask`.
         outputs: names of `TokenStats` to compute; nothing else is computed. `logprob` of the
             default is left out where there is no target.
         temperature: positive, a float or a tensor of the leading shape; no gradient.
         softcap: c > 0 or None.
         logit_scale: non-zero factor on the logits.
         ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
-        mask: (...) bool or numeric; rows where it is 0 are treated the same way.
+        mask: (...) bool or numeric; rows where it is 0 are treated the same way. It does not weigh:
+            a floating mask that holds anything but 0 and 1 is an error.
         valid_vocab: only the first `valid_vocab` entries of a row count (a padded vocabulary).
         group: torch.distributed process group between whose ranks the vocabulary is cut. `logits`
             are then this rank's entries, in the order of the ranks and as many as it has, be it
@@ -56,12 +59,16 @@ def softmax_stats(
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        TokenStats of float32 (float64 for float64) tensors of the leading shape. `logprob`,
-        `entropy` and `lse` are differentiable, once.
+        TokenStats of float32 (float64 for float64) tensors of the leading shape, each in memory of
+        its own. `logprob`, `entropy` and `lse` are differentiable. Derivatives of their gradients
+        (create_graph=True) are those of the definition, in plain PyTorch, and cost several arrays
+        of the size of the logits; with `group` they are a RuntimeError, and torch.compile has none.
+        torch.func's transforms and forward mode are refused.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was received. On a GPU a target out of
-            range gives NaN in its row instead, to spare a synchronisation.
+        TypeError, ValueError: naming the argument and what was received. On a GPU, to spare a
+            synchronisation, a target out of range gives NaN in its row instead, and a mask that
+            weighs is a device-side assertion.
 
     Source: S. Kullback, Information Theory and Statistics (1959) for H and KL; Cui et al.,
     "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (2025),
@@ -120,7 +127,6 @@ class _SoftmaxStats(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         logits, *tensors = ctx.saved_tensors
         spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
@@ -128,5 +134,13 @@ class _SoftmaxStats(torch.autograd.Function):
         none = [None] * (len(RowSpec._fields) + 2)
         if all(g is None for g in upstream):
             return None, *none
-        (grad,) = torch.ops.em_kernels.softmax_grad(logits, *spec, *saved, *upstream, ctx.impl)
-        return grad, *none
+
+        def compute():
+            arguments = (logits, *spec, *saved, *upstream, ctx.impl)
+            return tuple(torch.ops.em_kernels.softmax_grad(*arguments))
+
+        def value(inputs, rest):
+            return weighted_sum(inputs, RowSpec(None, *rest[3:], *scalars), Upstream(*rest[:3]))
+
+        scalars, rest = ctx.scalars, (*upstream, *tensors[1:4])
+        return *differentiable(compute, value, (logits,), rest), *none

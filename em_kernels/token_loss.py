@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from em_kernels._checks import (
     check_allreduce_dgrad,
@@ -27,7 +26,8 @@ from em_kernels._checks import (
 from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import empty_rows
-from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, accumulate_dtype
+from em_kernels._second_order import Memory, differentiable, forgotten, grouped
+from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, Upstream, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
 from em_kernels.softmax_stats import pack_stats
 
@@ -74,7 +74,9 @@ def token_loss(
 
     Returns:
         TokenLoss(loss, stats): a float32 (float64) scalar, and the detached `TokenStats` asked
-        for in `outputs`.
+        for in `outputs`. Its second derivative is as that of `softmax_stats`; since a loss keeps
+        nothing for it, it needs the tensors it was given still in memory and as they were, and is
+        a RuntimeError without them.
 
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -307,12 +309,16 @@ def _combine(stats: dict[str, Tensor], weights: tuple, like: Tensor) -> Tensor:
     return loss
 
 
-def _finish(ctx, outputs: tuple[str, ...], names: tuple[str, ...], rows, weights, like):
-    """(loss, *outputs) with everything but the loss marked as having no gradient."""
-    stats = dict(zip(names, rows[3:]))
-    results = tuple(stats[name] for name in outputs)
+def _finish(ctx, impl: str, outputs: tuple[str, ...], stats: dict, weights, grads, like: Tensor):
+    """(loss, *outputs, empty): all but the loss without gradient; `grads` are kept for backward.
+
+    `empty` leads from the gradient back to this call, so that none can be differentiated unnoticed.
+    """
+    results, empty = tuple(stats[name] for name in outputs), like.new_empty(0)
     ctx.mark_non_differentiable(*results)
-    return _combine(stats, weights, like), *results
+    ctx.needs, ctx.impl = [g is not None for g in grads], impl
+    ctx.save_for_backward(empty, *(g for g in grads if g is not None))
+    return _combine(stats, weights, like), *results, empty
 
 
 # Whether the backward pass that is running leaves the graph for another.
@@ -327,12 +333,34 @@ def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
     return grad
 
 
+def _remember(ctx, inputs: tuple[Tensor | None, ...], spec: tuple, weights: list) -> None:
+    if not torch.compiler.is_compiling():
+        ctx.memory = Memory(inputs, RowSpec(*spec), Upstream(*weights))
+
+
+def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    empty, *grads = ctx.saved_tensors
+
+    def compute():
+        left = iter(grads)
+        return tuple(_scaled(next(left), upstream, ctx.impl) if n else None for n in ctx.needs)
+
+    if torch.compiler.is_compiling():
+        return compute()
+    memory, inputs = ctx.memory, ctx.memory.recall()
+    if memory.spec.group is not None or not inputs:
+        refusal = forgotten if memory.spec.group is None else grouped
+        return differentiable(compute, refusal, (empty,), (upstream,))
+    return differentiable(compute, memory.value, inputs, (upstream, *memory.rows))
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *args):
         spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
         *weights, outputs, impl, need, inplace = args
-        names = _all_outputs(outputs, weights)
+        names, grad = _all_outputs(outputs, weights), None
+        _remember(ctx, (logits,), spec, weights)
         ops = torch.ops.em_kernels
         if not need:
             rows = ops.softmax_stats(logits, *spec, names, impl)
@@ -341,18 +369,15 @@ class _TokenLoss(torch.autograd.Function):
             ops.softmax_loss_(logits, rows, *spec, *weights, names, impl)
             # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
             torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(logits.detach())
+            grad = logits.detach()
         else:
             *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
-            ctx.save_for_backward(grad)
-        ctx.impl = impl
-        return _finish(ctx, outputs, names, rows, weights, logits)
+        stats = dict(zip(names, rows[3:]))
+        return _finish(ctx, impl, outputs, stats, weights, (grad,), logits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
-        (grad,) = ctx.saved_tensors
-        return _scaled(grad, upstream, ctx.impl), *[None] * (_SPEC_LENGTH + 7)
+        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH + 7)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -361,20 +386,18 @@ class _LinearTokenLoss(torch.autograd.Function):
         spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
         *weights, needs, outputs, chunk_tokens, logits_dtype, impl = args
         cut = (chunk_tokens, logits_dtype, impl)
-        names = _all_outputs(outputs, weights)
+        names, grads = _all_outputs(outputs, weights), (None,) * 3
+        _remember(ctx, (hidden, weight, spec[0]), spec, weights)
         ops = torch.ops.em_kernels
         if any(needs[:3]):
             results = ops.linear_loss(hidden, weight, *spec, *weights, *needs, names, *cut)
             rows, grads = results[:-3], results[-3:]
-            ctx.save_for_backward(*(g for g, need in zip(grads, needs) if need))
+            grads = tuple(g if need else None for g, need in zip(grads, needs))
         else:
             rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
-        ctx.needs, ctx.impl = needs[:3], impl
-        return _finish(ctx, outputs, names, rows, weights, hidden)
+        stats = dict(zip(names, rows[3:]))
+        return _finish(ctx, impl, outputs, stats, weights, grads, hidden)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
-        grads = iter(ctx.saved_tensors)
-        scaled = [_scaled(next(grads), upstream, ctx.impl) if need else None for need in ctx.needs]
-        return *scaled, *[None] * (_SPEC_LENGTH - 1 + 8)
+        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH - 1 + 8)

@@ -169,6 +169,25 @@ def test_every_statistic_of_the_fused_head_is_trls():
         assert error(a, b) < 1e-5
 
 
+def test_targets_outside_the_vocabulary_are_answered_as_by_trl():
+    hidden, weight = torch.randn(6, 16).requires_grad_(), torch.randn(53, 16).requires_grad_()
+    targets = torch.tensor([-100, 4, -1, 53, 1 << 40, 52])
+    arguments = (hidden, weight, None, targets, 0.8, 20, 5.0, 0.5)
+    theirs = trl.kernels.ChunkedLogProbFunction.apply(*arguments)
+    ours = integration.chunked_log_probs(*arguments)
+    for a, b in zip(ours[:4], theirs[:4]):
+        assert error(a, b) < 1e-5
+    upstream = torch.randn(2, 6)
+    for a, b in zip(
+        *(
+            torch.autograd.grad((upstream[0] * x[0] + upstream[1] * x[1]).sum(), (hidden, weight))
+            for x in (ours, theirs)
+        )
+    ):
+        assert error(a, b) < 1e-5
+    assert not ours[4][[0, 2, 3, 4]].any()
+
+
 @pytest.mark.parametrize("cast", (False, True))
 def test_the_fused_head_in_bfloat16(cast):
     model = load_model(str(tiny_math.model_path()), "cpu", torch.bfloat16)[0]

@@ -172,6 +172,22 @@ def test_reductions_and_ignored_labels():
     assert mean.item() == pytest.approx(total.item() / 5)
 
 
+def test_labels_outside_the_vocabulary_leave_numbers_to_mask():
+    hidden, weight = make_linear(5)
+    labels = torch.tensor([-1, 7, 301, -100, 1 << 40])
+    outside = torch.tensor([0, 2, 4])
+    logprob, entropy = integration.linear_cross_entropy(hidden, weight, labels)
+    expected = truth(hidden @ weight.T)
+    assert error(logprob[outside], -expected["lse"][outside]) < 1e-5
+    assert error(entropy[outside], expected["entropy"][outside]) < 1e-5
+    assert logprob[3] == entropy[3] == 0
+    mask = torch.tensor([0.0, 1, 0, 0, 0])
+    got = torch.autograd.grad((logprob * mask).sum(), (hidden, weight))
+    right = truth(hidden[1:2] @ weight.T, labels[1:2])["logprob"].sum()
+    for a, b in zip(got, torch.autograd.grad(right, (hidden, weight))):
+        assert error(a, b) < 1e-5
+
+
 def test_bad_arguments_are_named():
     hidden, weight = make_linear(3)
     with pytest.raises(ValueError, match=r"reduction must be one of .* got 'max'"):

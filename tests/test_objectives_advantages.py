@@ -33,7 +33,17 @@ def test_equal_rewards_and_groups_of_one_are_exactly_zero(normalize_std, eps):
     options = dict(normalize_std=normalize_std, eps=eps)
     assert group_advantage(reward, prompt, **options).tolist() == [0.0] * 4
     assert group_advantage(reward[:0], prompt[:0], **options).shape == (0,)
-    assert group_advantage(reward[3:], prompt[3:], correction=0, **options).tolist() == [0.0]
+    with pytest.warns(UserWarning, match="every prompt has one answer"):
+        assert group_advantage(reward[3:], prompt[3:], correction=0, **options).tolist() == [0.0]
+
+
+def test_groups_of_one_alone_are_warned_of(recwarn):
+    reward = torch.tensor([1.0, 0.0, 1.0])
+    group_advantage(reward, torch.tensor([0, 0, 1]))  # one group can be learned from
+    group_advantage(reward[:0], torch.tensor([], dtype=torch.int64))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="give all the answers to a prompt the same id"):
+        assert group_advantage(reward, torch.tensor([4, 2, 9])).tolist() == [0.0] * 3
 
 
 def test_nan_stays_in_its_group_and_the_result_is_detached():

@@ -1,5 +1,7 @@
 """Stages of a run, early stop and the entropy coefficient, from settings and metrics alone."""
 
+import re
+
 import pytest
 from rl_runs import PROBLEMS, rl_settings
 from trainer_runs import run, settings
@@ -45,6 +47,20 @@ def test_a_schedule_is_names_updates_and_rates():
 def test_bad_schedules_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         parse_schedule(text, 20, OBJECTIVES)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "em"])
+def test_one_answer_to_a_problem_is_nothing_to_compare(objective):
+    reward = None if objective in ("empo", "l-grpo") else "majority"
+    message = f"group_size must be 2 or more with {re.escape(objective)}, got 1.*nothing is learned"
+    for stages in ({"objective": objective}, {"schedule": f"em:1,em+{objective}"}):
+        with pytest.raises(ValueError, match=message):
+            rl_settings(group_size=1, reward=reward, **stages)
+        rl_settings(group_size=2, reward=reward, **stages)
+
+
+def test_entropy_minimisation_compares_nothing():
+    assert rl_settings(objective="em", group_size=1).group_size == 1
 
 
 def test_stages_follow_one_another():

@@ -261,6 +261,7 @@ def verl_head(cut, impl):
     it leaves partial is summed by what comes before it, as in verl."""
     head, target = draw_head(cut)
     hidden = copy_to_ranks(head.hidden, check_group(cut.group))
+    target.view(-1)[:2] = torch.tensor([-1, -100])  # no entries of the vocabulary
     arguments = (hidden, head.weight, target, 0.7, "none", cut.group)
     values = dict(zip(("logprob", "entropy"), verl.linear_cross_entropy(*arguments)))
     return with_gradients(

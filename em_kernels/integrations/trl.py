@@ -24,6 +24,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
+from em_kernels.integrations._labels import known_labels, logprob_of_known
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
@@ -111,19 +112,25 @@ def chunked_log_probs(
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,); each result (N,), None where it
     is not in `outputs`. The logits are softcap(logit_scale * (hidden @ weight.T + bias)) / T.
-    `chunk_size` is TRL's and does not matter: rows are chunked, not the vocabulary.
+    `chunk_size` is TRL's and does not matter: rows are chunked, not the vocabulary. A target
+    outside the vocabulary has, as there, log_probs of -log sum exp of its logits, and no top 1.
     """
     if hasattr(weight, "ds_id"):
         arguments = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
         return _TRL_APPLY(hidden, weight, bias, targets, *arguments)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
+    targets, known = known_labels(targets, len(weight), NEVER_IGNORED)
     stats = linear_softmax_stats(
         hidden,
         weight,
         targets,
         bias=bias if bias is None else logit_scale * bias,
-        outputs=("logprob", *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs)),
+        outputs=(
+            "logprob",
+            "lse",
+            *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs),
+        ),
         temperature=temperature_of(temperature, targets),
         softcap=final_logit_softcapping,
         logit_scale=logit_scale,
@@ -131,7 +138,9 @@ def chunked_log_probs(
         logits_dtype=_logits_dtype,
     )
     collision = None if stats.collision is None else stats.collision.log()
-    return stats.logprob, stats.entropy, collision, stats.logit_mean, stats.is_top1
+    is_top1 = None if stats.is_top1 is None else stats.is_top1 & known
+    logprob = logprob_of_known(stats, known)
+    return logprob, stats.entropy, collision, stats.logit_mean, is_top1
 
 
 def _selective_log_softmax(

@@ -17,6 +17,7 @@ are held where verl holds them: in "vanilla" to [-20, 20], loss and actor/ppo_kl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from em_kernels._checks import check_number
 from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
+from em_kernels.integrations._labels import known_labels, logprob_of_known
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
@@ -39,6 +41,7 @@ from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
 
 REDUCTIONS = ("none", "sum", "mean")
 _INTEGERS = (torch.int8, torch.int16, torch.int32)
+IGNORED = -100
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
 
@@ -55,7 +58,9 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., D), flattened to N tokens. weight: (V, D). labels: (...) integers; a token
-            with label -100 gives zeros.
+            with label -100 gives zeros. Any other label outside the vocabulary gives, as verl's
+            kernel over a group does, -log sum exp of the logits, and the entropy; over a group
+            a label beyond the vocabulary is the error of `softmax_stats`.
         temperature: positive; a float, or a tensor of one number or of one for each label.
         reduction: of the log-probabilities: "none" for (N,), "sum" or "mean" (over all N tokens)
             for a scalar. The entropies are (N,) in any case.
@@ -78,17 +83,21 @@ def linear_cross_entropy(
     if labels.dtype in _INTEGERS:
         labels = labels.to(torch.int64)
     sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
-    labels = labels.reshape(-1)
+    # Over a group only the operator learns how large the whole vocabulary is.
+    vocab = sys.maxsize if sharded else len(weight)
+    labels, known = known_labels(labels.reshape(-1), vocab, IGNORED)
     stats = linear_softmax_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels,
+        outputs=("logprob", "entropy", "lse"),
         temperature=temperature_of(temperature, labels),
+        ignore_index=IGNORED,
         group=dist_process_group if sharded else None,
         allreduce_dgrad=False,
         logits_dtype=_logits_dtype,
     )
-    logprob = stats.logprob
+    logprob = logprob_of_known(stats, known)
     if reduction != "none":
         logprob = logprob.sum() if reduction == "sum" else logprob.mean()
     return logprob, stats.entropy

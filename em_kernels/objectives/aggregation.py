@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_number, check_tensor, count_mask
+from em_kernels._checks import check_floating, check_number, count_mask
 from em_kernels._spec import accumulate_dtype
 from em_kernels.objectives._inputs import masked
 
@@ -32,7 +32,8 @@ def aggregate_loss(
 
     Args:
         loss: (..., T) floating point; an answer is one row of the last dimension.
-        mask: (..., T) bool or numeric, tokens where it is non-zero count; NaN elsewhere is ignored.
+        mask: (..., T) bool or numeric, tokens where it is non-zero count (a floating mask holds 0
+            and 1 only); NaN elsewhere is ignored.
         mode: one of `AGGREGATIONS`.
         denominator: D, a positive number or 0-d tensor, from `aggregation_denominator` of the
             whole update (summed over ranks, if there are several); None takes it from `mask`.
@@ -58,8 +59,7 @@ def aggregation_weight(
 ) -> Tensor:
     """The weight of every token in `aggregate_loss`, (..., T) float64: what `token_loss` takes
     for losses that are linear in log-probability or entropy. Arguments as in `aggregate_loss`."""
-    check_tensor("mask", mask)
-    counted = mask != 0
+    counted = count_mask(mask)
     if denominator is None:
         denominator = aggregation_denominator(counted, mode=mode)
     _check_mode(mode)
@@ -73,9 +73,8 @@ def aggregation_weight(
 def aggregation_denominator(mask: Tensor, *, mode: str = "token_mean") -> Tensor:
     """D of `aggregate_loss`: the tokens of the mask, or its rows that have any; 0-d int64, at
     least 1."""
-    check_tensor("mask", mask)
+    counted = count_mask(mask)
     _check_mode(mode)
-    counted = mask != 0
     number = counted.sum() if mode == "token_mean" else counted.any(-1).sum()
     return number.clamp(min=1)
 

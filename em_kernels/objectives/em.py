@@ -1,7 +1,8 @@
 """Entropy minimisation: the weight of every token's entropy in the loss.
 
 The loss is sum_t w_t H_t with weights known before the forward pass, as `linear_token_loss` takes
-them. Each function here maps a mask (B, T) of the tokens that count to weights of that shape.
+them. Each function here maps a mask (B, T) of the tokens that count, as in `entropy_loss`, to
+weights of that shape.
 
 Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282.
 """
@@ -11,18 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels._checks import count_mask
 from em_kernels.token_loss import reduction_weight
 
 
 def token_mean_weights(mask: Tensor) -> Tensor:
     """w = mask / sum(mask): every token of the batch counts the same. float32; no token gives 0."""
-    return reduction_weight(mask.float(), "token_mean")
+    return reduction_weight(count_mask(mask).float(), "token_mean")
 
 
 def sequence_mean_weights(mask: Tensor) -> Tensor:
     """w_bt = mask_bt / (n_b B'), n_b the tokens of row b and B' the rows that have any: every
     answer counts the same, however long it is. float32."""
-    return reduction_weight(mask.float(), "sequence_mean")
+    return reduction_weight(count_mask(mask).float(), "sequence_mean")
 
 
 def micro_batch_mean_weights(mask: Tensor, micro_batch: int) -> Tensor:

@@ -38,7 +38,8 @@ def grpo_loss(
         logprob: (..., T) floating point, of the sampled tokens under the current policy.
         old_logprob: (..., T) under the policy that sampled them; `logprob.detach()` on-policy.
         advantage: (..., T), or (...) with one value per answer. No gradient.
-        mask: (..., T) bool or numeric, tokens where it is non-zero count; NaN elsewhere is ignored.
+        mask: (..., T) bool or numeric, tokens where it is non-zero count (a floating mask holds 0
+            and 1 only); NaN elsewhere is ignored.
         clip_low, clip_high: distances of the clip bounds from 1, >= 0.
         ref_logprob: (..., T) under the reference policy; needed by kl_coef > 0.
         kl_coef: beta of the KL penalty, >= 0.

@@ -102,7 +102,7 @@ def segment_regret(
     Args:
         logprob: (..., T) floating point, of the tokens of the segment under p.
         kl: (..., T) KL(pi || p) per token, nats; None is 0.
-        mask: (..., T) bool or numeric, tokens where it is non-zero count.
+        mask: (..., T) bool or numeric (floating: 0 and 1 only), tokens where it is non-zero.
         gamma: discount, in (0, 1].
         alpha: entropy temperature of the reward model, > 0; it scales the regret.
         length_normalize: divide by the number of tokens.

@@ -73,7 +73,8 @@ def negative_entropy_reward(entropy: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         entropy: (..., T) floating point, of the policy that answered.
-        mask: (..., T) bool or numeric, tokens where it is non-zero count; NaN elsewhere is ignored.
+        mask: (..., T) bool or numeric, tokens where it is non-zero count (a floating mask holds 0
+            and 1 only); NaN elsewhere is ignored.
 
     Returns:
         (...) float32 (float64 for float64), detached.

@@ -69,7 +69,8 @@ class RLConfig(TrainConfig):
             answer may be missing (None) where the reward does not look at it.
         prompts: what EM stages sample from; none takes the problems.
         template: the user's turn, with {problem} where the problem goes.
-        group_size: G, answers to each problem of an update; `responses` is a multiple of it.
+        group_size: G >= 2, answers to each problem of an update, which the advantage (for ppl: the
+            preference) compares; `responses` is a multiple of it.
         reward: one of `REWARDS`; None is the objective's own (verified, or empo, or l-grpo).
         judge: what decides an answer: "auto", "math-verify" or "exact".
         epochs, minibatches: passes over the answers of an update; optimiser steps each pass.
@@ -200,6 +201,12 @@ class RLConfig(TrainConfig):
     def _check_stage(self, stage: Stage) -> None:
         if stage.policy is None:
             return
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be 2 or more with {stage.policy}, got {self.group_size}: it "
+                "compares the answers to one problem, and from a single one nothing is learned; "
+                "take 4 to 16, and `responses` a multiple of it"
+            )
         reward = self.reward_of(stage.policy)
         if stage.policy == "grpo++" and reward not in ("verified", "majority", "format", "random"):
             raise ValueError(
