@@ -6,7 +6,7 @@ be traced by torch.compile; the values of CPU tensors are checked inside the ope
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from em_kernels._dtensor import is_dtensor
 from em_kernels._masks import nonzero
 from em_kernels._ops import IMPLS
-from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
+from em_kernels._spec import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEFAULT_OUTPUTS = ("logprob", "entropy")
@@ -52,7 +52,8 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: boo
 
 def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
     if chunk_tokens is not None and (not _is_int(chunk_tokens) or chunk_tokens < 1):
-        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
+        got = shown(chunk_tokens) if _is_int(chunk_tokens) else repr(chunk_tokens)
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {got}")
     if logits_dtype not in (None, torch.float32, hidden.dtype):
         raise ValueError(
             f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
@@ -63,6 +64,8 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
 def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
     if not isinstance(allreduce_dgrad, bool):
         raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")
+    if not allreduce_dgrad and torch.compiler.is_exporting():
+        raise ValueError("allreduce_dgrad must be True where a program is exported, got False")
     if not allreduce_dgrad and is_dtensor(hidden):
         raise ValueError(
             "allreduce_dgrad must be True for a hidden that is a DTensor, got False: "
@@ -107,6 +110,7 @@ def make_spec(
     group,
     impl: str,
     bias: Tensor | None = None,
+    filter_eps: float | None = None,
 ) -> RowSpec:
     """Check the arguments that every public function shares; `x` gives leading shape and device."""
     if impl not in IMPLS:
@@ -114,20 +118,34 @@ def make_spec(
     per_row, scalar = _temperature(temperature, x)
     if softcap is not None:
         check_number("softcap", softcap, lambda v: v > 0, "positive or None")
-    check_number("logit_scale", logit_scale, lambda v: v != 0, "non-zero")
+    check_number("logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    numbers = Numbers(scalar, softcap or 0.0, logit_scale, filter_eps or 0.0)
+    row_numbers = graph_inputs(numbers)
+    if row_numbers is not None:
+        numbers = Numbers()
     return RowSpec(
         bias=bias,
         target=_target(target, x),
         mask=row_mask(x, target, ignore_index, mask),
         temperature_rows=per_row,
-        temperature=scalar,
-        softcap=float(softcap or 0.0),
-        logit_scale=float(logit_scale),
+        temperature=float(numbers.temperature),
+        softcap=float(numbers.softcap),
+        logit_scale=float(numbers.logit_scale),
         valid_vocab=_valid_vocab(valid_vocab, vocab, group),
         group=check_group(group),
+        numbers=row_numbers,
     )
+
+
+def graph_inputs(numbers: Numbers) -> Tensor | None:
+    """`RowSpec.numbers`: an operator's float argument would be a constant of torch.compile's graph,
+    and every value another graph. None where they are constants."""
+    if not any(is_graph_input(value) for value in numbers):
+        return None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in numbers])
 
 
 def check_group(group) -> str | None:
@@ -193,11 +211,26 @@ def check_tensor(name: str, value) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def is_graph_input(value: float) -> bool:
+    """Whether the number can change from call to call of the graph that torch.compile is making."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(value)
+
+
+def shown(value: float) -> str:
+    """What an error message says was received; torch.compile cannot print an input of its graph."""
+    return "another value" if is_graph_input(value) else repr(value)
+
+
 def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (good(value) and abs(value) < math.inf):  # math.isfinite cannot be traced
-        raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
+    # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
+    if not (good(value) and abs(value) <= sys.float_info.max):
+        raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
 
 
 def _target(target: Tensor | None, x: Tensor) -> Tensor | None:
@@ -213,7 +246,7 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, (int, float)):
             check_number("temperature", temperature, lambda v: v > 0, "positive")
-            return None, float(temperature)
+            return None, temperature
         raise TypeError(
             f"temperature must be a float or a tensor, got {type(temperature).__name__}"
         )
@@ -232,8 +265,8 @@ def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
     if not _is_int(valid_vocab):
         raise TypeError(f"valid_vocab must be an int or None, got {type(valid_vocab).__name__}")
     if valid_vocab < 1 or (group is None and valid_vocab > vocab):
-        rule = "positive" if group is not None else f"in [1, {vocab}]"
-        raise ValueError(f"valid_vocab must be {rule} or None, got {valid_vocab!r}")
+        rule = "positive" if group is not None else f"in [1, {shown(vocab)}]"
+        raise ValueError(f"valid_vocab must be {rule} or None, got {shown(valid_vocab)}")
     return valid_vocab
 
 

@@ -1,8 +1,11 @@
 """The operators: schemas, fakes, the choice of backend, loading of the compiled part.
 
 A backend is a module with the three functions of `em_kernels.reference`: `stats`, `grad` and
-`loss` over rows of logits. The operators here flatten their arguments, choose one and call it;
-autograd lives outside, in the modules that hold the public functions.
+`loss` over rows of logits. The operators here flatten their arguments, choose one and call it.
+
+Their derivatives live outside, in the modules that hold the public functions: those are built of
+autograd functions that call an operator below autograd (`call`). The same functions serve an
+operator that autograd meets by itself, as in an exported program (`differentiate`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -19,12 +24,14 @@ from torch import Tensor
 from em_kernels import _chunks, _vocab_parallel, reference
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
+    Numbers,
     RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
     as_rows,
     flatten_spec,
+    read_numbers,
 )
 from em_kernels._vocab_parallel import VocabParallel
 
@@ -36,12 +43,12 @@ BUILD_RECORD = Path(__file__).with_name("_build.json")  # module -> why it was l
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, int valid_vocab, str? group"
+    "float softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers"
 )
 _SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
 _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
 _LINEAR = "Tensor hidden, Tensor weight"
-_CUT = "int? chunk_tokens, ScalarType? logits_dtype, str impl"
+_CUT = "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
 
 
@@ -151,14 +158,14 @@ def _runs_on(built: str, capability: tuple[int, int]) -> bool:
 
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, impl) = _take(RowSpec, args)
+    spec, (outputs, impl) = _take_spec(args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
     rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
 def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
-    spec, args = _take(RowSpec, args)
+    spec, args = _take_spec(args)
     saved, args = _take(Saved, args)
     upstream, (impl,) = _take(Upstream, args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
@@ -182,7 +189,7 @@ def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
 
 
 def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
-    spec, args = _take(RowSpec, args)
+    spec, args = _take_spec(args)
     upstream, (outputs, impl) = _take(Upstream, args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
     rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out)
@@ -190,7 +197,7 @@ def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[T
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, chunk, dtype, impl) = _take(RowSpec, args)
+    spec, (outputs, chunk, dtype, impl) = _take_spec(args)
     options = (outputs, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
@@ -200,7 +207,7 @@ def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 
 def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs,) = _take(RowSpec, args)
+    spec, (outputs,) = _take_spec(args)
     reason = why_not("triton", hidden.device)
     if reason is not None:
         raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
@@ -211,10 +218,10 @@ def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 
 def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = _take(RowSpec, args)
+    spec, args = _take_spec(args)
     saved, args = _take(Saved, args)
     upstream, args = _take(Upstream, args)
-    needs, (chunk, dtype, impl) = _take(Needs, args)
+    needs, (chunk, dtype, impl) = _take_needs(spec, args)
     options = (needs.hidden, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options, check=False)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
@@ -224,9 +231,9 @@ def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = _take(RowSpec, args)
+    spec, args = _take_spec(args)
     upstream, args = _take(Upstream, args)
-    needs, (outputs, chunk, dtype, impl) = _take(Needs, args)
+    needs, (outputs, chunk, dtype, impl) = _take_needs(spec, args)
     options = (outputs, needs.hidden, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
@@ -255,6 +262,19 @@ def _take(kind: type, args: tuple) -> tuple:
     """Split off the leading arguments that make up one NamedTuple."""
     count = len(kind._fields)
     return kind(*args[:count]), args[count:]
+
+
+def _take_spec(args: tuple) -> tuple[RowSpec, tuple]:
+    spec, args = _take(RowSpec, args)
+    return read_numbers(spec), args
+
+
+def _take_needs(spec: RowSpec, args: tuple) -> tuple[Needs, tuple]:
+    needs, args = _take(Needs, args)
+    if spec.numbers is not None:
+        eps = Numbers(*spec.numbers.tolist()).filter_eps
+        needs = needs._replace(filter_eps=eps or None)
+    return needs, args
 
 
 def _flat(rows: tuple) -> tuple:
@@ -427,8 +447,59 @@ _OPERATORS = {
 }
 
 _library = torch.library.Library("em_kernels", "DEF")
+
+
+def call(name: str, *args):
+    """The operator, for the inside of an autograd function: dispatched below autograd."""
+    operator = getattr(torch.ops.em_kernels, name)
+    if torch.compiler.is_compiling():  # traced below autograd already
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def differentiate(name: str, derive: Callable) -> None:
+    """What autograd does with an operator that is called outside of the public functions.
+
+    `derive`, given the operator's arguments, returns its results with their history.
+    """
+    operator = getattr(torch.ops.em_kernels, name).default
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return derive(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+class _Underived(torch.autograd.Function):
+    """An operator with no derivative: its results can be used, a backward pass through them not."""
+
+    @staticmethod
+    def forward(ctx, name, *args):
+        ctx.name = name
+        return tuple(call(name, *args))
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"em_kernels::{ctx.name} has no derivative; {_REMEDY}")
+
+
+_REMEDY = "the functions of em_kernels have first derivatives; else call it under torch.no_grad()"
+
+
+def _underived(name: str, *args) -> list[Tensor]:
+    if name.endswith("_"):
+        raise RuntimeError(f"em_kernels::{name} works in place and has no derivative; {_REMEDY}")
+    return list(_Underived.apply(name, *args))
+
+
 for _name, (_arguments, _implementation, _fake) in _OPERATORS.items():
     _returns = "()" if _name.endswith("_") else "Tensor[]"
     _library.define(f"{_name}({_arguments}) -> {_returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"em_kernels::{_name}", _fake)
+    if _name not in ("softmax_stats", "linear_stats"):  # those have theirs in modules of that name
+        differentiate(_name, partial(_underived, _name))

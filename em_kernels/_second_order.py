@@ -19,6 +19,7 @@ from em_kernels._spec import (
     Upstream,
     accumulate_dtype,
     flatten_spec,
+    read_numbers,
     select_rows,
 )
 
@@ -28,7 +29,7 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
     if spec.group is not None:
         grouped()
     x, *head = inputs
-    x, spec = x.reshape(-1, x.shape[-1]), flatten_spec(spec)
+    x, spec = x.reshape(-1, x.shape[-1]), flatten_spec(read_numbers(spec))
     rows = Upstream(*(None if g is None else g.reshape(-1) for g in upstream))
     if spec.mask is not None:
         kept = spec.mask.nonzero()[:, 0]

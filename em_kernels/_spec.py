@@ -58,6 +58,17 @@ class RowSpec(NamedTuple):
     logit_scale: float = 1.0
     valid_vocab: int = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
     group: str | None = None  # name of the vocabulary-parallel process group; not for backends
+    numbers: Tensor | None = None  # see `Numbers`; not for backends
+
+
+class Numbers(NamedTuple):
+    """The floats of a call. Where they are inputs of a compiled graph, an operator takes them as a
+    float64 tensor on the CPU, `RowSpec.numbers`, in place of its own arguments of these names."""
+
+    temperature: float = 1.0
+    softcap: float = 0.0  # 0 means none
+    logit_scale: float = 1.0
+    filter_eps: float = 0.0  # 0 means none
 
 
 class Saved(NamedTuple):
@@ -79,6 +90,14 @@ class Upstream(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def read_numbers(spec: RowSpec) -> RowSpec:
+    """The spec with the values of `numbers` where they belong."""
+    if spec.numbers is None:
+        return spec
+    given = Numbers(*spec.numbers.tolist())._asdict()
+    return spec._replace(**{name: given[name] for name in given.keys() & spec._fields})
 
 
 def flatten_spec(spec: RowSpec) -> RowSpec:

@@ -19,19 +19,19 @@ set_isa = _C.set_isa
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V)."""
-    return _C.stats(logits, *spec[:-1], outputs)
+    return _C.stats(logits, *spec[:-2], outputs)
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
     """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
-    _C.grad(logits, *spec[:-1], *saved, *upstream, out)
+    _C.grad(logits, *spec[:-2], *saved, *upstream, out)
 
 
 def loss(
     logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
 ) -> list[Tensor]:
     """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
-    return _C.loss(logits, *spec[:-1], *upstream, outputs, out)
+    return _C.loss(logits, *spec[:-2], *upstream, outputs, out)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,10 @@ from em_kernels._checks import (
     make_spec,
 )
 from em_kernels._dtensor import local_operands
+from em_kernels._ops import call, differentiate
 from em_kernels._second_order import differentiable, weighted_sum
 from em_kernels._spec import RowSpec, TokenStats, Upstream, accumulate_dtype
-from em_kernels.softmax_stats import pack_stats, split_rows, upstream_of
+from em_kernels.softmax_stats import mark_rows, pack_stats, upstream_of
 
 
 def linear_softmax_stats(
@@ -66,10 +67,11 @@ def linear_softmax_stats(
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
-        filter_eps: None is exact. Else, in (0, 1), columns of the vocabulary are left out of the
-            products of dX and dW, chunk by chunk, where |dz| < filter_eps w in every row of the
-            chunk; dz is the gradient of hidden @ weight.T, w the largest upstream gradient by
-            magnitude in the chunk. With L the columns left out,
+        filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
+            the vocabulary are left out of the products of dX and dW, chunk by chunk, where
+            |dz| < filter_eps w in every row of the chunk; dz is the gradient of
+            hidden @ weight.T, w the largest upstream gradient by magnitude in the chunk. With L
+            the columns left out,
                 |dX_i - exact| <= filter_eps w sum_{v in L} |weight_v|       for every token i
                 |dW_v - exact| <= filter_eps sum_chunks w sum_i |hidden_i|   for every column v
             entry by entry and to rounding; statistics and the gradient of `bias` stay exact. It
@@ -104,12 +106,16 @@ def linear_softmax_stats(
         group=group,
         impl=impl,
         bias=bias,
+        filter_eps=filter_eps,
     )
     outputs = check_outputs(outputs, target)
+    arguments = (hidden, weight, *spec, outputs, chunk_tokens, logits_dtype, impl)
+    if torch.compiler.is_exporting() and not fuse_product:
+        return pack_stats(outputs, torch.ops.em_kernels.linear_stats(*arguments)[3:])
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    cut = (chunk_tokens, logits_dtype, impl)
-    rows = _LinearStats.apply(hidden, weight, *spec, outputs, fuse_product, filter_eps, *cut)
-    return pack_stats(outputs, rows)
+    filter_eps = filter_eps if spec.numbers is None else None
+    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, filter_eps)
+    return pack_stats(outputs, rows[3:])
 
 
 def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
@@ -139,6 +145,8 @@ def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
         return hidden, weight
     device = hidden.device.type
+    if device == "meta":  # which torch.is_autocast_enabled does not know
+        return hidden, weight
     if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
@@ -166,7 +174,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, group):
         ctx.group = group
-        (total,) = torch.ops.em_kernels.all_reduce(grad, group)
+        (total,) = call("all_reduce", grad, group)
         return total
 
     @staticmethod
@@ -177,22 +185,23 @@ class _SumOverRanks(torch.autograd.Function):
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, fused, ctx.filter_eps, chunk_tokens, logits_dtype, impl = args
+        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, filter_eps = args
+        ctx.filter_eps = filter_eps
         ctx.cut = (chunk_tokens, logits_dtype, impl)
         if fused:
-            rows = torch.ops.em_kernels.linear_stats_fused(hidden, weight, *spec, outputs)
+            rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
         else:
-            rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, outputs, *ctx.cut)
-        saved, results = split_rows(ctx, outputs, rows)
-        tensors, ctx.scalars = spec[:4], spec[4:]
-        ctx.save_for_backward(hidden, weight, *tensors, *saved)
+            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut)
+        mark_rows(ctx, outputs, rows)
+        tensors, ctx.scalars = (*spec[:4], spec[-1]), spec[4:-1]
+        ctx.save_for_backward(hidden, weight, *tensors, *rows[:3])
         ctx.outputs = outputs
-        return results
+        return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
         hidden, weight, *tensors = ctx.saved_tensors
-        spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
+        spec, saved = RowSpec(*tensors[:4], *ctx.scalars, tensors[4]), tensors[5:]
         upstream = upstream_of(ctx.outputs, grads)
         needs = ctx.needs_input_grad[:3]
         none = [None] * (len(RowSpec._fields) + 5)
@@ -201,11 +210,21 @@ class _LinearStats(torch.autograd.Function):
 
         def compute():
             arguments = (hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut)
-            grads = torch.ops.em_kernels.linear_grad(*arguments)
+            grads = call("linear_grad", *arguments)
             return tuple(g if need else None for g, need in zip(grads, needs))
 
         def value(inputs, rest):
-            return weighted_sum(inputs, RowSpec(None, *rest[3:], *scalars), Upstream(*rest[:3]))
+            own = RowSpec(None, *rest[3:], *scalars, numbers)
+            return weighted_sum(inputs, own, Upstream(*rest[:3]))
 
-        scalars, inputs, rest = ctx.scalars, (hidden, weight, spec.bias), (*upstream, *tensors[1:4])
+        scalars, numbers = ctx.scalars, spec.numbers
+        inputs, rest = (hidden, weight, spec.bias), (*upstream, *tensors[1:4])
         return *differentiable(compute, value, inputs, rest), *none
+
+
+def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    hidden = copy_to_ranks(hidden, RowSpec(*args[: len(RowSpec._fields)]).group)
+    return list(_LinearStats.apply(hidden, weight, *args, False, None))
+
+
+differentiate("linear_stats", _derive)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from em_kernels._checks import check_logits, check_outputs, make_spec
 from em_kernels._dtensor import local_logits
+from em_kernels._ops import call, differentiate
 from em_kernels._second_order import differentiable, weighted_sum
 from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, Upstream
 
@@ -91,26 +92,26 @@ def softmax_stats(
         impl=impl,
     )
     outputs = check_outputs(outputs, target)
-    return pack_stats(outputs, _SoftmaxStats.apply(logits, *spec, outputs, impl))
+    # An exported program keeps the operator and not the autograd function around it.
+    exporting = torch.compiler.is_exporting()
+    run = torch.ops.em_kernels.softmax_stats if exporting else _SoftmaxStats.apply
+    return pack_stats(outputs, run(logits, *spec, outputs, impl)[3:])
 
 
 def pack_stats(outputs: tuple[str, ...], rows: tuple[Tensor, ...]) -> TokenStats:
     return TokenStats(**dict(zip(outputs, rows)))
 
 
-def split_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> tuple[Saved, tuple]:
-    """(what backward keeps, what forward returns), marking what has no gradient."""
-    results = tuple(rows[3:])
-    ctx.mark_non_differentiable(
-        *(r for name, r in zip(outputs, results) if name not in DIFFERENTIABLE)
-    )
+def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
+    """Say which of an operator's results have no gradient; `Saved` comes first and has none."""
+    names = (*Saved._fields, *outputs)
+    ctx.mark_non_differentiable(*(r for n, r in zip(names, rows) if n not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
-    return Saved(*rows[:3]), results
 
 
 def upstream_of(outputs: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """The gradients of logprob, entropy and lse, in that order; None where there is none."""
-    given = dict(zip(outputs, grads))
+    given = dict(zip(outputs, grads[3:]))
     return [given.get(name) for name in DIFFERENTIABLE]
 
 
@@ -119,17 +120,17 @@ class _SoftmaxStats(torch.autograd.Function):
     def forward(ctx, logits, *args):
         *spec, outputs, impl = args
         spec = RowSpec(*spec)
-        rows = torch.ops.em_kernels.softmax_stats(logits, *spec, outputs, impl)
-        saved, results = split_rows(ctx, outputs, rows)
-        tensors, ctx.scalars = spec[:4], spec[4:]
-        ctx.save_for_backward(logits, *tensors, *saved)
+        rows = call("softmax_stats", logits, *spec, outputs, impl)
+        mark_rows(ctx, outputs, rows)
+        tensors, ctx.scalars = (*spec[:4], spec[-1]), spec[4:-1]
+        ctx.save_for_backward(logits, *tensors, *rows[:3])
         ctx.outputs, ctx.impl = outputs, impl
-        return results
+        return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
         logits, *tensors = ctx.saved_tensors
-        spec, saved = RowSpec(*tensors[:4], *ctx.scalars), tensors[4:]
+        spec, saved = RowSpec(*tensors[:4], *ctx.scalars, tensors[4]), tensors[5:]
         upstream = upstream_of(ctx.outputs, grads)
         none = [None] * (len(RowSpec._fields) + 2)
         if all(g is None for g in upstream):
@@ -137,10 +138,14 @@ class _SoftmaxStats(torch.autograd.Function):
 
         def compute():
             arguments = (logits, *spec, *saved, *upstream, ctx.impl)
-            return tuple(torch.ops.em_kernels.softmax_grad(*arguments))
+            return tuple(call("softmax_grad", *arguments))
 
         def value(inputs, rest):
-            return weighted_sum(inputs, RowSpec(None, *rest[3:], *scalars), Upstream(*rest[:3]))
+            own = RowSpec(None, *rest[3:], *scalars, numbers)
+            return weighted_sum(inputs, own, Upstream(*rest[:3]))
 
-        scalars, rest = ctx.scalars, (*upstream, *tensors[1:4])
+        scalars, numbers, rest = ctx.scalars, spec.numbers, (*upstream, *tensors[1:4])
         return *differentiable(compute, value, (logits,), rest), *none
+
+
+differentiate("softmax_stats", lambda *args: list(_SoftmaxStats.apply(*args)))

@@ -25,7 +25,7 @@ from em_kernels._checks import (
 )
 from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
-from em_kernels._ops import empty_rows
+from em_kernels._ops import call, empty_rows
 from em_kernels._second_order import Memory, differentiable, forgotten, grouped
 from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, Upstream, accumulate_dtype
 from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
@@ -96,10 +96,14 @@ def token_loss(
     spec = make_spec(logits, logits.shape[-1], target, **arguments)
     weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(outputs, target)
+    if torch.compiler.is_exporting():
+        names = _all_outputs(outputs, weights)
+        rows = torch.ops.em_kernels.softmax_stats(logits, *spec, names, impl)
+        return _pack_loss(outputs, _reduce(outputs, names, rows, weights, logits))
     need = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace and not torch.compiler.is_compiling()
     results = _TokenLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace)
-    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+    return _pack_loss(outputs, results)
 
 
 def linear_token_loss(
@@ -150,16 +154,20 @@ def linear_token_loss(
         impl=impl,
         bias=bias,
     )
-    spec = make_spec(hidden, weight.shape[0], target, **arguments)
+    spec = make_spec(hidden, weight.shape[0], target, filter_eps=filter_eps, **arguments)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(outputs, target)
+    cut = (chunk_tokens, logits_dtype, impl)
+    if torch.compiler.is_exporting():
+        names = _all_outputs(outputs, weights)
+        rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, names, *cut)
+        return _pack_loss(outputs, _reduce(outputs, names, rows, weights, hidden))
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    needs = Needs(*needs, filter_eps)
+    needs = Needs(*needs, filter_eps if spec.numbers is None else None)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    cut = (chunk_tokens, logits_dtype, impl)
     results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
-    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+    return _pack_loss(outputs, results)
 
 
 def entropy_loss(
@@ -309,16 +317,29 @@ def _combine(stats: dict[str, Tensor], weights: tuple, like: Tensor) -> Tensor:
     return loss
 
 
-def _finish(ctx, impl: str, outputs: tuple[str, ...], stats: dict, weights, grads, like: Tensor):
+def _reduce(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights, like) -> tuple:
+    """(loss, *outputs, detached) out of an operator's results.
+
+    An exported program keeps just this, on top of the statistics, and its gradient is theirs.
+    """
+    stats = dict(zip(names, rows[3:]))
+    return _combine(stats, weights, like), *(stats[name].detach() for name in outputs)
+
+
+def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
+    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+
+
+def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, like: Tensor):
     """(loss, *outputs, empty): all but the loss without gradient; `grads` are kept for backward.
 
     `empty` leads from the gradient back to this call, so that none can be differentiated unnoticed.
     """
-    results, empty = tuple(stats[name] for name in outputs), like.new_empty(0)
-    ctx.mark_non_differentiable(*results)
+    empty = like.new_empty(0)
+    ctx.mark_non_differentiable(*results[1:])
     ctx.needs, ctx.impl = [g is not None for g in grads], impl
     ctx.save_for_backward(empty, *(g for g in grads if g is not None))
-    return _combine(stats, weights, like), *results, empty
+    return *results, empty
 
 
 # Whether the backward pass that is running leaves the graph for another.
@@ -329,7 +350,7 @@ def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
     """grad * upstream; in place, where the usual upstream of 1 costs nothing, if used only once."""
     if torch.compiler.is_compiling() or _keeps_graph():
         return grad * upstream
-    torch.ops.em_kernels.scale_(grad, upstream, impl)
+    call("scale_", grad, upstream, impl)
     return grad
 
 
@@ -361,19 +382,18 @@ class _TokenLoss(torch.autograd.Function):
         *weights, outputs, impl, need, inplace = args
         names, grad = _all_outputs(outputs, weights), None
         _remember(ctx, (logits,), spec, weights)
-        ops = torch.ops.em_kernels
         if not need:
-            rows = ops.softmax_stats(logits, *spec, names, impl)
+            rows = call("softmax_stats", logits, *spec, names, impl)
         elif inplace:
             rows = empty_rows(logits, names)
-            ops.softmax_loss_(logits, rows, *spec, *weights, names, impl)
+            call("softmax_loss_", logits, rows, *spec, *weights, names, impl)
             # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
         else:
-            *rows, grad = ops.softmax_loss(logits, *spec, *weights, names, impl)
-        stats = dict(zip(names, rows[3:]))
-        return _finish(ctx, impl, outputs, stats, weights, (grad,), logits)
+            *rows, grad = call("softmax_loss", logits, *spec, *weights, names, impl)
+        results = _reduce(outputs, names, rows, weights, logits)
+        return _finish(ctx, impl, results, (grad,), logits)
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -388,15 +408,15 @@ class _LinearTokenLoss(torch.autograd.Function):
         cut = (chunk_tokens, logits_dtype, impl)
         names, grads = _all_outputs(outputs, weights), (None,) * 3
         _remember(ctx, (hidden, weight, spec[0]), spec, weights)
-        ops = torch.ops.em_kernels
         if any(needs[:3]):
-            results = ops.linear_loss(hidden, weight, *spec, *weights, *needs, names, *cut)
+            options = (*weights, *needs, names, *cut)
+            results = call("linear_loss", hidden, weight, *spec, *options)
             rows, grads = results[:-3], results[-3:]
             grads = tuple(g if need else None for g, need in zip(grads, needs))
         else:
-            rows = ops.linear_stats(hidden, weight, *spec, names, *cut)
-        stats = dict(zip(names, rows[3:]))
-        return _finish(ctx, impl, outputs, stats, weights, grads, hidden)
+            rows = call("linear_stats", hidden, weight, *spec, names, *cut)
+        results = _reduce(outputs, names, rows, weights, hidden)
+        return _finish(ctx, impl, results, grads, hidden)
 
     @staticmethod
     def backward(ctx, upstream, *_):

@@ -29,7 +29,13 @@ def spec(device, bias=None):
     mask = torch.tensor([True, False, True, True], device=device)
     temperature = 0.5 + torch.rand(N, device=device)
     target = random_target(N, vocab=V - 2, device=device)
-    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, None
+    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, None, None
+
+
+def with_numbers(spec):
+    """The same, its numbers in a tensor."""
+    numbers = torch.tensor([1.0, 5.0, 0.9, 1e-3], dtype=torch.float64)
+    return *spec[:4], 0.1, 0.2, 0.3, *spec[7:9], numbers
 
 
 def operator_arguments(name, dtype, device, impl):
@@ -65,11 +71,30 @@ def test_opcheck(impl, device, name, dtype):
     torch.library.opcheck(operator, operator_arguments(name, dtype, device, impl))
 
 
+@pytest.mark.parametrize("name", ("softmax_grad", "softmax_loss", "linear_stats", "linear_loss"))
+def test_opcheck_of_what_requires_grad_and_of_numbers_in_a_tensor(impl, device, name):
+    operator = getattr(torch.ops.em_kernels, name).default
+    arguments = list(operator_arguments(name, torch.float32, device, impl))
+    begin = 1 + name.startswith("linear")
+    expected = operator(*arguments)
+    arguments[begin : begin + 10] = with_numbers(arguments[begin : begin + 10])
+    if name == "linear_loss":
+        arguments[begin + 16] = None  # filter_eps
+    for ours, theirs in zip(operator(*arguments), expected, strict=True):
+        assert same_bits(ours, theirs)
+    for tensor in arguments[:begin]:
+        tensor.requires_grad_()
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name.endswith("_stats"):  # the others refuse a backward pass
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
 @pytest.mark.parametrize("name", ("softmax_stats", "softmax_grad", "linear_grad", "linear_loss"))
 def test_opcheck_without_the_optional_arguments(impl, device, name):
     logits, hidden = random_logits(N, V, device=device), random_logits(N, D, device=device)
     weight, ones = random_logits(V, D, device=device), torch.ones(N, device=device)
-    plain = (None, None, None, None, 1.0, 0.0, 1.0, V, None)
+    plain = (None, None, None, None, 1.0, 0.0, 1.0, V, None, None)
     saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False, None)
     arguments = {
         "softmax_stats": (logits, *plain, ("entropy",), impl),

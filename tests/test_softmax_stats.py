@@ -253,7 +253,7 @@ def test_only_what_is_asked_for_is_computed(impl, device):
         "collision",
     }
     rows = torch.ops.em_kernels.softmax_stats(
-        x, None, None, None, None, 1.0, 0.0, 1.0, 50, None, ("lse",), impl
+        x, None, None, None, None, 1.0, 0.0, 1.0, 50, None, None, ("lse",), impl
     )
     assert len(rows) == 4
 
