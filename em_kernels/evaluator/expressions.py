@@ -7,29 +7,32 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
+# Not the superscripts, subscripts and fractions, which are \w but no digits to re.
+_LETTER = r"[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f]"
 _TOKEN = re.compile(
     r"""
     (?P<number>
         (?:\d+\.\d*(?:\\(?:overline|bar|dot)\{?\d+\}?|\(\d+\))
         |\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*
-        |\.\d+)
+        |(?<!\w)\.\d+)
         (?:[eE][-+\u2212]?\d+(?!\w))?)
     |(?P<nothing>\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])|\\?[$\u20ac\u00a3\u00a5])
-    |(?P<gap>\\(?:begin|end|item|quad|qquad|boxed|fbox|approx|implies|Rightarrow)(?![A-Za-z])
-        |\\[()\[\]]|[^\W\d_]+\d\w*(?:\.\d+)*)
+    |(?P<gap>\\(?:begin|end|item|quad|qquad|boxed|fbox|approx|implies|therefore|Rightarrow|rightarrow)
+        (?![A-Za-z])
+        |\\[()\[\]]|LETTER+\d\w*(?:\.\d+)*|</?[A-Za-z]+>)
     |(?P<operator>\\(?:cdot|times|div|pm|mp|leq?|geq?|neq?|lt|gt|in|cup|cap|to)(?![A-Za-z])
         |\*\*|[-+*/^_=<>:\u2212\u2013\u00b1\u00d7\u00b7\u22c5\u00f7\u2264\u2265\u2260\u2044])
     |(?P<root>[\u221a\u221b]+)
     |(?P<suffix>\\?%|[\u00b0\u00b2\u00b3\u00b9\u2070-\u207f])
     |(?P<command>\\(?:[dt]?frac|sqrt|binom)\d+|\\[A-Za-z]+)
-    |(?P<word>[^\W\d_]+)
+    |(?P<word>LETTER{2,}\^\{?-?\d+\}?|LETTER+)
     |(?P<symbol>[\u221e\u2205\u00bc-\u00be\u2150-\u215f])
     |(?P<open>\\?\{|[(\[])
     |(?P<close>\\?\}|[)\]])
     |(?P<comma>[,;|!])
     |(?P<space>(?:\s|\\[ ,;!~])+)
     |(?P<other>.)
-    """,
+    """.replace("LETTER", _LETTER),
     re.VERBOSE | re.DOTALL,
 )
 _NAMES = frozenset(
@@ -66,8 +69,9 @@ _FORMULA = re.compile(r"[\w})]\s*(?:[-+*/^]|\\cdot|\\times)\s*[\\\w({]")
 _GROUPS = re.compile(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?")
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|left|right|binom)(?![A-Za-z])")
 _NAME = re.compile(r"\\?[^\W\d_]+(?:_(?:\w|\{[^{}]*\})|'|\([^()=]*\))*")
-_LEADS_TO = re.compile(r"\\(?:approx|implies|Rightarrow)(?![A-Za-z])|[\u2248\u21d2]")
+_LEADS_TO = re.compile(r"\\(?:approx|implies|therefore|[Rr]ightarrow)(?![A-Za-z])|[\u2248\u21d2]")
 _LONGEST = 20_000
+_UNIT = re.compile(r"(?:[mshgdlLCFKWVJN](?:\^\{?-?\d\}?|[\u00b2\u00b3])?[/*\u00b7]?)+")  # m/s^2
 _RANGE = re.compile(r"\d+[-\u2013](\d+)")
 
 
@@ -137,7 +141,8 @@ def _is_formula(content: str) -> bool:
 def _last_plain(text: str) -> str | None:
     for line in reversed(text.splitlines()):
         runs = [line[start:end] for start, end in _runs(line)]
-        found = next((run for run in reversed(runs) if _VALUE.search(run)), None)
+        values = (run for run in reversed(runs) if _VALUE.search(run) and not _UNIT.fullmatch(run))
+        found = next(values, None)
         if found is not None:
             return _value(found)
     return None
@@ -281,4 +286,5 @@ class _Line:
         whole = first.kind == "number" and end == begun + 1 and first.text.isdigit()
         if whole and (new.kind == "symbol" or re.fullmatch(r"\d+/\d+", new.text)):
             return True
-        return new.kind in ("command", "root") or first.kind == "command" or first.text in _NAMES
+        named = new.kind in ("command", "root") or new.text in _NAMES
+        return named or first.kind == "command" or first.text in _NAMES
