@@ -188,6 +188,24 @@ def test_targets_outside_the_vocabulary_are_answered_as_by_trl():
     assert not ours[4][[0, 2, 3, 4]].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.uint8))
+def test_targets_of_any_integer_dtype(dtype):
+    hidden, weight, targets = (
+        torch.randn(5, 16),
+        torch.randn(53, 16),
+        torch.tensor([4, 0, 52, 9, 9]),
+    )
+    logits = hidden @ weight.T
+    calls = (
+        lambda y: integration.chunked_log_probs(hidden, weight, None, y, 0.8, 20)[0],
+        lambda y: trl_utils.selective_log_softmax(logits, y, 0.8),
+        lambda y: trl_utils.selective_log_softmax_and_entropy(logits, y, temperature=0.8)[0],
+    )
+    with integration.patched():
+        for call in calls:
+            assert torch.equal(call(targets.to(dtype)), call(targets))
+
+
 @pytest.mark.parametrize("cast", (False, True))
 def test_the_fused_head_in_bfloat16(cast):
     model = load_model(str(tiny_math.model_path()), "cpu", torch.bfloat16)[0]

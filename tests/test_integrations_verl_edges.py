@@ -136,14 +136,17 @@ def head_and_labels(*shape, vocab=301):
     return *make_linear(*shape), random_target(*shape, vocab=vocab)
 
 
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int16, torch.int64))
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int32, torch.int16, torch.int64))
 def test_labels_of_any_integer_dtype(dtype):
     hidden, weight, labels = head_and_labels(2, 3)
+    labels %= 256
     expected = integration.linear_cross_entropy(hidden, weight, labels)
     got = integration.linear_cross_entropy(hidden, weight, labels.to(dtype))
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
     with pytest.raises(TypeError, match=r"target must be int64, got torch.float32"):
         integration.linear_cross_entropy(hidden, weight, labels.float())
+    with pytest.raises(TypeError, match=r"target must be int64, got torch.bool"):
+        integration.linear_cross_entropy(hidden, weight, labels > 0)
 
 
 @pytest.mark.parametrize("shape", ((), (1,), (1, 1)))

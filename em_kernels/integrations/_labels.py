@@ -8,10 +8,17 @@ from torch import Tensor
 from em_kernels._spec import TokenStats
 
 
+def integer_labels(labels: Tensor) -> Tensor:
+    """int64 for integers of any size, as the replaced functions take them."""
+    exact = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return labels.to(torch.int64) if exact else labels
+
+
 def known_labels(labels: Tensor, vocab: int, ignored: int) -> tuple[Tensor, Tensor]:
     """(labels with 0 for each that is neither in the vocabulary nor `ignored`, which are)."""
+    labels = integer_labels(labels)
     known = (labels >= 0) & (labels < vocab) | (labels == ignored)
-    return torch.where(known, labels, 0), known
+    return labels.masked_fill(~known, 0), known
 
 
 def logprob_of_known(stats: TokenStats, known: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
-from em_kernels.integrations._labels import known_labels, logprob_of_known
+from em_kernels.integrations._labels import integer_labels, known_labels, logprob_of_known
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
@@ -150,7 +150,7 @@ def _selective_log_softmax(
         return _TRL_SELECTIVE(logits, index, temperature, row_mask)
     stats = softmax_stats(
         logits,
-        index,
+        integer_labels(index),
         outputs=("logprob",),
         temperature=temperature_of(temperature, index),
         mask=row_mask,
@@ -171,7 +171,7 @@ def _selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     logprob, entropy = selective_log_softmax_and_entropy(
-        logits, index, temperature_of(temperature, index), row_mask
+        logits, integer_labels(index), temperature_of(temperature, index), row_mask
     )
     return logprob, entropy if entropy_requires_grad else entropy.detach()
 

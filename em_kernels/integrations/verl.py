@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from em_kernels._checks import check_number
+from em_kernels._checks import check_number, check_tensor
 from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
 from em_kernels.integrations._labels import known_labels, logprob_of_known
 from em_kernels.integrations._rebind import rebind
@@ -40,7 +40,6 @@ from em_kernels.objectives import (
 from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
 
 REDUCTIONS = ("none", "sum", "mean")
-_INTEGERS = (torch.int8, torch.int16, torch.int32)
 IGNORED = -100
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
@@ -80,8 +79,7 @@ def linear_cross_entropy(
     reduction = reduction.lower() if isinstance(reduction, str) else reduction
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if labels.dtype in _INTEGERS:
-        labels = labels.to(torch.int64)
+    check_tensor("labels", labels)
     sharded = dist_process_group is not None and dist.get_world_size(dist_process_group) > 1
     # Over a group only the operator learns how large the whole vocabulary is.
     vocab = sys.maxsize if sharded else len(weight)
