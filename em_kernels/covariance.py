@@ -141,7 +141,8 @@ def clip_cov_mask(
         raise ValueError(f"lower must be below upper, got lower={lower!r} and upper={upper!r}")
     batch = _Batch(cov, mask, group)
     eligible = batch.join(eligible)
-    key = torch.rand(eligible.shape, device=cov.device, generator=generator)
+    # torch.rand takes a generator or a size that torch.compile left open, not both.
+    key = torch.empty(eligible.shape, device=cov.device).uniform_(generator=generator)
     if group is not None:
         dist.broadcast(key, group=group, group_src=0)
     return batch.own(_first(key, eligible, batch.take(ratio)))

@@ -1,6 +1,7 @@
 """Group advantages by hand, and in the groups that have none."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_groups_of_one_alone_are_warned_of(recwarn):
     assert not recwarn
     with pytest.warns(UserWarning, match="give all the answers to a prompt the same id"):
         assert group_advantage(reward, torch.tensor([4, 2, 9])).tolist() == [0.0] * 3
+
+
+def test_it_is_compiled_in_one_graph():
+    rewards = torch.tensor([1.0, 2.0, 5.0])
+    compiled = torch.compile(group_advantage, backend="eager", fullgraph=True)
+    for prompt in (torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = group_advantage(rewards, prompt)
+        assert torch.equal(compiled(rewards, prompt), expected)
 
 
 def test_nan_stays_in_its_group_and_the_result_is_detached():

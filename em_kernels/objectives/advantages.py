@@ -23,7 +23,8 @@ def group_advantage(
     """A_i = (r_i - mean r) / (std r + eps), mean and std over the answers to the same prompt.
 
     A group of one answer, and one whose rewards are all equal, has A = 0 exactly, and nothing is
-    learned from it. A UserWarning says so where every group has one answer.
+    learned from it. A UserWarning says so where every group has one answer, except while
+    torch.compile traces.
 
     Args:
         reward: (N,) floating point, one per answer.
@@ -47,7 +48,8 @@ def group_advantage(
     if correction not in (0, 1):
         raise ValueError(f"correction must be 0 or 1, got {correction!r}")
     groups, values = Groups(prompt, reward), reward.detach().to(torch.float64)
-    if groups.number == len(reward) > 0:
+    # torch.compile knows no number of groups to decide by.
+    if not torch.compiler.is_compiling() and groups.number == len(reward) > 0:
         warnings.warn(
             "group_advantage: every prompt has one answer, so every advantage is 0 and nothing is "
             "learned from the rewards; give all the answers to a prompt the same id in `prompt`",
