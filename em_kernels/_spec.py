@@ -6,8 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
+def serializable(kind: type) -> type:
+    """A NamedTuple that an exported program may return and be saved with."""
+    _pytree._register_namedtuple(kind, serialized_type_name=f"em_kernels.{kind.__name__}")
+    return kind
+
+
+@serializable
 class TokenStats(NamedTuple):
     """Per-token statistics, each of the leading shape, None where not asked for.
 

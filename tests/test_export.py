@@ -9,8 +9,12 @@ import torch
 from helpers import error, random_logits, random_target, same_bits
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
 
 from em_kernels import (
+    TokenLoss,
+    TokenStats,
+    clip_cov_mask,
     entropy_loss,
     linear_entropy_loss,
     linear_softmax_stats,
@@ -21,6 +25,8 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels._spec import OUTPUTS, RowSpec
+from em_kernels.objectives import grpo_loss
+from em_kernels.objectives._inputs import PolicyLoss
 
 N, V, D = 6, 37, 8
 
@@ -159,6 +165,38 @@ def test_the_vocabulary_of_an_exported_program_may_be_dynamic():
     for count, size in ((N, V), (3, 50)):
         inputs = random_logits(count, size), random_target(count, vocab=size)
         assert error(program(*inputs), Entropy()(*inputs)) < 1e-6
+
+
+class Named(nn.Module):
+    """Results as they come, by name and nested."""
+
+    def forward(self, logits, rows):
+        loss = token_loss(logits, entropy_weight=rows, outputs=("lse", "entropy"))
+        tokens = grpo_loss(-rows, -rows, rows, rows > 0.5)
+        return softmax_stats(logits, outputs=("entropy", "max_prob")), loss, tokens
+
+
+def test_named_results_are_saved_and_loaded():
+    inputs = random_logits(N, V), torch.rand(N)
+    file = io.BytesIO()
+    torch.export.save(export(Named(), inputs), file)
+    file.seek(0)
+    found, expected = torch.export.load(file).module()(*inputs), Named()(*inputs)
+    assert [type(part) for part in found] == [TokenStats, TokenLoss, PolicyLoss]
+    assert found[0].lse is None and found[1].stats.max_prob is None
+    pairs = zip(*map(_pytree.tree_leaves, (found, expected)), strict=True)
+    assert all(error(x, y) < 1e-6 for x, y in pairs if x is not None)
+
+
+def test_clip_covs_draw_may_have_any_number_of_tokens():
+    class Draw(nn.Module):
+        def forward(self, cov):
+            return clip_cov_mask(cov, ratio=0.5)
+
+    tokens = torch.export.Dim("tokens", min=2, max=99)
+    program = export(Draw(), (torch.full((6,), 2.0),), ({0: tokens},)).module()
+    for count in (6, 10):
+        assert program(torch.full((count,), 2.0)).sum() == count // 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")

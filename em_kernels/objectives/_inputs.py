@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from em_kernels._checks import check_floating, check_shape, check_tensor, count_mask
-from em_kernels._spec import accumulate_dtype
+from em_kernels._spec import accumulate_dtype, serializable
 
 MAX_LOG_RATIO = 20.0
 """In GRPO's ratio and in k3 a log-ratio is held to at most 20 (exp(20) = 5e8), as in verl.
@@ -18,6 +18,7 @@ MAX_EXPONENT = 80.0
 """Clip-Cov and KL-Cov do not hold log-ratios in verl; here they are at what float32 can take."""
 
 
+@serializable
 class PolicyLoss(NamedTuple):
     """A loss per token and what to log about it.
 

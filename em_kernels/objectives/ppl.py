@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from em_kernels._checks import check_floating, check_number, check_shape, count_mask
-from em_kernels._spec import accumulate_dtype
+from em_kernels._spec import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
 from em_kernels.softmax_stats import softmax_stats
 
 
+@serializable
 class PreferenceLoss(NamedTuple):
     """loss: (B,), one per pair. metrics: detached 0-d means over the pairs."""
 
