@@ -142,7 +142,7 @@ def make_spec(
 def graph_inputs(numbers: Numbers) -> Tensor | None:
     """`RowSpec.numbers`: an operator's float argument would be a constant of torch.compile's graph,
     and every value another graph. None where they are constants."""
-    if not any(is_graph_input(value) for value in numbers):
+    if not torch.compiler.is_compiling() or not any(map(is_graph_input, numbers)):
         return None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * value for value in numbers])

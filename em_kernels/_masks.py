@@ -18,14 +18,14 @@ def nonzero(name: str, mask: Tensor) -> Tensor:
         ValueError: a floating mask holds something else than 0 and 1, NaN included. On a GPU, to
             spare a synchronisation, that is a device-side assertion: a RuntimeError later on.
     """
-    if not mask.is_floating_point():
+    if not (mask.is_floating_point() or mask.is_complex()):
         return mask != 0
     return torch.ops.em_kernels.zero_or_one(mask.detach(), name)
 
 
 def _zero_or_one(mask: Tensor, name: str) -> Tensor:
-    counted = mask == 1
-    good = counted | (mask == 0)
+    counted = mask != 0
+    good = counted == mask
     if mask.device.type == "cuda":
         torch._assert_async(good.all(), f"{name} {_RULE}")
     elif not good.all():

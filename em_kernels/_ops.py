@@ -288,10 +288,10 @@ def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> li
     A result is not a view, as autograd counts them: it can be changed in place.
     """
     names = (*Saved._fields, *outputs)
-    return [
-        torch.ops.aten._unsafe_view(row > 0 if name == "is_top1" else row, shape)
-        for name, row in zip(names, rows, strict=True)
-    ]
+    rows = [row > 0 if name == "is_top1" else row for name, row in zip(names, rows, strict=True)]
+    if len(shape) == 1:
+        return rows
+    return [torch.ops.aten._unsafe_view(row, shape) for row in rows]
 
 
 def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:

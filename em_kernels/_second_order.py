@@ -44,6 +44,11 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
     return sum((g * value).sum() for g, value in zip(given.values(), values))
 
 
+def wanted() -> bool:
+    """Whether the gradient that is being computed may be differentiated again."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def differentiable(
     compute: Callable[[], tuple[Tensor | None, ...]],
     value: Callable[[tuple, tuple], Tensor],
@@ -55,7 +60,7 @@ def differentiable(
     With create_graph=True they can be differentiated again, at the cost of a few arrays of the size
     of the logits, and only when it is done.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not wanted():
         return compute()
     return _Gradient.apply(compute, value, len(inputs), *inputs, *rest)
 
@@ -98,17 +103,28 @@ def _own(x: Tensor | None, again: bool) -> Tensor | None:
 
 class Memory:
     """What a loss was given, for a derivative of its gradient: its inputs by weak references, since
-    a loss keeps neither logits nor hidden states alive, and its rows."""
+    a loss keeps neither logits nor hidden states alive, and its rows.
 
-    def __init__(self, inputs: tuple[Tensor | None, ...], spec: RowSpec, weights: Upstream):
+    `inputs` are the caller's own; autocast's copies, of `dtype` but for the bias, are made again.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        spec: RowSpec,
+        weights: Upstream,
+        dtype: torch.dtype,
+    ):
         self.inputs = tuple(None if x is None else weakref.ref(x) for x in inputs)
-        self.spec, self.weights = spec._replace(bias=None), weights
+        self.spec, self.weights, self.dtype = spec._replace(bias=None), weights, dtype
         self.versions = self._versions(inputs)
 
     def recall(self) -> tuple[Tensor | None, ...]:
         """The inputs; none if one is gone, or anything was changed in place."""
         inputs = tuple(None if x is None else x() for x in self.inputs)
-        return inputs if self._versions(inputs) == self.versions else ()
+        if self._versions(inputs) != self.versions:
+            return ()
+        return *(x.to(self.dtype) for x in inputs[:2]), *inputs[2:]
 
     @property
     def rows(self) -> tuple[Tensor | None, ...]:
@@ -138,4 +154,11 @@ def forgotten(*_) -> Tensor:
         "or was changed in place: keep the logits, or hidden, weight and bias, until then; or take "
         "it from softmax_stats or linear_softmax_stats; or detach the gradient to take it as a "
         "constant"
+    )
+
+
+def compiled() -> None:
+    raise RuntimeError(
+        "em_kernels: compiled autograd has no second derivative of a loss: call the backward pass "
+        "outside of it, or without create_graph=True"
     )

@@ -26,8 +26,15 @@ from em_kernels._checks import (
 from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._ops import call, empty_rows
-from em_kernels._second_order import Memory, differentiable, forgotten, grouped
-from em_kernels._spec import OUTPUTS, RowSpec, TokenStats, Upstream, accumulate_dtype
+from em_kernels._second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
+from em_kernels._spec import (
+    OUTPUTS,
+    RowSpec,
+    TokenStats,
+    Upstream,
+    accumulate_dtype,
+    serializable,
+)
 from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
 from em_kernels.softmax_stats import pack_stats
 
@@ -35,6 +42,7 @@ REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 _SPEC_LENGTH = len(RowSpec._fields)
 
 
+@serializable
 class TokenLoss(NamedTuple):
     """A scalar loss with its gradient ready, and the detached statistics of the same pass."""
 
@@ -99,10 +107,11 @@ def token_loss(
     if torch.compiler.is_exporting():
         names = _all_outputs(outputs, weights)
         rows = torch.ops.em_kernels.softmax_stats(logits, *spec, names, impl)
-        return _pack_loss(outputs, _reduce(outputs, names, rows, weights, logits))
+        return _pack_loss(outputs, _reduce(outputs, names, rows, weights))
     need = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace and not torch.compiler.is_compiling()
-    results = _TokenLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace)
+    memory = _remember((logits,), spec, weights, logits.dtype)
+    results = _TokenLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace, memory)
     return _pack_loss(outputs, results)
 
 
@@ -139,6 +148,7 @@ def linear_token_loss(
     """
     check_allreduce_dgrad(allreduce_dgrad, hidden)
     hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
+    given = hidden, weight, bias
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
@@ -161,12 +171,13 @@ def linear_token_loss(
     if torch.compiler.is_exporting():
         names = _all_outputs(outputs, weights)
         rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, names, *cut)
-        return _pack_loss(outputs, _reduce(outputs, names, rows, weights, hidden))
+        return _pack_loss(outputs, _reduce(outputs, names, rows, weights))
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     needs = Needs(*needs, filter_eps if spec.numbers is None else None)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut)
+    memory = _remember(given, spec, weights, hidden.dtype)
+    results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut, memory)
     return _pack_loss(outputs, results)
 
 
@@ -192,9 +203,7 @@ def entropy_loss(
     """
     check_logits(logits, empty=kwargs.get("group") is not None)
     weight = _reduction_weight(logits, mask, reduction)
-    loss = token_loss(
-        logits, mask=mask, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs
-    )
+    loss = token_loss(logits, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs)
     return loss.loss
 
 
@@ -217,7 +226,6 @@ def linear_entropy_loss(
     loss = linear_token_loss(
         hidden,
         weight,
-        mask=mask,
         bias=bias,
         entropy_weight=_reduction_weight(hidden, mask, reduction),
         temperature=temperature,
@@ -275,7 +283,7 @@ def _weigh(
 
 
 def _reduction_weight(x: Tensor, mask: Tensor | None, reduction: str | float) -> Tensor:
-    """The weight of every token in the reduced loss."""
+    """The weight of every token in the reduced loss: 0 where it is masked, which masks it."""
     counted = row_mask(x, None, 0, mask)
     if counted is None:
         counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -308,22 +316,23 @@ def _all_outputs(outputs: tuple[str, ...], weights: tuple) -> tuple[str, ...]:
     return tuple(name for name in OUTPUTS if name in outputs or needed.get(name, False))
 
 
-def _combine(stats: dict[str, Tensor], weights: tuple, like: Tensor) -> Tensor:
+def _combine(stats: dict[str, Tensor], weights: tuple) -> Tensor:
     """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite."""
-    loss = torch.zeros((), dtype=stats[next(iter(stats))].dtype, device=like.device)
-    for name, weight in zip(("logprob", "entropy"), weights):
-        if weight is not None:
-            loss = loss + torch.where(weight != 0, weight * stats[name], 0).sum()
-    return loss
+    first, *more = (
+        torch.where(weight != 0, weight * stats[name], 0).sum()
+        for name, weight in zip(("logprob", "entropy"), weights)
+        if weight is not None
+    )
+    return sum(more, first)
 
 
-def _reduce(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights, like) -> tuple:
+def _reduce(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights) -> tuple:
     """(loss, *outputs, detached) out of an operator's results.
 
     An exported program keeps just this, on top of the statistics, and its gradient is theirs.
     """
     stats = dict(zip(names, rows[3:]))
-    return _combine(stats, weights, like), *(stats[name].detach() for name in outputs)
+    return _combine(stats, weights), *(stats[name].detach() for name in outputs)
 
 
 def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
@@ -354,9 +363,10 @@ def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
     return grad
 
 
-def _remember(ctx, inputs: tuple[Tensor | None, ...], spec: tuple, weights: list) -> None:
-    if not torch.compiler.is_compiling():
-        ctx.memory = Memory(inputs, RowSpec(*spec), Upstream(*weights))
+def _remember(inputs, spec: RowSpec, weights: list, dtype: torch.dtype) -> Memory | None:
+    if torch.compiler.is_compiling():
+        return None
+    return Memory(inputs, spec, Upstream(*weights), dtype)
 
 
 def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -366,7 +376,9 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         left = iter(grads)
         return tuple(_scaled(next(left), upstream, ctx.impl) if n else None for n in ctx.needs)
 
-    if torch.compiler.is_compiling():
+    if not wanted():
+        if torch.is_grad_enabled():
+            compiled()
         return compute()
     memory, inputs = ctx.memory, ctx.memory.recall()
     if memory.spec.group is not None or not inputs:
@@ -379,9 +391,8 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *args):
         spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, outputs, impl, need, inplace = args
+        *weights, outputs, impl, need, inplace, ctx.memory = args
         names, grad = _all_outputs(outputs, weights), None
-        _remember(ctx, (logits,), spec, weights)
         if not need:
             rows = call("softmax_stats", logits, *spec, names, impl)
         elif inplace:
@@ -392,22 +403,21 @@ class _TokenLoss(torch.autograd.Function):
             grad = logits.detach()
         else:
             *rows, grad = call("softmax_loss", logits, *spec, *weights, names, impl)
-        results = _reduce(outputs, names, rows, weights, logits)
+        results = _reduce(outputs, names, rows, weights)
         return _finish(ctx, impl, results, (grad,), logits)
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH + 7)
+        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH + 8)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
         spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, needs, outputs, chunk_tokens, logits_dtype, impl = args
+        *weights, needs, outputs, chunk_tokens, logits_dtype, impl, ctx.memory = args
         cut = (chunk_tokens, logits_dtype, impl)
         names, grads = _all_outputs(outputs, weights), (None,) * 3
-        _remember(ctx, (hidden, weight, spec[0]), spec, weights)
         if any(needs[:3]):
             options = (*weights, *needs, names, *cut)
             results = call("linear_loss", hidden, weight, *spec, *options)
@@ -415,9 +425,9 @@ class _LinearTokenLoss(torch.autograd.Function):
             grads = tuple(g if need else None for g, need in zip(grads, needs))
         else:
             rows = call("linear_stats", hidden, weight, *spec, names, *cut)
-        results = _reduce(outputs, names, rows, weights, hidden)
+        results = _reduce(outputs, names, rows, weights)
         return _finish(ctx, impl, results, grads, hidden)
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH - 1 + 8)
+        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH - 1 + 9)

@@ -89,6 +89,18 @@ def test_a_weight_in_a_mask_is_refused(call, value):
         call(mask)
 
 
+def test_a_complex_weight_is_refused_too():
+    with pytest.raises(ValueError, match="must be bool, integer or a floating 0 or 1"):
+        em.entropy_loss(LOGITS, MASK * (0.5 + 0j))
+
+
+@pytest.mark.parametrize("name", ("entropy_loss", "EntropyLoss", "sequence_mean"))
+def test_a_loss_looks_at_a_mask_once(name):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        CALLS[name](MASK.float())
+    assert [e.name for e in run.events()].count("em_kernels::zero_or_one") == 1
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 def test_in_the_other_floating_dtypes(dtype):
     mask = MASK.to(dtype)

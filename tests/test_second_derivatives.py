@@ -228,6 +228,40 @@ def test_a_loss_whose_inputs_are_gone(make, f):
         second(f, x)
 
 
+def test_autocasts_copies_are_not_what_has_to_be_kept():
+    """They are gone when the loss is there; what the caller gave is not."""
+    x, head = hidden().float(), torch.nn.Parameter(HEAD.float())
+    bias = HEAD[:, 0].float()
+
+    def run(f):
+        return torch.cat([g.flatten() for g in penalised(f, x, head, bias)])
+
+    def loss(x, w, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_entropy_loss(x, w, bias=b)
+
+    def stats(x, w, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_softmax_stats(x, w, bias=b).entropy.mean()
+
+    right = run(lambda x, w, b: mean_entropy(x @ w.T + b))
+    for f in (loss, stats):
+        assert (run(f) - right).norm() < 2e-2 * right.norm()
+
+
+@pytest.mark.parametrize(
+    "f", (entropy_loss, lambda z: linear_entropy_loss(z, HEAD @ HEAD.T)), ids=("logits", "linear")
+)
+def test_compiled_autograd_has_one_derivative_of_a_loss(f):
+    x = logits().requires_grad_()
+    (right,) = torch.autograd.grad(f(x), x)
+    enabled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+    with enabled:
+        assert torch.equal(torch.autograd.grad(f(x), x)[0], right)
+        with pytest.raises(RuntimeError, match="compiled autograd has no second derivative"):
+            second(lambda z: f(z) + z.square().sum(), x)
+
+
 def test_a_loss_keeps_its_inputs_alive_no_longer_than_without():
     for make, f in ((logits, entropy_loss), (hidden, lambda x: linear_entropy_loss(x, HEAD))):
         x = make().requires_grad_() * 1.0
