@@ -76,8 +76,8 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
     if torch.compiler.is_compiling():
         return compute()
     memory, inputs = ctx.memory, ctx.memory.recall()
-    if memory.spec.group is not None or not inputs:
-        refusal = forgotten if memory.spec.group is None else grouped
+    if memory.group is not None or not inputs:
+        refusal = forgotten if memory.group is None else grouped
         return differentiable(compute, refusal, (empty,), (upstream,))
     return differentiable(compute, memory.value, inputs, (upstream, *memory.rows))
 

@@ -23,6 +23,9 @@ from em_kernels._spec import (
     select_rows,
 )
 
+_ROWS = ("target", "mask", "temperature_rows")
+_UPSTREAM_LENGTH = len(Upstream._fields)
+
 
 def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
     """sum_i upstream_i statistic_i of (logits,) or of (hidden, weight, bias), differentiable."""
@@ -42,6 +45,23 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
     given = {name: g for name, g in zip(DIFFERENTIABLE, rows) if g is not None}
     values = reference.stats(x, spec, tuple(given))[3:]
     return sum((g * value).sum() for g, value in zip(given.values(), values))
+
+
+def statistic_sum(spec: RowSpec) -> Callable[[tuple, tuple], Tensor]:
+    """`weighted_sum` as `differentiable` wants it, rest being (*upstream, *row_tensors(spec))."""
+    common = spec._replace(bias=None, **dict.fromkeys(_ROWS))
+
+    def value(inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
+        upstream, rows = rest[:_UPSTREAM_LENGTH], rest[_UPSTREAM_LENGTH:]
+        own = common._replace(**dict(zip(_ROWS, rows, strict=True)))
+        return weighted_sum(inputs, own, Upstream(*upstream))
+
+    return value
+
+
+def row_tensors(spec: RowSpec) -> tuple[Tensor | None, ...]:
+    """The tensors of the spec that have the leading shape."""
+    return tuple(getattr(spec, name) for name in _ROWS)
 
 
 def differentiable(
@@ -102,22 +122,17 @@ class Memory:
 
     def __init__(self, inputs: tuple[Tensor | None, ...], spec: RowSpec, weights: Upstream):
         self.inputs = tuple(None if x is None else weakref.ref(x) for x in inputs)
-        self.spec, self.weights = spec._replace(bias=None), weights
-        self.versions = self._versions(inputs)
+        self.group, self.rows = spec.group, (*weights, *row_tensors(spec))
+        self.sum, self.versions = statistic_sum(spec), self._versions(inputs)
 
     def recall(self) -> tuple[Tensor | None, ...]:
         """The inputs; none if one is gone, or anything was changed in place."""
         inputs = tuple(None if x is None else x() for x in self.inputs)
         return inputs if self._versions(inputs) == self.versions else ()
 
-    @property
-    def rows(self) -> tuple[Tensor | None, ...]:
-        return *self.spec[:4], *self.weights
-
     def value(self, inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
         upstream, *rows = rest
-        spec = RowSpec(*rows[:4], *self.spec[4:])
-        return upstream * weighted_sum(inputs, spec, Upstream(*rows[4:]))
+        return upstream * self.sum(inputs, tuple(rows))
 
     def _versions(self, inputs: tuple[Tensor | None, ...]) -> list[int | None]:
         """Inference tensors count no changes: 0."""
