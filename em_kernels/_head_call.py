@@ -32,7 +32,9 @@ class Taken:
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.hidden is not None:
             self.hidden = None
-            raise ModelError("the model calls its head more than once in a forward pass")
+            raise ModelError(
+                f"the model calls its head more than once in a forward pass: {_REMEDY}"
+            )
         self.hidden = hidden
         return hidden[..., :0]
 
@@ -50,9 +52,14 @@ class Taken:
 _TAKEN = weakref.WeakKeyDictionary()  # one for each model: torch.compile recompiles for another
 
 
+def taken_of(model) -> Taken:
+    """The model's own `Taken`."""
+    return _TAKEN.setdefault(causal_lm(model), Taken())
+
+
 def head_input(model, **inputs) -> Tensor:
     """What the head multiplies when the model is called with `inputs`: (B, T, D)."""
-    taken = _TAKEN.setdefault(causal_lm(model), Taken())
+    taken = taken_of(model)
     with head_replaced(model, taken):
         model(**inputs)
     return taken.take()

@@ -195,7 +195,10 @@ def load_weights(model, folder: Path) -> None:
     trained = {key for key, value in model.named_parameters() if value.requires_grad}
     wrong = sorted(trained & set(report.missing_keys)) + report.unexpected_keys
     if wrong:
-        raise ModelError(f"the adapter of {folder} does not fit the model: {_listed(wrong)}")
+        raise ModelError(
+            f"the adapter of {folder} does not fit the model ({_listed(wrong)}): pass the PEFT "
+            "model that it was saved from"
+        )
 
 
 def check_same_head(model) -> None:

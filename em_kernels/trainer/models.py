@@ -115,8 +115,11 @@ def load_architecture(folder: Path, device: str = "auto") -> tuple:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
-    complete = [p for p in found if (p / "config.json").is_file() or has_adapter(p)]
-    return sorted(complete, key=lambda p: int(p.name[len("checkpoint-") :]))
+    return sorted(filter(_holds_model, found), key=lambda p: int(p.name[len("checkpoint-") :]))
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or has_adapter(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -195,7 +198,7 @@ def _check_path(name: str) -> None:
     """Refuse what is meant as a path and is not a model folder, rather than ask the hub for it."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not has_adapter(path):
+        if not _holds_model(path):
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
