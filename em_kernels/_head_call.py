@@ -207,10 +207,16 @@ def _logits_of(model, head: Head, probe: Tensor) -> tuple[Tensor, float]:
         units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
         return probe.to(hidden)
 
+    return call_probed(model, answer).logits, units[0]
+
+
+def call_probed(model, answer: Callable[[Tensor], Tensor], labelled: bool = False):
+    """What the model returns for two tokens, with `answer` in place of its head; hooks run."""
+    inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
+    if labelled:
+        inputs["labels"] = inputs["input_ids"]
     with eval_mode(model), head_replaced(model, answer):
-        ids = torch.tensor([[0, 1]], device=model.device)
-        called = model._call_impl(input_ids=ids, use_cache=False, return_dict=True)  # with hooks
-        return called.logits, units[0]
+        return model._call_impl(**inputs, use_cache=False, return_dict=True)
 
 
 def check_dtypes(head: Head, hidden: Tensor) -> None:
