@@ -20,10 +20,11 @@ from em_kernels._spec import (
     accumulate_dtype,
     flatten_spec,
     read_numbers,
+    row_tensors,
     select_rows,
+    with_row_tensors,
 )
 
-_ROWS = ("target", "mask", "temperature_rows")
 _UPSTREAM_LENGTH = len(Upstream._fields)
 
 
@@ -49,19 +50,13 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
 
 def statistic_sum(spec: RowSpec) -> Callable[[tuple, tuple], Tensor]:
     """`weighted_sum` as `differentiable` wants it, rest being (*upstream, *row_tensors(spec))."""
-    common = spec._replace(bias=None, **dict.fromkeys(_ROWS))
+    common = with_row_tensors(spec._replace(bias=None), (None, None, None))
 
     def value(inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
         upstream, rows = rest[:_UPSTREAM_LENGTH], rest[_UPSTREAM_LENGTH:]
-        own = common._replace(**dict(zip(_ROWS, rows, strict=True)))
-        return weighted_sum(inputs, own, Upstream(*upstream))
+        return weighted_sum(inputs, with_row_tensors(common, rows), Upstream(*upstream))
 
     return value
-
-
-def row_tensors(spec: RowSpec) -> tuple[Tensor | None, ...]:
-    """The tensors of the spec that have the leading shape."""
-    return tuple(getattr(spec, name) for name in _ROWS)
 
 
 def differentiable(

@@ -15,8 +15,8 @@ from em_kernels._checks import (
 )
 from em_kernels._dtensor import local_operands
 from em_kernels._ops import call, differentiate
-from em_kernels._second_order import differentiable, row_tensors, statistic_sum
-from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype
+from em_kernels._second_order import differentiable, statistic_sum
+from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
 from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from em_kernels._checks import check_logits, check_outputs, make_spec
 from em_kernels._dtensor import local_logits
 from em_kernels._ops import call, differentiate
-from em_kernels._second_order import differentiable, row_tensors, statistic_sum
-from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats
+from em_kernels._second_order import differentiable, statistic_sum
+from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, row_tensors
 
 
 def softmax_stats(
