@@ -1,4 +1,4 @@
-"""Labels that are ignored, and others outside the vocabulary, as replaced functions answer them."""
+"""Labels outside the vocabulary, as the replaced functions answer them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from em_kernels._spec import TokenStats
-
-IGNORED = -100
 
 
 def known_labels(labels: Tensor, vocab: int, ignored: int) -> tuple[Tensor, Tensor]:

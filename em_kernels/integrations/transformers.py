@@ -32,10 +32,11 @@ from em_kernels._head_call import (
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.heads import causal_lm, read_head
 from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
-from em_kernels.integrations._labels import IGNORED
 from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.token_loss import token_loss
+
+IGNORED = -100
 
 
 @dataclass(init=False)

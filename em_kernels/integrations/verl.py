@@ -27,7 +27,7 @@ from torch import Tensor
 
 from em_kernels._checks import check_number
 from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
-from em_kernels.integrations._labels import IGNORED, known_labels, logprob_of_known
+from em_kernels.integrations._labels import known_labels, logprob_of_known
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
@@ -41,6 +41,7 @@ from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
 
 REDUCTIONS = ("none", "sum", "mean")
 _INTEGERS = (torch.int8, torch.int16, torch.int32)
+IGNORED = -100
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
 
