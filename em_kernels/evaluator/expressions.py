@@ -35,10 +35,25 @@ _TOKEN = re.compile(
     """.replace("LETTER", _LETTER),
     re.VERBOSE | re.DOTALL,
 )
-_NAMES = frozenset((
-    "pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "arcsin", "arccos",
-    "arctan", "oo",
-))  # fmt: skip
+_NAMES = frozenset(
+    [
+        "pi",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "oo",
+    ]
+)
 _UNITS = frozenset("mshgdlLCFKWVJN")  # 5m is read as five metres; 5x is an expression
 _SIGNS = frozenset(("-", "+", "\u2212", "\u2013", "\u00b1", r"\pm", r"\mp"))
 _SPAN = re.compile(
