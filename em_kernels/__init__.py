@@ -1,6 +1,6 @@
 """Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
 
-from em_kernels._ops import backends
+from em_kernels._choice import backends
 from em_kernels._spec import TokenStats
 from em_kernels.covariance import (
     clip_cov_mask,

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from em_kernels._choice import IMPLS
 from em_kernels._dtensor import is_dtensor
 from em_kernels._masks import nonzero
-from em_kernels._ops import IMPLS
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -32,7 +32,9 @@ class Taken:
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.hidden is not None:
             self.hidden = None
-            raise ModelError("the model calls its head more than once in a forward pass")
+            raise ModelError(
+                f"the model calls its head more than once in a forward pass: {_REMEDY}"
+            )
         self.hidden = hidden
         return hidden[..., :0]
 
@@ -50,9 +52,14 @@ class Taken:
 _TAKEN = weakref.WeakKeyDictionary()  # one for each model: torch.compile recompiles for another
 
 
+def taken_of(model) -> Taken:
+    """The model's own `Taken`."""
+    return _TAKEN.setdefault(causal_lm(model), Taken())
+
+
 def head_input(model, **inputs) -> Tensor:
     """What the head multiplies when the model is called with `inputs`: (B, T, D)."""
-    taken = _TAKEN.setdefault(causal_lm(model), Taken())
+    taken = taken_of(model)
     with head_replaced(model, taken):
         model(**inputs)
     return taken.take()
@@ -200,10 +207,16 @@ def _logits_of(model, head: Head, probe: Tensor) -> tuple[Tensor, float]:
         units.append(max(torch.finfo(dtype).eps for dtype in (hidden.dtype, probe.dtype)))
         return probe.to(hidden)
 
+    return call_probed(model, answer).logits, units[0]
+
+
+def call_probed(model, answer: Callable[[Tensor], Tensor], labelled: bool = False):
+    """What the model returns for two tokens, with `answer` in place of its head; hooks run."""
+    inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
+    if labelled:
+        inputs["labels"] = inputs["input_ids"]
     with eval_mode(model), head_replaced(model, answer):
-        ids = torch.tensor([[0, 1]], device=model.device)
-        called = model._call_impl(input_ids=ids, use_cache=False, return_dict=True)  # with hooks
-        return called.logits, units[0]
+        return model._call_impl(**inputs, use_cache=False, return_dict=True)
 
 
 def check_dtypes(head: Head, hidden: Tensor) -> None:

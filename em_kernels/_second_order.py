@@ -20,8 +20,12 @@ from em_kernels._spec import (
     accumulate_dtype,
     flatten_spec,
     read_numbers,
+    row_tensors,
     select_rows,
+    with_row_tensors,
 )
+
+_UPSTREAM_LENGTH = len(Upstream._fields)
 
 
 def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
@@ -47,6 +51,17 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
 def wanted() -> bool:
     """Whether the gradient that is being computed may be differentiated again."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def statistic_sum(spec: RowSpec) -> Callable[[tuple, tuple], Tensor]:
+    """`weighted_sum` as `differentiable` wants it, rest being (*upstream, *row_tensors(spec))."""
+    common = with_row_tensors(spec._replace(bias=None), (None, None, None))
+
+    def value(inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
+        upstream, rows = rest[:_UPSTREAM_LENGTH], rest[_UPSTREAM_LENGTH:]
+        return weighted_sum(inputs, with_row_tensors(common, rows), Upstream(*upstream))
+
+    return value
 
 
 def differentiable(
@@ -116,8 +131,9 @@ class Memory:
         dtype: torch.dtype,
     ):
         self.inputs = tuple(None if x is None else weakref.ref(x) for x in inputs)
-        self.spec, self.weights, self.dtype = spec._replace(bias=None), weights, dtype
-        self.versions = self._versions(inputs)
+        self.group, self.rows = spec.group, (*weights, *row_tensors(spec))
+        self.sum, self.versions = statistic_sum(spec), self._versions(inputs)
+        self.dtype = dtype
 
     def recall(self) -> tuple[Tensor | None, ...]:
         """The inputs; none if one is gone, or anything was changed in place."""
@@ -126,14 +142,9 @@ class Memory:
             return ()
         return *(x.to(self.dtype) for x in inputs[:2]), *inputs[2:]
 
-    @property
-    def rows(self) -> tuple[Tensor | None, ...]:
-        return *self.spec[:4], *self.weights
-
     def value(self, inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
         upstream, *rows = rest
-        spec = RowSpec(*rows[:4], *self.spec[4:])
-        return upstream * weighted_sum(inputs, spec, Upstream(*rows[4:]))
+        return upstream * self.sum(inputs, tuple(rows))
 
     def _versions(self, inputs: tuple[Tensor | None, ...]) -> list[int | None]:
         """Inference tensors count no changes: 0."""

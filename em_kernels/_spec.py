@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -108,26 +109,27 @@ def read_numbers(spec: RowSpec) -> RowSpec:
     return spec._replace(**{name: given[name] for name in given.keys() & spec._fields})
 
 
+def row_tensors(spec: RowSpec) -> tuple[Tensor | None, ...]:
+    """(target, mask, temperature_rows): the tensors of a spec with an entry for each row."""
+    return spec.target, spec.mask, spec.temperature_rows
+
+
+def with_row_tensors(spec: RowSpec, tensors: Iterable[Tensor | None]) -> RowSpec:
+    """The same spec with others in the place of `row_tensors`."""
+    target, mask, temperature_rows = tensors
+    return spec._replace(target=target, mask=mask, temperature_rows=temperature_rows)
+
+
 def flatten_spec(spec: RowSpec) -> RowSpec:
     """The same spec with its per-row tensors flattened to (N,) and contiguous."""
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(-1).contiguous()
-
-    return spec._replace(
-        target=flat(spec.target), mask=flat(spec.mask), temperature_rows=flat(spec.temperature_rows)
-    )
+    rows = (None if x is None else x.reshape(-1).contiguous() for x in row_tensors(spec))
+    return with_row_tensors(spec, rows)
 
 
 def select_rows(spec: RowSpec, rows: Tensor | slice) -> RowSpec:
     """The spec of some of the rows of a flattened spec."""
-
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows].contiguous()
-
-    return spec._replace(
-        target=pick(spec.target), mask=pick(spec.mask), temperature_rows=pick(spec.temperature_rows)
-    )
+    picked = (None if x is None else x[rows].contiguous() for x in row_tensors(spec))
+    return with_row_tensors(spec, picked)
 
 
 def as_rows(x: Tensor) -> Tensor:

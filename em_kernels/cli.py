@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import em_kernels
+from em_kernels._text import one_line
 from em_kernels.evaluator.commands import add_commands
 from em_kernels.evaluator.judge import JUDGES
 from em_kernels.evaluator.options import quiet_transformers
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if arguments.traceback:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error, None)
         print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

@@ -15,9 +15,9 @@ from em_kernels._checks import (
 )
 from em_kernels._dtensor import local_operands
 from em_kernels._ops import call, differentiate
-from em_kernels._second_order import differentiable, weighted_sum
-from em_kernels._spec import RowSpec, TokenStats, Upstream, accumulate_dtype
-from em_kernels.softmax_stats import mark_rows, pack_stats, upstream_of
+from em_kernels._second_order import differentiable, statistic_sum
+from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
+from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
 
 
 def linear_softmax_stats(
@@ -193,15 +193,13 @@ class _LinearStats(torch.autograd.Function):
         else:
             rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut)
         mark_rows(ctx, outputs, rows)
-        tensors, ctx.scalars = (*spec[:4], spec[-1]), spec[4:-1]
-        ctx.save_for_backward(hidden, weight, *tensors, *rows[:3])
+        save_call(ctx, (hidden, weight), RowSpec(*spec), rows)
         ctx.outputs = outputs
         return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
-        hidden, weight, *tensors = ctx.saved_tensors
-        spec, saved = RowSpec(*tensors[:4], *ctx.scalars, tensors[4]), tensors[5:]
+        (hidden, weight), spec, saved = saved_call(ctx)
         upstream = upstream_of(ctx.outputs, grads)
         needs = ctx.needs_input_grad[:3]
         none = [None] * (len(RowSpec._fields) + 5)
@@ -213,13 +211,8 @@ class _LinearStats(torch.autograd.Function):
             grads = call("linear_grad", *arguments)
             return tuple(g if need else None for g, need in zip(grads, needs))
 
-        def value(inputs, rest):
-            own = RowSpec(None, *rest[3:], *scalars, numbers)
-            return weighted_sum(inputs, own, Upstream(*rest[:3]))
-
-        scalars, numbers = ctx.scalars, spec.numbers
-        inputs, rest = (hidden, weight, spec.bias), (*upstream, *tensors[1:4])
-        return *differentiable(compute, value, inputs, rest), *none
+        inputs, rest = (hidden, weight, spec.bias), (*upstream, *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
 
 
 def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from em_kernels._checks import check_logits, check_outputs, make_spec
 from em_kernels._dtensor import local_logits
 from em_kernels._ops import call, differentiate
-from em_kernels._second_order import differentiable, weighted_sum
-from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, Upstream
+from em_kernels._second_order import differentiable, statistic_sum
+from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, row_tensors
 
 
 def softmax_stats(
@@ -109,6 +109,19 @@ def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
+def save_call(ctx, inputs: tuple[Tensor, ...], spec: RowSpec, rows: list[Tensor]) -> None:
+    """Keep the inputs, the spec and the operator's `Saved` for `saved_call`."""
+    ctx.scalars = spec[4:-1]
+    ctx.save_for_backward(*inputs, *spec[:4], spec.numbers, *rows[:3])
+
+
+def saved_call(ctx) -> tuple[list[Tensor], RowSpec, tuple[Tensor, ...]]:
+    """(inputs, spec, `Saved`) of the call, in its backward pass."""
+    tensors = ctx.saved_tensors
+    spec = RowSpec(*tensors[-8:-4], *ctx.scalars, tensors[-4])
+    return tensors[:-8], spec, tensors[-3:]
+
+
 def upstream_of(outputs: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """The gradients of logprob, entropy and lse, in that order; None where there is none."""
     given = dict(zip(outputs, grads[3:]))
@@ -122,15 +135,13 @@ class _SoftmaxStats(torch.autograd.Function):
         spec = RowSpec(*spec)
         rows = call("softmax_stats", logits, *spec, outputs, impl)
         mark_rows(ctx, outputs, rows)
-        tensors, ctx.scalars = (*spec[:4], spec[-1]), spec[4:-1]
-        ctx.save_for_backward(logits, *tensors, *rows[:3])
+        save_call(ctx, (logits,), spec, rows)
         ctx.outputs, ctx.impl = outputs, impl
         return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
-        logits, *tensors = ctx.saved_tensors
-        spec, saved = RowSpec(*tensors[:4], *ctx.scalars, tensors[4]), tensors[5:]
+        (logits,), spec, saved = saved_call(ctx)
         upstream = upstream_of(ctx.outputs, grads)
         none = [None] * (len(RowSpec._fields) + 2)
         if all(g is None for g in upstream):
@@ -140,12 +151,8 @@ class _SoftmaxStats(torch.autograd.Function):
             arguments = (logits, *spec, *saved, *upstream, ctx.impl)
             return tuple(call("softmax_grad", *arguments))
 
-        def value(inputs, rest):
-            own = RowSpec(None, *rest[3:], *scalars, numbers)
-            return weighted_sum(inputs, own, Upstream(*rest[:3]))
-
-        scalars, numbers, rest = ctx.scalars, spec.numbers, (*upstream, *tensors[1:4])
-        return *differentiable(compute, value, (logits,), rest), *none
+        rest = (*upstream, *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), (logits,), rest), *none
 
 
 differentiate("softmax_stats", lambda *args: list(_SoftmaxStats.apply(*args)))

@@ -25,13 +25,10 @@ from em_kernels._checks import (
 )
 from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
-from em_kernels._ops import call, empty_rows
-from em_kernels._second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
+from em_kernels._forward_gradient import LinearLoss, SoftmaxLoss, all_outputs, remember, with_loss
 from em_kernels._spec import (
-    OUTPUTS,
     RowSpec,
     TokenStats,
-    Upstream,
     accumulate_dtype,
     serializable,
 )
@@ -39,7 +36,6 @@ from em_kernels.linear_softmax_stats import autocast_inputs, copy_to_ranks
 from em_kernels.softmax_stats import pack_stats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
-_SPEC_LENGTH = len(RowSpec._fields)
 
 
 @serializable
@@ -105,13 +101,13 @@ def token_loss(
     weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(outputs, target)
     if torch.compiler.is_exporting():
-        names = _all_outputs(outputs, weights)
+        names = all_outputs(outputs, weights)
         rows = torch.ops.em_kernels.softmax_stats(logits, *spec, names, impl)
-        return _pack_loss(outputs, _reduce(outputs, names, rows, weights))
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
     need = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace and not torch.compiler.is_compiling()
-    memory = _remember((logits,), spec, weights, logits.dtype)
-    results = _TokenLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace, memory)
+    memory = remember((logits,), spec, weights, logits.dtype)
+    results = SoftmaxLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace, memory)
     return _pack_loss(outputs, results)
 
 
@@ -169,15 +165,15 @@ def linear_token_loss(
     outputs = check_outputs(outputs, target)
     cut = (chunk_tokens, logits_dtype, impl)
     if torch.compiler.is_exporting():
-        names = _all_outputs(outputs, weights)
+        names = all_outputs(outputs, weights)
         rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, names, *cut)
-        return _pack_loss(outputs, _reduce(outputs, names, rows, weights))
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
     enabled = torch.is_grad_enabled()
     needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     needs = Needs(*needs, filter_eps if spec.numbers is None else None)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    memory = _remember(given, spec, weights, hidden.dtype)
-    results = _LinearTokenLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut, memory)
+    memory = remember(given, spec, weights, hidden.dtype)
+    results = LinearLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut, memory)
     return _pack_loss(outputs, results)
 
 
@@ -309,125 +305,5 @@ def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:
             return counted / reduction
 
 
-def _all_outputs(outputs: tuple[str, ...], weights: tuple) -> tuple[str, ...]:
-    """What was asked for, and what the loss itself needs."""
-    logprob_weight, entropy_weight, _ = weights
-    needed = {"logprob": logprob_weight is not None, "entropy": entropy_weight is not None}
-    return tuple(name for name in OUTPUTS if name in outputs or needed.get(name, False))
-
-
-def _combine(stats: dict[str, Tensor], weights: tuple) -> Tensor:
-    """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite."""
-    first, *more = (
-        torch.where(weight != 0, weight * stats[name], 0).sum()
-        for name, weight in zip(("logprob", "entropy"), weights)
-        if weight is not None
-    )
-    return sum(more, first)
-
-
-def _reduce(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights) -> tuple:
-    """(loss, *outputs, detached) out of an operator's results.
-
-    An exported program keeps just this, on top of the statistics, and its gradient is theirs.
-    """
-    stats = dict(zip(names, rows[3:]))
-    return _combine(stats, weights), *(stats[name].detach() for name in outputs)
-
-
 def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
     return TokenLoss(results[0], pack_stats(outputs, results[1:]))
-
-
-def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, like: Tensor):
-    """(loss, *outputs, empty): all but the loss without gradient; `grads` are kept for backward.
-
-    `empty` leads from the gradient back to this call, so that none can be differentiated unnoticed.
-    """
-    empty = like.new_empty(0)
-    ctx.mark_non_differentiable(*results[1:])
-    ctx.needs, ctx.impl = [g is not None for g in grads], impl
-    ctx.save_for_backward(empty, *(g for g in grads if g is not None))
-    return *results, empty
-
-
-# Whether the backward pass that is running leaves the graph for another.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
-    """grad * upstream; in place, where the usual upstream of 1 costs nothing, if used only once."""
-    if torch.compiler.is_compiling() or _keeps_graph():
-        return grad * upstream
-    call("scale_", grad, upstream, impl)
-    return grad
-
-
-def _remember(inputs, spec: RowSpec, weights: list, dtype: torch.dtype) -> Memory | None:
-    if torch.compiler.is_compiling():
-        return None
-    return Memory(inputs, spec, Upstream(*weights), dtype)
-
-
-def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    empty, *grads = ctx.saved_tensors
-
-    def compute():
-        left = iter(grads)
-        return tuple(_scaled(next(left), upstream, ctx.impl) if n else None for n in ctx.needs)
-
-    if not wanted():
-        if torch.is_grad_enabled():
-            compiled()
-        return compute()
-    memory, inputs = ctx.memory, ctx.memory.recall()
-    if memory.spec.group is not None or not inputs:
-        refusal = forgotten if memory.spec.group is None else grouped
-        return differentiable(compute, refusal, (empty,), (upstream,))
-    return differentiable(compute, memory.value, inputs, (upstream, *memory.rows))
-
-
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, *args):
-        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, outputs, impl, need, inplace, ctx.memory = args
-        names, grad = _all_outputs(outputs, weights), None
-        if not need:
-            rows = call("softmax_stats", logits, *spec, names, impl)
-        elif inplace:
-            rows = empty_rows(logits, names)
-            call("softmax_loss_", logits, rows, *spec, *weights, names, impl)
-            # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
-            torch.autograd.graph.increment_version(logits)
-            grad = logits.detach()
-        else:
-            *rows, grad = call("softmax_loss", logits, *spec, *weights, names, impl)
-        results = _reduce(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, (grad,), logits)
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH + 8)
-
-
-class _LinearTokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, *args):
-        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, needs, outputs, chunk_tokens, logits_dtype, impl, ctx.memory = args
-        cut = (chunk_tokens, logits_dtype, impl)
-        names, grads = _all_outputs(outputs, weights), (None,) * 3
-        if any(needs[:3]):
-            options = (*weights, *needs, names, *cut)
-            results = call("linear_loss", hidden, weight, *spec, *options)
-            rows, grads = results[:-3], results[-3:]
-            grads = tuple(g if need else None for g, need in zip(grads, needs))
-        else:
-            rows = call("linear_stats", hidden, weight, *spec, names, *cut)
-        results = _reduce(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, grads, hidden)
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH - 1 + 9)

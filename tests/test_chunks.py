@@ -7,9 +7,9 @@ from helpers import IMPLS, error, make_linear, random_target, random_upstream, t
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_kernels import _chunks, _cut, _products, reference
+from em_kernels._choice import backend
 from em_kernels._chunks import Linear, Needs
 from em_kernels._cut import Cut
-from em_kernels._ops import backend
 from em_kernels._spec import RowSpec, Saved, Upstream
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")

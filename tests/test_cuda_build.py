@@ -16,7 +16,7 @@ import torch
 
 import cuda_build
 from cuda_build import Architectures, CudaBuildError, parse_architectures
-from em_kernels import _ops, cli
+from em_kernels import _choice, cli
 
 ROOT = Path(__file__).parents[1]
 NVCC = """#!/bin/sh
@@ -202,13 +202,13 @@ def test_a_wheel_holds_what_was_built_for_it_and_says_why_not(tmp_path, setting,
 @pytest.mark.parametrize("impl, module", [("cpu", "em_kernels._C"), ("cuda", "em_kernels._cuda")])
 def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(_ops, "BUILD_RECORD", tmp_path / "_build.json")
-    usual = _ops.why_not(impl)
+    monkeypatch.setattr(_choice, "BUILD_RECORD", tmp_path / "_build.json")
+    usual = _choice.why_not(impl)
     assert "is missing" in usual and "; install " in usual
     for text in ("{}", "{bro", "[]", "null", '{"em_kernels.other": "no"}'):
-        _ops.BUILD_RECORD.write_text(text)
-        assert _ops.why_not(impl) == usual
-    _ops.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
+        _choice.BUILD_RECORD.write_text(text)
+        assert _choice.why_not(impl) == usual
+    _choice.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
     assert cli.main(["info"]) == 0
     said = "was left out of this build (built without torch); change that and reinstall with `pip"
     assert said in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, 
     ),
 )
 def test_which_gpus_a_build_serves(built, capability, runs):
-    assert _ops._runs_on(built, capability) is runs
+    assert _choice._runs_on(built, capability) is runs
 
 
 class Built:
@@ -256,16 +256,16 @@ def on_a_gpu(monkeypatch):
 def test_why_the_cuda_kernels_cannot_serve(on_a_gpu, monkeypatch):
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     on_a_gpu((9, 0))
-    assert _ops.why_not("cuda", gpu) is None and _ops.why_not("cuda") is None
-    assert _ops.why_not("cuda", cpu) == "its tensors must be on a GPU, not on cpu"
+    assert _choice.why_not("cuda", gpu) is None and _choice.why_not("cuda") is None
+    assert _choice.why_not("cuda", cpu) == "its tensors must be on a GPU, not on cpu"
     on_a_gpu((8, 0))
-    assert "reinstall with TORCH_CUDA_ARCH_LIST=8.0" in _ops.why_not("cuda", gpu)
+    assert "reinstall with TORCH_CUDA_ARCH_LIST=8.0" in _choice.why_not("cuda", gpu)
     on_a_gpu((7, 5))
-    assert "compute capability 7.5; 8.0 is the least" in _ops.why_not("cuda", gpu)
+    assert "compute capability 7.5; 8.0 is the least" in _choice.why_not("cuda", gpu)
     on_a_gpu(None)
-    assert _ops.why_not("cuda") == "no NVIDIA GPU is visible to torch"
+    assert _choice.why_not("cuda") == "no NVIDIA GPU is visible to torch"
     monkeypatch.setitem(sys.modules, "em_kernels._cuda", None)
-    assert "install the CUDA toolkit and reinstall with `pip" in _ops.why_not("cuda")
+    assert "install the CUDA toolkit and reinstall with `pip" in _choice.why_not("cuda")
 
 
 def test_info_tells_of_the_build(monkeypatch):

@@ -19,7 +19,7 @@ from helpers import (
 )
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
-from em_kernels._ops import backend
+from em_kernels._choice import backend
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, as_rows
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)

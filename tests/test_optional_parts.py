@@ -86,7 +86,8 @@ def test_everything_works_without(blocked):
 def test_a_missing_part_is_named_with_its_remedy(module, impl, remedy):
     code = f"""
 import os, pathlib, re, torch, em_kernels
-em_kernels._ops.BUILD_RECORD = pathlib.Path(os.devnull)  # how this tree was built is another matter
+# How this tree was built is another matter.
+em_kernels._choice.BUILD_RECORD = pathlib.Path(os.devnull)
 reason = em_kernels.backends()[{impl!r}]
 assert reason != "available" and re.search({remedy!r}, reason), reason
 try:

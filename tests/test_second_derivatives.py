@@ -21,7 +21,7 @@ from em_kernels import (
     softmax_stats,
     token_loss,
 )
-from em_kernels._ops import IMPLS, why_not
+from em_kernels._choice import IMPLS, why_not
 
 CPU_IMPLS = [impl for impl in IMPLS[1:] if why_not(impl, torch.device("cpu")) is None]
 DOUBLE, VOCAB, ROWS = torch.float64, 7, (2, 3)

@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from em_kernels._text import one_line
 from em_kernels.trainer.data import check_unicode, is_number, not_unicode, parse_line
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -180,9 +181,8 @@ def _table(source: Source, kind: str, **options) -> Iterator[tuple[int, dict]]:
     try:
         table = datasets.load_dataset(kind, split=source.split, **options)
     except Exception as error:  # the hub, the network, the file: each has its own
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"cannot load the data set {source.path!r}, split {source.split!r}: {reason}"
+            f"cannot load the data set {source.path!r}, split {source.split!r}: {one_line(error)}"
         ) from error
     return enumerate(table, start=1)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from em_kernels._dtensor import is_dtensor, local_operands
+from em_kernels._forward_gradient import scaled
 from em_kernels._head_call import Taken, check_dtypes
 from em_kernels.heads import Head, read_head
-from em_kernels.token_loss import _scaled, linear_token_loss
+from em_kernels.token_loss import linear_token_loss
 
 
 def gathered_as(head: Head, dtype: torch.dtype) -> Head:
@@ -153,6 +154,6 @@ class _Loss(torch.autograd.Function):
                 "derivative; compute the loss in the model's forward, out of "
                 'model(..., labels=labels, em_outputs=("logprob", "entropy"))'
             )
-        gradient = [_scaled(x, upstream, "auto") for x in ctx.saved_tensors]
+        gradient = [scaled(x, upstream, "auto") for x in ctx.saved_tensors]
         ctx.call.add_gradient(gradient)
         return ctx.nothing, *[None] * (2 + len(gradient))

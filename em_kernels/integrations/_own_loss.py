@@ -12,8 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from em_kernels._head_call import head_replaced
-from em_kernels._modes import eval_mode
+from em_kernels._head_call import call_probed
 from em_kernels._spec import accumulate_dtype
 from em_kernels.heads import ModelError, read_head
 
@@ -71,11 +70,9 @@ def _added(model, seed: int) -> float | None:
         size = (*hidden.shape[:-1], read_head(model).weight.shape[0])
         return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(hidden)
 
-    ids = torch.tensor([[0, 1]], device=model.device)
     try:
-        with eval_mode(model), loss_of_zero(model, loss), head_replaced(model, answer):
-            inputs = dict(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
-            total = model._call_impl(**inputs).loss
+        with loss_of_zero(model, loss):
+            total = call_probed(model, answer, labelled=True).loss
     except ModelError:
         raise
     except Exception:  # a loss of its own, or inputs that it misses

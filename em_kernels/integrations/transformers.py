@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from em_kernels._checks import check_number
-from em_kernels._head_call import Taken, check_dtypes, check_head, head_replaced, is_replaced
+from em_kernels._head_call import (
+    Taken,
+    check_dtypes,
+    check_head,
+    head_replaced,
+    is_replaced,
+    taken_of,
+)
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.heads import causal_lm, read_head
 from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
@@ -230,7 +237,6 @@ class _Patch:
     model: PreTrainedModel
     previous: Callable | None  # the forward it had besides its class's
     adds_to_loss: bool  # its own forward, given labels, adds something to its loss
-    taken: Taken = field(default_factory=Taken)
     stand: HeadStand = field(init=False)
     deferred: bool = False  # in train mode return head_call, for a loss function
 
@@ -367,7 +373,7 @@ def _run_backbone(model, args, kwargs, stand: Taken | None = None) -> tuple[Mode
             f"computed anyway; got {kwargs['logits_to_keep']!r}"
         )
     kwargs = {"use_cache": False, **kwargs, "return_dict": True}
-    taken = stand or _patch(model).taken
+    taken = stand or taken_of(model)
     with head_replaced(model, taken):
         outputs = _own_forward(model)(*args, **kwargs)
     return outputs, taken.take()

@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from em_kernels._text import one_line
 from em_kernels.heads import ModelError, causal_lm
 from em_kernels.trainer.fingerprint import digest
 
@@ -166,8 +167,7 @@ def attach_adapter(model, folder: str | Path):
                 model, str(folder), is_trainable=True, torch_device="cpu"
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot load the adapter of {folder}: {reason}") from error
+        raise ModelError(f"cannot load the adapter of {folder}: {one_line(error)}") from error
     _check_base(adapted, folder, same_dtype=False)
     return adapted.eval()
 
@@ -191,12 +191,14 @@ def load_weights(model, folder: Path) -> None:
         state = peft.utils.load_peft_weights(str(folder), device="cpu")
         report = peft.set_peft_model_state_dict(model, state, adapter_name=name)
     except (RuntimeError, KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot load the adapter of {folder}: {reason}") from error
+        raise ModelError(f"cannot load the adapter of {folder}: {one_line(error)}") from error
     trained = {key for key, value in model.named_parameters() if value.requires_grad}
     wrong = sorted(trained & set(report.missing_keys)) + report.unexpected_keys
     if wrong:
-        raise ModelError(f"the adapter of {folder} does not fit the model: {_listed(wrong)}")
+        raise ModelError(
+            f"the adapter of {folder} does not fit the model ({_listed(wrong)}): pass the PEFT "
+            "model that it was saved from"
+        )
 
 
 def check_same_head(model) -> None:

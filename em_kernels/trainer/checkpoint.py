@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from em_kernels._text import one_line
 from em_kernels.trainer.adapters import MERGED, has_adapter, write_model
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.data import read_jsonl
@@ -71,7 +72,7 @@ def save_checkpoint(
     except Exception as error:
         last = newest_checkpoint(folder)
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot write {final}: {_reason(error)}; {kept}") from error
+        raise CheckpointError(f"cannot write {final}: {one_line(error, None)}; {kept}") from error
     finally:
         for leftover in filter(None, (temporary, shards)):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -84,7 +85,9 @@ def load_state(checkpoint: Path, device: torch.device) -> dict:
     try:
         return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot resume from {checkpoint}: {_reason(error)}") from error
+        raise CheckpointError(
+            f"cannot resume from {checkpoint}: {one_line(error, None)}"
+        ) from error
 
 
 def check_free(folder: Path) -> None:
@@ -142,7 +145,9 @@ class Metrics:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                raise CheckpointError(f"cannot write {self.path}: {_reason(error)}") from error
+                raise CheckpointError(
+                    f"cannot write {self.path}: {one_line(error, None)}"
+                ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -169,7 +174,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from em_kernels._head_call import check_head, head_input
 from em_kernels._modes import eval_mode
+from em_kernels._text import one_line
 from em_kernels.heads import Head, ModelError, causal_lm
 from em_kernels.trainer.adapters import ADAPTER_FILE, attach_adapter, base_name, has_adapter
 
@@ -77,8 +78,9 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
             name, dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot load a causal language model from {name!r}: {reason}") from error
+        raise ModelError(
+            f"cannot load a causal language model from {name!r}: {one_line(error)}"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -91,8 +93,7 @@ def _load_tokenizer(name: str):
     try:
         return require_transformers().AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot load the tokenizer of {name!r}: {reason}") from error
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {one_line(error)}") from error
 
 
 def load_architecture(folder: Path, device: str = "auto") -> tuple:
@@ -107,16 +108,18 @@ def load_architecture(folder: Path, device: str = "auto") -> tuple:
             settings = transformers.GenerationConfig.from_pretrained(folder)
             model.generation_config = settings
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"cannot make the model of {folder}: {reason}") from error
+        raise ModelError(f"cannot make the model of {folder}: {one_line(error)}") from error
     return model.eval().to(_device(device)), tokenizer
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
-    complete = [p for p in found if (p / "config.json").is_file() or has_adapter(p)]
-    return sorted(complete, key=lambda p: int(p.name[len("checkpoint-") :]))
+    return sorted(filter(_holds_model, found), key=lambda p: int(p.name[len("checkpoint-") :]))
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or has_adapter(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -195,7 +198,7 @@ def _check_path(name: str) -> None:
     """Refuse what is meant as a path and is not a model folder, rather than ask the hub for it."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not has_adapter(path):
+        if not _holds_model(path):
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")

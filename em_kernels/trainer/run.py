@@ -148,7 +148,10 @@ def _check_same_kind(folder: Path, model) -> None:
     if checkpoints.trains_adapter(folder) == is_adapted(model):
         return
     if is_adapted(model):
-        raise ModelError(f"the run in {folder} trains a whole model, got one with an adapter")
+        raise ModelError(
+            f"the run in {folder} trains a whole model, got one with an adapter: pass the model "
+            "without it, or choose another folder"
+        )
     raise ModelError(
         f"the run in {folder} trains an adapter, got a model without one: pass the PEFT model that "
         "it was started with"

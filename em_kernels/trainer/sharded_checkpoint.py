@@ -13,6 +13,7 @@ from warnings import catch_warnings, filterwarnings
 
 import torch
 
+from em_kernels._text import one_line
 from em_kernels.trainer.adapters import has_adapter, is_adapted, merged_copy
 from em_kernels.trainer.checkpoint import CheckpointError
 from em_kernels.trainer.distributed import Ranks
@@ -128,5 +129,4 @@ def _checkpoint_errors(what: str, ranks: Ranks) -> Iterator[None]:
         try:
             yield
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise CheckpointError(f"{what}: {reason}") from error
+            raise CheckpointError(f"{what}: {one_line(error)}") from error
