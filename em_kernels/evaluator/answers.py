@@ -85,8 +85,8 @@ def _boxes(text: str) -> Iterator[str]:
 def _unwrapped(content: str) -> str:
     """Without boxes in the box."""
     inner = _BOX.sub("", content).strip()
-    boxed = inner != content.strip() and inner.startswith("{") and inner.endswith("}")
-    return inner[1:-1].strip() if boxed and "{" not in inner[1:-1] else inner
+    boxed = inner != content.strip() and braces(inner).get(0) == len(inner) - 1
+    return inner[1:-1].strip() if boxed else inner
 
 
 def _after_mark(line: str, below: str) -> str | None:

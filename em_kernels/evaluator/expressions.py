@@ -7,34 +7,43 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
-# Not the superscripts, subscripts and fractions, which are \w but no digits to re.
-_LETTER = r"[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f]"
+# Not the superscripts, subscripts and fractions, which are \w but no digits to re; nor what is
+# written without spaces, so that numbers stand beside it: Chinese, Japanese, Korean, Thai.
+_OTHERS = r"\u0e00-\u0e7f\u1100-\u11ff\u2e80-\ud7ff\uf900-\uffef"
+_LETTER = rf"[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f{_OTHERS}]"
+UNITS = (
+    "[mshgdlLCFKWVJN]|[kcdmn]m|[km]g|[mcd][lL]|ms|kmh|lbs?|oz|ft|in|yd|mi|hrs?|min|sec|mph|kph|rpm|k?cal"
+    "|[kMG]?Hz|[kM]?Pa|k[JWV]|mA|[kM]?eV|mol|rad|deg|pts|sq|cu|ha|[ap]m|[AP]M|cc|[KMGT]B|USD|EUR|GBP"
+)
+"""Units of one to three letters, as a pattern: 5m is read as five metres; 5x is an expression."""
 _TOKEN = re.compile(
     r"""
     (?P<number>
         (?:\d+\.\d*(?:\\(?:overline|bar|dot)\{?\d+\}?|\(\d+\))
         |\d+(?:(?:[.,:/]|\{,\}|\\[,!;]|[\u2009\u202f])\d+)*
         |(?<!\w)\.\d+)
-        (?:[eE][-+\u2212]?\d+(?!\w))?)
+        (?:[eE][-+\u2212]?\d+(?!\d|LETTER))?)
     |(?P<nothing>\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])|\\?[$\u20ac\u00a3\u00a5])
     |(?P<gap>\\(?:begin|end|item|quad|qquad|boxed|fbox|approx|implies|therefore|Rightarrow|rightarrow)
         (?![A-Za-z])
-        |\\[()\[\]]|LETTER+\d\w*(?:\.\d+)*|</?[A-Za-z]+>)
+        |\\[()\[\]]|LETTER+\d(?:\d|LETTER|_)*(?:\.\d+)*|['\u2019]LETTER+|</?[A-Za-z]+>)
     |(?P<operator>\\(?:cdot|times|div|pm|mp|leq?|geq?|neq?|lt|gt|in|cup|cap|to)(?![A-Za-z])
         |\*\*|[-+*/^_=<>:\u2212\u2013\u00b1\u00d7\u00b7\u22c5\u00f7\u2264\u2265\u2260\u2044])
     |(?P<root>[\u221a\u221b]+)
     |(?P<suffix>\\?%|[\u00b0\u00b2\u00b3\u00b9\u2070-\u207f])
     |(?P<command>\\(?:[dt]?frac|sqrt|binom)\d+|\\[A-Za-z]+)
+    |(?P<symbol>[\u221e\u2205\u00bc-\u00be\u2150-\u215f]
+        |(?<=\d)(?!(?:UNITS|st|nd|rd|th|and|or|to|pi)(?!LETTER))[a-z]{2,3}(?!LETTER))
     |(?P<word>LETTER{2,}\^\{?-?\d+\}?|LETTER+)
-    |(?P<symbol>[\u221e\u2205\u00bc-\u00be\u2150-\u215f])
     |(?P<open>\\?\{|[(\[])
     |(?P<close>\\?\}|[)\]])
     |(?P<comma>[,;|!])
     |(?P<space>(?:\s|\\[ ,;!~])+)
     |(?P<other>.)
-    """.replace("LETTER", _LETTER),
+    """.replace("UNITS", UNITS).replace("LETTER", _LETTER),
     re.VERBOSE | re.DOTALL,
 )
+_JOINS = re.compile(rf"\d|{_LETTER}")
 _NAMES = frozenset(
     [
         "pi",
@@ -72,7 +81,6 @@ _NAME = re.compile(r"\\?[^\W\d_]+(?:_(?:\w|\{[^{}]*\})|'|\([^()=]*\))*")
 _LEADS_TO = re.compile(r"\\(?:approx|implies|therefore|[Rr]ightarrow)(?![A-Za-z])|[\u2248\u21d2]")
 _LONGEST = 20_000
 _UNIT = re.compile(r"(?:[mshgdlLCFKWVJN](?:\^\{?-?\d\}?|[\u00b2\u00b3])?[/*\u00b7]?)+")  # m/s^2
-_RANGE = re.compile(r"\d+[-\u2013](\d+)")
 
 
 def last_expression(text: str) -> str | None:
@@ -150,9 +158,6 @@ def _last_plain(text: str) -> str | None:
 
 def _value(run: str) -> str:
     """Of x = 5 and of 3 + 4 = 7 the right side; of 2x + y = 5, and of several equations, all."""
-    span = _RANGE.fullmatch(run)
-    if span:
-        return span[1]
     run = _LEADS_TO.split(run)[-1].strip()
     *left, right = re.split(r"(?<![<>!\\])=", run)
     plain = _ARITHMETIC.sub("", left[-1]) if left else ""
@@ -179,7 +184,8 @@ def _runs(text: str) -> Iterator[tuple[int, int]]:
     line = _Line(text)
     at = 0
     while at < len(line.tokens):
-        signed = line.tokens[at].text in _SIGNS and not text[: line.tokens[at].start][-1:].isalnum()
+        before = text[: line.tokens[at].start][-1:]
+        signed = line.tokens[at].text in _SIGNS and not _JOINS.match(before)
         first = line.skip(at + 1) if signed and line.tokens[at].text[0] == "\\" else at + signed
         end = line.atom(first)
         if end is None:
@@ -287,4 +293,5 @@ class _Line:
         if whole and (new.kind == "symbol" or re.fullmatch(r"\d+/\d+", new.text)):
             return True
         named = new.kind in ("command", "root") or new.text in _NAMES
-        return named or first.kind == "command" or first.text in _NAMES
+        known = first.kind == "command" or first.text in _NAMES
+        return known or (named and first.kind != "word")  # "a \\pi" is an article before it

@@ -29,7 +29,8 @@ def make_judge(name: str = "auto") -> Judge:
       `TIME_LIMIT_SECONDS`, in any thread; an answer that it fails on, or takes too long over, is
       wrong. So is one of more than 2,000 characters that is not the same text. Of its leniences
       these stay: 50\% is 0.5 and, being a whole number, 50 (12.5\% is 0.125 alone); a fraction or
-      root equals its decimals if they agree to 6 places; x = 5 is 5; units are not compared;
+      root equals its decimals if they agree to 6 places; x = 5 is 5, x > 5 is (5, oo); units are
+      not compared; 101_2 is 101, where no other base is named;
     - "auto": "math-verify" where it is installed, else "exact".
 
     Raises:

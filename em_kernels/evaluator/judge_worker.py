@@ -8,6 +8,7 @@ answer that takes longer, or too much memory, ends the fork; the next has everyt
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -67,18 +68,33 @@ def load():
     """The comparison, with math-verify's tables built: its first use takes long."""
     import logging
 
+    import sympy
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
-    extraction = [LatexExtractionConfig(boxed_match_priority=0)]
+    options = {"allow_set_relation_comp": True, "timeout_seconds": None}  # x > 5 is (5, oo)
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    # Units are off before it is asked; it takes ab in 6ab for one.
+    normal = dataclasses.replace(config.normalization_config, units=False)
+    extraction = [dataclasses.replace(config, normalization_config=normal)]
 
     @functools.lru_cache(maxsize=1024)
     def read(latex: str):
-        return parse(f"\\boxed{{{latex}}}", extraction_config=extraction, parsing_timeout=None)
+        found = parse(f"\\boxed{{{latex}}}", extraction_config=extraction, parsing_timeout=None)
+        return [alike(value) for value in found]
+
+    def alike(value):
+        """Its letters as those of any other answer: real, but for i; math-verify guesses that."""
+        if not hasattr(value, "free_symbols"):
+            return value
+        letters = {s: sympy.Symbol(s.name, real=True) for s in value.free_symbols}
+        letters = {s: sympy.I if s.name == "i" else real for s, real in letters.items()}
+        with sympy.evaluate(False):  # an equation of an unknown with its value is not False
+            return value.xreplace({s: letter for s, letter in letters.items() if s != letter})
 
     def equal(given: str, right: str) -> bool:
         try:
-            return bool(verify(read(right), read(given), timeout_seconds=None))
+            return bool(verify(read(right), read(given), **options))
         except Exception:
             return False
 

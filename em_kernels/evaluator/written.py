@@ -12,6 +12,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from em_kernels.evaluator.expressions import UNITS
+
 MAX_LENGTH = 2000
 """Characters of an answer that is read; a longer one is compared as text alone."""
 _MAX_DIGITS, _MAX_EXPONENT = 1000, 400  # Python refuses int(text) beyond 4300 digits
@@ -37,13 +39,14 @@ def read(answer: str) -> Reading:
     if len(answer) > MAX_LENGTH:
         return Reading("", answer.strip(), None, False, False)
     latex = _to_latex(answer)
-    text = _replaced(latex, _LAYOUT)
+    text = _undressed(_replaced(latex, _LAYOUT))
     text = text if "\\" in text else text.casefold()
     return Reading(latex, text, _number(latex), "frac" not in latex, not _APART.search(latex))
 
 
 def is_words(text: str) -> bool:
-    r"""Words, to math-verify products of letters, or one command: \Delta is \delta to it."""
+    r"""Words, to math-verify products of letters; one command, \Delta being \delta to it; a name or
+    numeral with an index, 101_2 and 101_3 being 101 to it; a date, a difference to it."""
     return _PROSE.fullmatch(text) is not None
 
 
@@ -57,7 +60,7 @@ def _undressed(text: str) -> str:
     """Without the spaces, delimiters, Markdown and full stop around it."""
     before = None
     while before != text:
-        before, text = text, text.strip().rstrip(".;,").rstrip()
+        before, text = text, _END.sub("", text).lstrip()
         for opening, closing in _DRESSING:
             inner = text[len(opening) : len(text) - len(closing)]
             around = text.startswith(opening) and text.endswith(closing) and inner.strip()
@@ -93,6 +96,14 @@ def _normal(match: re.Match) -> str:
     return unicodedata.normalize("NFKC", match[0]).replace("\u2212", "-")
 
 
+def _braced(argument: str) -> str:
+    return argument if argument[0] == "{" else f"{{{argument}}}"
+
+
+def _power_of_ten(match: re.Match) -> str:
+    return f"{'10' * (match[0][0] == '{')}^{{{match[1] or match[2]}}}"
+
+
 def _recurring(match: re.Match) -> str:
     """0.1(6) is (16 - 1) / 90."""
     whole, once, again = match[1] or "0", match[2], match[3] or match[4]
@@ -115,13 +126,27 @@ _DRESSING = (
     ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"),
     ("*", "*"), ("`", "`"), ("{", "}"), ('"', '"'), ("\u201c", "\u201d"),
 )  # fmt: skip
+_END = re.compile(r"(?:\\(?:[ ,;:!]|q?quad|\Z)|[.;,\s])+\Z")
 _LARGE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _SPACE = r"(?:\s|(?<!\\)\\[ ,;:!]|~)"
 _TEXT = r"\\(?:text|mbox|mathrm|mathbf|mathit|textbf|textit|textrm|bm|boldsymbol)"
-_UNIT = r"(?!(?:or|and|mod|squared|cubed)\b)(?:[A-Za-z]{2,}|[mshgdlLCFKWVJN])(?:\^\{?-?\d\}?)?"
+# 5 apples, 5km, but not 2xy, a product, nor Greek letters. No word is read in two ways: there may
+# be many.
+_WORD, _SHORT = r"[^\W\d_\u0370-\u03ff]", r"[\u0400-\u04ff\u2e80-\ud7ff]"
+_UNIT = (
+    rf"(?!(?:or|and|mod|squared|cubed)\b)(?:(?:{UNITS})(?!{_WORD})|(?!(?:{UNITS})(?!{_WORD}))"
+    rf"(?:(?<=\s)(?:{_WORD}{{3,}}|{_SHORT}{{1,2}}(?!{_WORD})|(?:of|at|to|on|by)\b)"
+    rf"|(?<!\s)(?:{_WORD}{{4,}}|{_SHORT}{{1,3}}(?!{_WORD}))))(?:\^\{{?-?\d\}}?)?"
+)
+_UNITS = rf"{_UNIT}(?:[\s/.*-]+{_UNIT})*"
+_QUOTIENT = r"\\frac\{\d+\}\{\d+\}"
+_TIMES_POWER = r"\\(?:times|cdot)\s*10\^\{[-+]?\d+\}"
+_SAYS = r"(?:(?:[:=]|\bis)\s*\}|\}\s*[:=])"
+_NAMED = rf"{_TEXT}\{{(?:[^{{}}\d]{{2,}}|[mshgdlLCFKWVJN])\}}(?:\^\{{?-?\d\}}?)?"  # a unit in \text
 _THOUSANDS = r"(?<![\d.,])\d{1,3}(?:%s\d{3})+(?!\d|,\d)"
-_MONEY = r"\\?[$\u20ac\u00a3\u00a5\u20b9]"
+_MONEY = r"\\?[$\u20ac\u00a2\u00a3\u00a5\u20b9]"
+_SINGLE = r"(\d|[A-Za-z]|\\[A-Za-z]+|\{[^{}]*\})"  # an argument that needs no braces
 
 _CHARACTERS = _compiled(
     (r"[\u2212\u2010-\u2015\ufe63]", "-"),
@@ -149,20 +174,29 @@ _FORMS = _compiled(
     (r"\u2260", r"\\ne "),
     (r"\u00b1", r"\\pm "),
     (r"\u222a", r"\\cup "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
+    (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
+    (rf"\\frac\s*{_SINGLE}\s*{_SINGLE}", lambda m: rf"\frac{_braced(m[1])}{_braced(m[2])}"),
+    (r"(\\sqrt\[\d+\])\s*(\w)", r"\1{\2}"),
+    (r"(?:\{|^)([^{}]+)\\choose(?![A-Za-z])([^{}]+)(?:\}|$)", r"\\binom{\1}{\2}"),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)|cot|csc|ln|log)(?![A-Za-z])", r"\\\1"),
+    (r"\\(?:color|textcolor|tag|hspace)\{[^{}]*\}", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|bf|rm|it)(?![A-Za-z])\s*", ""),
+    (r"\\langle(?![A-Za-z])\s*", "("),
+    (r"\s*\\rangle(?![A-Za-z])", ")"),
+    (r"^\((\w+)\)_", r"\1_"),
     (r"(?<=[\w)])\*\*(?=[-\w(])", "^"),
     # Degrees, percent, money, digits in text, units
     (rf"{_SPACE}*(?:\u00b0\s*[CF]?(?![A-Za-z])|\^\s*\{{?\s*\\circ\s*\}}?|\\degree)", ""),
     (rf"{_SPACE}*(?:\\?%|{_TEXT}\{{\s*percent\s*\}}|percent(?![a-z]))", r"\\%"),
-    (rf"(?:USD|EUR|GBP|(?:US|A)?{_MONEY})\s*(?=[-+.\d])|(?<=\d)\s*{_MONEY}", ""),
+    (rf"{_TEXT}\{{\s*{_MONEY}\s*\}}|(?<=\d)\s*{_MONEY}", ""),
+    (rf"(?:USD|EUR|GBP|(?:US|A)?{_MONEY})\s*(?=[-+.\d])", ""),
     (rf"{_TEXT}\{{\s*((?:{'|'.join(_LARGE)})[^{{}}]*)\}}", r" \1"),
     (rf"^{_TEXT}\s*\{{([^{{}}]*\d[^{{}}]*)\}}$", r"\1"),
     (rf"{_TEXT}\s*\{{\s*([-+\d.,/]+)\s*\}}", r" \1 "),
-    (rf"^(.*?[\d}})%])(?:{_SPACE})*{_TEXT}\{{\s*[^{{}}\d]{{2,}}\}}(?:\^\{{?\d\}}?)?$", r"\1"),
-    (rf"^(.*?[\d}})%])(?:{_SPACE})*{_TEXT}\{{\s*[mshgdlLCFKWVJN]\s*\}}(?:\^\{{?\d\}}?)?$", r"\1"),
-    (rf"^{_TEXT}\{{[^{{}}]*[A-Za-z]{{2}}[^{{}}]*\}}\s*[:=]?\s*(?=[-+\d\\.])", ""),
+    (rf"^(.*?(?:[\d}})%]|\\pi)){_SPACE}*{_NAMED}(?:(?:{_SPACE}|[/.*]|\\cdot)*{_NAMED})*$", r"\1"),
+    (rf"^{_TEXT}\{{[^{{}}]*[A-Za-z]{{2}}[^{{}}]*?{_SAYS}\s*(?=\S)", ""),
+    (rf"{_TEXT}\{{([A-Za-z])\}}", r" \1"),
     (r"(?i)^(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?|about|exactly)\b\s*[:=]?\s*", ""),
     (r"(?i)^approximately\b|^\\approx(?![a-z])|^\u2248", ""),
     # Digits
@@ -173,11 +207,15 @@ _FORMS = _compiled(
         rf"(?<![\w.])({_DECIMAL})[eE]([-+]?\d+)(?![\w.])",
         lambda m: rf"{m[1]}\times 10^{{{int(m[2])}}}",
     ),
-    (r"(?<=10)\s*\^\s*([-+]?\d+)(?![\d.])", r"^{\1}"),
+    (
+        r"(?:(?<=10)|\{10\})\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+)(?![\d.]))",
+        _power_of_ten,
+    ),
     (rf"(?i)^([-+]?[\d.]+)\s*({'|'.join(_LARGE)})s?(?:\s+[a-z]+)?$", _large),
     (rf"(?<![\w.,/^}}])(\d+){_SPACE}+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (rf"^([-+]?)\s*({_DECIMAL})\s*/\s*({_DECIMAL})(?=\s|$)", r"\1\\frac{\2}{\3}"),
-    (rf"^([-+\d.\s]+(?:\\frac\{{\d+\}}\{{\d+\}})?)\s*{_UNIT}(?:[\s/.*-]+{_UNIT})*$", r"\1"),
+    (rf"^([-+\d.:\s]*(?:\d|{_QUOTIENT}|{_TIMES_POWER}))\s*{_UNITS}$", r"\1"),
+    (rf"^(.*(?:\}}|\\pi))\s+(?![A-Za-z](?![A-Za-z])){_UNITS}$", r"\1"),  # not \pi d
 )
 _LAYOUT = _compiled(
     (rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1"),
@@ -187,6 +225,7 @@ _LAYOUT = _compiled(
     (r"^([-+]) ", r"\1"),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),
     (r" (?=\\)", ""),
+    (r"_\{(\w+)\}", r"_\1"),
 )
 _POWER = r"10\^\{(?P<%s>[-+]?\d{1,9})\}"
 _NUMBER = re.compile(
@@ -194,5 +233,5 @@ _NUMBER = re.compile(
     rf"|(?P<whole>\d+)?{_SPACE}*\\frac\{{(?P<over>{_DECIMAL})\}}\{{(?P<under>{_DECIMAL})\}}"
     rf"|(?P<plain>{_DECIMAL})(?:\s*(?:\\times|\\cdot|\*)\s*{_POWER % 'exponent'})?)"
 )
-_APART = re.compile(rf"\d{_SPACE}+\.?\d")
-_PROSE = re.compile(r"[a-z]{3,}(?: [a-z]+)*|\\[a-z]+", re.IGNORECASE)
+_APART = re.compile(rf"(?<![\d_]){_DECIMAL}{_SPACE}+\.?\d")
+_PROSE = re.compile(r"[a-z]{3,}(?: [a-z]+)*|\\[a-z]+|\w+_\w+|\d{4}-\d\d-\d\d", re.IGNORECASE)
