@@ -182,7 +182,10 @@ def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
 
 def _check_trainable(model) -> None:
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model has no parameter to train: all have requires_grad=False")
+        raise ValueError(
+            "model has no parameter to train: all have requires_grad=False (PeftModel's "
+            "from_pretrained leaves them so without is_trainable=True)"
+        )
 
 
 def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
