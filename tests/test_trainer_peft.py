@@ -30,6 +30,7 @@ from em_kernels.trainer.adapters import base_parameters, is_adapted, merged_copy
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import list_checkpoints
 from em_kernels.trainer.rl import initial_model
+from em_kernels.trainer.run import check_shardable
 
 peft = pytest.importorskip("peft")
 
@@ -314,6 +315,12 @@ def test_a_folder_that_cannot_be_loaded_says_why(base, tmp_path, monkeypatch):
     make_model(seed=3).save_pretrained(model)
     with pytest.raises(ModelError, match="weights below the adapter"):
         load_model(str(folder), "cpu")
+    written = (folder / "base_model.json").read_text()
+    for broken in ("{", "[]", "{}", written.replace("weights", "digest")):
+        (folder / "base_model.json").write_text(broken)
+        with pytest.raises(ModelError, match=r"base_model\.json cannot be read .*remove it"):
+            load_model(str(folder), "cpu")
+    (folder / "base_model.json").write_text(written)
     for name, message in (
         (None, "names no model below"),
         (str(tmp_path / "gone"), "is an adapter.*no such folder.*base_model_name_or_path"),
@@ -413,6 +420,10 @@ def test_an_adapter_on_quantised_weights(base, tmp_path):
         logits(load_model(checkpoint, "cpu")[0]), logits(resumed.model), rtol=0.1, atol=0.1
     )
     merge_checkpoint(checkpoint, tmp_path / "whole")
+    with pytest.raises(ModelError, match="cannot be sharded over several ranks: train in one"):
+        check_shardable(make(), Ranks(0, 2))
+    check_shardable(make(), Ranks())
+    check_shardable(adapted(base), Ranks(0, 2))
     assert weights_digest(make()) != weights_digest(adapted(base))
 
 

@@ -76,7 +76,7 @@ def _added(model, seed: int) -> float | None:
         with eval_mode(model), loss_of_zero(model, loss), head_replaced(model, answer):
             inputs = dict(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
             total = model._call_impl(**inputs).loss
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception:  # a loss of its own, or inputs that it misses
         return None

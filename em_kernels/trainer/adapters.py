@@ -2,7 +2,7 @@
 
 A checkpoint of one holds the adapter that is active, not the weights below it:
     adapter_config.json, adapter_model.safetensors    as PEFT writes them, the adapter at the root
-    base_model.json                                   dtype and digest of the weights below
+    base_model.json                                   of the weights below: dtype, digest, quantised
     merged/                                           with `save_merged`: a whole model
 """
 
@@ -148,10 +148,8 @@ def base_name(folder: str | Path) -> tuple[str, str | None]:
 
 def base_dtype(folder: str | Path) -> torch.dtype | None:
     """What the weights below an adapter had in training; None where the trainer did not say."""
-    path = Path(folder) / BASE_FILE
-    if not path.is_file():
-        return None
-    return getattr(torch, json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    written = _read_base(folder)
+    return None if written is None else getattr(torch, written["dtype"])
 
 
 def attach_adapter(model, folder: str | Path):
@@ -296,14 +294,15 @@ def _check_mergeable(model) -> None:
             f"the adapter of a {type(model).__name__} cannot be merged: make a PEFT model with "
             "peft.get_peft_model instead of add_adapter"
         )
-    if _is_quantised(model):
+    if is_quantised(model):
         raise ModelError(
             "an adapter is not merged into quantised weights, which would round it away: train "
             "without merged weights, then merge its checkpoint into the unquantised model"
         )
 
 
-def _is_quantised(model) -> bool:
+def is_quantised(model) -> bool:
+    """Whether weights of the model are kept as integers, or in torchao's tensors."""
     configured = getattr(model.config, "quantization_config", None) is not None
     return configured or any(is_packed(p) or not p.is_floating_point() for p in model.parameters())
 
@@ -323,19 +322,31 @@ def _write_base(model, folder: Path) -> None:
 def _base(model) -> dict:
     return {
         "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
-        "quantised": _is_quantised(model),
+        "quantised": is_quantised(model),
         "weights": digest(base_parameters(model)),
     }
+
+
+def _read_base(folder: str | Path) -> dict | None:
+    path = Path(folder) / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return {**written, "dtype": written["dtype"], "weights": written["weights"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}); remove it to load the adapter unchecked"
+        ) from error
 
 
 def _check_base(model, folder: str | Path, same_dtype: bool) -> None:
     """By the digest that the trainer wrote; in another dtype the weights have other bits, as they
     have when they were quantised in training."""
-    before, dtype = base_dtype(folder), causal_lm(model).dtype
-    if before is None or (dtype != before and not same_dtype):
+    written, before, dtype = _read_base(folder), base_dtype(folder), causal_lm(model).dtype
+    if written is None or (dtype != before and not same_dtype):
         return
-    written = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
-    if written.get("quantised") and not _is_quantised(model) and not same_dtype:
+    if written.get("quantised") and not is_quantised(model) and not same_dtype:
         return
     if dtype != before:
         raise ModelError(

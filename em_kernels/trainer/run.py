@@ -16,6 +16,7 @@ from em_kernels.trainer.adapters import (
     check_adapted,
     has_adapter,
     is_adapted,
+    is_quantised,
     load_weights,
 )
 from em_kernels.trainer.config import TrainConfig, check_resume
@@ -90,6 +91,7 @@ def start_run(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
+        check_shardable(model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
@@ -185,6 +187,19 @@ def _check_trainable(model) -> None:
         raise ValueError(
             "model has no parameter to train: all have requires_grad=False (PeftModel's "
             "from_pretrained leaves them so without is_trainable=True)"
+        )
+
+
+def check_shardable(model, ranks: Ranks) -> None:
+    """Refuse integers and torchao's tensors, which FSDP2 cannot cut.
+
+    Raises:
+        ModelError: there are such, and several ranks.
+    """
+    if ranks.size > 1 and is_quantised(model):
+        raise ModelError(
+            "quantised weights cannot be sharded over several ranks: train in one process, or on "
+            "weights that are not quantised"
         )
 
 
