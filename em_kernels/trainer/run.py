@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from em_kernels.heads import ModelError, read_head
+from em_kernels.heads import ModelError, causal_lm, read_head
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.adapters import (
     adapter_settings,
@@ -163,7 +163,7 @@ def _load_into(model, checkpoint: Path) -> None:
         load_weights(model, checkpoint)
     elif not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
-        model.load_state_dict(saved.state_dict())
+        causal_lm(model).load_state_dict(saved.state_dict())
 
 
 def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
