@@ -21,10 +21,14 @@ FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Names in configs of what logits are multiplied by: Cohere; Falcon-H1; Muse."""
 
 DIVISORS = ("logits_scaling",)
-"""Names in configs of what logits are divided by: Granite. HyperCLOVA X multiplies by it."""
+"""Names in configs of what logits are divided by: Granite."""
+
+_POWERS = {"hyperclovax": 1, "minicpm3": 0}
+"""Model types that multiply their logits by the divisor, or divide hidden states instead."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OWN_TENSORS = ("torch.distributed.", "torch._subclasses.")  # DTensor; what tracing puts there
+_FUNCTIONS = (Tensor.__torch_function__.__func__, None)  # None: turned off, as for parameters
 _LINEAR = nn.Linear.forward
 
 STAND_IN = "_em_kernels_stand_in"
@@ -107,8 +111,7 @@ def _read_config(model) -> tuple[float | None, float]:
     for name in FACTORS:
         scale *= read(name) or 1.0
     for name in DIVISORS:
-        value = read(name) or 1.0
-        scale = scale * value if config.model_type == "hyperclovax" else scale / value
+        scale *= (read(name) or 1.0) ** _POWERS.get(config.model_type, -1)
     return softcap, scale
 
 
@@ -122,6 +125,7 @@ def head_layers(model) -> list[nn.Module]:
         raise ModelError(f"{name} has no language-model head")
     while layer is not None:
         _check_own_forward(name, layer)
+        _check_one_adapter(name, layer)
         layers.append(layer)
         layer = _inside(layer)
     _check_layer(name, layers[-1])
@@ -186,6 +190,16 @@ def _check_own_forward(name: str, layer: nn.Module) -> None:
     )
 
 
+def _check_one_adapter(name: str, layer: nn.Module) -> None:
+    """Refuse a call with PEFT's adapter_names, which gives every row a head of its own."""
+    hooks = map(described, layer._forward_pre_hooks.values())
+    if any(hook.endswith("._adapter_names_pre_forward_hook") for hook in hooks):
+        raise ModelError(
+            f"the head of {name} has adapters, and adapter_names chooses one for every row: call "
+            "the model without adapter_names, once for each adapter, after set_adapter"
+        )
+
+
 def _check_accelerate(name: str, hook: object) -> None:
     """Refuse accelerate's hooks that do more than move the input."""
     for part in getattr(hook, "hooks", [hook] if hook is not None else []):
@@ -220,6 +234,7 @@ def _check_weight(name: str, weight: object) -> None:
     if not isinstance(weight, Tensor):
         raise ModelError(f"the head of {name} has a weight of type {kind}, not a tensor")
     plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain = plain and getattr(type(weight).__torch_function__, "__func__", None) in _FUNCTIONS
     plain = (plain or kind.startswith(_OWN_TENSORS)) and weight.layout is torch.strided
     if not plain or weight.dtype not in _DTYPES:
         raise ModelError(

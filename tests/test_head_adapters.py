@@ -80,6 +80,32 @@ def test_adapters_on_the_head_are_refused(kind, when):
         run_patched(changed(lambda model: peft.get_peft_model(model, config).double(), when))
 
 
+@WHEN
+@pytest.mark.parametrize("part", ["target_modules", "modules_to_save"])
+def test_a_head_for_every_row_is_refused(part, when):
+    """PEFT's adapter_names; a head without adapters is one for all rows."""
+    peft = pytest.importorskip("peft")
+    plain = dict(target_modules=["q_proj"], init_lora_weights=False)
+    on_head = {**plain, part: [*plain.get(part, ()), "lm_head"]}
+
+    def change(model, one, other):
+        model = peft.get_peft_model(model, peft.LoraConfig(**one), adapter_name="one")
+        model.add_adapter("other", peft.LoraConfig(**other))
+        return model.double().eval()
+
+    for names in (["one", "other"], ["other", "other"], ["__base__", "__base__"]):
+        model = changed(lambda model: change(model, plain, on_head), when)
+        check_right(model)
+        with pytest.raises(ModelError, match="adapter_names chooses one for every row: call"):
+            model(input_ids=IDS, em_outputs=("entropy",), adapter_names=names)
+    model = changed(lambda model: change(model, plain, plain), when)
+    for names in (["one", "other"], ["other", "__base__"]):
+        with torch.no_grad():
+            expected = truth(model(input_ids=IDS, adapter_names=names).logits)["entropy"]
+            out = model(input_ids=IDS, em_outputs=("entropy",), adapter_names=names)
+        assert error(out.entropy, expected) < 1e-9
+
+
 @pytest.mark.parametrize("name", ["modules_to_save", "trainable tokens"])
 def test_what_is_trained_of_the_head_gets_its_gradient(name):
     model = changed(ADAPTED[name], "after")

@@ -109,6 +109,25 @@ def test_hyperclovax_multiplies_by_what_granite_divides_by():
     check_right(apply_em_kernels(model))
 
 
+def test_minicpm3_divides_its_hidden_states_and_not_its_logits():
+    config = transformers.MiniCPM3Config(
+        vocab_size=32,
+        hidden_size=32,
+        dim_model_base=8,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    nn.init.normal_(model.lm_head.weight)
+    check_right(apply_em_kernels(model))
+
+
 def test_hidden_states_are_what_the_head_is_given():
     """Not what the backbone gives: a model may scale it in between."""
     model = make_model().double().eval()

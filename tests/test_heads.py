@@ -53,6 +53,13 @@ class Packed(nn.Module):
         return x @ (self.qweight.to(x) / 8).T
 
 
+class HalvedProduct(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 0.5 * result if function is linear else result
+
+
 def replace_weight(head):
     head.weight = nn.Parameter(torch.randn_like(head.weight))
 
@@ -138,6 +145,12 @@ REFUSED = {
     "sparse": (
         on_head(lambda h: setattr(h, "weight", nn.Parameter(h.weight.data.to_sparse()))),
         "leave the head out of quantisation",
+    ),
+    "a product of its own": (
+        on_head(
+            lambda h: setattr(h, "weight", nn.Parameter(h.weight.data.as_subclass(HalvedProduct)))
+        ),
+        r"is a test_heads\.HalvedProduct of torch",
     ),
     "in parts": (
         on_head(lambda h: setattr(h.weight, "data", torch.empty(0))),

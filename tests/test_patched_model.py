@@ -138,6 +138,25 @@ def test_the_forward_has_the_models_own_signature_and_is_found_there():
     assert "input_ids" in inspect.signature(model.forward).parameters
 
 
+def test_a_forward_that_accelerate_has_unwrapped_is_still_patched():
+    """It becomes a method, which is given the model, or a copy of it, before the inputs."""
+    accelerate = pytest.importorskip("accelerate")
+    model = patched()
+    model._original_forward = model.forward
+    model.forward = accelerate.utils.convert_outputs_to_fp32(model.forward)
+    with pytest.raises(ValueError, match="patched again after"):
+        remove_em_kernels(model)
+    model = accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    expected = right(model)
+    assert error(entropy(model), expected) < 1e-9
+    twin = copy.deepcopy(model)
+    nn.init.normal_(twin.lm_head.weight)
+    assert error(entropy(twin), right(twin)) < 1e-9
+    assert error(entropy(model), expected) < 1e-9
+    assert "forward" not in vars(remove_em_kernels(model))
+    assert torch.equal(right(model), expected)
+
+
 def test_casts_move_with_the_model():
     model = patched()
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
@@ -343,6 +362,20 @@ def test_any_term_that_needs_no_logits_is_added():
 def test_a_term_of_the_logits_is_refused():
     model = adding(lambda model, outputs: 1e-3 * outputs.logits.logsumexp(-1).square().mean())
     with pytest.raises(ModelError, match=r"something made of its logits.*set that to 0"):
+        apply_em_kernels(model)
+
+
+def test_no_memory_for_a_loss_is_not_a_model_without_one():
+    model = of("Mixtral", num_local_experts=4)().eval()
+    own = model.forward
+
+    def forward(labels=None, **kwargs):
+        if labels is not None:
+            raise torch.OutOfMemoryError("no memory")
+        return own(**kwargs)
+
+    model.forward = forward
+    with pytest.raises(torch.OutOfMemoryError):
         apply_em_kernels(model)
 
 

@@ -43,6 +43,17 @@ def test_resume_into_a_model_that_is_passed(tmp_path):
     assert without_times(resumed.metrics) == without_times(run(settings(updates=4)).metrics)
 
 
+def test_resume_into_a_model_that_is_compiled(tmp_path):
+    """What torch.compile returned has other names for the weights."""
+    config = settings(updates=1, output=str(tmp_path))
+    first = run(config)
+    model = torch.compile(make_model(seed=5), backend="eager")
+    resumed = train(config, model, make_tokenizer(), resume=True, progress=False)
+    expected = first.model.state_dict()
+    for name, value in resumed.model._orig_mod.state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
 def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     config = settings(output=tmp_path, updates=2, save_every=0)
 

@@ -30,6 +30,7 @@ from em_kernels.trainer.adapters import base_parameters, is_adapted, merged_copy
 from em_kernels.trainer.distributed import Ranks
 from em_kernels.trainer.models import list_checkpoints
 from em_kernels.trainer.rl import initial_model
+from em_kernels.trainer.run import check_shardable
 
 peft = pytest.importorskip("peft")
 
@@ -170,6 +171,39 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(base, tmp_path, make):
     assert [p.name for p in list_checkpoints(tmp_path / "parts")] == ["checkpoint-4"]
 
 
+def test_parameters_that_layers_share_are_resumed(base, tmp_path):
+    """VB-LoRA has one bank of vectors for all layers, under one name in the file."""
+    options = dict(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["q_proj"])
+
+    def make():
+        return adapted(base, kind=peft.VBLoRAConfig(**options))
+
+    config = settings(updates=2, output=tmp_path, save_every=1, learning_rate=1e-2)
+    whole = run(dataclasses.replace(config, updates=3, output=None), make())
+    run(config, make())
+    resumed = run(dataclasses.replace(config, updates=3), make(), resume=True)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    expected = trainable(whole.model)
+    assert all(torch.equal(v, expected[name]) for name, v in trainable(resumed.model).items())
+
+
+@pytest.mark.parametrize("name", ["weight", "model", "base_layer"])
+def test_an_adapter_may_have_the_name_of_a_part_of_the_model(base, tmp_path, name):
+    config = settings(updates=1, output=tmp_path, save_every=1, learning_rate=1e-2)
+    model = run(config, adapted(base, name=name)).model
+    loaded = load_model(str(tmp_path / "checkpoint-1"), "cpu")[0]
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert {n for n, _ in base_parameters(model)} == {n for n, _ in base_parameters(loaded)}
+
+
+def test_a_model_compiled_below_its_adapter_is_refused_where_it_would_be_saved(base, tmp_path):
+    below = torch.compile(load_model(base, "cpu")[0], backend="eager")
+    model = peft.get_peft_model(below, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"fit no other: use model\.compile\(\)"):
+        run(settings(updates=1, output=tmp_path / "run"), model)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_active_adapter_keeps_its_name_and_the_others_stay(base, tmp_path):
     def make():
         model = adapted(base, name="policy")
@@ -281,6 +315,12 @@ def test_a_folder_that_cannot_be_loaded_says_why(base, tmp_path, monkeypatch):
     make_model(seed=3).save_pretrained(model)
     with pytest.raises(ModelError, match="weights below the adapter"):
         load_model(str(folder), "cpu")
+    written = (folder / "base_model.json").read_text()
+    for broken in ("{", "[]", "{}", written.replace("weights", "digest")):
+        (folder / "base_model.json").write_text(broken)
+        with pytest.raises(ModelError, match=r"base_model\.json cannot be read .*remove it"):
+            load_model(str(folder), "cpu")
+    (folder / "base_model.json").write_text(written)
     for name, message in (
         (None, "names no model below"),
         (str(tmp_path / "gone"), "is an adapter.*no such folder.*base_model_name_or_path"),
@@ -351,6 +391,46 @@ def test_a_disk_that_fills_up_leaves_the_last_good_adapter(base, tmp_path, monke
     resumed = run(config, adapted(base), resume=True)
     expected = run(dataclasses.replace(config, output=None), adapted(base))
     assert without_times(resumed.metrics) == without_times(expected.metrics)
+
+
+def test_an_adapter_on_quantised_weights(base, tmp_path):
+    """Resumed on these; loaded and merged on the weights that they were made of."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def make():
+        model = load_model(base, "cpu")[0]
+        quantization.quantize_(
+            model,
+            quantization.Int8WeightOnlyConfig(),
+            filter_fn=lambda layer, name: name.endswith("_proj"),
+        )
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    config = settings(updates=2, output=tmp_path / "run", save_every=1, learning_rate=1e-2)
+    with pytest.raises(ModelError, match="not merged into quantised weights"):
+        run(dataclasses.replace(config, save_merged=True), make())
+    run(config, make())
+    more = dataclasses.replace(config, updates=3)
+    with pytest.raises(ModelError, match="weights below the adapter"):
+        run(more, adapted(base), resume=True)
+    resumed = run(more, make(), resume=True)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    torch.testing.assert_close(
+        logits(load_model(checkpoint, "cpu")[0]), logits(resumed.model), rtol=0.1, atol=0.1
+    )
+    merge_checkpoint(checkpoint, tmp_path / "whole")
+    with pytest.raises(ModelError, match="cannot be sharded over several ranks: train in one"):
+        check_shardable(make(), Ranks(0, 2))
+    check_shardable(make(), Ranks())
+    check_shardable(adapted(base), Ranks(0, 2))
+    assert weights_digest(make()) != weights_digest(adapted(base))
+
+
+def test_an_adapter_that_peft_cannot_merge(base):
+    model = adapted(base, kind=peft.LilyConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"cannot be merged: .*Lily"):
+        merged_copy(model)
 
 
 def test_digests_tell_adapters_apart(base):

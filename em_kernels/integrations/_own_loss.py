@@ -73,7 +73,7 @@ def _added(model, seed: int) -> float | None:
     try:
         with loss_of_zero(model, loss):
             total = call_probed(model, answer, labelled=True).loss
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception:  # a loss of its own, or inputs that it misses
         return None

@@ -139,7 +139,8 @@ def remove_em_kernels(model):
     patch = _patch(target)
     if patch is None:
         raise ValueError(f"model is not patched by apply_em_kernels, got {type(model).__name__}")
-    if target.__dict__.get("forward") is not patch:
+    forward = target.__dict__.get("forward")
+    if getattr(forward, "__func__", forward) is not patch:
         raise ValueError("model.forward was patched again after apply_em_kernels: undo that first")
     del target._em_kernels, target.forward
     if patch.previous is not None:
@@ -250,6 +251,11 @@ class _Patch:
 
     def __call__(self, *args, em_outputs=None, em_temperature=1.0, **kwargs):
         model = self.model
+        if args and isinstance(args[0], PreTrainedModel):  # accelerate has made a method of this
+            model, *args = args
+            return _patch(model)(
+                *args, em_outputs=em_outputs, em_temperature=em_temperature, **kwargs
+            )
         if em_outputs is not None:
             return _statistics(model, args, kwargs, em_outputs, em_temperature)
         deferred = self.deferred and model.training and not _wants_logits(kwargs)

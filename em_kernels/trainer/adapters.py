@@ -2,7 +2,7 @@
 
 A checkpoint of one holds the adapter that is active, not the weights below it:
     adapter_config.json, adapter_model.safetensors    as PEFT writes them, the adapter at the root
-    base_model.json                                   dtype and digest of the weights below
+    base_model.json                                   of the weights below: dtype, digest, quantised
     merged/                                           with `save_merged`: a whole model
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from em_kernels._text import one_line
 from em_kernels.heads import ModelError, causal_lm
-from em_kernels.trainer.fingerprint import digest
+from em_kernels.trainer.fingerprint import digest, is_packed
 
 ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base_model.json"
@@ -95,6 +95,7 @@ def check_adapted(model, *, saved: bool, merged: bool) -> None:
         )
     _check_kind(model.peft_config[active_adapter(model)])
     if saved:
+        _check_not_compiled_inside(model)
         state = peft.get_peft_model_state_dict(model, adapter_name=active_adapter(model))
         held = {value.data_ptr() for value in state.values()}
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
@@ -148,10 +149,8 @@ def base_name(folder: str | Path) -> tuple[str, str | None]:
 
 def base_dtype(folder: str | Path) -> torch.dtype | None:
     """What the weights below an adapter had in training; None where the trainer did not say."""
-    path = Path(folder) / BASE_FILE
-    if not path.is_file():
-        return None
-    return getattr(torch, json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    written = _read_base(folder)
+    return None if written is None else getattr(torch, written["dtype"])
 
 
 def attach_adapter(model, folder: str | Path):
@@ -192,13 +191,20 @@ def load_weights(model, folder: Path) -> None:
         report = peft.set_peft_model_state_dict(model, state, adapter_name=name)
     except (RuntimeError, KeyError, ValueError, OSError) as error:
         raise ModelError(f"cannot load the adapter of {folder}: {one_line(error)}") from error
-    trained = {key for key, value in model.named_parameters() if value.requires_grad}
-    wrong = sorted(trained & set(report.missing_keys)) + report.unexpected_keys
+    wrong = sorted(_left_out(model, set(report.missing_keys))) + report.unexpected_keys
     if wrong:
         raise ModelError(
             f"the adapter of {folder} does not fit the model ({_listed(wrong)}): pass the PEFT "
             "model that it was saved from"
         )
+
+
+def _left_out(model, missing: set[str]) -> list[str]:
+    """What is trained and was not loaded: a parameter of several layers has one name in a file."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    loaded = {id(value) for name, value in named if name not in missing}
+    left = {id(value): name for name, value in named if value.requires_grad}
+    return [name for key, name in left.items() if key not in loaded]
 
 
 def check_same_head(model) -> None:
@@ -237,19 +243,39 @@ def merged_copy(model):
     if type(head) is nn.Linear and type(plain.get_input_embeddings()) is not nn.Embedding:
         # an adapter on embeddings that the head is tied to is not one on the head
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    return copied.merge_and_unload()
+    try:
+        return copied.merge_and_unload()
+    except NotImplementedError as error:
+        raise ModelError(f"the adapter cannot be merged: {error}") from error
 
 
 def base_parameters(model) -> Iterator[tuple[str, Tensor]]:
     """The frozen weights below the adapters, by the names that they have without any."""
-    inserted = (".base_layer.", ".original_module.", ".token_adapter.")
+    inserted, own = (".base_layer.", ".original_module.", ".token_adapter."), _of_adapters(model)
     for name, value in model.named_parameters():
-        if value.requires_grad or set(name.split(".")) & set(model.peft_config):
+        if value.requires_grad or id(value) in own:
             continue
         plain = name.removeprefix("base_model.model.")
         for part in inserted:
             plain = plain.replace(part, ".")
         yield plain, value
+
+
+def _check_not_compiled_inside(model) -> None:
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+        raise ModelError(
+            "the model below the adapter was compiled first, and so the names in the adapter's "
+            "files would fit no other: use model.compile(), which adds no wrapper"
+        )
+
+
+def _of_adapters(model) -> set[int]:
+    """The ids of all adapters' parameters: PEFT keeps them in dicts by the adapter's name."""
+    dicts = [m for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ParameterDict))]
+    parts = [held[name] for held in dicts for name in model.peft_config if name in held]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    found = [part for part in parts if isinstance(part, Tensor)]
+    return {id(p) for p in [*found, *(p for m in modules for p in m.parameters())]}
 
 
 def _check_kind(config) -> None:
@@ -270,11 +296,17 @@ def _check_mergeable(model) -> None:
             f"the adapter of a {type(model).__name__} cannot be merged: make a PEFT model with "
             "peft.get_peft_model instead of add_adapter"
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantised(model):
         raise ModelError(
             "an adapter is not merged into quantised weights, which would round it away: train "
             "without merged weights, then merge its checkpoint into the unquantised model"
         )
+
+
+def is_quantised(model) -> bool:
+    """Whether weights of the model are kept as integers, or in torchao's tensors."""
+    configured = getattr(model.config, "quantization_config", None) is not None
+    return configured or any(is_packed(p) or not p.is_floating_point() for p in model.parameters())
 
 
 def _write_base(model, folder: Path) -> None:
@@ -292,22 +324,38 @@ def _write_base(model, folder: Path) -> None:
 def _base(model) -> dict:
     return {
         "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
+        "quantised": is_quantised(model),
         "weights": digest(base_parameters(model)),
     }
 
 
+def _read_base(folder: str | Path) -> dict | None:
+    path = Path(folder) / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return {**written, "dtype": written["dtype"], "weights": written["weights"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}); remove it to load the adapter unchecked"
+        ) from error
+
+
 def _check_base(model, folder: str | Path, same_dtype: bool) -> None:
-    """By the digest that the trainer wrote; in another dtype the weights have other bits."""
-    before, dtype = base_dtype(folder), causal_lm(model).dtype
-    if before is None or (dtype != before and not same_dtype):
+    """By the digest that the trainer wrote; in another dtype the weights have other bits, as they
+    have when they were quantised in training."""
+    written, before, dtype = _read_base(folder), base_dtype(folder), causal_lm(model).dtype
+    if written is None or (dtype != before and not same_dtype):
+        return
+    if written.get("quantised") and not is_quantised(model) and not same_dtype:
         return
     if dtype != before:
         raise ModelError(
             f"the adapter of {folder} was trained on weights of {before}, got {dtype}: load the "
             "model below it in that dtype"
         )
-    weights = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))["weights"]
-    if weights != digest(base_parameters(model)):
+    if written["weights"] != digest(base_parameters(model)):
         raise ModelError(
             f"the weights below the adapter of {folder} are not those it was trained on; give it "
             f"that model (base_model_name_or_path in its {ADAPTER_FILE})"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from em_kernels.heads import ModelError, read_head
+from em_kernels.heads import ModelError, causal_lm, read_head
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.adapters import (
     adapter_settings,
@@ -16,6 +16,7 @@ from em_kernels.trainer.adapters import (
     check_adapted,
     has_adapter,
     is_adapted,
+    is_quantised,
     load_weights,
 )
 from em_kernels.trainer.config import TrainConfig, check_resume
@@ -90,6 +91,7 @@ def start_run(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
+        check_shardable(model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
     weights = place(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
@@ -164,7 +166,7 @@ def _load_into(model, checkpoint: Path) -> None:
         load_weights(model, checkpoint)
     elif not has_shards(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
-        model.load_state_dict(saved.state_dict())
+        causal_lm(model).load_state_dict(saved.state_dict())
 
 
 def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
@@ -185,7 +187,23 @@ def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
 
 def _check_trainable(model) -> None:
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model has no parameter to train: all have requires_grad=False")
+        raise ValueError(
+            "model has no parameter to train: all have requires_grad=False (PeftModel's "
+            "from_pretrained leaves them so without is_trainable=True)"
+        )
+
+
+def check_shardable(model, ranks: Ranks) -> None:
+    """Refuse integers and torchao's tensors, which FSDP2 cannot cut.
+
+    Raises:
+        ModelError: there are such, and several ranks.
+    """
+    if ranks.size > 1 and is_quantised(model):
+        raise ModelError(
+            "quantised weights cannot be sharded over several ranks: train in one process, or on "
+            "weights that are not quantised"
+        )
 
 
 def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
