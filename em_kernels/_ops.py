@@ -129,14 +129,17 @@ def _why_not_triton(device: torch.device | None) -> str | None:
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
     try:
-        built = importlib.import_module("em_kernels._cuda").architectures
+        module = importlib.import_module("em_kernels._cuda")
     except ImportError as error:
         return _missing("the CUDA part", "em_kernels._cuda", error, "install the CUDA toolkit")
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "no NVIDIA GPU is visible to torch"
     if device is not None and device.type != "cuda":
         return f"its tensors must be on a GPU, not on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
+    refusal = module.why_no_driver()
+    if refusal:
+        return f"CUDA refuses it ({refusal}); update the driver or reinstall with an older toolkit"
+    built, capability = module.architectures, torch.cuda.get_device_capability(device)
     if not _runs_on(built, capability):
         number = "{}.{}".format(*capability)
         remedy = f"reinstall with TORCH_CUDA_ARCH_LIST={number}"
