@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_offline
 import pytest
@@ -283,6 +284,22 @@ def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
     assert _ops.backend("auto", torch.device("cuda", 0)) is reference
     with pytest.raises(ValueError, match="driver version is insufficient"):
         _ops.backend("cuda", torch.device("cuda", 0))
+
+
+def test_triton_without_a_c_compiler_is_told(on_a_gpu, monkeypatch):
+    on_a_gpu((9, 0))
+    pretended = SimpleNamespace(interpreted=False)
+    monkeypatch.setitem(sys.modules, "em_kernels.triton", pretended)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_ops.shutil, "which", lambda name: None)
+    gpu = torch.device("cuda", 0)
+    assert all("C compiler" in _ops.why_not("triton", device) for device in (None, gpu))
+    assert "its tensors must be on a GPU" in _ops.why_not("triton", torch.device("cpu"))
+    monkeypatch.setenv("CC", "tcc")
+    assert _ops.why_not("triton", gpu) is None
+    monkeypatch.delenv("CC")
+    pretended.interpreted = True
+    assert _ops.why_not("triton", gpu) is None
 
 
 def test_info_tells_of_the_build(monkeypatch):

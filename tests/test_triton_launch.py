@@ -213,15 +213,16 @@ EACH_ARCH = pytest.mark.parametrize("arch", [f"sm_{a}" for a in triton_offline.A
 
 @EACH_ARCH
 def test_compiled_kernels(kernel_report, arch):
-    """No spills anywhere, no more registers than on record, offsets of 64 bits."""
+    """Offsets of 64 bits; with the version on record no spills and no more registers than there."""
     record = json.loads(triton_offline.TABLE.read_text())
     table = record["registers, stack bytes"][arch]
     assert kernel_report[arch].keys() == table.keys()
     for name, found in kernel_report[arch].items():
-        assert found["stack"] == 0, f"{name} spills {found['stack']} bytes"
         assert found["wide_offsets"], f"{name} has offsets of 32 bits"
-        limit = table[name][0] if triton.__version__ == record["triton"] else 255
-        assert found["registers"] <= limit, f"{name}: if meant, run triton_offline.py --write"
+        if triton.__version__ == record["triton"]:
+            assert found["stack"] == 0, f"{name} spills {found['stack']} bytes"
+            again = f"{name}: if meant, run triton_offline.py --write"
+            assert found["registers"] <= table[name][0], again
 
 
 @EACH_ARCH
