@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_products import defer_small_chunks, play_gpu
-from helpers import IMPLS, error, make_linear, random_target, random_upstream, truth
+from helpers import ON_CPU, error, make_linear, random_target, random_upstream, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_kernels import _chunks, _cut, _products, reference
@@ -13,7 +13,7 @@ from em_kernels._ops import backend
 from em_kernels._spec import RowSpec, Saved, Upstream
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-NARROWING = [name for name in IMPLS if getattr(backend(name, torch.device("cpu")), "narrows", 0)]
+NARROWING = [name for name in ON_CPU if getattr(backend(name, torch.device("cpu")), "narrows", 0)]
 ALL = Needs(True, True, True)
 N, D, V = 12, 16, 301
 
@@ -76,7 +76,7 @@ def call(masked=False, vocab=V):
 @pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
 def test_gradients_on_a_gpu(gpu, monkeypatch, name, dtype, chunk, masked, adds):
     """As exact as 16-bit operands allow, whether or not the gradient is narrowed in place."""
-    if name not in IMPLS:
+    if name not in ON_CPU:
         pytest.skip(f"{name} is not available here")
     monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: adds)
     monkeypatch.setattr(_products, "GPU_PIECE_BYTES", 128 * D * 4)
@@ -316,7 +316,7 @@ def test_the_product_of_dx_is_run_in_pieces(gpu, monkeypatch):
 @pytest.mark.parametrize("name, size", (("reference", 4), ("cpu", 6)))
 def test_every_byte_of_a_logit_counts_towards_the_budget(gpu, monkeypatch, name, size):
     """Float32 logits with their gradient narrowed in place, or with a 16-bit cast beside them."""
-    if name not in IMPLS:
+    if name not in ON_CPU:
         pytest.skip(f"{name} is not available here")
     monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 4 * 32 * _cut.row_stride(V))
     monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 4)
