@@ -3,11 +3,12 @@
     make gpu                    or: python -m benchmarks.gpu --out gpu-output
     make gpu STAGES="environment build smoke-triton"
 
-Where a command may not run for long, three calls do it all, the most valuable first:
+Where a command may not run for long, four calls do it all, the most valuable first:
 
-    STAGES="environment build smoke-triton smoke-cuda build-cases cases memcheck racecheck"
-    STAGES="build logits-triton logits-cuda logits-peers hidden-triton hidden-cuda hidden-peers"
-    STAGES="build memory-triton memory-cuda profile-triton profile-cuda tests-cuda tests"
+    STAGES="environment build smoke-triton smoke-cuda logits-triton logits-cuda logits-peers"
+    STAGES="build hidden-triton hidden-cuda hidden-peers build-cases cases memcheck racecheck"
+    STAGES="build synccheck hidden-3584-triton hidden-3584-cuda memory-triton memory-cuda"
+    STAGES="build profile-triton profile-cuda tests-cuda tests"
 
 Nothing is downloaded and nothing installed; CUDA is compiled for the GPU that is there, unless
 TORCH_CUDA_ARCH_LIST says otherwise. Each stage is a process of its own with a time limit and a log;
@@ -84,7 +85,7 @@ def pytest_command(*which: str) -> list[str]:
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60", "--timeout-method", "thread"]  # signals do not end a wait
     command += [f"--ignore-glob=tests/{name}" for name in left_out_tests()]
-    return [*command, *which, "tests"]
+    return [*command, *which]
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Stage:
@@ -106,7 +107,7 @@ def profile(impl: str, seconds: float) -> Stage:
         "regex:statistics|gradient|loss",
         *python("-m", "benchmarks.gpu_kernels", impl),
     ]
-    return Stage(f"profile-{impl}", seconds, command, "profile.log", optional=True)
+    return Stage(f"profile-{impl}", seconds, command, "cases.log", optional=True)
 
 
 def sanitizer(tool: str, seconds: float) -> Stage:
@@ -124,15 +125,24 @@ SHAPE_A = ("--d", "4096", "--v", "131072")  # Liger's published one
 SHAPE_B = ("--d", "3584", "--v", "152064")  # the head of Qwen2.5-7B
 TRITON, CUDA = ("--only", "em_kernels triton"), ("--only", "em_kernels cuda")
 PEERS = ("--only", "eager", "TRL", "Liger", "verl", "torch.compile")
-# Its kernels can end a process for good: the tests of the others are in another one.
-OF_CUDA = ("-k", "cuda")
-NOT_OF_CUDA = ("-k", "not cuda")
+GPU_TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("softmax_stats", "token_loss", "linear_softmax_stats", "linear_token_loss"),
+        *("edge_rules", "properties", "chunks", "chunk_memory", "cut", "scale", "filter_eps"),
+        *("triton", "triton_launch", "triton_linear", "triton_narrow"),
+        *("covariance", "inference", "compile", "bad_input", "peers", "integrations_peers"),
+    )
+]
+# A CUDA kernel can end a process for good: the tests of the other backends are in another one.
+OF_CUDA = ("-k", "cuda", *GPU_TESTS)
+NOT_OF_CUDA = ("-k", "not cuda", *GPU_TESTS)
 
 REPORT = python("-m", "benchmarks.gpu_report")
 BUILD = python("setup.py", "build_ext", "--inplace", "--parallel", "2")
 BUILD_CASES = python("cuda_build.py", "cases")
 STAGES = (
-    Stage("environment", 30, REPORT, "environment.log", gpu_report.read_environment, False),
+    Stage("environment", 30, REPORT, "build.log", gpu_report.read_environment, False),
     Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
     smoke("triton", 90),
     smoke("cuda", 60),

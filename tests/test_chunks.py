@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_products import defer_small_chunks, play_gpu
+from gpu_products import defer_small_chunks, need_shapes_of_addmm, play_gpu
 from helpers import ON_CPU, error, make_linear, random_target, random_upstream, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -164,6 +164,7 @@ def test_the_host_waits_for_the_device_once_at_most(gpu, masked):
 
 def test_the_wide_products_are_calls_that_torch_has():
     """On the meta device, which checks arguments and shapes and computes nothing."""
+    need_shapes_of_addmm()
     a = torch.empty(3, 5, dtype=torch.bfloat16, device="meta")
     b, total = torch.empty(5, 7, dtype=torch.bfloat16, device="meta"), a.new_empty(3, 7).float()
     _products.mm_wide(a, b, total)
@@ -276,6 +277,24 @@ def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name)
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
         assert error(grad, ref) < 6e-3
     assert [product.kind for product in weight_gradients(deferring)] == 2 * ["mm", "addmm"]
+
+
+@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name, dtype):
+    """No float32 dW: its product is the last and writes 16 bits."""
+    monkeypatch.setattr(_cut, "GPU_LOGITS_ROWS", 2)
+    monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 1)
+    monkeypatch.setattr(_cut, "CPU_TILE_ROWS", 1)
+    monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 20 * _cut.row_stride(V))
+    (hidden, weight), (spec, upstream) = operands(dtype), call()
+    out = gradients(hidden, weight, spec, upstream, None, backend(name, torch.device("cpu")))
+    for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
+        assert error(grad, ref) < {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
+    assert weight_gradients(gpu) == []
+    logits = [len(product.out) for product in gpu if product.out.shape[1] == V]
+    assert max(logits) == N // 2 and sum(logits) == 3 * N
 
 
 @pytest.mark.parametrize("eps", (1e-3, 1e-2))
