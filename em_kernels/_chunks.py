@@ -198,7 +198,8 @@ class _Gradients:
         # The first chunk overwrites it: zeros would only cost the page faults.
         self.started = needs.filter_eps is not None
         make = torch.empty if rows.count and not self.started else torch.zeros
-        self.hidden = torch.zeros_like(hidden) if needs.hidden else hidden.new_empty(0)
+        # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
+        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
         self.weight = make(
             weight.shape if needs.weight else 0,
             dtype=wide if several else weight.dtype,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 CPU_WORKSPACE_BYTES = 160 << 20
 GPU_WORKSPACE_BYTES = 1 << 30
 CPU_TILE_ROWS, GPU_TILE_ROWS = 16, 128
-GPU_ROW_ALIGN = 8  # entries: rows of logits, and of their 16-bit gradient, start at 16 bytes
+GPU_ROW_ALIGN = 16  # entries: Triton loads 16 bytes at once where a stride is a multiple of 16
 GPU_LOGITS_ROWS = 512  # the least that deferred chunks multiply at once
 LOGIT_BYTES, GRADIENT_BYTES = 4, 2  # where they are deferred
 
@@ -108,7 +108,7 @@ def spare_rows(vocab: int, dim: int) -> int:
 
 
 def row_stride(vocab: int) -> int:
-    """Matrix products on a GPU are slow where rows do not start at 16 bytes."""
+    """Products and kernels on a GPU are slow where rows do not start at 16 bytes."""
     return -(-vocab // GPU_ROW_ALIGN) * GPU_ROW_ALIGN
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -121,22 +123,33 @@ def _why_not_triton(device: torch.device | None) -> str | None:
         return f"it cannot be imported ({error}); `pip install triton`"
     if device is None:
         usable = interpreted or torch.cuda.is_available()
-        return None if usable else "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
-    if device.type == "cpu" and not interpreted:
+        if not usable:
+            return "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
+    elif device.type == "cpu" and not interpreted:
         return "its tensors must be on a GPU (TRITON_INTERPRET=1 runs it on the CPU)"
+    if not interpreted and not _has_c_compiler():
+        return "it builds its launcher with a C compiler; install gcc or clang, or set CC"
     return None
+
+
+def _has_c_compiler() -> bool:
+    """What Triton looks for when it first launches a kernel."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
     try:
-        built = importlib.import_module("em_kernels._cuda").architectures
+        module = importlib.import_module("em_kernels._cuda")
     except ImportError as error:
         return _missing("the CUDA part", "em_kernels._cuda", error, "install the CUDA toolkit")
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "no NVIDIA GPU is visible to torch"
     if device is not None and device.type != "cuda":
         return f"its tensors must be on a GPU, not on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
+    refusal = module.why_no_driver()
+    if refusal:
+        return f"CUDA refuses it ({refusal}); update the driver or reinstall with an older toolkit"
+    built, capability = module.architectures, torch.cuda.get_device_capability(device)
     if not _runs_on(built, capability):
         number = "{}.{}".format(*capability)
         remedy = f"reinstall with TORCH_CUDA_ARCH_LIST={number}"

@@ -360,3 +360,17 @@ def test_a_target_or_temperature_that_cannot_be_checked_gives_nan():
     for values in rows[:4]:
         assert torch.equal(values.isnan(), bad)
     assert torch.equal(rows[4].isnan().all(1), bad) and torch.equal(rows[4].isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("filter_eps", (None, 1e-4))
+def test_gradients_are_contiguous_whatever_the_strides_of_hidden(filter_eps):
+    """As the operators' fakes say, which torch.compile relies on."""
+    hidden, weight = operands(torch.float32)
+    spec = RowSpec(target=random_target(N, vocab=V), valid_vocab=V)
+    upstream, needs = Upstream(**random_upstream(N)), ALL._replace(filter_eps=filter_eps)
+    linear = Linear.cut(hidden, weight, 5, None)
+    want = _chunks.loss(linear, spec, upstream, (), needs, reference)[3:]
+    linear = linear._replace(hidden=hidden.T.contiguous().T)
+    for got, ref in zip(_chunks.loss(linear, spec, upstream, (), needs, reference)[3:], want):
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, ref)

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_offline
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import cuda_build
 from cuda_build import Architectures, CudaBuildError, parse_architectures
-from em_kernels import _ops, cli
+from em_kernels import _ops, cli, reference
 
 ROOT = Path(__file__).parents[1]
 NVCC = """#!/bin/sh
@@ -239,6 +240,10 @@ def test_which_gpus_a_build_serves(built, capability, runs):
 class Built:
     architectures, nvcc = "sm_90 compute_90", "13.0.88"
 
+    @staticmethod
+    def why_no_driver():
+        return ""
+
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
@@ -266,6 +271,35 @@ def test_why_the_cuda_kernels_cannot_serve(on_a_gpu, monkeypatch):
     assert _ops.why_not("cuda") == "no NVIDIA GPU is visible to torch"
     monkeypatch.setitem(sys.modules, "em_kernels._cuda", None)
     assert "install the CUDA toolkit and reinstall with `pip" in _ops.why_not("cuda")
+
+
+def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
+    on_a_gpu((9, 0))
+    said = "CUDA driver version is insufficient for CUDA runtime version"
+    monkeypatch.setattr(Built, "why_no_driver", lambda: said)
+    for device in (None, torch.device("cuda", 0)):
+        reason = _ops.why_not("cuda", device)
+        assert said in reason and "update the driver" in reason
+    monkeypatch.setattr(_ops, "AUTO_ON_GPU", ("cuda", "reference"))
+    assert _ops.backend("auto", torch.device("cuda", 0)) is reference
+    with pytest.raises(ValueError, match="driver version is insufficient"):
+        _ops.backend("cuda", torch.device("cuda", 0))
+
+
+def test_triton_without_a_c_compiler_is_told(on_a_gpu, monkeypatch):
+    on_a_gpu((9, 0))
+    pretended = SimpleNamespace(interpreted=False)
+    monkeypatch.setitem(sys.modules, "em_kernels.triton", pretended)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_ops.shutil, "which", lambda name: None)
+    gpu = torch.device("cuda", 0)
+    assert all("C compiler" in _ops.why_not("triton", device) for device in (None, gpu))
+    assert "its tensors must be on a GPU" in _ops.why_not("triton", torch.device("cpu"))
+    monkeypatch.setenv("CC", "tcc")
+    assert _ops.why_not("triton", gpu) is None
+    monkeypatch.delenv("CC")
+    pretended.interpreted = True
+    assert _ops.why_not("triton", gpu) is None
 
 
 def test_info_tells_of_the_build(monkeypatch):

@@ -510,3 +510,20 @@ def test_an_out_that_does_not_fit_is_refused():
         gradient(cuda, x.half(), spec, upstream, x.bfloat16())
     with pytest.raises(ValueError, match="target must have 2 entries"):
         cuda.stats(x, spec._replace(target=spec.target[:1]), ())
+
+
+@EACH_DEVICE
+def test_an_upstream_of_logprob_without_a_target_writes_nothing_outside(device):
+    """The public functions refuse it; the operators underneath do not."""
+    x, spec, upstream = make(3, 33)
+    spec = spec._replace(target=None)
+    for call in (gradient, loss):
+        memory = torch.full((1, 5, 33), 7.0)
+        call(emulated(device), x, spec, upstream, memory[:, 1:4])
+        assert bool((memory[:, 0] == 7).all()) and bool((memory[:, 4] == 7).all())
+        memory = memory[:, 1:4].clone()
+        a = -upstream.logprob[:, None] + upstream.lse[:, None]
+        p = x[0].double().softmax(-1)
+        h = -(p * p.log()).sum(-1, keepdim=True)
+        want = p * (a - upstream.entropy[:, None] * (p.log() + h))
+        torch.testing.assert_close(memory[0].double(), want, rtol=1e-4, atol=1e-6)

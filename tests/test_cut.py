@@ -149,3 +149,10 @@ def test_chunk_tokens_are_the_rows_of_the_gradient(count, given, spare, cut):
 def test_spare_rows_fit_where_dw_goes(vocab, dim):
     rows, row = spare_rows(vocab, dim), 4 * _cut.row_stride(vocab)
     assert rows * row <= 2 * vocab * dim < (rows + 1) * row
+
+
+@pytest.mark.parametrize("vocab", (1, 15, 16, 32001, 50257, 128257, 151665, 152065))
+def test_rows_are_multiples_of_what_triton_takes_for_aligned(vocab):
+    """It specialises kernels on strides that 16 divides, whatever the bytes of an entry."""
+    assert _cut.row_stride(vocab) % 16 == 0
+    assert vocab <= _cut.row_stride(vocab) < vocab + 16

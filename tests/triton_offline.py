@@ -4,8 +4,9 @@
     python tests/triton_offline.py --write    also renews tests/triton_resources.json
 
 The kernels are compiled through their launchers, with the arguments a call on a GPU would give
-them; only the launch itself is left out. A loop without a division or a 64-bit product, and loads
-of 16 bytes, are read off the PTX; registers and stack (where spills go) off the machine code.
+them; only the launch itself is left out. A loop without a division or a 64-bit product, loads of
+16 bytes, and differences that were made part of a fused multiply-add, are read off the PTX;
+registers and stack (where spills go) off the machine code.
 """
 
 from __future__ import annotations
@@ -116,8 +117,48 @@ def product(arch: int, dtype: torch.dtype, full: bool, outputs=("logprob", "entr
     if full:
         bias, mask = torch.zeros(VOCAB, dtype=dtype), torch.ones(256, dtype=torch.bool)
         spec = spec._replace(bias=bias, mask=mask, temperature_rows=row, softcap=30.0)
+    products_of(arch, hidden, weight, spec, outputs)
+
+
+def products_of(arch: int, hidden, weight, spec: RowSpec, outputs: tuple[str, ...]) -> None:
     with patch.object(linear, "shared_memory", lambda device: SHARED_MEMORY[arch]):
         linear.linear_stats(hidden, weight, spec, outputs)
+
+
+SCALES = {
+    "temperature": dict(temperature=0.7),
+    "rows": dict(temperature_rows=torch.ones(16)),
+    "scale": dict(logit_scale=0.3),
+    "bias": dict(bias=torch.zeros(VOCAB), temperature=0.7),
+    "softcap": dict(softcap=30.0, temperature=0.7),
+}
+
+
+def scaled(arch: int) -> Iterator[tuple[str, Callable]]:
+    """Kernels with z = u c, where z - max could become u c - max, rounded once: `loss`, which is
+    all of the others, with each way to c, and the others with one."""
+    row, target = torch.zeros(16), torch.zeros(16, dtype=torch.int64)
+    up, saved = Upstream(row, row), Saved(row, row, row)
+    logits, outputs = torch.empty(1, 16, VOCAB), ("logprob", "entropy", "logit_skew")
+    hidden, weight = torch.empty(16, 64).bfloat16(), torch.empty(VOCAB, 64).bfloat16()
+    narrow = logits.view(torch.bfloat16)[..., :VOCAB]
+    for name, options in SCALES.items():
+        spec = RowSpec(target=target, valid_vocab=VOCAB, **options)
+        yield f"loss-{name}", lambda s=spec: backend.loss(logits, s, up, outputs, logits)
+        if name in ("temperature", "softcap"):
+            yield f"linear-{name}", lambda s=spec: products_of(arch, hidden, weight, s, outputs)
+    spec = RowSpec(target=target, valid_vocab=VOCAB, temperature=0.7)
+    yield "stats", lambda: backend.stats(logits, spec, outputs)
+    yield "grad", lambda: backend.grad(logits, spec, saved, up, logits)
+    yield "narrow", lambda: backend.loss(logits, spec, up, outputs, narrow)
+
+
+def fused_differences(kernel) -> list[str]:
+    """The fused multiply-adds a b - c: a rounding of a b would be lost that c, the maximum, has."""
+    ptx = kernel.asm["ptx"]
+    negated = set(re.findall(r"\bneg\.f\d+\s+(%\w+),", ptx))
+    fused = re.findall(r"\bfma\.\S+\s+%\w+, [^,]+, [^,]+, (%\w+);", ptx)
+    return sorted(negated.intersection(fused))
 
 
 def compiled(call: Callable) -> list:
@@ -179,7 +220,7 @@ def report(kernel) -> dict:
 
 
 def main() -> None:
-    found = {}
+    found, fused = {}, {}
     for arch in ARCHITECTURES:
         driver.set_active(Target(arch))
         found[f"sm_{arch}"] = {
@@ -187,7 +228,12 @@ def main() -> None:
             for name, call in cases(arch)
             for i, kernel in enumerate(compiled(call))
         }
-    print(json.dumps(found))
+        fused[f"sm_{arch}"] = {
+            name + "-finish" * i: [kernel.metadata.enable_fp_fusion, fused_differences(kernel)]
+            for name, call in scaled(arch)
+            for i, kernel in enumerate(compiled(call))
+        }
+    print(json.dumps({"kernels": found, "fused": fused}))
     if "--write" in sys.argv:
         table = {
             arch: {name: [r["registers"], r["stack"]] for name, r in kernels.items()}

@@ -197,6 +197,15 @@ inline void check(cudaError_t error, const char* call) {
       std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
+// The compute capability that the loaded code of `kernel` was written for: less than that of the
+// current device where the driver made it out of older PTX.
+template <class... Parameters>
+int written_for(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), const Plan& plan, void* stream, const Arguments&... arguments) {
@@ -222,7 +231,7 @@ void launch(
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
-  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  config.numAttrs = plan.resident ? 1 : 0;  // also for a cluster of one: the kernel asks its size
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "cudaLaunchKernelEx");
 }
 

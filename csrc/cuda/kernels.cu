@@ -323,7 +323,7 @@ resident_loss(const Problem p, const Results results, const Gradient g, const in
   cluster_wait();  // the others may still be reading this block's shared memory
 }
 #else
-// The plan asks for it on devices with clusters only, whose code the library then has to hold.
+// Never planned: Device.compute_capability is at most what the loaded code was written for.
 template <class In>
 EM_KERNEL(kMaxThreads, 3)
 resident_loss(const Problem, const Results, const Gradient, const int64_t) {
@@ -357,6 +357,10 @@ void run_on(
   }
   stream<In, false>(operation, plan, p, results, g, queue);
 }
+
+#if !defined(EM_EMULATED)
+int written_for() { return written_for(resident_loss<float>); }
+#endif
 
 bool one_stride(const Problem& p, int64_t outer_stride, int64_t inner_stride) {
   return p.rows <= p.inner || outer_stride == p.inner * inner_stride;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../problem.h"
 
@@ -13,7 +14,7 @@ enum class Operation : int { statistics, gradient, loss };
 
 // What a launch depends on.
 struct Device {
-  int compute_capability = 0;         // 90 for 9.0
+  int compute_capability = 0;         // 90 for 9.0; of the loaded code, where that is less
   int shared_per_block = 0;           // bytes a block may opt in to
   int shared_per_multiprocessor = 0;  // bytes
 };
@@ -36,8 +37,14 @@ Plan plan(Operation, const Problem&, const Results&, const Gradient&, const Devi
 // Queues the kernel on `stream`, a cudaStream_t. Throws std::runtime_error if CUDA refuses.
 void run(Operation, const Problem&, const Results&, const Gradient&, const Device&, void* stream);
 
-// The limits of device `index`. Throws std::runtime_error if CUDA refuses.
+// The limits of device `index`, which is the current one. Throws std::runtime_error if CUDA refuses.
 Device device(int index);
+
+// The compute capability that the code loaded for the current device was written for.
+int written_for();
+
+// Why CUDA's runtime, which is compiled in, cannot be used with this driver; empty if it can.
+std::string why_no_driver();
 
 // Version of the CUDA runtime compiled in, as 1000 * major + 10 * minor.
 int runtime_version();

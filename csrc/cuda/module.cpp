@@ -108,6 +108,7 @@ PYBIND11_MODULE(EM_MODULE_NAME, m) {
       "operation, problem, results, gradient, device, stream",
       py::call_guard<py::gil_scoped_release>());
   m.def("runtime_version", &runtime_version);
+  m.def("why_no_driver", &why_no_driver);
 #if defined(EM_NVCC)  // what the build says of itself
   m.attr("nvcc") = EM_NVCC;
   m.attr("architectures") = EM_CUDA_ARCHITECTURES;

@@ -159,7 +159,7 @@ struct GradientTerms {
     max = saved.max;
     a = share * multiply_add(entropy, saved.mean_d, lse - logprob);
     b = share * entropy;
-    has_target = g.g_logprob && target.known;
+    has_target = g.g_logprob && target.known && target.y >= 0;
     at_target = 0;
     if (!has_target) return;
     // 1 - p as -expm1(log p): exact as p goes to 1.

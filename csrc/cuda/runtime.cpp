@@ -1,6 +1,7 @@
 // What the CUDA runtime knows of a device.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -25,12 +26,18 @@ Device device(int index) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index, "ComputeCapabilityMajor");
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index, "ComputeCapabilityMinor");
   Device out;
-  out.compute_capability = 10 * major + minor;
+  out.compute_capability = std::min(10 * major + minor, written_for());
   out.shared_per_block =
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, "MaxSharedMemoryPerBlockOptin");
   out.shared_per_multiprocessor = attribute(
       cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, "MaxSharedMemoryPerMultiprocessor");
   return out;
+}
+
+std::string why_no_driver() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 int runtime_version() { return CUDART_VERSION; }

@@ -1,5 +1,8 @@
 """Elementary functions for Triton, accurate in float32 and float64, on a GPU and interpreted.
 
+No kernel lets the compiler fuse a product with a later sum (`launch.UNFUSED`): z - max would not be
+0 at the maximum. Where one instruction should do for both it is written `tl.fma`.
+
 In float32 `exp` is the hardware's: on NVIDIA ex2.approx(x log2 e), relative error at most 2^-22
 for the instruction and |x| 2^-24 for its argument. Everything else is built on it and on `log`
 from there, because Triton's interpreter has no library of device functions.
@@ -48,9 +51,9 @@ def reciprocal(w):
 
     1 - w y starts as the Chebyshev polynomial T_3(2 w - 3) / -99; a Newton step squares it.
     """
-    y = (w * (32.0 / 99) - 144.0 / 99) * w + 210.0 / 99
+    y = tl.fma(tl.fma(w, 32.0 / 99, -144.0 / 99), w, 210.0 / 99)
     for _ in tl.static_range(3 if w.dtype == tl.float64 else 2):
-        y = y * (2 - w * y)
+        y = y * tl.fma(-w, y, 2.0)
     return y
 
 
@@ -64,11 +67,12 @@ def tanh_half(s):
     e = exp(-tl.abs(s))
     inverse = reciprocal(1 + e)
     share = e * inverse
-    size = 1 - 2 * share
+    size = tl.fma(share, -2.0, 1.0)
     value = tl.where(s < 0, -size, size)
     if s.dtype != tl.float64:
         square = s * s
-        series = (31.0 / 725760) * square - 17.0 / 40320
-        series = ((series * square + 1.0 / 240) * square - 1.0 / 24) * square + 0.5
+        series = tl.fma(square, 31.0 / 725760, -17.0 / 40320)
+        for k in tl.static_range(3):
+            series = tl.fma(series, square, 1.0 / 240 if k == 0 else -1.0 / 24 if k == 1 else 0.5)
         value = tl.where(square < 0.36, series * s, value)
     return value, 4 * (share * inverse)

@@ -222,7 +222,7 @@ def entry_gradient(z, slope, is_target, terms, up, how):
     if up.entropy is None:
         g = g * a
     else:
-        g = g * (a - b * d)
+        g = g * tl.fma(-b, d, a)
     if how.capped:
         g = g * slope
     if up.logprob is not None:

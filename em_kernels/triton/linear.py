@@ -29,7 +29,7 @@ from torch import Tensor
 from em_kernels._spec import RowSpec, Saved, accumulate_dtype, select_rows
 from em_kernels.triton.elementary import INTERPRETED
 from em_kernels.triton.kernels import put_row, row_constants, transform
-from em_kernels.triton.launch import Outs, Plan, Rows, device_of, how_of
+from em_kernels.triton.launch import UNFUSED, Outs, Plan, Rows, device_of, how_of
 from em_kernels.triton.moments import INF, join, join_moments, tile_moments, tile_part
 
 _ROOM_FOR_256 = 4 * (128 + 256) * 64 * 2  # four stages of two 16-bit operands
@@ -323,11 +323,11 @@ def _launch(hidden, weight, index, count: int, spec: RowSpec, outputs, outs: Out
             tile=Tile(*map(tl.constexpr, tile)),
             num_warps=num_warps,
             num_stages=num_stages,
-            enable_fp_fusion=True,
+            **UNFUSED,
             **common,
         )
         lanes = triton.next_power_of_2(splits)
-        finish[(count,)](outs=outs, lanes=lanes, num_warps=1, enable_fp_fusion=True, **common)
+        finish[(count,)](outs=outs, lanes=lanes, num_warps=1, **UNFUSED, **common)
 
 
 def _parts(hidden: Tensor, how, count: int, splits: int) -> Parts:

@@ -44,10 +44,10 @@ def rescale(sums, delta, how):
     r, q, t, c, b = sums
     scale = exp(delta)
     if how.second:
-        t = (t + delta * (2 * q + delta * r)) * scale
-        b = (b + delta * c) * (scale * scale)
+        t = tl.fma(delta, tl.fma(delta, r, 2 * q), t) * scale
+        b = tl.fma(delta, c, b) * (scale * scale)
         c = c * (scale * scale)
-    return r * scale, (q + delta * r) * scale, t, c, b
+    return r * scale, tl.fma(delta, r, q) * scale, t, c, b
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def add_shifted(moments, slices):
         u = tl.where(z > -INF, z - shift, 0)
         n += tl.where(z > -INF, 1, 0)
         s1 += u
-        s2 += u * u
-        s3 += u * u * u
+        s2 = tl.fma(u, u, s2)
+        s3 = tl.fma(u * u, u, s3)
     return shift, n, s1, s2, s3
 
 
@@ -95,11 +95,11 @@ def absorb(state, slices, at, how):
         d = tl.maximum(losers[k] - top, FAR)
         e = exp(d)
         r += e
-        q += e * d
+        q = tl.fma(e, d, q)
         if how.second:
-            t += e * d * d
-            c += e * e
-            b += e * e * d
+            t = tl.fma(e * d, d, t)
+            c = tl.fma(e, e, c)
+            b = tl.fma(e * e, d, b)
     return hi, (r, q, t, c, b), moments, first
 
 
@@ -164,11 +164,11 @@ def tile_part(slices, how):
         e = exp(d)
         ties += tl.where(leads, 1.0, 0.0)
         r += e
-        q += e * d
+        q = tl.fma(e, d, q)
         if how.second:
-            t += e * d * d
-            c += e * e
-            b += e * e * d
+            t = tl.fma(e * d, d, t)
+            c = tl.fma(e, e, c)
+            b = tl.fma(e * e, d, b)
     ties = tl.sum(ties, 1) - 1
     sums = (tl.sum(r, 1) + ties, tl.sum(q, 1), tl.sum(t, 1), tl.sum(c, 1) + ties, tl.sum(b, 1))
     return hi, sums
@@ -203,8 +203,8 @@ def tile_moments(slices):
     mean = tl.sum(mean, 1) / tl.maximum(n, 1)
     for k in tl.static_range(len(slices)):
         u = tl.where(slices[k] > -INF, slices[k] - mean[:, None], 0)
-        second += u * u
-        third += u * u * u
+        second = tl.fma(u, u, second)
+        third = tl.fma(u * u, u, third)
     return n, mean, tl.sum(second, 1), tl.sum(third, 1)
 
 

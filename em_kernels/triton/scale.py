@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from em_kernels.triton.launch import UNFUSED
+
 BLOCK = 4096
 PROGRAMS = 2048  # few enough that a launch with nothing to do costs microseconds
 
@@ -28,4 +30,4 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     elif x.numel() > 0:
         programs = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK))
         with torch.cuda.device_of(x):
-            scale[(programs,)](x, factor, x.numel(), BLOCK, num_warps=8)
+            scale[(programs,)](x, factor, x.numel(), BLOCK, num_warps=8, **UNFUSED)
