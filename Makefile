@@ -2,7 +2,8 @@
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
-# make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python
+# make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python;
+#              STAGES="build logits-cuda" for some of it
 # make gpu-table  renew the README's GPU table from the newest benchmarks/results/gpu-*.json
 # make study   the seeds and controls behind the README's table of the demo
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
@@ -39,7 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)"
+	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(STAGES),--only $(STAGES))
 
 gpu-table: setup
 	$(BIN)/python -m benchmarks.gpu_report --readme

@@ -58,10 +58,14 @@ def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
 
 
 def pick(case: Case, only: list[str] | None) -> Case:
-    """The case with the implementations asked for; variants of one share its first word."""
+    """The case with the implementations asked for; the names of variants begin with its name."""
     if only is None:
         return case
-    kept = {name: run for name, run in case.contenders.items() if name.split()[0] in only}
+    kept = {
+        name: run
+        for name, run in case.contenders.items()
+        if any(f"{name} ".startswith(f"{wanted} ") for wanted in only)
+    }
     return case._replace(contenders=kept)
 
 

@@ -1,7 +1,14 @@
 """Everything that needs a GPU in one command: build, tests, benchmarks, and one report of them all.
 
     make gpu                    or: python -m benchmarks.gpu --out gpu-output
-    python -m benchmarks.gpu --only environment build
+    make gpu STAGES="environment build smoke-triton"
+
+Where a command may not run for long, four calls do it all, the most valuable first:
+
+    STAGES="environment build smoke-triton smoke-cuda logits-triton logits-cuda logits-peers"
+    STAGES="build hidden-triton hidden-cuda hidden-peers build-cases cases memcheck racecheck"
+    STAGES="build synccheck hidden-3584-triton hidden-3584-cuda memory-triton memory-cuda"
+    STAGES="build profile-triton profile-cuda tests-cuda tests"
 
 Nothing is downloaded and nothing installed; CUDA is compiled for the GPU that is there, unless
 TORCH_CUDA_ARCH_LIST says otherwise. Each stage is a process of its own with a time limit and a log;
@@ -20,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,19 +78,36 @@ def read_tests(text: str) -> dict:
     return {**gpu_report.read_tests(text), "left_out": left_out_tests()}
 
 
-def pytest_command() -> list[str]:
+def pytest_command(*which: str) -> list[str]:
     command = python("-m", "pytest", "-vv", "-rfEs", "--tb=short", "-p", "no:cacheprovider")
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "180"]
+        command += ["--timeout", "60", "--timeout-method", "thread"]  # signals do not end a wait
     command += [f"--ignore-glob=tests/{name}" for name in left_out_tests()]
-    return [*command, "tests"]
+    return [*command, *which]
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Stage:
     command = python("-m", "benchmarks", *arguments, "--device", "cuda", "--rows")
     return Stage(name, seconds, command, "benchmarks.log", gpu_report.read_rows)
+
+
+def smoke(impl: str, seconds: float) -> Stage:
+    command = python("-m", "benchmarks.gpu_smoke", impl)
+    return Stage(f"smoke-{impl}", seconds, command, "smoke.log", gpu_report.read_smoke)
+
+
+def profile(impl: str, seconds: float) -> Stage:
+    """What Nsight Compute says of the kernels; some machines do not let it look."""
+    program = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    command = [program, "--clock-control", "none", "--set", "full", "--page", "details"]
+    command += [
+        "-k",
+        "regex:statistics|gradient|loss",
+        *python("-m", "benchmarks.gpu_kernels", impl),
+    ]
+    return Stage(f"profile-{impl}", seconds, command, "cases.log", optional=True)
 
 
 def sanitizer(tool: str, seconds: float) -> Stage:
@@ -93,30 +118,53 @@ def sanitizer(tool: str, seconds: float) -> Stage:
 
 
 CASES = ROOT / "build/cuda/cases"
-LOGITS = ("softmax_stats", "token_loss", "--n", "8192", "--v", "151936")
+LOGITS = ("softmax_stats", "token_loss", "--n", "8192", "--v", "151936", "--dtype", "bfloat16")
 HIDDEN = ("linear_entropy_loss", "linear_softmax_stats", "--n", "8192", "--dtype", "bfloat16")
-MEMORY = ("linear_entropy_loss", "--n", "32768", "--dtype", "bfloat16", "--only", "em_kernels")
+MEMORY = ("linear_entropy_loss", "--n", "32768", "--dtype", "bfloat16")
 SHAPE_A = ("--d", "4096", "--v", "131072")  # Liger's published one
 SHAPE_B = ("--d", "3584", "--v", "152064")  # the head of Qwen2.5-7B
-EAGER_PEERS = ("--only", "em_kernels", "eager", "TRL", "Liger", "verl")  # nothing to compile
+TRITON, CUDA = ("--only", "em_kernels triton"), ("--only", "em_kernels cuda")
+PEERS = ("--only", "eager", "TRL", "Liger", "verl", "torch.compile")
+GPU_TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("softmax_stats", "token_loss", "linear_softmax_stats", "linear_token_loss"),
+        *("edge_rules", "properties", "chunks", "chunk_memory", "cut", "scale", "filter_eps"),
+        *("triton", "triton_launch", "triton_linear", "triton_narrow"),
+        *("covariance", "inference", "compile", "bad_input", "peers", "integrations_peers"),
+    )
+]
+# A CUDA kernel can end a process for good: the tests of the other backends are in another one.
+OF_CUDA = ("-k", "cuda", *GPU_TESTS)
+NOT_OF_CUDA = ("-k", "not cuda", *GPU_TESTS)
 
 REPORT = python("-m", "benchmarks.gpu_report")
 BUILD = python("setup.py", "build_ext", "--inplace", "--parallel", "2")
 BUILD_CASES = python("cuda_build.py", "cases")
 STAGES = (
-    Stage("environment", 30, REPORT, "environment.log", gpu_report.read_environment, False),
+    Stage("environment", 30, REPORT, "build.log", gpu_report.read_environment, False),
     Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
+    smoke("triton", 90),
+    smoke("cuda", 60),
+    bench("logits-triton", 60, *LOGITS, *TRITON),
+    bench("logits-cuda", 60, *LOGITS, *CUDA),
+    bench("logits-peers", 120, *LOGITS, *PEERS),
+    bench("hidden-triton", 60, *HIDDEN, *SHAPE_A, *TRITON),
+    bench("hidden-cuda", 60, *HIDDEN, *SHAPE_A, *CUDA),
+    bench("hidden-peers", 120, *HIDDEN, *SHAPE_A, *PEERS),
     Stage("build-cases", 60, BUILD_CASES, "build.log", needs_gpu=False),
     Stage("cases", 20, [str(CASES)], "cases.log", gpu_report.read_cases),
-    Stage("tests", 200, pytest_command(), "tests.log", read_tests),
-    bench("logits-bfloat16", 90, *LOGITS, "--dtype", "bfloat16"),
-    bench("hidden-4096", 90, *HIDDEN, *SHAPE_A),
-    sanitizer("memcheck", 40),
-    sanitizer("racecheck", 40),
-    bench("memory-32768", 40, *MEMORY, *SHAPE_A),
-    bench("hidden-3584", 60, *HIDDEN, *SHAPE_B, *EAGER_PEERS),
-    bench("logits-float32", 60, *LOGITS, "--dtype", "float32", *EAGER_PEERS),
-    sanitizer("synccheck", 40),
+    sanitizer("memcheck", 60),
+    sanitizer("racecheck", 60),
+    sanitizer("synccheck", 60),
+    bench("hidden-3584-triton", 60, *HIDDEN, *SHAPE_B, *TRITON),
+    bench("hidden-3584-cuda", 60, *HIDDEN, *SHAPE_B, *CUDA),
+    bench("memory-triton", 40, *MEMORY, *SHAPE_A, *TRITON),
+    bench("memory-cuda", 40, *MEMORY, *SHAPE_A, *CUDA),
+    profile("triton", 60),
+    profile("cuda", 60),
+    Stage("tests-cuda", 150, pytest_command(*OF_CUDA), "tests.log", read_tests),
+    Stage("tests", 300, pytest_command(*NOT_OF_CUDA), "tests.log", read_tests),
 )
 
 
@@ -237,18 +285,29 @@ def environment() -> dict[str, str]:
 
 def gpu_memory() -> int:
     """Bytes on the first GPU; 0 without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.get_device_properties(0).total_memory
+    return asked_gpu()[0]
 
 
 def gpu_capability() -> str | None:
     """Of the first GPU, such as "9.0"; None without one."""
-    import torch
+    return asked_gpu()[1]
 
-    return "{}.{}".format(*torch.cuda.get_device_capability(0)) if gpu_memory() else None
+
+@cache
+def asked_gpu() -> tuple[int, str | None]:
+    """Memory and capability, as a process of its own finds them: this one must outlive the GPU."""
+    code = (
+        "import torch\n"
+        "if torch.cuda.is_available():\n"
+        "    gpu = torch.cuda.get_device_properties(0)\n"
+        "    print(gpu.total_memory, f'{gpu.major}.{gpu.minor}')"
+    )
+    try:
+        done = subprocess.run(python("-c", code), capture_output=True, text=True, timeout=60)
+        memory, capability = done.stdout.split()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0, None
+    return int(memory), capability
 
 
 def shorten(log: Path) -> None:

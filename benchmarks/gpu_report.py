@@ -102,15 +102,20 @@ def read_build(text: str) -> dict:
     return {"problem": "; ".join(left_out)} if left_out else {}
 
 
-def read_cases(text: str) -> dict:
+def read_cases(text: str, what: str = "cases") -> dict:
     """The cases of tests/cuda_cases.cpp, a line each, and its last line, which counts them."""
-    cases = re.findall(r"^(?:ok|FAILED) +\S+: ", text, re.M)
+    cases = re.findall(r"^(?:ok|FAILED) +\S.*?: ", text, re.M)
     failed = re.findall(r"^FAILED +(.*)$", text, re.M)
     found = {"cases": len(cases), "failed_cases": failed[:MOST_FAILURES]}
     if failed:
-        return {**found, "problem": f"{len(failed)} of {len(cases)} cases failed"}
-    ended = re.search(r"^(\d+) cases, 0 failed$", text, re.M)
-    return found if ended and cases else {**found, "problem": "the cases did not come to an end"}
+        return {**found, "problem": f"{len(failed)} of {len(cases)} {what} failed"}
+    ended = re.search(rf"^(\d+) {what}, 0 failed$", text, re.M)
+    return found if ended and cases else {**found, "problem": f"the {what} did not come to an end"}
+
+
+def read_smoke(text: str) -> dict:
+    """The checks of benchmarks.gpu_smoke; what each found is kept."""
+    return {**read_cases(text, "checks"), "said": re.findall(r"^(?:ok|FAILED) .*$", text, re.M)}
 
 
 def read_sanitizer(text: str) -> dict:
@@ -135,10 +140,19 @@ def read_tests(text: str) -> dict:
     failures = re.findall(r"^(?:FAILED|ERROR) tests/.*", text, re.M)
     result = {
         "counts": counts,
-        "failures": [line[:LONGEST_LINE] for line in failures[:MOST_FAILURES]],
+        "failures": grouped(failures)[:MOST_FAILURES],
         "skipped_because": re.findall(r"^SKIPPED \[\d+\] .*", text, re.M),
     }
     return result if outcomes else {**result, "problem": "no test was run"}
+
+
+def grouped(failures: list[str]) -> list[str]:
+    """The first failure of each test function, and how many more of its there are."""
+    groups: dict[str, list[str]] = {}
+    for line in failures:
+        groups.setdefault(line.split("[")[0].split(" - ")[0], []).append(line[:LONGEST_LINE])
+    more = [f" (and {len(lines) - 1} more)" if lines[1:] else "" for lines in groups.values()]
+    return [lines[0] + rest for lines, rest in zip(groups.values(), more)]
 
 
 def read_rows(text: str) -> dict:
@@ -318,14 +332,17 @@ def speed_table(rows: list[dict]) -> str:
     lines = [head, ("---", "---", *["---:"] * 6)]
     for row in rows:
         if row["dtype"] == "bfloat16" and backend_of(row) is not None:
-            lines.append((title(row).replace(", bfloat16", ""), backend_of(row), *speeds(row)))
+            at = title(row).replace(", bfloat16", "")
+            lines.append((at, backend_of(row), *speeds(row, rows)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def speeds(row: dict) -> list[str]:
+def speeds(row: dict, rows: list[dict]) -> list[str]:
+    """Peers are timed in a process of their own."""
     if row["seconds"] is None:
         return [row["failure"], *["-"] * 5]
-    share, peers = row["of_copy_bandwidth"], row["faster_than"]
+    share, beside = row["of_copy_bandwidth"], [r for r in rows if title(r) == title(row)]
+    peers = {r["implementation"]: r["seconds"] / row["seconds"] for r in beside if r["seconds"]}
     return [
         f"{row['seconds'] * 1e3:.2f}",
         f"{share:.0%}" if share else "-",

@@ -46,7 +46,7 @@ def cut_rows(
     if chunk_tokens:
         deferred = Cut(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
         return deferred if chunk > 2 * GPU_LOGITS_ROWS else in_place
-    deferred = deferred_cut(count, width, spare)
+    deferred = single_cut(count, width, spare) or deferred_cut(count, width, spare)
     fewer = deferred is not None and _pieces(count, deferred.chunk) < _pieces(count, chunk)
     return deferred if fewer else in_place
 
@@ -85,6 +85,21 @@ def deferred_cut(count: int, width: int, spare: int) -> Cut | None:
         return None
     chunk = _evenly(count, limit, tile)
     return Cut(chunk, _part_of(chunk, (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES))
+
+
+def single_cut(count: int, width: int, spare: int) -> Cut | None:
+    """All rows in one chunk, where that takes no more memory than several; else None.
+
+    The product of a single chunk writes dW in 16 bits. Several sum it in float32, which makes a
+    trip more for each chunk and one for the rounding, and takes 4 D bytes for each entry of the
+    vocabulary: twice the bytes of the `spare` rows of logits. A single chunk may have those too.
+    """
+    chunk = -(-count // GPU_TILE_ROWS) * GPU_TILE_ROWS
+    column = GPU_WORKSPACE_BYTES // width + 2 * LOGIT_BYTES * spare
+    logits = (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES
+    if chunk <= 2 * GPU_LOGITS_ROWS or logits < GPU_LOGITS_ROWS:
+        return None
+    return Cut(chunk, _part_of(chunk, logits))
 
 
 def spare_rows(vocab: int, dim: int) -> int:

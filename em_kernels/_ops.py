@@ -140,8 +140,8 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
             x.mul_(factor)
     elif impl != "reference" and why_not("triton", x.device) is None:
         importlib.import_module("em_kernels.triton").scale_(x, factor)
-    else:
-        x.mul_(factor)
+    else:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
+        x.mul_(factor.expand(x.shape))
 
 
 def _take(kind: type, args: tuple) -> tuple:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import em_kernels
+from em_kernels._ops import why_not
 from em_kernels._spec import OUTPUTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -15,6 +16,7 @@ DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 DIFFERENTIABLE = ("logprob", "entropy", "lse")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLS = tuple(name for name in BACKENDS if em_kernels.backends()[name] == "available")
+ON_CPU = tuple(name for name in BACKENDS if why_not(name, torch.device("cpu")) is None)
 SLOW_INTERPRETER = not torch.cuda.is_available()
 FAST_IMPLS = tuple(name for name in IMPLS if name != "triton" or not SLOW_INTERPRETER)
 # PyTorch rounds an element at the end of memory (no full vector left) differently, and cuts one

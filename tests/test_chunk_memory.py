@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_products import need_shapes_of_addmm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,6 +96,8 @@ def beyond(linear, function):
 @pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
 def test_memory_of_many_rows(gpu, gathered, monkeypatch, vocab, dim, function, adds):
     """Under 1.25 GiB, even where rows are copied and products cannot add to a float32 matrix."""
+    if adds:
+        need_shapes_of_addmm()
     monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: adds)
     assert 0.5 * GIB < beyond(operands(vocab, dim), function) < 1.25 * GIB
 
@@ -102,6 +105,7 @@ def test_memory_of_many_rows(gpu, gathered, monkeypatch, vocab, dim, function, a
 @EACH_SHAPE
 def test_nearly_all_of_it_is_the_chunk(gpu, vocab, dim):
     """Next to the budget there are only dX of a chunk and the piece it is rounded from."""
+    need_shapes_of_addmm()
     linear = operands(vocab, dim)
     chunk = Rows.counted(linear, None, Kernels, Needs(True, True, False)).cut.chunk
     rest = 2 * chunk * dim + min(4 * chunk * dim, _products.GPU_PIECE_BYTES) + (1 << 20)

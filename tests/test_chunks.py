@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu_products import defer_small_chunks, play_gpu
-from helpers import IMPLS, error, make_linear, random_target, random_upstream, truth
+from gpu_products import defer_small_chunks, need_shapes_of_addmm, play_gpu
+from helpers import ON_CPU, error, make_linear, random_target, random_upstream, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_kernels import _chunks, _cut, _products, reference
@@ -13,7 +13,7 @@ from em_kernels._cut import Cut
 from em_kernels._spec import RowSpec, Saved, Upstream
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-NARROWING = [name for name in IMPLS if getattr(backend(name, torch.device("cpu")), "narrows", 0)]
+NARROWING = [name for name in ON_CPU if getattr(backend(name, torch.device("cpu")), "narrows", 0)]
 ALL = Needs(True, True, True)
 N, D, V = 12, 16, 301
 
@@ -76,7 +76,7 @@ def call(masked=False, vocab=V):
 @pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
 def test_gradients_on_a_gpu(gpu, monkeypatch, name, dtype, chunk, masked, adds):
     """As exact as 16-bit operands allow, whether or not the gradient is narrowed in place."""
-    if name not in IMPLS:
+    if name not in ON_CPU:
         pytest.skip(f"{name} is not available here")
     monkeypatch.setattr(_products, "adds_to_float32", lambda device, dtype: adds)
     monkeypatch.setattr(_products, "GPU_PIECE_BYTES", 128 * D * 4)
@@ -164,6 +164,7 @@ def test_the_host_waits_for_the_device_once_at_most(gpu, masked):
 
 def test_the_wide_products_are_calls_that_torch_has():
     """On the meta device, which checks arguments and shapes and computes nothing."""
+    need_shapes_of_addmm()
     a = torch.empty(3, 5, dtype=torch.bfloat16, device="meta")
     b, total = torch.empty(5, 7, dtype=torch.bfloat16, device="meta"), a.new_empty(3, 7).float()
     _products.mm_wide(a, b, total)
@@ -278,6 +279,24 @@ def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name)
     assert [product.kind for product in weight_gradients(deferring)] == 2 * ["mm", "addmm"]
 
 
+@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name, dtype):
+    """No float32 dW: its product is the last and writes 16 bits."""
+    monkeypatch.setattr(_cut, "GPU_LOGITS_ROWS", 2)
+    monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 1)
+    monkeypatch.setattr(_cut, "CPU_TILE_ROWS", 1)
+    monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 20 * _cut.row_stride(V))
+    (hidden, weight), (spec, upstream) = operands(dtype), call()
+    out = gradients(hidden, weight, spec, upstream, None, backend(name, torch.device("cpu")))
+    for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
+        assert error(grad, ref) < {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
+    assert weight_gradients(gpu) == []
+    logits = [len(product.out) for product in gpu if product.out.shape[1] == V]
+    assert max(logits) == N // 2 and sum(logits) == 3 * N
+
+
 @pytest.mark.parametrize("eps", (1e-3, 1e-2))
 def test_columns_are_kept_by_all_the_rows_of_a_deferred_chunk(deferring, monkeypatch, eps):
     (hidden, weight), (spec, upstream) = operands(), call()
@@ -316,7 +335,7 @@ def test_the_product_of_dx_is_run_in_pieces(gpu, monkeypatch):
 @pytest.mark.parametrize("name, size", (("reference", 4), ("cpu", 6)))
 def test_every_byte_of_a_logit_counts_towards_the_budget(gpu, monkeypatch, name, size):
     """Float32 logits with their gradient narrowed in place, or with a 16-bit cast beside them."""
-    if name not in IMPLS:
+    if name not in ON_CPU:
         pytest.skip(f"{name} is not available here")
     monkeypatch.setattr(_cut, "GPU_WORKSPACE_BYTES", 4 * 32 * _cut.row_stride(V))
     monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 4)

@@ -3,7 +3,14 @@
 import pytest
 
 from em_kernels import _cut
-from em_kernels._cut import Cut, cut_rows, default_chunk_tokens, deferred_cut, spare_rows
+from em_kernels._cut import (
+    Cut,
+    cut_rows,
+    default_chunk_tokens,
+    deferred_cut,
+    single_cut,
+    spare_rows,
+)
 
 COUNTS = (1, 127, 128, 129, 2000, 2049, 4097, 8192, 10000, 32768, 100_000)
 VOCABS = (1000, 32000, 50264, 131072, 151936, 152064, 262144, 1 << 20, 1 << 26)
@@ -50,15 +57,19 @@ def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, siz
 @pytest.mark.parametrize(
     "count, vocab, dim, cut, chunks",
     (
-        (8192, 131072, 4096, Cut(4096, 2048), 2),  # in place 4 of 2048
+        (8192, 131072, 4096, Cut(8192, 2048), 1),  # in place 4 of 2048; no float32 dW
+        (11264, 131072, 4096, Cut(11264, 512), 1),
+        (11265, 131072, 4096, Cut(3840, 1920), 3),  # in one chunk it would take more than that dW
         (32768, 131072, 4096, Cut(4096, 2048), 8),  # in place 16
-        (8192, 152064, 3584, Cut(2816, 1408), 3),  # in place 5
+        (8192, 152064, 3584, Cut(8192, 1024), 1),  # in place 5
         (32768, 152064, 3584, Cut(3328, 1664), 10),  # in place 20
         (8192, 131072, 896, Cut(2816, 640), 3),  # dW has no room for 512 rows of logits
         (32768, 131072, 896, Cut(3072, 512), 11),
         (2049, 131072, 4096, Cut(2176, 768), 1),  # a single chunk rounds dW in its product
         (2048, 131072, 4096, Cut(2048, 2048), 1),
-        (4096, 131072, 4096, Cut(2048, 2048), 2),  # as many as deferred
+        (4096, 131072, 4096, Cut(4096, 2048), 1),
+        (4096, 131072, 896, Cut(4096, 896), 1),
+        (4096, 131072, 64, Cut(2048, 2048), 2),  # as many as deferred
         (32768, 32000, 4096, Cut(16384, 2048), 2),
         (32768, 262144, 4096, Cut(2048, 1024), 16),
         (32768, 262144, 896, Cut(1024, 1024), 32),  # 512 rows of logits leave room for no more
@@ -89,6 +100,19 @@ def test_deferred_chunks_fit_the_budget_and_are_as_few_as_it_allows(vocab, dim):
             assert cut.chunk % 128 == cut.logits % 128 == 0
             assert -(-count // cut.chunk) == -(-count // longest)
             assert cut.logits <= cut.chunk
+
+
+@pytest.mark.parametrize("dim", (64, 896, 1024, 4096))
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_single_chunk_takes_no_more_than_the_budget_and_the_sum_it_saves(vocab, dim):
+    spare = spare_rows(vocab, dim)
+    for count in COUNTS:
+        cut = single_cut(count, vocab, spare)
+        if cut is not None:
+            held = 2 * cut.chunk + 4 * cut.logits
+            assert held * vocab <= _cut.GPU_WORKSPACE_BYTES + 4 * vocab * dim
+            assert count <= cut.chunk < count + 128 and 256 <= cut.logits <= cut.chunk // 2
+            assert cut_rows(count, vocab, 4, gpu=True, spare=spare).chunk >= count
 
 
 @pytest.mark.parametrize("dim", (64, 896, 4096))

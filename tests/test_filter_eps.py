@@ -15,10 +15,10 @@ DTYPES = pytest.mark.parametrize(
 N, D, V = 12, 16, 500
 
 
-def peaked(dtype=torch.float32, vocab=V, scale=2.5):
+def peaked(device, dtype=torch.float32, vocab=V, scale=2.5):
     """hidden and weight whose rows of logits hold nearly all probability in a few columns."""
-    hidden = torch.randn(N, D).to(dtype)
-    weight = (scale * torch.randn(vocab, D)).to(dtype)
+    hidden = torch.randn(N, D).to(device, dtype)
+    weight = (scale * torch.randn(vocab, D)).to(device, dtype)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
@@ -44,8 +44,8 @@ def gradients(hidden, weight, bias=None, **options):
 @DTYPES
 @pytest.mark.parametrize("chunk", (4, 100))
 @pytest.mark.parametrize("eps", (1e-4, 1e-2, 0.3))
-def test_the_error_is_within_the_stated_bound(impl, dtype, chunk, eps):
-    hidden, weight = peaked(dtype)
+def test_the_error_is_within_the_stated_bound(impl, device, dtype, chunk, eps):
+    hidden, weight = peaked(device, dtype)
     options = dict(impl=impl, chunk_tokens=chunk)
     (exact_x, exact_w), weights = gradients(hidden, weight, **options)
     (dx, dw), _ = gradients(hidden, weight, filter_eps=eps, **options)
@@ -63,9 +63,9 @@ def test_the_error_is_within_the_stated_bound(impl, dtype, chunk, eps):
 
 
 @FAST_IMPL
-def test_only_columns_below_the_threshold_everywhere_in_the_chunk_are_left_out(impl):
-    hidden, weight = peaked()
-    eps, entropy_weight = 1e-2, torch.rand(N)
+def test_only_columns_below_the_threshold_everywhere_in_the_chunk_are_left_out(impl, device):
+    hidden, weight = peaked(device)
+    eps, entropy_weight = 1e-2, torch.rand(N, device=device)
     logits = (hidden @ weight.T).detach().double()
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
@@ -80,8 +80,8 @@ def test_only_columns_below_the_threshold_everywhere_in_the_chunk_are_left_out(i
 
 
 @FAST_IMPL
-def test_what_is_left_out_costs_no_product(impl):
-    hidden, weight = peaked()
+def test_what_is_left_out_costs_no_product(impl, device):
+    hidden, weight = peaked(device)
 
     def flops(eps):
         return product_flops(lambda: gradients(hidden, weight, filter_eps=eps, impl=impl))
@@ -93,8 +93,8 @@ def test_what_is_left_out_costs_no_product(impl):
 
 
 @FAST_IMPL
-def test_where_most_columns_stay_the_products_are_whole(impl):
-    hidden, weight = peaked(scale=0.1)
+def test_where_most_columns_stay_the_products_are_whole(impl, device):
+    hidden, weight = peaked(device, scale=0.1)
     (exact, _), (out, _) = [
         gradients(hidden, weight, filter_eps=eps, impl=impl, chunk_tokens=5) for eps in (None, 1e-6)
     ]
@@ -105,16 +105,16 @@ def test_where_most_columns_stay_the_products_are_whole(impl):
 
 
 @FAST_IMPL
-def test_flat_rows_can_lose_their_whole_gradient(impl):
-    hidden, weight = peaked(scale=1e-3)
+def test_flat_rows_can_lose_their_whole_gradient(impl, device):
+    hidden, weight = peaked(device, scale=1e-3)
     loss = linear_entropy_loss(hidden, weight, filter_eps=0.1, impl=impl)
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
 
 @FAST_IMPL
 @pytest.mark.parametrize("block", (7, 8192))
-def test_columns_are_gathered_in_blocks(impl, block, monkeypatch):
-    hidden, weight = peaked()
+def test_columns_are_gathered_in_blocks(impl, device, block, monkeypatch):
+    hidden, weight = peaked(device)
     expected, _ = gradients(hidden, weight, filter_eps=1e-3, impl=impl, chunk_tokens=5)
     monkeypatch.setattr(_chunks, "BLOCK", block)
     out, _ = gradients(hidden, weight, filter_eps=1e-3, impl=impl, chunk_tokens=5)
@@ -124,9 +124,9 @@ def test_columns_are_gathered_in_blocks(impl, block, monkeypatch):
 
 
 @FAST_IMPL
-def test_statistics_and_the_gradient_of_the_bias_stay_exact(impl):
-    hidden, weight = peaked()
-    bias = torch.randn(V, requires_grad=True)
+def test_statistics_and_the_gradient_of_the_bias_stay_exact(impl, device):
+    hidden, weight = peaked(device)
+    bias = torch.randn(V, device=device, requires_grad=True)
     stats = {}
     for eps in (None, 0.05):
         (*_, db), _ = gradients(hidden, weight, bias, filter_eps=eps, impl=impl, chunk_tokens=5)
@@ -138,10 +138,11 @@ def test_statistics_and_the_gradient_of_the_bias_stay_exact(impl):
 
 
 @FAST_IMPL
-def test_statistics_with_gradients_of_their_own(impl):
+def test_statistics_with_gradients_of_their_own(impl, device):
     """The backward pass of linear_softmax_stats, its upstream gradients the weights."""
-    hidden, weight = peaked()
-    target, weights = random_target(N, vocab=V), torch.randn(2, N)
+    hidden, weight = peaked(device)
+    target = random_target(N, vocab=V, device=device)
+    weights = torch.randn(2, N, device=device)
     grads = []
     for eps in (None, 1e-3):
         stats = linear_softmax_stats(
@@ -156,8 +157,8 @@ def test_statistics_with_gradients_of_their_own(impl):
 
 @FAST_IMPL
 @pytest.mark.parametrize("trained", ("hidden", "weight"))
-def test_with_a_frozen_operand(impl, trained):
-    hidden, weight = peaked()
+def test_with_a_frozen_operand(impl, device, trained):
+    hidden, weight = peaked(device)
     expected, _ = gradients(hidden, weight, filter_eps=1e-2, impl=impl)
     hidden.requires_grad_(trained == "hidden")
     weight.requires_grad_(trained == "weight")
@@ -166,9 +167,9 @@ def test_with_a_frozen_operand(impl, trained):
 
 
 @FAST_IMPL
-def test_masked_rows_and_padded_vocabulary(impl):
-    hidden, weight = peaked()
-    mask = torch.arange(N) % 3 > 0
+def test_masked_rows_and_padded_vocabulary(impl, device):
+    hidden, weight = peaked(device)
+    mask = torch.arange(N, device=device) % 3 > 0
     options = dict(mask=mask, valid_vocab=V - 9, chunk_tokens=3, impl=impl)
     exact = linear_entropy_loss(hidden, weight, **options)
     exact_grads = torch.autograd.grad(exact, (hidden, weight))
@@ -179,17 +180,18 @@ def test_masked_rows_and_padded_vocabulary(impl):
 
 
 @FAST_IMPL
-def test_no_rows_and_every_row_left_out(impl):
-    hidden, weight = peaked()
+def test_no_rows_and_every_row_left_out(impl, device):
+    hidden, weight = peaked(device)
     none = linear_entropy_loss(hidden[:0], weight, filter_eps=0.1, impl=impl)
-    masked = linear_entropy_loss(hidden, weight, torch.zeros(N), filter_eps=0.1, impl=impl)
+    nowhere = torch.zeros(N, device=device)
+    masked = linear_entropy_loss(hidden, weight, nowhere, filter_eps=0.1, impl=impl)
     for loss in (none, masked):
         assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
 
 @FAST_IMPL
-def test_nan_is_never_left_out(impl):
-    hidden, weight = peaked()
+def test_nan_is_never_left_out(impl, device):
+    hidden, weight = peaked(device)
     with torch.no_grad():
         hidden[3] = torch.nan
     (dx, dw), _ = gradients(hidden, weight, filter_eps=0.5, impl=impl)
@@ -198,8 +200,8 @@ def test_nan_is_never_left_out(impl):
 
 
 @FAST_IMPL
-def test_compiles(impl):
-    hidden, weight = peaked()
+def test_compiles(impl, device):
+    hidden, weight = peaked(device)
     function = torch.compile(
         lambda h, w: linear_entropy_loss(h, w, filter_eps=1e-3, impl=impl),
         fullgraph=True,
@@ -226,7 +228,7 @@ def test_compiles(impl):
     ),
 )
 def test_bad_values_raise(function, eps, exception):
-    hidden, weight = peaked()
+    hidden, weight = peaked("cpu")
     rows = {"entropy_weight": torch.ones(N)} if function is linear_token_loss else {}
     with pytest.raises(exception, match="filter_eps must be"):
         function(hidden, weight, filter_eps=eps, **rows)

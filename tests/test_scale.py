@@ -53,17 +53,18 @@ def test_each_program_of_the_kernel_takes_several_blocks(monkeypatch, programs):
 
     monkeypatch.setattr(scale, "PROGRAMS", programs)
     monkeypatch.setattr(scale, "BLOCK", 16)
-    x = torch.arange(16.0 * 7 + 5)
+    device = "cpu" if SLOW_INTERPRETER else "cuda"
+    x = torch.arange(16.0 * 7 + 5, device=device)
     expected = 1.5 * x
-    scale.scale_(x, torch.tensor(1.5))
+    scale.scale_(x, torch.tensor(1.5, device=device))
     assert torch.equal(x, expected)
 
 
-def losses(impl):
+def losses(impl, device):
     """name -> (loss, the tensor whose gradient is looked at)."""
-    hidden, weight = make_linear(5)
-    logits = random_logits(5, 37).requires_grad_()
-    spent = random_logits(5, 37).requires_grad_()
+    hidden, weight = make_linear(5, device=device)
+    logits = random_logits(5, 37, device=device).requires_grad_()
+    spent = random_logits(5, 37, device=device).requires_grad_()
     return {
         "linear": (linear_entropy_loss(hidden, weight, impl=impl), weight),
         "logits": (entropy_loss(logits, impl=impl), logits),
@@ -77,8 +78,8 @@ EACH_LOSS = pytest.mark.parametrize("name", ("linear", "logits", "inplace"))
 @FAST_IMPL
 @EACH_LOSS
 @pytest.mark.parametrize("factor", (1.0, 0.5, 0.0))
-def test_any_upstream(impl, name, factor):
-    loss, x = losses(impl)[name]
+def test_any_upstream(impl, device, name, factor):
+    loss, x = losses(impl, device)[name]
     (unit,) = torch.autograd.grad(loss, x, retain_graph=True)
     (scaled,) = torch.autograd.grad(factor * loss, x)
     assert torch.equal(scaled, factor * unit)
@@ -86,8 +87,8 @@ def test_any_upstream(impl, name, factor):
 
 @FAST_IMPL
 @EACH_LOSS
-def test_a_retained_graph_keeps_its_gradient(impl, name):
-    loss, x = losses(impl)[name]
+def test_a_retained_graph_keeps_its_gradient(impl, device, name):
+    loss, x = losses(impl, device)[name]
     factors = (0.5, 3.0, 1.0, 0.0)
     grads = [torch.autograd.grad(f * loss, x, retain_graph=True)[0] for f in factors]
     (last,) = torch.autograd.grad(2 * loss, x)
@@ -99,15 +100,15 @@ def test_a_retained_graph_keeps_its_gradient(impl, name):
 
 @FAST_IMPL
 @EACH_LOSS
-def test_a_graph_that_is_not_retained_is_scaled_in_place(impl, name, monkeypatch):
+def test_a_graph_that_is_not_retained_is_scaled_in_place(impl, device, name, monkeypatch):
     """No second tensor of the gradient's size: what backward returns is what forward wrote."""
-    loss, x = losses(impl)[name]
+    loss, x = losses(impl, device)[name]
     kept = loss.grad_fn.saved_tensors
     pointers = {tensor.data_ptr() for tensor in kept}
     (grad,) = torch.autograd.grad(0.5 * loss, x)
     if name != "inplace":  # there a product with 1 stands between
         assert grad.data_ptr() in pointers
-    loss, x = losses(impl)[name]
+    loss, x = losses(impl, device)[name]
     monkeypatch.setattr(
         importlib.import_module("em_kernels.token_loss"), "_keeps_graph", lambda: True
     )
@@ -117,9 +118,9 @@ def test_a_graph_that_is_not_retained_is_scaled_in_place(impl, name, monkeypatch
 
 
 @FAST_IMPL
-def test_two_losses_of_one_graph(impl):
+def test_two_losses_of_one_graph(impl, device):
     """Gradients that meet in one leaf, each loss with its own factor, the first one retained."""
-    hidden, weight = make_linear(5)
+    hidden, weight = make_linear(5, device=device)
     first = linear_entropy_loss(hidden, weight, impl=impl)
     second = linear_entropy_loss(hidden, weight, reduction="sum", impl=impl)
     (2 * first + 0.1 * second).backward()
@@ -134,9 +135,9 @@ def test_two_losses_of_one_graph(impl):
 
 
 @FAST_IMPL
-def test_gradients_accumulate_over_steps(impl):
+def test_gradients_accumulate_over_steps(impl, device):
     """A leaf may keep the tensor that backward returned: the next step must not touch it."""
-    hidden, weight = make_linear(5)
+    hidden, weight = make_linear(5, device=device)
     expected = 0
     for factor in (0.5, 2.0, 1.0):
         loss = linear_entropy_loss(hidden, weight, impl=impl)
@@ -149,8 +150,8 @@ def test_gradients_accumulate_over_steps(impl):
 
 @FAST_IMPL
 @pytest.mark.parametrize("use_reentrant", (True, False))
-def test_checkpointing_with_an_upstream(impl, use_reentrant):
-    hidden, weight = make_linear(5)
+def test_checkpointing_with_an_upstream(impl, device, use_reentrant):
+    hidden, weight = make_linear(5, device=device)
     loss = torch.utils.checkpoint.checkpoint(
         lambda h, w: linear_entropy_loss(h, w, impl=impl) * 0.25,
         hidden,
@@ -163,8 +164,8 @@ def test_checkpointing_with_an_upstream(impl, use_reentrant):
 
 
 @FAST_IMPL
-def test_compiled_backward_scales_out_of_place(impl):
-    hidden, weight = make_linear(5)
+def test_compiled_backward_scales_out_of_place(impl, device):
+    hidden, weight = make_linear(5, device=device)
     function = torch.compile(
         lambda h, w: linear_entropy_loss(h, w, impl=impl) * 0.5,
         fullgraph=True,

@@ -213,7 +213,8 @@ def test_one_output_needs_no_more_memory_than_its_own(monkeypatch):
     for outputs in (("entropy",), ("is_top1",), ("collision",), ("logit_var",), OUTPUTS):
         linear.linear_stats(hidden, weight, spec, outputs)
     assert [sum(p is not None for p in part) for part in seen] == [3, 4, 6, 7, 11]
-    assert all(p is None or p.shape == (N, 4) for part in seen for p in part)
+    (shape,) = {p.shape for part in seen for p in part if p is not None}
+    assert shape[0] == N and (DEVICE != "cpu" or shape[1] == 4)
 
 
 @triton.jit

@@ -7,13 +7,13 @@ import pytest
 import torch
 import vocab_cases
 from distributed import run_on_ranks
-from helpers import error, same_bits, truth
+from helpers import ON_CPU, error, same_bits, truth
 from vocab_cases import CASES, OTHER_SIZES, WHOLE, own_cut, sure_rows
 from vocab_checks import CHECKS
 
 from em_kernels import linear_entropy_loss, linear_token_loss, softmax_stats, token_loss
 
-IMPLS = tuple(name for name in ("reference", "cpu") if name in vocab_cases.usable_impls())
+IMPLS = tuple(name for name in ("reference", "cpu") if name in ON_CPU)
 WORLDS = (2, 3)
 # One case per function with other cuts: a rank with one entry, a rank with none.
 RECUT = ("stats, float32", "stats, sure rows", "linear stats, chunks of 4", "linear loss", "loss")
@@ -28,7 +28,7 @@ def names_for(world):
     ]
     names += [name for name in CHECKS if world == 2 or name not in ONCE]
     names += [f"compiled|{IMPLS[-1]}|"] if world == 2 else []
-    if "triton" in vocab_cases.usable_impls() and world == 2:
+    if "triton" in ON_CPU and world == 2:
         names += [f"{case}|triton|" for case in SMALL_INTERPRETED]
     return names
 
@@ -126,7 +126,7 @@ def test_sure_rows_keep_their_relative_accuracy(ranks, world, impl):
     ],
 )
 def test_a_mismatch_is_an_error_on_every_rank(ranks, world, difference, text):
-    if difference == "impl" and len(vocab_cases.usable_impls()) == 1:
+    if difference == "impl" and len(ON_CPU) == 1:
         pytest.skip("there is one backend only")
     for result in results_of(ranks, world, "called differently"):
         assert re.match(f".*{text}", result[difference]), result[difference]

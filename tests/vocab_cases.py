@@ -16,7 +16,6 @@ from gpu_products import defer_small_chunks, play_gpu
 from helpers import DIFFERENTIABLE, rows_of_entropy
 from torch import Tensor
 
-import em_kernels
 from em_kernels import (
     entropy_loss,
     linear_entropy_loss,
@@ -443,7 +442,3 @@ CASES = {
 
 # Cuts other than SIZES, with a rank of one entry and with a rank of none.
 OTHER_SIZES = {2: ((1, 62), (0, 63)), 3: ((7, 1, 55), (31, 0, 32))}
-
-
-def usable_impls() -> tuple[str, ...]:
-    return tuple(name for name, state in em_kernels.backends().items() if state == "available")
