@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import em_kernels
-from em_kernels._ops import why_not
+from em_kernels._choice import why_not
 from em_kernels._spec import OUTPUTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

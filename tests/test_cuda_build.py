@@ -280,7 +280,7 @@ def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
     for device in (None, torch.device("cuda", 0)):
         reason = _choice.why_not("cuda", device)
         assert said in reason and "update the driver" in reason
-    monkeypatch.setattr(_ops, "AUTO_ON_GPU", ("cuda", "reference"))
+    monkeypatch.setattr(_choice, "AUTO_ON_GPU", ("cuda", "reference"))
     assert _choice.backend("auto", torch.device("cuda", 0)) is reference
     with pytest.raises(ValueError, match="driver version is insufficient"):
         _choice.backend("cuda", torch.device("cuda", 0))
