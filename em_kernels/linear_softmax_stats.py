@@ -63,7 +63,8 @@ def linear_softmax_stats(
             parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
             name is that of Megatron's ColumnParallelLinear.
         chunk_tokens: rows per chunk; None fits the logits of a chunk, or on a GPU their 16-bit
-            gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU.
+            gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU; a single
+            chunk, which needs no float32 sum of the weight's gradient, may take its memory too.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
