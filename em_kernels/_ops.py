@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from em_kernels import _chunks, _vocab_parallel
-from em_kernels._choice import backend, why_not
+from em_kernels._choice import backend, serves, why_not
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
     Numbers,
@@ -61,25 +61,31 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
 
 
 def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    module, view = backend(args[-1], logits.device), as_rows(logits)
-    out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
-    return [*_loss_rows(logits, view, out.view(view.shape), args), out]
+    rows, out = _loss_rows(logits, as_rows(logits), args)
+    return [*rows, out]
 
 
 def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
     view = as_rows(logits)
-    for row, value in zip(rows, _loss_rows(logits, view, view, args), strict=True):
+    values, _ = _loss_rows(logits, view, args, out=view)
+    for row, value in zip(rows, values, strict=True):
         row.copy_(value)
     if view.data_ptr() != logits.data_ptr():
         logits.copy_(view.view(logits.shape))
 
 
-def _loss_rows(logits: Tensor, view: Tensor, out: Tensor, args: tuple) -> list[Tensor]:
+def _loss_rows(
+    logits: Tensor, view: Tensor, args: tuple, out: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The per-row results, and the gradient: in `out`, else of the shape of `logits`."""
     spec, args = _take_spec(args)
     upstream, (outputs, impl) = _take(Upstream, args)
-    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
-    rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out)
-    return _shape_rows(rows, outputs, logits.shape[:-1])
+    vocab = logits.shape[-1]
+    module, spec = _serve(impl, logits, vocab, spec, (outputs,), loss_of=view)
+    if out is None:
+        out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
+    rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out.view(view.shape))
+    return _shape_rows(rows, outputs, logits.shape[:-1]), out
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
@@ -138,7 +144,7 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
     if x.device.type == "cpu" and impl != "triton":
         if factor.item() != 1:
             x.mul_(factor)
-    elif impl != "reference" and why_not("triton", x.device) is None:
+    elif impl != "reference" and serves("triton", x.device):
         importlib.import_module("em_kernels.triton").scale_(x, factor)
     else:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
         x.mul_(factor.expand(x.shape))
@@ -186,20 +192,36 @@ def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tens
 
 
 def _serve(
-    impl: str, x: Tensor, vocab: int, spec: RowSpec, options: tuple = (), check: bool = True
+    impl: str,
+    x: Tensor,
+    vocab: int,
+    spec: RowSpec,
+    options: tuple = (),
+    check: bool = True,
+    loss_of: Tensor | None = None,
 ) -> tuple[ModuleType | VocabParallel, RowSpec]:
     """The backend, and the spec flattened and its values checked.
 
-    With a group both are those of this rank's shard, `vocab` its size, and `options` what all ranks
-    must have been given alike.
+    `loss_of` is given logits, (outer, inner, V), whose loss is wanted. With a group the backend and
+    the spec are those of this rank's shard, `vocab` its size, and `options` what all ranks must
+    have been given alike.
     """
-    module, ready = backend(impl, x.device), _checked if check else flatten_spec
+    ready = _checked if check else flatten_spec
     if spec.group is None:
-        return module, ready(spec)
+        kind = ("rows",) if loss_of is None else ("loss", _aligned(loss_of))
+        return backend(impl, x.device, *kind), ready(spec)
+    module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
     options = (module.__name__, x.dtype, *options)
     shards = _vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
     spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
     return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether the rows of x (outer, inner, V), and those of a new tensor like it, begin at 16
+    bytes."""
+    steps = (*x.stride()[:2], x.shape[2])
+    return x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in steps)
 
 
 def _checked(spec: RowSpec) -> RowSpec:

@@ -250,12 +250,14 @@ def on_a_gpu(monkeypatch):
     """As if the module were built for sm_90 and a GPU of the given capability were there."""
 
     def pretend(capability):
+        _choice.backend.cache_clear()
         monkeypatch.setitem(sys.modules, "em_kernels._cuda", Built)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
-    return pretend
+    yield pretend
+    _choice.backend.cache_clear()
 
 
 def test_why_the_cuda_kernels_cannot_serve(on_a_gpu, monkeypatch):
