@@ -165,6 +165,37 @@ def test_plan(dtype, capped):
         assert rest <= slices and whole + rest * block >= vocab > whole + (rest - 1) * block
 
 
+ANOTHER_HOW = {
+    "float64": (torch.float64, {}, ("entropy",)),
+    "softcap": (torch.float32, dict(softcap=30.0), ("entropy",)),
+    "temperature": (torch.float32, dict(temperature=0.7), ("entropy",)),
+    "rows": (torch.float32, dict(temperature_rows=torch.ones(3)), ("entropy",)),
+    "second order": (torch.float32, {}, ("varentropy",)),
+    "moments": (torch.float32, {}, ("logit_mean",)),
+    "top1": (torch.float32, {}, ("is_top1",)),
+    "vocabulary": (torch.float32, dict(valid_vocab=100), ("entropy",)),
+}
+
+
+def test_what_a_kernel_is_compiled_for_is_made_once(recorder):
+    """The same constexprs again where a call asks for the same, so that finding its kernel compares
+    none of them in Python; others where it does not."""
+
+    def how(dtype, options, outputs):
+        spec = RowSpec(**{"valid_vocab": 5000, **options})
+        backend.stats(torch.empty(1, 3, 5000, dtype=dtype, device="meta"), spec, outputs)
+        return recorder.arguments["how"]
+
+    usual = how(torch.float32, {}, ("entropy",))
+    for _ in range(2):
+        again = how(torch.float32, dict(softcap=0.0, temperature=1.0), ("entropy",))
+        assert all(a is b for a, b in zip(again, usual, strict=True))
+    for name, call in ANOTHER_HOW.items():
+        other = how(*call)
+        assert [c.value for c in other] != [c.value for c in usual], name
+        assert all(a is b for a, b in zip(how(*call), other, strict=True)), name
+
+
 @pytest.mark.parametrize("memory", [0, 64 << 10, 99 << 10, 163 << 10, 227 << 10])
 @EACH_DTYPE
 def test_plan_of_tiles(dtype, memory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     num_warps: int
 
 
+@cache
 def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
     """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
 
@@ -135,9 +137,18 @@ def _into(out: Tensor) -> dict:
 
 def how_of(dtype: torch.dtype, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
     scaled = spec.temperature_rows is not None or spec.temperature != 1 or spec.logit_scale != 1
+    return _how(dtype, spec.softcap > 0, scaled, outputs, sizes)
+
+
+@cache
+def _how(
+    dtype: torch.dtype, capped: bool, scaled: bool, outputs: tuple[str, ...], sizes: Plan
+) -> How:
+    """Made once: Triton looks a kernel up by comparing constexprs, in Python, and need not compare
+    an object with itself."""
     values = How(
         wide=tl.float64 if dtype == torch.float64 else tl.float32,
-        capped=spec.softcap > 0,
+        capped=capped,
         scaled=scaled,
         second=bool(NEEDS_SECOND_ORDER.intersection(outputs)),
         moments=bool(NEEDS_LOGIT_MOMENTS.intersection(outputs)),
