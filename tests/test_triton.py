@@ -188,11 +188,36 @@ def rough_exp(x):
     return value
 
 
+@triton.jit
+def rough_reciprocal(w):
+    """1 / w as an NVIDIA GPU computes it, its error at its bound: rcp.approx.ftz."""
+    y = 1 / w
+    if w.dtype != tl.float64:
+        sign = tl.where((w * 1048576).to(tl.int32) % 2 == 0, 1.0, -1.0)
+        y = y * (1 + sign * 2.0**-23)
+    return y
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it replaces the interpreter's exact exp")
+@pytest.mark.parametrize("which", ["tanh", "slope"])
+def test_tanh_with_the_instructions_of_a_gpu(monkeypatch, which):
+    """At most 2^-21.4 from the truth, as the docstring derives; the slope in relative terms."""
+    monkeypatch.setattr(elementary, "exp", rough_exp)
+    monkeypatch.setattr(elementary, "reciprocal", rough_reciprocal)
+    x = torch.linspace(-12, 12, 4096)
+    out = torch.empty_like(x)
+    evaluate[(1,)](x, out, len(x), WHICH=which, BLOCK=4096)
+    want = torch.tanh(x.double() / 2) if which == "tanh" else torch.cosh(x.double() / 2) ** -2
+    scale = 1 if which == "tanh" else want
+    assert ((out - want) / scale).abs().max() <= (2**-21.4 if which == "tanh" else 2e-6)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="it replaces the interpreter's exact exp")
 def test_error_budget_with_the_exp_of_a_gpu(small_plan, monkeypatch):
     """Rows with H from 1e-9 to log V keep 1e-4."""
     for module in (elementary, moments, kernels):
         monkeypatch.setattr(module, "exp", rough_exp)
+    monkeypatch.setattr(elementary, "reciprocal", rough_reciprocal)
     logits, spec = certain_rows(GAPS)
     check_relative(logits, spec, tolerance=2e-5)
     logits, spec = certain_rows(GAPS[-3:], spread=5.0)

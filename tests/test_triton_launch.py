@@ -257,6 +257,19 @@ def test_compiled_kernels(kernel_report, arch):
 
 
 @EACH_ARCH
+def test_what_the_loop_over_a_row_issues(kernel_report, arch):
+    """No more instructions an entry and no narrower loads than on record for this version."""
+    record = json.loads(triton_offline.TABLE.read_text())
+    table = record["instructions an entry, bytes a load"][arch]
+    costs = {name: f["cost"] for name, f in kernel_report[arch].items() if f["cost"]}
+    assert costs.keys() == table.keys()
+    if triton.__version__ == record["triton"]:
+        for name, (instructions, width) in costs.items():
+            again = f"{name}: if meant, run triton_offline.py --write"
+            assert instructions <= table[name][0] and width >= table[name][1], again
+
+
+@EACH_ARCH
 def test_no_difference_is_fused_with_a_product(offline_report, arch):
     """z - max is 0 at the maximum only if z has been rounded: u c - max, rounded once, is not."""
     kernels = offline_report["fused"][arch]

@@ -6,7 +6,7 @@
 The kernels are compiled through their launchers, with the arguments a call on a GPU would give
 them; only the launch itself is left out. A loop without a division or a 64-bit product, loads of
 16 bytes, and differences that were made part of a fused multiply-add, are read off the PTX;
-registers and stack (where spills go) off the machine code.
+registers, stack (where spills go) and what the loop over a row issues off the machine code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.runtime.jit import KernelInterface
 
 from em_kernels import triton as backend
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
-from em_kernels.triton import linear
+from em_kernels.triton import launch, linear
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program
@@ -193,15 +193,45 @@ def accesses(ttgir: str) -> list[str]:
     return [re.sub(r"(.)\1+", r"\1", "".join(map(letters.get, loop))) for loop in loops[1:]]
 
 
-def report(kernel) -> dict:
-    ptx = kernel.asm["ptx"]
+def dump(kernel, what: str) -> str:
+    """What cuobjdump says of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [CUOBJDUMP, "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
-    slow = r"\b(?:div|rem|rcp|sqrt|mul\.lo\.s64|mad\.lo\.s64)\S*"
+        command = [CUOBJDUMP, what, cubin.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def longest_loop(sass: str) -> list[str]:
+    """Its instructions; of loops that hold no other loop."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([^;]*);", sass)
+    code = {int(address, 16): instruction for address, instruction in found}
+    loops = []
+    for end, instruction in code.items():
+        branch = re.match(r"BRA\b.*?(0x[0-9a-f]+)", instruction)
+        if branch and (begin := int(branch[1], 16)) < end:
+            loops.append((begin, end))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[i for at, i in code.items() if begin <= at <= end] for begin, end in inner]
+    return max(bodies, key=len)
+
+
+def cost(kernel, name: str) -> list[float]:
+    """Of the loop over a row: instructions an entry of a thread, and bytes its loads take."""
+    body = longest_loop(dump(kernel, "-sass"))
+    size = {"float32": 4, "narrow": 4, "float64": 8}.get(name.split("-")[1], 2)
+    entries = launch._LOAD_BYTES // size * (2 if "full" in name else 4)
+    loads = re.findall(r"LDG\.E\.?(U16|64|128)?", "\n".join(body))
+    widths = {"U16": 2, "": 4, "64": 8, "128": 16}
+    return [round(len(body) / entries, 2), min(widths[load] for load in loads)]
+
+
+def report(kernel, name: str) -> dict:
+    ptx = kernel.asm["ptx"]
+    usage = dump(kernel, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    slow = r"\b(?:div|rem|rcp(?!\.approx\.ftz)|sqrt|mul\.lo\.s64|mad\.lo\.s64)\S*"
     return {
         "registers": int(registers),
         "stack": int(stack),
@@ -214,6 +244,7 @@ def report(kernel) -> dict:
         "product": [name for name, word in PRODUCTS.items() if re.search(rf"\b{word}", ptx)],
         "shared": kernel.metadata.shared,
         "loop_exponentials": loops(ptx).count("ex2.approx"),
+        "cost": None if name.startswith("linear") else cost(kernel, name),
         "accesses": accesses(kernel.asm["ttgir"]),
         "slow_in_loops": sorted(set(re.findall(slow, loops(ptx)))),
     }
@@ -224,7 +255,7 @@ def main() -> None:
     for arch in ARCHITECTURES:
         driver.set_active(Target(arch))
         found[f"sm_{arch}"] = {
-            name + "-finish" * i: report(kernel)
+            name + "-finish" * i: report(kernel, name)
             for name, call in cases(arch)
             for i, kernel in enumerate(compiled(call))
         }
@@ -236,11 +267,16 @@ def main() -> None:
     print(json.dumps({"kernels": found, "fused": fused}))
     if "--write" in sys.argv:
         table = {
-            arch: {name: [r["registers"], r["stack"]] for name, r in kernels.items()}
-            for arch, kernels in found.items()
+            "registers, stack bytes": lambda r: [r["registers"], r["stack"]],
+            "instructions an entry, bytes a load": lambda r: r["cost"],
         }
-        text = json.dumps({"triton": triton.__version__, "registers, stack bytes": table}, indent=1)
-        TABLE.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+        for title, row in table.items():
+            table[title] = {
+                arch: {name: row(r) for name, r in kernels.items() if row(r)}
+                for arch, kernels in found.items()
+            }
+        text = json.dumps({"triton": triton.__version__, **table}, indent=1)
+        TABLE.write_text(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
 
 
 if __name__ == "__main__":
