@@ -87,8 +87,19 @@ class Architectures(NamedTuple):
         given = os.environ.get("TORCH_CUDA_ARCH_LIST")
         machine, portable = parse_architectures(given or DEFAULT_ARCHITECTURES)
         kept = tuple(name for name in machine if _number(name) in known)
+        newest = max(known, key=int, default="nothing")
         if not kept:
-            raise CudaBuildError(f"this nvcc knows none of {', '.join(machine)} (it is too old?)")
+            raise CudaBuildError(
+                f"this nvcc knows none of {', '.join(machine)}, and nothing newer than {newest}; "
+                "install a newer CUDA toolkit, or ask for less in TORCH_CUDA_ARCH_LIST"
+            )
+        if given and len(kept) < len(machine):
+            unknown = ", ".join(f"sm_{name}" for name in machine if name not in kept)
+            print(
+                f"cuda_build: WARNING: TORCH_CUDA_ARCH_LIST={given!r}: this nvcc does not know "
+                f"{unknown}, which is left out; it knows nothing newer than {newest}",
+                file=sys.stderr,
+            )
         ptx = tuple(name for name in portable if _number(name) in known)
         return cls(kept, ptx or (() if given else kept[-1:]))
 
@@ -131,8 +142,7 @@ class Plan(NamedTuple):
             raise CudaBuildError("it is not supported on Windows")
         toolkit = Toolkit.find()
         known = set(re.findall(r"compute_(\d+)", _output([toolkit.nvcc, "--list-gpu-arch"])))
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        return cls(toolkit, Architectures.wanted(known), jobs)
+        return cls(toolkit, Architectures.wanted(known), _jobs())
 
     def command(self, source: Path) -> list[str]:
         """Compiles `source`, without its output."""
@@ -246,6 +256,13 @@ def _pybind11() -> Path:
         if folder is not None and (folder / "pybind11/pybind11.h").exists():
             return folder
     raise CudaBuildError("pybind11 has no headers here; pip install pybind11")
+
+
+def _jobs() -> int:
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if given and not (given.isdecimal() and int(given)):
+        raise CudaBuildError(f"MAX_JOBS must be a number of processes, got {given!r}; unset it")
+    return int(given or os.cpu_count() or 1)
 
 
 def _number(name: str) -> str:

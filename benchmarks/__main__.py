@@ -10,11 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
 
-from benchmarks.common import LEAST_REPEATS, REPEATS, Case, Sizes, measure, print_table, save
+from benchmarks.common import (
+    LEAST_REPEATS,
+    REPEATS,
+    Case,
+    Sizes,
+    environment,
+    measure,
+    newest,
+    print_table,
+    save,
+)
+from em_kernels import backends
 
 OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
 LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
@@ -42,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder for <device>-<date>.json and .md (default %(default)s)",
     )
     parser.add_argument("--only", nargs="+", help="implementations by name; all by default")
-    parser.add_argument("--rows", action="store_true", help="print each row as a line of JSON too")
+    parser.add_argument("--rows", action="store_true", help="print rows as JSON when measured")
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
     options = parser.parse_args(arguments)
     unknown = set(options.op) - set(OPERATORS)
@@ -61,37 +73,55 @@ def pick(case: Case, only: list[str] | None) -> Case:
     """The case with the implementations asked for; the names of variants begin with its name."""
     if only is None:
         return case
-    kept = {
-        name: run
-        for name, run in case.contenders.items()
-        if any(f"{name} ".startswith(f"{wanted} ") for wanted in only)
-    }
-    return case._replace(contenders=kept)
+    kept = [
+        {k: v for k, v in x.items() if is_asked(k, only)} for x in (case.contenders, case.left_out)
+    ]
+    return case._replace(contenders=kept[0], left_out=kept[1])
 
 
-def measure_operator(operator: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
-    """The rows of all its tables, printed as they are found; its tensors are free afterwards."""
-    module, rows = import_module(f"benchmarks.{operator}"), []
+def is_asked(name: str, only: list[str]) -> bool:
+    return any(f"{name} ".startswith(f"{wanted} ") for wanted in only)
+
+
+def nowhere(only: list[str] | None, rows: list[dict]) -> dict[str, str]:
+    """What was asked for and is in none of the tables -> why."""
+    there = {row["implementation"] for row in rows}
+    unusable = {f"em_kernels {k}": why for k, why in backends().items() if why != "available"}
+    missing = [x for x in only or () if not any(is_asked(name, [x]) for name in there)]
+    return {x: unusable.get(x, "no table has it") for x in missing}
+
+
+def measure_operator(
+    operator: str, dtype: torch.dtype, options: argparse.Namespace, found: Callable[[dict], object]
+) -> None:
+    """`found` gets the rows of all its tables; its tensors are free afterwards."""
+    module = import_module(f"benchmarks.{operator}")
     sizes = sizes_of(operator, options)
     for case in module.cases(sizes, dtype, options.device, compiled=not options.quick):
         case = pick(case, options.only)
-        found = measure(case, LEAST_REPEATS if options.quick else REPEATS)
-        print_table(case, found)
-        if options.rows:
-            print(*map(json.dumps, found), sep="\n", flush=True)
-        rows += found
-    return rows
+        rows = measure(case, LEAST_REPEATS if options.quick else REPEATS, found)
+        print_table(case, rows)
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = []
+    rows, paths, facts = [], [], environment(options.device)
+
+    def found(row: dict) -> None:
+        """Saved at once: what is measured next may end this process."""
+        rows[:] = newest([*rows, row])
+        paths[:] = save(rows, options.out, facts)
+        if options.rows:
+            print(json.dumps(row), flush=True)
+
     for operator in options.op or OPERATORS:
         for name in options.dtype:
-            rows += measure_operator(operator, getattr(torch, name), options)
-    print("saved", *save(rows, options.out, options.device))
+            measure_operator(operator, getattr(torch, name), options, found)
+    for name, reason in nowhere(options.only, rows).items():
+        print(f"{name} is left out: {reason}")
+    print("saved", *paths)
     return rows
 
 

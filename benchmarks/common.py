@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -66,24 +67,95 @@ class Case(NamedTuple):
     floor_bytes: int = 0  # what the floor moves, where it is a copy
 
 
-def measure(case: Case, repeats: int = REPEATS) -> list[dict]:
-    """One row for the floor and for each contender; times are medians of interleaved rounds."""
-    errors, failures = {}, {}
-    for name, run in case.contenders.items():
-        try:
-            errors[name] = error_of(case, run)
-        except Exception as reason:
-            failures[name] = what_failed(reason)
-    limit = LIMIT[case.dtype]
-    failures.update({name: "wrong" for name, error in errors.items() if not error <= limit})
-    right = {name: run for name, run in case.contenders.items() if name not in failures}
+def measure(
+    case: Case, repeats: int = REPEATS, found: Callable[[dict], object] = lambda row: None
+) -> list[dict]:
+    """One row for the floor and for each contender; times are medians of interleaved rounds.
+
+    `found` gets each row when its contender has been checked and timed once, and all of them again
+    after the last round: a run that is stopped, or takes the device with it, has had its rows until
+    then. On a device that is lost nothing more is run.
+    """
+    rounds, errors = Rounds(case.device), {}
+
+    def row(name: str) -> dict:
+        return row_of(case, name, rounds, errors.get(name))
+
+    def begin(name: str, run: Callable[[], Results]) -> None:
+        errors[name] = error_of(case, run)
+        if errors[name] <= LIMIT[case.dtype]:
+            rounds.add(name, run)
+        else:
+            rounds.failures[name] = "wrong"
+
     floor_name, floor = case.floor
-    floor()
-    times, peaks = time_all({floor_name: floor, **right}, case.device, repeats)
-    return [
-        row_of(case, name, times, peaks, errors.get(name), failures.get(name))
-        for name in (floor_name, *case.contenders)
-    ]
+    rounds.attempt(floor_name, lambda: (floor(), rounds.add(floor_name, floor)))
+    found(row(floor_name))
+    for name, run in case.contenders.items():
+        rounds.attempt(name, partial(begin, name, run))
+        found(row(name))
+    rounds.go_on(repeats)
+    rows = [row(name) for name in (floor_name, *case.contenders)]
+    for each in rows:
+        found(each)
+    return rows
+
+
+class Rounds:
+    """Seconds and peak bytes of several runs, timed in turn so that noise hits all alike."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.runs: dict[str, Callable[[], object]] = {}
+        self.samples: dict[str, list[float]] = {}
+        self.peaks: dict[str, int | None] = {}
+        self.failures: dict[str, str] = {}
+        self.lost_by: str | None = None
+
+    def add(self, name: str, run: Callable[[], object]) -> None:
+        """The first round of one: it also looks at the memory."""
+        self.runs[name], self.samples[name] = run, []
+        self.peaks[name] = peak_memory(lambda: self.time(name), self.device)
+
+    def time(self, name: str) -> None:
+        self.samples[name].append(time_once(self.runs[name], self.device))
+
+    def attempt(self, name: str, step: Callable[[], object]) -> None:
+        """What raises is a failure of `name` alone, unless it has cost the device."""
+        if self.lost_by is not None:
+            self.failures[name] = f"not run: {self.lost_by} cost the device"
+            return
+        try:
+            step()
+        except Exception as reason:
+            self.failures[name] = what_failed(reason)
+            if is_lost(self.device):
+                self.lost_by = name
+
+    def go_on(self, repeats: int) -> None:
+        """The other rounds; a run that is slow is spared the later ones."""
+        for repeat in range(1, repeats):
+            for name in self.runs:
+                enough = repeat >= LEAST_REPEATS and sum(self.samples[name]) > SECONDS
+                if self.lost_by is None and name not in self.failures and not enough:
+                    self.attempt(name, partial(self.time, name))
+
+    def seconds(self, name: str) -> float | None:
+        """The median so far; None of one that failed."""
+        right = name not in self.failures and self.samples.get(name)
+        return statistics.median(self.samples[name]) if right else None
+
+
+def is_lost(device: str) -> bool:
+    """Whether an error has left a GPU so that this process can do nothing more with it."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).item()
+    except Exception as reason:
+        return not isinstance(reason, torch.OutOfMemoryError)
+    return False
 
 
 def what_failed(reason: Exception) -> str:
@@ -109,22 +181,14 @@ def error_of(case: Case, run: Callable[[], Results]) -> float:
 def time_all(
     runs: dict[str, Callable[[], object]], device: str, repeats: int
 ) -> tuple[dict[str, float], dict[str, int | None]]:
-    """Median seconds and peak bytes of each; rounds are interleaved: noise hits all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int | None] = {}
-    for repeat in range(repeats):
-        for name, run in runs.items():
-            if repeat >= LEAST_REPEATS and sum(samples[name]) > SECONDS:
-                continue
-
-            def timed(name=name, run=run):
-                samples[name].append(time_once(run, device))
-
-            if repeat == 0:
-                peaks[name] = peak_memory(timed, device)
-            else:
-                timed()
-    return {name: statistics.median(seconds) for name, seconds in samples.items()}, peaks
+    """Median seconds and peak bytes of each."""
+    rounds = Rounds(device)
+    for name, run in runs.items():
+        rounds.add(name, run)
+    rounds.go_on(repeats)
+    if rounds.failures:
+        raise RuntimeError(f"failed while it was timed: {rounds.failures}")
+    return {name: rounds.seconds(name) for name in runs}, rounds.peaks
 
 
 def time_once(run: Callable[[], object], device: str) -> float:
@@ -168,32 +232,30 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def row_of(
-    case: Case, name: str, times: dict, peaks: dict, error: float | None, failure: str | None
-) -> dict:
-    seconds, floor = times.get(name), times[case.floor[0]]
-    peak, is_floor = peaks.get(name), name == case.floor[0]
+def row_of(case: Case, name: str, rounds: Rounds, error: float | None) -> dict:
+    seconds, floor = rounds.seconds(name), rounds.seconds(case.floor[0])
+    peak, is_floor = rounds.peaks.get(name), name == case.floor[0]
     moved = case.floor_bytes if is_floor and case.floor_bytes else case.bytes_moved
-    speed = seconds and moved / seconds
+    speed, times_floor = seconds and moved / seconds, seconds and floor and seconds / floor
+    peers = {peer: rounds.seconds(peer) for peer in PEERS if seconds and not is_floor}
     return {
         "op": case.name,
         **case.sizes._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
         "implementation": name,
         "seconds": seconds,
-        "faster_than": {
-            peer: times[peer] / seconds
-            for peer in PEERS
-            if seconds and peer in times and not is_floor
-        },
-        "times_floor": seconds and seconds / floor,
+        "samples": len(rounds.samples.get(name, ())),
+        "faster_than": {peer: time / seconds for peer, time in peers.items() if time},
+        "times_floor": times_floor,
         "gigabytes_per_second": speed and speed / 1e9,
-        "of_copy_bandwidth": speed and case.floor_bytes and speed * floor / case.floor_bytes,
+        "of_copy_bandwidth": times_floor
+        and case.floor_bytes
+        and moved / case.floor_bytes / times_floor,
         "gigaflops": seconds and case.flops / seconds / 1e9,
         "peak_bytes": peak,
         "extra_bytes": None if peak is None else max(0, peak - case.kept_bytes),
         "error": error,
-        "failure": failure,
+        "failure": rounds.failures.get(name),
     }
 
 
@@ -220,7 +282,7 @@ def cells(row: dict) -> list[str]:
         time_cells = [
             f"{row['seconds'] * 1e3:.2f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            f"{row['times_floor']:.2f}",
+            f"{row['times_floor']:.2f}" if row["times_floor"] else "-",
             f"{row['gigabytes_per_second']:.1f}",
             f"{share:.0%}" if share else "-",
             f"{gflops:.0f}" if gflops else "-",
@@ -232,6 +294,11 @@ def cells(row: dict) -> list[str]:
         *("-" if size is None else f"{size / 1e6:.0f}" for size in memory),
         "-" if row["error"] is None else f"{row['error']:.1e}",
     ]
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """Of the rows of one implementation in one table, the last: it has the most samples."""
+    return [*{(title(row), row["implementation"]): row for row in rows}.values()]
 
 
 def title(row: dict) -> str:
@@ -279,9 +346,8 @@ and GFLOP/s count what the computation has to move and multiply, whatever an imp
 """
 
 
-def save(rows: list[dict], folder: str, device: str) -> list[Path]:
-    """Write <device>-<date>.json and .md; return their paths."""
-    facts = environment(device)
+def save(rows: list[dict], folder: str, facts: dict) -> list[Path]:
+    """Write <device>-<date>.json and .md; `facts` is what `environment` said at the beginning."""
     stem = f"{facts['device']}-{facts['date'][:10]}".lower().replace(" ", "-").replace("/", "-")
     directory = Path(folder)
     directory.mkdir(parents=True, exist_ok=True)

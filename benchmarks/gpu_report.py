@@ -16,7 +16,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.common import LEGEND, table, title
+from benchmarks.common import LEGEND, newest, table, title
 
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "safetensors", "setuptools", "ninja"),
@@ -157,10 +157,15 @@ def grouped(failures: list[str]) -> list[str]:
 
 def read_rows(text: str) -> dict:
     """The rows that `python -m benchmarks --rows` printed, up to where it was stopped."""
-    rows = [json.loads(line) for line in text.splitlines() if re.match(r'\{"op": .*\}$', line)]
-    left_out = dict(re.findall(r"^(\S+) is left out: (.*)$", text, re.M))
-    found = {"rows": rows, "left_out": left_out}
-    return found if rows else {**found, "problem": "nothing was measured"}
+    lines = (line for line in text.splitlines() if re.match(r'\{"op": .*\}$', line))
+    rows = newest([json.loads(line) for line in lines])
+    found = {"rows": rows, "left_out": dict(re.findall(r"^(\S.*?) is left out: (.*)$", text, re.M))}
+    ours = [row for row in rows if row["implementation"].startswith("em_kernels")]
+    failed = [f"{row['implementation']}: {row['failure']}" for row in ours if row["failure"]]
+    if failed:
+        return {**found, "problem": "; ".join(dict.fromkeys(failed))}
+    timed = any(row["error"] is not None for row in rows)  # a floor has none
+    return found if timed else {**found, "problem": "nothing was measured"}
 
 
 # The report

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,20 +37,15 @@ BUILD_RECORD = Path(__file__).with_name("_build.json")  # module -> why it was l
 def why_not(impl: str, device: torch.device | None = None) -> str | None:
     """None if backend `impl` can serve tensors on `device`, else the reason and the remedy.
 
-    Without a device the question is whether it can serve any tensor here.
+    Without a device the question is whether it can serve any tensor here. Never an exception: a
+    driver or a library may raise anything when it is asked, and that is a reason too.
     """
-    match impl:
-        case "reference":
-            return None
-        case "cpu":
-            if device is not None and device.type != "cpu":
-                return f"it serves tensors on the CPU, not on {device.type}"
-            return _why_not_compiled()
-        case "triton":
-            return _why_not_triton(device)
-        case "cuda":
-            return _why_not_cuda(device)
-    raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if impl not in WHY_NOT:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    try:
+        return WHY_NOT[impl](device)
+    except Exception as error:
+        return f"asking for it failed ({_said(error)}); see that nvidia-smi works, or reinstall"
 
 
 @functools.cache
@@ -96,55 +93,77 @@ def backends() -> dict[str, str]:
     return {name: why_not(name) or "available" for name in IMPLS if name != "auto"}
 
 
-def _missing(part: str, module: str, error: ImportError, remedy: str) -> str:
-    """Why a part is not there: what setup.py wrote down, else what importing it says."""
-    again = "and reinstall with `pip install --no-build-isolation .`"
+def _said(error: Exception) -> str:
+    """Its first line, with its type."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _load(part: str, module: str, remedy: str) -> ModuleType | str:
+    """The compiled module, or why it is not there: what setup.py wrote down, else what importing
+    it says. One that is there may be of another torch or Python, or miss a library of its own."""
+    again = "reinstall with `pip install --no-build-isolation .`"
     try:
-        left_out = dict(json.loads(BUILD_RECORD.read_text(encoding="utf-8")))
+        return importlib.import_module(module)
+    except Exception as error:
+        reason = _left_out_because(module)
+        if reason is not None:
+            return f"{part} was left out of this build ({reason}); change that and {again}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            return f"{part} is missing ({error}); {remedy} and {again}"
+        return f"{part} cannot be loaded ({_said(error)}); {again}"
+
+
+def _left_out_because(module: str) -> str | None:
+    try:
+        return dict(json.loads(BUILD_RECORD.read_text(encoding="utf-8"))).get(module)
     except (OSError, ValueError, TypeError):
-        left_out = {}
-    reason = left_out.get(module)
-    if reason is None:
-        return f"{part} is missing ({error}); {remedy} {again}"
-    return f"{part} was left out of this build ({reason}); change that {again}"
+        return None
 
 
-def _why_not_compiled() -> str | None:
+def _no_gpu() -> str | None:
+    """None if torch sees a GPU, else what more it says of that, or ""."""
     try:
-        importlib.import_module("em_kernels._C")
-    except ImportError as error:
-        return _missing("the compiled part", "em_kernels._C", error, "install a C++ compiler")
-    return None
+        if torch.cuda.is_available():
+            return None
+        if torch.backends.cuda.is_built():
+            torch.cuda.init()  # raises, and so tells of a driver that is missing or too old
+    except Exception as error:
+        return f": {_said(error)}"
+    return ""
+
+
+def _why_not_compiled(device: torch.device | None) -> str | None:
+    if device is not None and device.type != "cpu":
+        return f"it serves tensors on the CPU, not on {device.type}"
+    found = _load("the compiled part", "em_kernels._C", "install a C++ compiler")
+    return found if isinstance(found, str) else None
 
 
 def _why_not_triton(device: torch.device | None) -> str | None:
     try:
         interpreted = importlib.import_module("em_kernels.triton").interpreted
-    except ImportError as error:
-        return f"it cannot be imported ({error}); `pip install triton`"
-    if device is None:
-        usable = interpreted or torch.cuda.is_available()
-        if not usable:
-            return "no GPU is visible (TRITON_INTERPRET=1 runs it on the CPU)"
-    elif device.type == "cpu" and not interpreted:
-        return "its tensors must be on a GPU (TRITON_INTERPRET=1 runs it on the CPU)"
-    if not interpreted and not _has_c_compiler():
-        return "it builds its launcher with a C compiler; install gcc or clang, or set CC"
-    return None
-
-
-def _has_c_compiler() -> bool:
-    """What Triton looks for when it first launches a kernel."""
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        remedy = "`pip install triton`" + ("" if missing else " of the version torch asks for")
+        return f"it cannot be imported ({_said(error)}); {remedy}"
+    if interpreted:
+        return None
+    on_cpu = "TRITON_INTERPRET=1 runs it on the CPU"
+    if device is not None and device.type == "cpu":
+        return f"its tensors must be on a GPU ({on_cpu})"
+    if device is None and (said := _no_gpu()) is not None:
+        return f"no GPU is visible{said} ({on_cpu})"
+    return _no_launcher()
 
 
 def _why_not_cuda(device: torch.device | None) -> str | None:
-    try:
-        module = importlib.import_module("em_kernels._cuda")
-    except ImportError as error:
-        return _missing("the CUDA part", "em_kernels._cuda", error, "install the CUDA toolkit")
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "no NVIDIA GPU is visible to torch"
+    module = _load("the CUDA part", "em_kernels._cuda", "install the CUDA toolkit")
+    if isinstance(module, str):
+        return module
+    said = _no_gpu()
+    if said is not None or torch.version.cuda is None:
+        return f"no NVIDIA GPU is visible to torch{said or ''}"
     if device is not None and device.type != "cuda":
         return f"its tensors must be on a GPU, not on {device.type}"
     refusal = module.why_no_driver()
@@ -157,6 +176,30 @@ def _why_not_cuda(device: torch.device | None) -> str | None:
         return f"it is built for {built}, and this GPU has compute capability {number}; " + (
             remedy if capability >= (8, 0) else "8.0 is the least it can serve"
         )
+    return None
+
+
+WHY_NOT: dict[str, Callable[[torch.device | None], str | None]] = {
+    "reference": lambda device: None,
+    "cpu": _why_not_compiled,
+    "triton": _why_not_triton,
+    "cuda": _why_not_cuda,
+}
+
+
+def _no_launcher() -> str | None:
+    """Why Triton cannot build the launcher of its first kernel: it is C, and includes Python.h."""
+    compiler = os.environ.get("CC")
+    if compiler is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "it builds its launcher with a C compiler; install gcc or clang, or set CC"
+    if compiler is not None and not shutil.which(compiler):
+        return (
+            f"it builds its launcher with a C compiler, and there is no CC={compiler!r}; unset CC"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    folder = sysconfig.get_path("include", scheme)
+    if not Path(folder, "Python.h").exists():
+        return f"its launcher needs Python.h, which is not in {folder}; install python3-dev"
     return None
 
 

@@ -291,13 +291,22 @@ def _info(arguments: argparse.Namespace) -> int:
         print(f"  {name:11} {state}")
     print(f"CPU           {_cpu()}; {torch.get_num_threads()} threads")
     print(f"CUDA          {_cuda()}")
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    for gpu in gpus:
-        size = f"{gpu.total_memory / 2**30:.0f} GiB"
-        print(f"GPU           {gpu.name}, {size}, compute capability {gpu.major}.{gpu.minor}")
-    if not gpus:
-        print("GPU           none visible to torch")
+    for gpu in _gpus():
+        print(f"GPU           {gpu}")
     return 0
+
+
+def _gpus() -> list[str]:
+    """What torch says of each, of there being none, or of not being able to look."""
+    try:
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:
+        return [f"torch cannot look: {type(error).__name__}: {error}"]
+    return [
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
+        f"compute capability {gpu.major}.{gpu.minor}"
+        for gpu in gpus
+    ] or ["none visible to torch"]
 
 
 def _version(package: str) -> str:
@@ -311,7 +320,7 @@ def _cpu() -> str:
     """The instruction set of the compiled kernels, or of torch where they are not built."""
     try:
         built = importlib.import_module("em_kernels.cpu").build_info()
-    except ImportError:
+    except Exception:  # the backends above say why
         return f"{torch.backends.cpu.get_cpu_capability().lower()}, torch's choice"
     levels = ", ".join(built["isa_levels"])
     return f"{built['isa']} in use out of {levels}; built by {built['compiler']}"
@@ -321,8 +330,10 @@ def _cuda() -> str:
     """What the CUDA kernels were compiled for; from sm_90 on, `loss` keeps a row in a cluster."""
     try:
         built = importlib.import_module("em_kernels._cuda")
-    except ImportError:
+    except ModuleNotFoundError:
         return "not built"
+    except Exception:  # the backends above say why
+        return "cannot be loaded"
     numbers = [int(number) for number in re.findall(r"_(\d+)", built.architectures)]
     clusters = "with" if max(numbers) >= 90 else "without"
     return f"{built.architectures}, {clusters} thread-block clusters; built by nvcc {built.nvcc}"

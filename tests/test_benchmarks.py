@@ -1,12 +1,20 @@
 """The benchmarks run, save what they measured, and refuse to time what is wrong."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import common, token_loss
 from benchmarks.__main__ import OPERATORS, main
-from benchmarks.common import HEADER, Case, Sizes, measure, peak_memory, table, time_once
+from benchmarks.common import HEADER, Case, Sizes, measure, newest, peak_memory, table, time_once
+from benchmarks.gpu_report import read_rows
+
+ROOT = Path(__file__).parents[1]
 
 QUICK = ["--quick", "--n", "12", "--v", "501", "--d", "16"]
 
@@ -81,3 +89,117 @@ def test_unknown_operator_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["softmax_stat"])
     assert "got softmax_stat" in capsys.readouterr().err
+
+
+# Rows are there when they are measured
+
+
+def test_a_row_is_saved_before_the_next_implementation_runs(tmp_path):
+    case, seen, before = make_case(), [], []
+    right = case.contenders["eager"]
+
+    def second():
+        before.append([(row["implementation"], row["samples"], row["error"]) for row in seen])
+        return right()
+
+    rows = measure(
+        case._replace(contenders={"first": right, "second": second}), 3, found=seen.append
+    )
+    (floor, first), *_ = before
+    assert floor == ("copy", 1, None) and first[:2] == ("first", 1) and first[2] < 1e-6
+    assert [row["samples"] for row in rows] == [3, 3, 3]
+    assert newest(seen) == rows and len(seen) == 6
+
+
+def test_what_fails_in_a_later_round_fails_alone():
+    case, calls = make_case(), []
+    right = case.contenders["eager"]
+
+    def tires():
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("launch failed")
+        return right()
+
+    rows = measure(case._replace(contenders={"tires": tires, "steady": right}), repeats=5)
+    by_name = {row["implementation"]: row for row in rows}
+    assert by_name["tires"]["failure"] == "RuntimeError: launch failed"
+    assert by_name["tires"]["seconds"] is None
+    assert by_name["steady"]["samples"] == 5 and by_name["steady"]["failure"] is None
+
+
+@pytest.mark.parametrize("call", (1, 2, 4))
+def test_what_costs_the_device_keeps_the_rows_before_it(call, monkeypatch):
+    """A sticky error: whatever runs after it raises the same."""
+    case, calls, ran = make_case(), [], []
+    right = case.contenders["eager"]
+
+    def breaks():
+        calls.append(1)
+        if len(calls) == call:
+            monkeypatch.setattr(common, "is_lost", lambda device: True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right()
+
+    def after():
+        ran.append(1)
+        return right()
+
+    runs = {"first": right, "breaks": breaks, "after": after}
+    rows = measure(case._replace(contenders=runs), repeats=5)
+    by_name = {row["implementation"]: row for row in rows}
+    assert by_name["first"]["seconds"] > 0 and by_name["first"]["failure"] is None
+    assert "illegal memory access" in by_name["breaks"]["failure"]
+    if call == 4:  # in a later round: what was timed until then stands
+        assert by_name["after"]["seconds"] > 0 and by_name["after"]["samples"] == 2
+    else:
+        assert not ran and by_name["after"]["failure"] == "not run: breaks cost the device"
+    table(rows)
+
+
+def test_a_floor_that_fails_leaves_times():
+    def broken():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = measure(make_case()._replace(floor=("copy", broken)), repeats=2)
+    assert rows[0]["failure"] == "out of memory" and rows[1]["seconds"] > 0
+    assert rows[1]["times_floor"] is None and rows[1]["of_copy_bandwidth"] is None
+    assert "| out of memory |" in table(rows)
+
+
+DIES = """
+import os, signal, sys
+import benchmarks.token_loss as operator
+from benchmarks.__main__ import main
+
+make = operator.our_steps
+
+def dying(logits, device):
+    steps = make(logits, device)
+    steps["em_kernels inplace, with a copy"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    return steps
+
+operator.our_steps, operator.peers = dying, lambda **options: ({}, {})
+small = ["token_loss", "--quick", "--n", "4", "--v", "50", "--dtype", "float32", "--rows"]
+main(small + sys.argv[1:])
+"""
+
+
+def test_a_process_that_is_killed_has_printed_and_saved_what_it_measured(tmp_path):
+    command = [sys.executable, "-c", DIES, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    printed = read_rows(done.stdout)["rows"]
+    assert [row["implementation"] for row in printed] == ["copy of the logits", "em_kernels"]
+    assert printed[1]["seconds"] > 0 and printed[1]["error"] < 1e-3
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["rows"] == printed
+
+
+def test_what_was_asked_for_and_is_nowhere_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(token_loss, "peers", lambda **options: ({}, {"TRL": "is not installed"}))
+    small = ["token_loss", "--quick", "--n", "4", "--v", "50", "--dtype", "float32"]
+    main([*small, "--out", str(tmp_path), "--only", "em_kernels triton", "eagr"])
+    said = capsys.readouterr().out
+    assert "em_kernels triton is left out: " in said and "eagr is left out: no table has it" in said
+    assert "TRL is left out" not in said
+    assert read_rows(said)["left_out"].keys() == {"em_kernels triton", "eagr"}

@@ -89,8 +89,38 @@ def test_an_older_nvcc_leaves_out_what_it_does_not_know(monkeypatch):
     assert str(Architectures.wanted({"75", "80", "90"})) == "sm_80 sm_90 compute_90"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert Architectures.wanted({"90"}).flags() == ["-gencode=arch=compute_90a,code=sm_90a"]
-    with pytest.raises(CudaBuildError, match="knows none of 90a"):
-        Architectures.wanted({"80"})
+    with pytest.raises(CudaBuildError, match="knows none of 90a, and nothing newer than 80; inst"):
+        Architectures.wanted({"75", "80"})
+
+
+def test_an_architecture_asked_for_is_not_left_out_in_silence(monkeypatch, capsys):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    Architectures.wanted({"80", "90"})
+    assert capsys.readouterr().err == ""  # nobody asked for 10.0
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;12.0a+PTX")
+    assert str(Architectures.wanted({"80", "90"})) == "sm_90"
+    assert "does not know sm_120a, which is left out; it knows nothing newer than 90" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    (
+        ("TORCH_CUDA_ARCH_LIST", "hopper!", "'hopper!' is not understood"),
+        ("TORCH_CUDA_ARCH_LIST", "7.0 7.5", "names nothing of 8.0 or newer"),
+        ("TORCH_CUDA_ARCH_LIST", "12.0", "nothing newer than 90; install a newer CUDA toolkit"),
+        ("MAX_JOBS", "many", "MAX_JOBS must be a number of processes, got 'many'"),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a number of processes, got '0'"),
+    ),
+)
+def test_what_the_environment_asks_for_in_vain_is_the_reason(
+    name, value, said, toolkit, project, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CudaBuildError) as raised:
+        cuda_build.build_module(tmp_path / "_cuda.so")
+    assert said in str(raised.value)
 
 
 def test_without_nvcc_the_reason_says_what_to_do(tmp_path, monkeypatch):
@@ -288,8 +318,10 @@ def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
         _choice.backend("cuda", torch.device("cuda", 0))
 
 
-def test_triton_without_a_c_compiler_is_told(on_a_gpu, monkeypatch):
+def test_triton_without_a_c_compiler_is_told(on_a_gpu, tmp_path, monkeypatch):
     on_a_gpu((9, 0))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(_choice.sysconfig, "get_path", lambda *names: str(tmp_path))
     pretended = SimpleNamespace(interpreted=False)
     monkeypatch.setitem(sys.modules, "em_kernels.triton", pretended)
     monkeypatch.delenv("CC", raising=False)
@@ -298,6 +330,7 @@ def test_triton_without_a_c_compiler_is_told(on_a_gpu, monkeypatch):
     assert all("C compiler" in _choice.why_not("triton", device) for device in (None, gpu))
     assert "its tensors must be on a GPU" in _choice.why_not("triton", torch.device("cpu"))
     monkeypatch.setenv("CC", "tcc")
+    monkeypatch.setattr(_choice.shutil, "which", {"tcc": "/opt/tcc"}.get)
     assert _choice.why_not("triton", gpu) is None
     monkeypatch.delenv("CC")
     pretended.interpreted = True

@@ -328,6 +328,22 @@ def test_rows_are_read_up_to_where_the_stage_was_stopped():
     assert read_rows("Traceback")["problem"] == "nothing was measured"
 
 
+def test_of_the_rows_of_one_implementation_the_last_counts():
+    early, late = row(samples=1, seconds=0.02), row(samples=9)
+    text = "\n".join(map(json.dumps, [early, row(implementation="TRL", samples=1), late]))
+    assert read_rows(text)["rows"] == [late, row(implementation="TRL", samples=1)]
+
+
+def test_a_floor_alone_is_no_measurement_and_a_wrong_result_is_said():
+    floor = row(implementation="copy of the logits", error=None)
+    assert read_rows(json.dumps(floor))["problem"] == "nothing was measured"
+    wrong = row(implementation="em_kernels cuda", seconds=None, failure="wrong")
+    text = "\n".join(map(json.dumps, [floor, wrong]))
+    assert read_rows(text)["problem"] == "em_kernels cuda: wrong"
+    peer = row(implementation="Liger", seconds=None, failure="out of memory")
+    assert "problem" not in read_rows("\n".join(map(json.dumps, [row(), peer])))
+
+
 # Benchmarks that fail on a GPU
 
 
