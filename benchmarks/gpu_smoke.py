@@ -300,12 +300,17 @@ def graph_of_logits(impl: str):
 
 
 def graph_of_hidden(impl: str):
-    hidden, weight, _ = draw_hidden(512, 256, 8192, torch.bfloat16)
-    other = torch.randn_like(hidden)
+    ones = torch.ones(512, device=DEVICE)
+    hidden, weight, target = draw_hidden(512, 256, 8192, torch.bfloat16)
+    other, target[::5] = torch.randn_like(hidden), -100
 
     def function():
         loss = linear_entropy_loss(hidden, weight, impl=impl)
-        return loss, *torch.autograd.grad(loss, (hidden, weight))
+        stats = linear_softmax_stats(hidden, weight, target, impl=impl)
+        weighed = linear_token_loss(hidden, weight, target, logprob_weight=-ones, impl=impl)
+        values = loss, (stats.logprob + stats.entropy).sum(), weighed.loss
+        grads = [g for v in values for g in torch.autograd.grad(v, (hidden, weight))]
+        return *values, *grads
 
     def change():
         with torch.no_grad():

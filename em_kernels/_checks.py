@@ -19,6 +19,7 @@ from em_kernels._masks import nonzero
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NEVER_IGNORED = -(1 << 62)  # an `ignore_index` that no target is
 DEFAULT_OUTPUTS = ("logprob", "entropy")
 
 
@@ -136,6 +137,8 @@ def make_spec(
         valid_vocab=_valid_vocab(valid_vocab, vocab, group),
         group=check_group(group),
         numbers=row_numbers,
+        # The ranks of a group wait for each other anyway.
+        compact=mask is not None or group is not None,
     )
 
 
@@ -166,7 +169,7 @@ def row_mask(
     if mask is not None:
         check_rows("mask", mask, x)
         mask = nonzero("mask", mask)
-    if target is None:
+    if target is None or ignore_index == NEVER_IGNORED:
         return mask
     counted = target != ignore_index
     return counted if mask is None else mask & counted

@@ -2,12 +2,12 @@
 
 Forward is one matrix product, backward three (the logits again, dX, dW); where the loss weights
 are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
-out before the first product. The gradient of a chunk takes the place of its logits: float32 logits
-of 16-bit operands are narrowed there where the backend can, and the products read it from there.
-Where it makes fewer chunks (`_cut`), the narrow gradient of a chunk has memory of its own, and
-the logits of some of its rows at a time lie where dW will be. dW and db are summed over chunks in
-float32 (float64 for float64) and rounded once; the terms of both are the gradient rounded to the
-dtype of `hidden`.
+out before the first product, or multiplied as zeros where finding them would wait (`_rows`). The
+gradient of a chunk takes the place of its logits: float32 logits of 16-bit operands are narrowed
+there where the backend can, and the products read it from there. Where it makes fewer chunks
+(`_cut`), the narrow gradient of a chunk has memory of its own, and the logits of some of its rows
+at a time lie where dW will be. dW and db are summed over chunks in float32 (float64 for float64)
+and rounded once; the terms of both are the gradient rounded to the dtype of `hidden`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels import _products
+from em_kernels import _products, _rows
 from em_kernels._columns import BLOCK, kept_columns
 from em_kernels._cut import LOGIT_BYTES, Cut, cut_rows, row_stride, spare_rows
+from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
 from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
 
@@ -67,19 +68,12 @@ class Rows(NamedTuple):
     def counted(
         cls,
         linear: Linear,
-        mask: Tensor | None,
+        index: Tensor | None,
         backend: ModuleType,
         needs: Needs | None = None,
     ) -> Rows:
-        """The rows where `mask` is set; finding their number waits for the device, once a call.
-
-        `needs` is None for statistics alone.
-        """
-        index, count = None, linear.hidden.shape[0]
-        if mask is not None:
-            kept = mask.nonzero()[:, 0]
-            if kept.shape[0] < count:
-                index, count = kept, kept.shape[0]
+        """The rows of `index`, cut into chunks; `needs` is None for statistics alone."""
+        count = linear.hidden.shape[0] if index is None else index.shape[0]
         width = _width(linear, _widest(linear, backend))
         size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
         spare = None if needs is None else _spare_rows(linear, backend, needs)
@@ -105,8 +99,7 @@ class Chunk(NamedTuple):
         self, linear: Linear, spec: RowSpec
     ) -> Iterator[tuple[Tensor | slice, Tensor, RowSpec, Tensor]]:
         """(rows, their logits, their spec, where their gradient goes), S rows at a time."""
-        weight, spec = linear.weight[: spec.valid_vocab], spec._replace(mask=None)
-        count = self.x.shape[0]
+        weight, count = linear.weight[: spec.valid_vocab], self.x.shape[0]
         for start in range(0, count, self.logits.shape[0]):
             own = slice(start, min(start + self.logits.shape[0], count))
             logits = self.logits[: own.stop - start]
@@ -125,7 +118,8 @@ def stats(
     linear: Linear, spec: RowSpec, outputs: tuple[str, ...], backend: ModuleType
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product."""
-    rows = Rows.counted(linear, spec.mask, backend)
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    rows = Rows.counted(linear, index, backend)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     for chunk in _chunks(linear, spec, rows, backend):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
@@ -143,7 +137,8 @@ def grad(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
-    rows = Rows.counted(linear, spec.mask, backend, needs)
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    rows = Rows.counted(linear, index, backend, needs)
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
@@ -162,7 +157,8 @@ def loss(
     backend: ModuleType,
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
-    rows = Rows.counted(linear, spec.mask, backend, needs)
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    rows = Rows.counted(linear, index, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
@@ -188,7 +184,9 @@ class _Gradients:
         rows: Rows,
     ):
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.upstream = upstream
+        self.upstream = _counted(upstream, spec.mask)
+        # Finding the columns waits for the device: a captured graph multiplies them all.
+        self.filter_eps = None if _rows.is_capturing(linear.hidden) else needs.filter_eps
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
         several = rows.count > rows.cut.chunk
@@ -196,7 +194,7 @@ class _Gradients:
         # Until `finish` the logits lie there.
         self.rounded = weight.new_empty(weight.shape) if early else None
         # The first chunk overwrites it: zeros would only cost the page faults.
-        self.started = needs.filter_eps is not None
+        self.started = self.filter_eps is not None
         make = torch.empty if rows.count and not self.started else torch.zeros
         # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
         self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
@@ -215,9 +213,9 @@ class _Gradients:
         valid = self.spec.valid_vocab
         if self.needs.bias:
             self.bias[:valid] += gradient.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
-        if self.needs.filter_eps is not None:
+        if self.filter_eps is not None:
             upstream = _pick(self.upstream, chunk.rows)
-            kept = kept_columns(gradient, upstream, self.needs.filter_eps)
+            kept = kept_columns(gradient, upstream, self.filter_eps)
         if kept is None:
             self._add_all(chunk, gradient.to(chunk.x.dtype), self.linear.weight[:valid])
         elif len(kept):
@@ -250,6 +248,8 @@ class _Gradients:
             self.hidden[chunk.rows] = wide.to(x.dtype)
 
     def finish(self) -> list[Tensor]:
+        if self.spec.mask is not None and self.needs.hidden:
+            self.hidden.masked_fill_(~self.spec.mask[:, None], 0)  # 0 times an inf of the weight
         if self.rounded is None:
             weight = self.weight.to(self.linear.weight.dtype)
         else:
@@ -281,6 +281,8 @@ def _chunks(
         gradient = room_for_gradient(logits, hidden.dtype, backend)
     for part in rows.chunks():
         x = hidden[part]
+        if spec.mask is not None:
+            x = torch.where(spec.mask[part, None], x, 0)
         yield Chunk(part, x, logits, gradient[: x.shape[0]])
 
 
@@ -331,3 +333,10 @@ def _pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
 
 def _pick(upstream: Upstream, rows: Tensor | slice) -> Upstream:
     return Upstream(*(None if g is None else g[rows] for g in upstream))
+
+
+def _counted(upstream: Upstream, mask: Tensor | None) -> Upstream:
+    """0 where the mask is."""
+    if mask is None:
+        return upstream
+    return Upstream(*(None if g is None else torch.where(mask, g, 0) for g in upstream))

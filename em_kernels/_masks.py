@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels import _rows
+
 _RULE = (
     "must be bool, integer or a floating 0 or 1: it only says which tokens count; weigh them by "
     "entropy_weight, logprob_weight, the advantage or the loss itself"
@@ -26,7 +28,7 @@ def nonzero(name: str, mask: Tensor) -> Tensor:
 def _zero_or_one(mask: Tensor, name: str) -> Tensor:
     counted = mask != 0
     good = counted == mask
-    if mask.device.type == "cuda":
+    if not _rows.is_free_to_look(mask):
         torch._assert_async(good.all(), f"{name} {_RULE}")
     elif not good.all():
         raise ValueError(f"{name} {_RULE}; got {mask[~good][0].item()!r}")

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from em_kernels import _chunks, _vocab_parallel
+from em_kernels import _chunks, _rows, _vocab_parallel
 from em_kernels._choice import backend, serves, why_not
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
@@ -34,7 +34,8 @@ from em_kernels._vocab_parallel import VocabParallel
 
 _SPEC = (
     "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers"
+    "float softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, "
+    "bool compact, Tensor? index"
 )
 _SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
 _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
@@ -141,7 +142,7 @@ def _all_reduce(x: Tensor, group: str) -> list[Tensor]:
 
 def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
     """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to the kernel."""
-    if x.device.type == "cpu" and impl != "triton":
+    if _rows.is_free_to_look(x) and impl != "triton":
         if factor.item() != 1:
             x.mul_(factor)
     elif impl != "reference" and serves("triton", x.device):
@@ -228,14 +229,14 @@ def _checked(spec: RowSpec) -> RowSpec:
     """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
     the kernels answer a target out of range or a non-positive temperature with NaN."""
     spec = flatten_spec(spec)
-    if spec.target is not None and spec.target.device.type == "cpu":
+    if spec.target is not None and _rows.is_free_to_look(spec.target):
         _check_rows(
             (spec.target >= 0) & (spec.target < spec.valid_vocab),
             spec,
             "target",
             f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)",
         )
-    if spec.temperature_rows is not None and spec.temperature_rows.device.type == "cpu":
+    if spec.temperature_rows is not None and _rows.is_free_to_look(spec.temperature_rows):
         rows = spec.temperature_rows
         _check_rows((rows > 0) & rows.isfinite(), spec, "temperature_rows", "positive and finite")
     return spec

@@ -56,6 +56,8 @@ class RowSpec(NamedTuple):
 
     A row is computed where `mask` is True (everywhere if None). `mask` already holds
     `target != ignore_index`, so a target is read only in computed rows.
+
+    Backends get the fields before `group`.
     """
 
     bias: Tensor | None = None  # (V,)
@@ -66,8 +68,10 @@ class RowSpec(NamedTuple):
     softcap: float = 0.0  # 0 means none
     logit_scale: float = 1.0
     valid_vocab: int = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
-    group: str | None = None  # name of the vocabulary-parallel process group; not for backends
-    numbers: Tensor | None = None  # see `Numbers`; not for backends
+    group: str | None = None  # name of the vocabulary-parallel process group
+    numbers: Tensor | None = None  # see `Numbers`
+    compact: bool = True  # rows may be looked for though that waits for the device; see `_rows`
+    index: Tensor | None = None  # (K,) int64, where `mask` is True, if that was looked for
 
 
 class Numbers(NamedTuple):
@@ -99,6 +103,11 @@ class Upstream(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def for_backend(spec: RowSpec) -> tuple:
+    """The fields that a backend gets."""
+    return spec[: spec._fields.index("group")]
 
 
 def read_numbers(spec: RowSpec) -> RowSpec:

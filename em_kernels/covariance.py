@@ -2,7 +2,7 @@
 
 Everything is over the tokens of the whole batch that is passed in (and, with `group`, of every
 rank's): thresholds taken per micro-batch select other tokens, and more of them. Without `group`
-nothing here waits for the device.
+nothing here waits for the device, but for `linear_token_covariance` with a mask.
 
 A trainer that works in micro-batches does it in two phases. First it collects the scalars of every
 token of one optimiser update, without gradient, and selects once; then it trains:
@@ -83,8 +83,9 @@ def linear_token_covariance(
 ) -> Tensor:
     """`token_covariance` with logprob of softmax(hidden @ weight.T), without all the logits.
 
-    Tokens whose target is `ignore_index` do not count. Further arguments (bias, temperature,
-    softcap, logit_scale, valid_vocab, impl, chunk_tokens, logits_dtype) as in
+    Tokens whose target is `ignore_index` do not count. On a GPU a `mask` is looked at, which waits
+    for the device: tokens where it is 0 are left out of the product. Further arguments (bias,
+    temperature, softcap, logit_scale, valid_vocab, impl, chunk_tokens, logits_dtype) as in
     `linear_softmax_stats`; `group` is the data-parallel group of `token_covariance`, `vocab_group`
     the vocabulary-parallel one that `linear_softmax_stats` calls `group`.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from em_kernels import _C
-from em_kernels._spec import RowSpec, Saved, Upstream
+from em_kernels._spec import RowSpec, Saved, Upstream, for_backend
 
 isa_levels = _C.isa_levels  # instruction sets compiled and usable here, best first
 get_isa = _C.get_isa
@@ -19,19 +19,19 @@ set_isa = _C.set_isa
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V)."""
-    return _C.stats(logits, *spec[:-2], outputs)
+    return _C.stats(logits, *for_backend(spec), outputs)
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
     """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
-    _C.grad(logits, *spec[:-2], *saved, *upstream, out)
+    _C.grad(logits, *for_backend(spec), *saved, *upstream, out)
 
 
 def loss(
     logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
 ) -> list[Tensor]:
     """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
-    return _C.loss(logits, *spec[:-2], *upstream, outputs, out)
+    return _C.loss(logits, *for_backend(spec), *upstream, outputs, out)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,8 @@ class EntropyDescent:
     unlikely ones; their order stays. A row at or below the threshold is returned as it came. A
     masked logit (-inf) stays masked; a row with NaN, +inf or no finite logit is left alone.
 
+    On a GPU each step waits for the device, to see whether it was the last.
+
     Args:
         threshold: nats, >= 0.
         steps: at most so many, each one pass over the scores.
@@ -72,7 +74,8 @@ class AdaptiveTemperature:
         T solves H(softmax(z / T)) = max(threshold, ratio * H)   where H > threshold
 
     H rises with T, so T is found by halving the interval. Rows at or below the threshold keep
-    T = 1; where even the minimum leaves more entropy than wanted (ties), T is the minimum.
+    T = 1; where even the minimum leaves more entropy than wanted (ties), T is the minimum. On a GPU
+    a call waits for the device once, to see whether there is a row above.
 
     Args:
         threshold: nats, >= 0: the least entropy to leave.

@@ -15,6 +15,7 @@ from em_kernels._checks import (
 )
 from em_kernels._dtensor import local_operands
 from em_kernels._ops import call, differentiate
+from em_kernels._rows import with_index
 from em_kernels._second_order import differentiable, statistic_sum
 from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
 from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
@@ -44,14 +45,20 @@ def linear_softmax_stats(
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
     z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
-    the arguments not named here as in `softmax_stats`. Masked and ignored rows are left out of the
-    products. Forward costs one matrix product, backward up to three more (the logits again, dX,
-    dW); a frozen `hidden` or `weight` (requires_grad=False) costs neither its product nor memory.
+    the arguments not named here as in `softmax_stats`. Forward costs one matrix product, backward
+    up to three more (the logits again, dX, dW); a frozen `hidden` or `weight` (requires_grad=False)
+    costs neither its product nor memory.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
         bias: (V,) or None; added in float32.
+        mask: as in `softmax_stats`. On a GPU rows are left out of the products only where a mask
+            is given: finding them waits for the device, once for forward and backward. Rows left
+            out by `ignore_index` alone (or, in a loss, by a weight of 0) are multiplied, and
+            answered with zeros: mask=target != ignore_index leaves them out. While a CUDA graph is
+            captured all rows are multiplied. On a CPU, and with `group`, all that do not count are
+            left out.
         group: as in `softmax_stats`: `weight` and `bias` are this rank's rows of the vocabulary,
             `hidden` is the same on every rank and its gradient is summed over the ranks, once. A
             weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
@@ -75,9 +82,10 @@ def linear_softmax_stats(
             the columns left out,
                 |dX_i - exact| <= filter_eps w sum_{v in L} |weight_v|       for every token i
                 |dW_v - exact| <= filter_eps sum_chunks w sum_i |hidden_i|   for every column v
-            entry by entry and to rounding; statistics and the gradient of `bias` stay exact. It
-            pays where rows are peaked; a row spread over many more than 1 / filter_eps words can
-            lose its whole gradient.
+            entry by entry and to rounding; statistics and the gradient of `bias` stay exact.
+            Finding the columns waits for the device, once a chunk, and is left out while a CUDA
+            graph is captured. It pays where rows are peaked; a row spread over many more than 1 /
+            filter_eps words can lose its whole gradient.
         fuse_product: True multiplies and reduces in one Triton kernel, which keeps no logits at
             all, only about 12 bytes a token for every 1024 entries of the vocabulary; the logits
             are never rounded. Without gradients only, and without `group`, `chunk_tokens` and
@@ -187,6 +195,7 @@ class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
         *spec, outputs, chunk_tokens, logits_dtype, impl, fused, filter_eps = args
+        spec = with_index(RowSpec(*spec))
         ctx.filter_eps = filter_eps
         ctx.cut = (chunk_tokens, logits_dtype, impl)
         if fused:
@@ -194,7 +203,7 @@ class _LinearStats(torch.autograd.Function):
         else:
             rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut)
         mark_rows(ctx, outputs, rows)
-        save_call(ctx, (hidden, weight), RowSpec(*spec), rows)
+        save_call(ctx, (hidden, weight), spec, rows)
         ctx.outputs = outputs
         return tuple(rows)
 

@@ -11,6 +11,8 @@ from em_kernels._ops import call, differentiate
 from em_kernels._second_order import differentiable, statistic_sum
 from em_kernels._spec import DIFFERENTIABLE, RowSpec, Saved, TokenStats, row_tensors
 
+_TENSORS = ("bias", "target", "mask", "temperature_rows", "numbers", "index")  # of a RowSpec
+
 
 def softmax_stats(
     logits: Tensor,
@@ -50,13 +52,15 @@ def softmax_stats(
         logit_scale: non-zero factor on the logits.
         ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
         mask: (...) bool or numeric; rows where it is 0 are treated the same way. It does not weigh:
-            a floating mask that holds anything but 0 and 1 is an error.
+            a floating mask that holds anything but 0 and 1 is an error. Nothing waits for the
+            device to look at it.
         valid_vocab: only the first `valid_vocab` entries of a row count (a padded vocabulary).
         group: torch.distributed process group between whose ranks the vocabulary is cut. `logits`
             are then this rank's entries, in the order of the ranks and as many as it has, be it
             none; target and valid_vocab count in the whole vocabulary. Everything else, and the
-            upstream gradients, must be the same on every rank, and so are the results, bit for
-            bit. Logits that are a DTensor sharded on the vocabulary bring their own group.
+            upstream gradients, must be the same on every rank, and so are the results, bit for bit.
+            The ranks compare what they were given, which waits for the device. Logits that are a
+            DTensor sharded on the vocabulary bring their own group.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -111,15 +115,16 @@ def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
 
 def save_call(ctx, inputs: tuple[Tensor, ...], spec: RowSpec, rows: list[Tensor]) -> None:
     """Keep the inputs, the spec and the operator's `Saved` for `saved_call`."""
-    ctx.scalars = spec[4:-1]
-    ctx.save_for_backward(*inputs, *spec[:4], spec.numbers, *rows[:3])
+    ctx.spec = spec._replace(**dict.fromkeys(_TENSORS))
+    ctx.save_for_backward(*inputs, *(getattr(spec, name) for name in _TENSORS), *rows[:3])
 
 
 def saved_call(ctx) -> tuple[list[Tensor], RowSpec, tuple[Tensor, ...]]:
     """(inputs, spec, `Saved`) of the call, in its backward pass."""
-    tensors = ctx.saved_tensors
-    spec = RowSpec(*tensors[-8:-4], *ctx.scalars, tensors[-4])
-    return tensors[:-8], spec, tensors[-3:]
+    *tensors, top, log1p_r, mean_d = ctx.saved_tensors
+    count = len(tensors) - len(_TENSORS)
+    spec = ctx.spec._replace(**dict(zip(_TENSORS, tensors[count:])))
+    return tensors[:count], spec, (top, log1p_r, mean_d)
 
 
 def upstream_of(outputs: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ vocabulary is kept or computed twice.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -136,9 +137,10 @@ def linear_token_loss(
     """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
 
     Args: as in `token_loss` and `linear_softmax_stats` (the upstream gradients of `filter_eps` are
-    the weights here). Memory beyond inputs and gradients: the
-    logits of `chunk_tokens` rows and, for 16-bit weights cut into several chunks, one float32
-    accumulator of the weight's shape.
+    the weights here). On a GPU rows are left out of the products only where a `mask` is given,
+    which waits for the device, once; `mask=target != ignore_index` leaves out the ignored. Memory
+    beyond inputs and gradients: the logits of `chunk_tokens` rows and, for 16-bit weights cut into
+    several chunks, one float32 accumulator of the weight's shape.
 
     Returns, raises: as `token_loss`.
     """
@@ -198,9 +200,8 @@ def entropy_loss(
     Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
     check_logits(logits, empty=kwargs.get("group") is not None)
-    weight = _reduction_weight(logits, mask, reduction)
-    loss = token_loss(logits, entropy_weight=weight, temperature=temperature, outputs=(), **kwargs)
-    return loss.loss
+    kwargs = dict(temperature=temperature, outputs=(), **kwargs)
+    return token_loss(logits, **_reduced(logits, mask, reduction), **kwargs).loss
 
 
 def linear_entropy_loss(
@@ -215,20 +216,13 @@ def linear_entropy_loss(
 ) -> Tensor:
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
 
+    Rows where a `mask` is 0 are left out of them; on a GPU finding the others waits for the device.
     Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
     group, allreduce_dgrad, impl) as in `linear_token_loss`.
     """
     check_logits(hidden, "hidden")
-    loss = linear_token_loss(
-        hidden,
-        weight,
-        bias=bias,
-        entropy_weight=_reduction_weight(hidden, mask, reduction),
-        temperature=temperature,
-        outputs=(),
-        **kwargs,
-    )
-    return loss.loss
+    kwargs = dict(bias=bias, temperature=temperature, outputs=(), **kwargs)
+    return linear_token_loss(hidden, weight, **_reduced(hidden, mask, reduction), **kwargs).loss
 
 
 class EntropyLoss(nn.Module):
@@ -259,31 +253,43 @@ class LinearEntropyLoss(EntropyLoss):
 def _weigh(
     x: Tensor, spec: RowSpec, entropy_weight: Tensor | None, logprob_weight: Tensor | None
 ) -> tuple[list[Tensor | None], RowSpec]:
-    """Check the weights; return them in Upstream order, with weightless rows masked out."""
+    """Check the weights; return them in Upstream order, with weightless rows masked out.
+
+    The weight of a `_Reduction` is 0 in no row of the mask.
+    """
     if entropy_weight is None and logprob_weight is None:
         raise ValueError("entropy_weight or logprob_weight must be given, got None for both")
     if logprob_weight is not None and spec.target is None:
         raise ValueError("logprob_weight needs a target, got target=None")
-    wide = accumulate_dtype(x.dtype)
-    weights, weighted = [], None
+    reduced = isinstance(entropy_weight, _Reduction)
+    if reduced:
+        (entropy_weight,) = entropy_weight
+    weights, mask = [], spec.mask
     for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
         if weight is not None:
             check_rows(name, weight, x)
             if weight.requires_grad:
                 raise ValueError(f"{name} must not require grad: it is a constant; detach it")
-            weight = weight.to(wide)
-            weighted = weight != 0 if weighted is None else weighted | (weight != 0)
+            weight = weight.to(accumulate_dtype(x.dtype))
         weights.append(weight)
-    mask = weighted if spec.mask is None else spec.mask & weighted
+    if not reduced:
+        weighted = functools.reduce(torch.logical_or, (w != 0 for w in weights if w is not None))
+        mask = weighted if mask is None else mask & weighted
     return [*weights, None], spec._replace(mask=mask)
 
 
-def _reduction_weight(x: Tensor, mask: Tensor | None, reduction: str | float) -> Tensor:
-    """The weight of every token in the reduced loss: 0 where it is masked, which masks it."""
-    counted = row_mask(x, None, 0, mask)
-    if counted is None:
-        counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    return reduction_weight(counted.to(accumulate_dtype(x.dtype)), reduction)
+class _Reduction(NamedTuple):
+    """The weight of every token in a reduced loss."""
+
+    weight: Tensor
+
+
+def _reduced(x: Tensor, mask: Tensor | None, reduction: str | float) -> dict:
+    """The arguments of `token_loss` that make it the reduced entropy."""
+    mask = row_mask(x, None, 0, mask)
+    counted = torch.ones(x.shape[:-1], device=x.device) if mask is None else mask
+    weight = reduction_weight(counted.to(accumulate_dtype(x.dtype)), reduction)
+    return {"entropy_weight": _Reduction(weight), "mask": mask}
 
 
 def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:

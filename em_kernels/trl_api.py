@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from em_kernels._checks import NEVER_IGNORED
 from em_kernels.softmax_stats import softmax_stats
 
 
@@ -29,6 +30,3 @@ def selective_log_softmax_and_entropy(
         logits, index, temperature=temperature, mask=row_mask, ignore_index=NEVER_IGNORED
     )
     return stats.logprob, stats.entropy
-
-
-NEVER_IGNORED = -(1 << 62)

@@ -18,7 +18,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels._ops import _OPERATORS
-from em_kernels._spec import OUTPUTS
+from em_kernels._spec import OUTPUTS, RowSpec
 
 pytestmark = pytest.mark.parametrize("impl", FAST_IMPLS)
 N, V, D = 4, 37, 8
@@ -29,13 +29,14 @@ def spec(device, bias=None):
     mask = torch.tensor([True, False, True, True], device=device)
     temperature = 0.5 + torch.rand(N, device=device)
     target = random_target(N, vocab=V - 2, device=device)
-    return bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, None, None
+    index = torch.tensor([0, 2, 3], device=device)
+    return RowSpec(bias, target, mask, temperature, 1.0, 5.0, 0.9, V - 2, index=index)
 
 
 def with_numbers(spec):
     """The same, its numbers in a tensor."""
     numbers = torch.tensor([1.0, 5.0, 0.9, 1e-3], dtype=torch.float64)
-    return *spec[:4], 0.1, 0.2, 0.3, *spec[7:9], numbers
+    return spec._replace(temperature=0.1, softcap=0.2, logit_scale=0.3, numbers=numbers)
 
 
 def operator_arguments(name, dtype, device, impl):
@@ -76,10 +77,11 @@ def test_opcheck_of_what_requires_grad_and_of_numbers_in_a_tensor(impl, device, 
     operator = getattr(torch.ops.em_kernels, name).default
     arguments = list(operator_arguments(name, torch.float32, device, impl))
     begin = 1 + name.startswith("linear")
+    end = begin + len(RowSpec._fields)
     expected = operator(*arguments)
-    arguments[begin : begin + 10] = with_numbers(arguments[begin : begin + 10])
+    arguments[begin:end] = with_numbers(RowSpec(*arguments[begin:end]))
     if name == "linear_loss":
-        arguments[begin + 16] = None  # filter_eps
+        arguments[end + 6] = None  # filter_eps
     for ours, theirs in zip(operator(*arguments), expected, strict=True):
         assert same_bits(ours, theirs)
     for tensor in arguments[:begin]:
@@ -94,7 +96,7 @@ def test_opcheck_of_what_requires_grad_and_of_numbers_in_a_tensor(impl, device, 
 def test_opcheck_without_the_optional_arguments(impl, device, name):
     logits, hidden = random_logits(N, V, device=device), random_logits(N, D, device=device)
     weight, ones = random_logits(V, D, device=device), torch.ones(N, device=device)
-    plain = (None, None, None, None, 1.0, 0.0, 1.0, V, None, None)
+    plain = RowSpec(valid_vocab=V, compact=False)
     saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False, None)
     arguments = {
         "softmax_stats": (logits, *plain, ("entropy",), impl),

@@ -19,7 +19,7 @@ from helpers import (
 )
 
 from em_kernels import linear_softmax_stats, softmax_stats
-from em_kernels._spec import OUTPUTS
+from em_kernels._spec import OUTPUTS, RowSpec
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 EACH_IMPL = pytest.mark.parametrize("impl", IMPLS)
@@ -254,7 +254,7 @@ def test_what_is_frozen_costs_no_product_and_no_memory(impl, device, trained, pr
 @FAST_IMPL
 def test_gradients_that_are_not_needed_are_not_allocated(impl, device):
     hidden, weight, bias, _ = make_inputs(5, device=device, bias=True)
-    spec = (bias, None, None, None, 1.0, 0.0, 1.0, 331, None, None)
+    spec = RowSpec(bias, valid_vocab=331)
     rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, (), None, None, impl)
     needs = (True, False, False, None)
     upstream = (None, torch.ones(5, device=device), None)

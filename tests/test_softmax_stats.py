@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
-from em_kernels._spec import OUTPUTS, as_rows
+from em_kernels._spec import OUTPUTS, RowSpec, as_rows
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
@@ -252,9 +252,8 @@ def test_only_what_is_asked_for_is_computed(impl, device):
         "lse",
         "collision",
     }
-    rows = torch.ops.em_kernels.softmax_stats(
-        x, None, None, None, None, 1.0, 0.0, 1.0, 50, None, None, ("lse",), impl
-    )
+    spec = RowSpec(valid_vocab=50)
+    rows = torch.ops.em_kernels.softmax_stats(x, *spec, ("lse",), impl)
     assert len(rows) == 4
 
 

@@ -99,7 +99,8 @@ def apply_em_kernels(model):
     the shift is done here) position t is scored against labels[t + 1]; where that is -100, and at
     the last position, the statistics are exact zeros and cost nothing. `shift_labels`, already
     shifted, take the place of `labels` if given. Without either, `entropy` and whatever needs no
-    target is computed at all positions that `attention_mask` keeps.
+    target is computed at all positions that `attention_mask` keeps. On a GPU looking for the
+    positions that count waits for the device, once for forward and backward.
 
     A patched model takes, by name:
         em_outputs: names of `TokenStats`; None (default) leaves the call as it was before.
@@ -201,6 +202,7 @@ def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> Loss
             entropy_weight=entropy * weight if entropy else None,
             temperature=temperature,
             outputs=(),
+            mask=target != IGNORED,
         )
         if call is None:
             return token_loss(logits, target, **arguments).loss
@@ -294,11 +296,12 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
     head = gathered_as(read_head(model), hidden.dtype)
     check_dtypes(head, hidden)
     hidden = hidden.to(head.weight.device)
+    target = target if target is None else target.to(hidden.device)
     stats = linear_softmax_stats(
         hidden,
         head.weight,
-        None if target is None else target.to(hidden.device),
-        mask=_attended(kwargs, hidden) if target is None else None,
+        target,
+        mask=_attended(kwargs, hidden) if target is None else target != IGNORED,
         outputs=names if target is None else (*names, "logprob"),
         temperature=temperature,
         ignore_index=IGNORED,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, accumulate_dtype, select_rows
 from em_kernels.triton.elementary import INTERPRETED
 from em_kernels.triton.kernels import put_row, row_constants, transform
@@ -284,12 +285,14 @@ def linear_stats(
     between. float32 operands are multiplied in float32, not in TF32.
     """
     names, wide = (*Saved._fields, *outputs), accumulate_dtype(hidden.dtype)
-    index = None if spec.mask is None else spec.mask.nonzero()[:, 0]
+    index, spec = kept_rows(spec, hidden.shape[0])
     count = hidden.shape[0] if index is None else index.shape[0]
     results = {name: hidden.new_empty(count, dtype=wide) for name in names}
     if count > 0:
         picked = spec if index is None else select_rows(spec, index)
         _launch(hidden, weight, index, count, picked, outputs, Outs(**results))
+    if spec.mask is not None:
+        return [torch.where(spec.mask, value, 0) for value in results.values()]
     if index is None:
         return list(results.values())
     every = [hidden.new_zeros(hidden.shape[0], dtype=wide) for _ in names]
