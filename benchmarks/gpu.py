@@ -1,25 +1,26 @@
 """Everything that needs a GPU in one command: build, tests, benchmarks, and one report of them all.
 
     make gpu                    or: python -m benchmarks.gpu --out gpu-output
-    make gpu STAGES="environment build smoke-triton"
+    make gpu STAGES="smoke cases bench-triton"
 
-Where a command may not run for long, four calls do it all, the most valuable first:
+Where a command may not run for long, three calls do it all, the most valuable first; in each the
+limits of its stages, and of the two that all need, add up to less than SECONDS:
 
-    STAGES="environment build smoke-triton smoke-cuda logits-triton logits-cuda logits-peers"
-    STAGES="build hidden-triton hidden-cuda hidden-peers build-cases cases memcheck racecheck"
-    STAGES="build synccheck hidden-3584-triton hidden-3584-cuda memory-triton memory-cuda"
-    STAGES="build profile-triton profile-cuda tests-cuda tests"
+    STAGES="smoke cases sanitizers memory"
+    STAGES="bench"
+    STAGES="tests profile"
 
-Nothing is downloaded and nothing installed; CUDA is compiled for the GPU that is there, unless
-TORCH_CUDA_ARCH_LIST says otherwise. Each stage is a process of its own with a time limit and a log;
-the report is written anew after every stage, so that what was found is kept whatever happens later.
-The exit code is 0 if every stage did what it should; one whose tool is not there is excused.
+Nothing is downloaded and nothing installed; the wheels that `make gpu-wheels` made are unpacked.
+CUDA is compiled for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Each stage
+is a process of its own with a time limit and a log; the report is written anew after every stage,
+and a benchmark's row is in its log when it is measured, so that what was found is kept whatever
+happens later. The exit code is 0 if every stage did what it should; one whose tool is not there is
+excused.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import signal
@@ -31,21 +32,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import gpu_report
+from benchmarks import gpu_logs, gpu_report, gpu_tests
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 525.0  # for all stages together; with starting and reporting, under nine minutes
 LEAST_SECONDS = 5.0  # with less time left than this a stage is not begun
+MOST_ENDS = 5  # so often a stage that goes on is begun
 LOG_BYTES = 4 << 20  # of a stage's log are kept
 BIG_MEMORY = 64 << 30  # a GPU with as much also runs the tests of more than 2^31 logits
-# Tests of the trainer, not of a kernel: left out where a package or its version is missing.
-NEEDED = {
-    ("matplotlib", 3): ("test_demo.py",),
-    ("transformers", 5): (
-        *("test_cli.py", "test_demo.py", "test_evaluator.py"),
-        *("test_tiny_math.py", "test_trainer*.py"),
-    ),
-}
 
 
 class Stage(NamedTuple):
@@ -58,63 +52,53 @@ class Stage(NamedTuple):
     read: Callable[[str], dict] = lambda text: {}  # "problem": a failure; "refused": unavailable
     needs_gpu: bool = True
     optional: bool = False  # unavailable, not failed, where its program is not installed
+    needs: tuple[str, ...] = ()  # stages that run before it in every call
+    goes_on: bool = False  # takes --from N, and is begun again behind what ended it
 
 
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def left_out_tests() -> dict[str, str]:
-    """Test file -> the package it needs and this machine lacks."""
-    reasons = {}
-    for (package, least), files in NEEDED.items():
-        found = gpu_report.version_of(package)
-        if found is None or int(found.split(".")[0]) < least:
-            reasons.update(dict.fromkeys(files, f"needs {package} {least}, found {found}"))
-    return reasons
-
-
-def read_tests(text: str) -> dict:
-    return {**gpu_report.read_tests(text), "left_out": left_out_tests()}
-
-
-def pytest_command(*which: str) -> list[str]:
-    command = python("-m", "pytest", "-vv", "-rfEs", "--tb=short", "-p", "no:cacheprovider")
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(12, os.cpu_count() or 1))]
-    if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "60", "--timeout-method", "thread"]  # signals do not end a wait
-    command += [f"--ignore-glob=tests/{name}" for name in left_out_tests()]
-    return [*command, *which]
+BUILT, BUILT_CASES = ("environment", "build"), ("environment", "build-cases")
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Stage:
     command = python("-m", "benchmarks", *arguments, "--device", "cuda", "--rows")
-    return Stage(name, seconds, command, "benchmarks.log", gpu_report.read_rows)
+    return Stage(name, seconds, command, "benchmarks.log", gpu_logs.read_rows, needs=BUILT)
 
 
 def smoke(impl: str, seconds: float) -> Stage:
     command = python("-m", "benchmarks.gpu_smoke", impl)
-    return Stage(f"smoke-{impl}", seconds, command, "smoke.log", gpu_report.read_smoke)
+    read, options = gpu_logs.read_smoke, dict(needs=BUILT, goes_on=True)
+    return Stage(f"smoke-{impl}", seconds, command, "smoke.log", read, **options)
 
 
 def profile(impl: str, seconds: float) -> Stage:
-    """What Nsight Compute says of the kernels; some machines do not let it look."""
+    """What Nsight Compute says of the hot kernels; some machines do not let it look."""
     program = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    command = [program, "--clock-control", "none", "--set", "full", "--page", "details"]
-    command += [
-        "-k",
-        "regex:statistics|gradient|loss",
-        *python("-m", "benchmarks.gpu_kernels", impl),
-    ]
-    return Stage(f"profile-{impl}", seconds, command, "cases.log", optional=True)
+    command = [program, "--clock-control", "none", "--csv", "--print-units", "base"]
+    command += ["--metrics", ",".join(gpu_logs.METRICS), "-k", "regex:statistics|gradient|loss"]
+    command += python("-m", "benchmarks.gpu_kernels", impl)
+    read, options = gpu_logs.read_profile, dict(optional=True, needs=BUILT)
+    return Stage(f"profile-{impl}", seconds, command, "profile.log", read, **options)
+
+
+def tests(name: str, seconds: float, which: tuple[str, ...]) -> Stage:
+    command, read = gpu_tests.command(*which), gpu_tests.read
+    return Stage(name, seconds, command, "tests.log", read, needs=BUILT)
+
+
+def cases(name: str, seconds: float, *tool: str, read=gpu_logs.read_cases) -> Stage:
+    options = dict(optional=bool(tool), needs=BUILT_CASES, goes_on=True)
+    return Stage(name, seconds, [*tool, str(CASES)], "cases.log", read, **options)
 
 
 def sanitizer(tool: str, seconds: float) -> Stage:
     """The small cases under one tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [program, "--tool", tool, "--error-exitcode", "1", str(CASES)]
-    return Stage(tool, seconds, command, "cases.log", gpu_report.read_sanitizer, optional=True)
+    command = (program, "--tool", tool, "--error-exitcode", "1")
+    return cases(tool, seconds, *command, read=gpu_logs.read_sanitizer)
 
 
 CASES = ROOT / "build/cuda/cases"
@@ -125,68 +109,102 @@ SHAPE_A = ("--d", "4096", "--v", "131072")  # Liger's published one
 SHAPE_B = ("--d", "3584", "--v", "152064")  # the head of Qwen2.5-7B
 TRITON, CUDA = ("--only", "em_kernels triton"), ("--only", "em_kernels cuda")
 PEERS = ("--only", "eager", "TRL", "Liger", "verl", "torch.compile")
-GPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("softmax_stats", "token_loss", "linear_softmax_stats", "linear_token_loss"),
-        *("edge_rules", "properties", "chunks", "chunk_memory", "cut", "scale", "filter_eps"),
-        *("triton", "triton_launch", "triton_linear", "triton_narrow"),
-        *("covariance", "inference", "compile", "bad_input", "peers", "integrations_peers"),
-    )
-]
-# A CUDA kernel can end a process for good: the tests of the other backends are in another one.
-OF_CUDA = ("-k", "cuda", *GPU_TESTS)
-NOT_OF_CUDA = ("-k", "not cuda", *GPU_TESTS)
-
 REPORT = python("-m", "benchmarks.gpu_report")
 BUILD = python("setup.py", "build_ext", "--inplace", "--parallel", "2")
 BUILD_CASES = python("cuda_build.py", "cases")
+# Limits are about twice what an H200 took: 29 s to build, 47 and 7 to smoke, 14 to 50 a benchmark.
 STAGES = (
-    Stage("environment", 30, REPORT, "build.log", gpu_report.read_environment, False),
-    Stage("build", 150, BUILD, "build.log", gpu_report.read_build, False),
+    Stage("environment", 20, REPORT, "build.log", gpu_logs.read_environment, False),
+    Stage("build", 90, BUILD, "build.log", gpu_logs.read_build, False, needs=("environment",)),
     smoke("triton", 90),
     smoke("cuda", 60),
-    bench("logits-triton", 60, *LOGITS, *TRITON),
-    bench("logits-cuda", 60, *LOGITS, *CUDA),
-    bench("logits-peers", 120, *LOGITS, *PEERS),
-    bench("hidden-triton", 60, *HIDDEN, *SHAPE_A, *TRITON),
-    bench("hidden-cuda", 60, *HIDDEN, *SHAPE_A, *CUDA),
-    bench("hidden-peers", 120, *HIDDEN, *SHAPE_A, *PEERS),
-    Stage("build-cases", 60, BUILD_CASES, "build.log", needs_gpu=False),
-    Stage("cases", 20, [str(CASES)], "cases.log", gpu_report.read_cases),
-    sanitizer("memcheck", 60),
-    sanitizer("racecheck", 60),
-    sanitizer("synccheck", 60),
-    bench("hidden-3584-triton", 60, *HIDDEN, *SHAPE_B, *TRITON),
-    bench("hidden-3584-cuda", 60, *HIDDEN, *SHAPE_B, *CUDA),
+    bench("logits-triton", 40, *LOGITS, *TRITON),
+    bench("logits-cuda", 40, *LOGITS, *CUDA),
+    bench("logits-peers", 70, *LOGITS, *PEERS),
+    bench("hidden-triton", 40, *HIDDEN, *SHAPE_A, *TRITON),
+    bench("hidden-cuda", 45, *HIDDEN, *SHAPE_A, *CUDA),
+    bench("hidden-peers", 85, *HIDDEN, *SHAPE_A, *PEERS),
+    Stage("build-cases", 45, BUILD_CASES, "build.log", needs_gpu=False, needs=("environment",)),
+    cases("cases", 20),
+    sanitizer("memcheck", 30),
+    sanitizer("racecheck", 30),
+    sanitizer("synccheck", 30),
+    bench("hidden-3584-triton", 40, *HIDDEN, *SHAPE_B, *TRITON),
+    bench("hidden-3584-cuda", 50, *HIDDEN, *SHAPE_B, *CUDA),
     bench("memory-triton", 40, *MEMORY, *SHAPE_A, *TRITON),
-    bench("memory-cuda", 40, *MEMORY, *SHAPE_A, *CUDA),
-    profile("triton", 60),
-    profile("cuda", 60),
-    Stage("tests-cuda", 150, pytest_command(*OF_CUDA), "tests.log", read_tests),
-    Stage("tests", 300, pytest_command(*NOT_OF_CUDA), "tests.log", read_tests),
+    bench("memory-cuda", 45, *MEMORY, *SHAPE_A, *CUDA),
+    profile("triton", 45),
+    profile("cuda", 40),
+    tests("tests-cuda", 90, gpu_tests.OF_CUDA),
+    tests("tests-others", 230, gpu_tests.NOT_OF_CUDA),
 )
+# Names that stand for several stages.
+GROUPS = {
+    "smoke": ("smoke-triton", "smoke-cuda"),
+    "sanitizers": ("memcheck", "racecheck", "synccheck"),
+    "bench-triton": ("logits-triton", "hidden-triton", "hidden-3584-triton"),
+    "bench-cuda": ("logits-cuda", "hidden-cuda", "hidden-3584-cuda"),
+    "bench-peers": ("logits-peers", "hidden-peers"),
+    "bench": ("bench-triton", "bench-cuda", "bench-peers"),
+    "memory": ("memory-triton", "memory-cuda"),
+    "profile": ("profile-triton", "profile-cuda"),
+    "tests": ("tests-cuda", "tests-others"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    chosen = [stage for stage in STAGES if stage.name in (options.only or names())]
-    results = run_all(chosen, options.out, options.seconds)
+    results = run_all(chosen(options.only or names()), options.out, options.seconds)
     paths = gpu_report.save(results, options.out)
     print("saved", *paths)
     return 0 if all(result["status"] in ("passed", "unavailable") for result in results) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu",
+        description="Build, test and measure on the GPU of this machine.",
+        epilog=listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-output"), help="folder of the report")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", choices=names(), help=str(names()))
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all stages together (%(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="STAGE",
+        choices=[*names(), *GROUPS],
+        help="stages or groups of them, with what they need; all by default",
+    )
     return parser.parse_args(arguments)
+
+
+def listing() -> str:
+    """The stages in their order, with their limits, and the groups."""
+    stages = [f"  {made.name:20} {made.seconds:4.0f} s" for made in STAGES]
+    groups = [f"  {name:20} {' '.join(members)}" for name, members in GROUPS.items()]
+    return "\n".join(["stages:", *stages, "", "groups:", *groups])
 
 
 def names() -> list[str]:
     return [stage.name for stage in STAGES]
+
+
+def chosen(asked: list[str]) -> list[Stage]:
+    """The stages and those of the groups, with all that they need, in the order of STAGES."""
+    wanted = {name for each in asked for name in members(each)}
+    wanted |= {need for made in STAGES if made.name in wanted for need in made.needs}
+    return [made for made in STAGES if made.name in wanted]
+
+
+def members(name: str) -> list[str]:
+    """The stages that a name stands for."""
+    if name in names() or name not in GROUPS:
+        return [name]
+    return [each for part in GROUPS[name] for each in members(part)]
 
 
 def run_all(stages: list[Stage], folder: Path, seconds: float) -> list[dict]:
@@ -221,15 +239,14 @@ def run(stage: Stage, log: Path, left: float) -> dict:
     """Run one stage for as long as it may, and read what it printed, even if it was stopped."""
     limit, start = min(stage.seconds, left), time.monotonic()
     begin = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as output:
-        code = wait(stage.command, output, limit)
+    code = attempt(stage, log, limit)
     text = log.read_bytes()[begin:].decode(errors="replace")
     shorten(log)
     notes = [f"had {limit:.0f} of its {stage.seconds:.0f} s"] if limit < stage.seconds else []
     if code is None:
         notes.insert(0, f"stopped after {limit:.0f} s")
     elif code:
-        notes.insert(0, f"exit code {code}")
+        notes.insert(0, how_it_ended(code))
     found = understand(stage, text)
     notes += [found["problem"]] if "problem" in found else []
     status = "failed" if code != 0 or "problem" in found else "passed"
@@ -237,6 +254,34 @@ def run(stage: Stage, log: Path, left: float) -> dict:
         status, notes = "unavailable", [found["refused"]]
     seconds = round(time.monotonic() - start, 1)
     return {"status": status, "seconds": seconds, "note": "; ".join(notes), **found}
+
+
+def how_it_ended(code: int) -> str:
+    return f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+
+
+def attempt(stage: Stage, log: Path, limit: float) -> int | None:
+    """The exit code, None if it was stopped. A stage that goes on is begun again behind the case
+    that ended its process, by a crash or by a device that is lost, as often as MOST_ENDS."""
+    end, first, code = time.monotonic() + limit, 0, 0
+    for _ in range(MOST_ENDS if stage.goes_on else 1):
+        begin = log.stat().st_size if log.exists() else 0
+        command = [*stage.command, *(["--from", str(first)] if first else [])]
+        with log.open("ab") as output:
+            ended = wait(command, output, end - time.monotonic())
+        if ended is None:
+            return None
+        code = code or ended
+        text = log.read_bytes()[begin:].decode(errors="replace")
+        done = gpu_logs.cases_done(text)
+        if not stage.goes_on or ended in (0, 127) or done is None:
+            break
+        first += done
+        if not gpu_logs.says_lost(text):
+            with log.open("a") as output:
+                print(f"FAILED number {first}: {how_it_ended(ended)}", file=output)
+            first += 1
+    return code
 
 
 def understand(stage: Stage, text: str) -> dict:

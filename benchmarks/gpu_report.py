@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` reads out of its stages' logs, and the JSON and Markdown it makes of it.
+"""The JSON and Markdown that `benchmarks.gpu` makes of its stages' results, and the README's table.
 
 python -m benchmarks.gpu_report             the machine as JSON: GPU, driver, versions, peers
 python -m benchmarks.gpu_report --readme    renews the README's GPU table, from benchmarks/results
@@ -16,7 +16,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.common import LEGEND, newest, table, title
+from benchmarks.common import LEGEND, table, title
+from benchmarks.gpu_logs import METRICS
 
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "safetensors", "setuptools", "ninja"),
@@ -29,13 +30,6 @@ TOOLS = {
     "nvcc": ["nvcc", "--version"],
     "compiler": ["c++", "--version"],
 }
-# A line of `pytest -v`, of one process or of several.
-OUTCOME = re.compile(
-    r"^\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<test>tests/.*?) *$"
-    r"|^(?P<alone>tests/.*?) (?P<last>[A-Z]+)(?: \(.*\))? +\[ *\d+%\]$",
-    re.M,
-)
-MOST_FAILURES, LONGEST_LINE = 40, 300
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- GPU table: make gpu-table -->\n", "<!-- end of the GPU table -->\n"
@@ -91,83 +85,6 @@ def said(command: list[str]) -> str | None:
     return finished.stdout.strip() or finished.stderr.strip()
 
 
-def read_environment(text: str) -> dict:
-    facts = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    return {"machine": facts} if "gpu" in facts else {"machine": facts, "problem": "no GPU"}
-
-
-def read_build(text: str) -> dict:
-    """setup.py ends well without the compiled parts, and then says so."""
-    left_out = re.findall(r"WARNING: installing without.*", text)
-    return {"problem": "; ".join(left_out)} if left_out else {}
-
-
-def read_cases(text: str, what: str = "cases") -> dict:
-    """The cases of tests/cuda_cases.cpp, a line each, and its last line, which counts them."""
-    cases = re.findall(r"^(?:ok|FAILED) +\S.*?: ", text, re.M)
-    failed = re.findall(r"^FAILED +(.*)$", text, re.M)
-    found = {"cases": len(cases), "failed_cases": failed[:MOST_FAILURES]}
-    if failed:
-        return {**found, "problem": f"{len(failed)} of {len(cases)} {what} failed"}
-    ended = re.search(rf"^(\d+) {what}, 0 failed$", text, re.M)
-    return found if ended and cases else {**found, "problem": f"the {what} did not come to an end"}
-
-
-def read_smoke(text: str) -> dict:
-    """The checks of benchmarks.gpu_smoke; what each found is kept."""
-    return {**read_cases(text, "checks"), "said": re.findall(r"^(?:ok|FAILED) .*$", text, re.M)}
-
-
-def read_sanitizer(text: str) -> dict:
-    """What one tool of compute-sanitizer says of the cases; some machines do not let it look."""
-    refused = re.search(r"^=.*(Device not supported.*)$", text, re.M)
-    if refused:
-        return {"refused": refused[1]}
-    found = read_cases(text)
-    summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
-    if not summary:
-        return {**found, "problem": "compute-sanitizer gave no summary"}
-    clean = re.match(r"0 (?:errors|hazards)\b", summary[-1])
-    return {**found, "summary": summary[-1]} if clean else {**found, "problem": summary[-1]}
-
-
-def read_tests(text: str) -> dict:
-    """The outcome of every test of `pytest -v`, finished or not, and why tests were skipped."""
-    outcomes = {}
-    for found in OUTCOME.finditer(text):
-        outcomes[found["test"] or found["alone"]] = found["first"] or found["last"]
-    counts = {name: [*outcomes.values()].count(name) for name in sorted(set(outcomes.values()))}
-    failures = re.findall(r"^(?:FAILED|ERROR) tests/.*", text, re.M)
-    result = {
-        "counts": counts,
-        "failures": grouped(failures)[:MOST_FAILURES],
-        "skipped_because": re.findall(r"^SKIPPED \[\d+\] .*", text, re.M),
-    }
-    return result if outcomes else {**result, "problem": "no test was run"}
-
-
-def grouped(failures: list[str]) -> list[str]:
-    """The first failure of each test function, and how many more of its there are."""
-    groups: dict[str, list[str]] = {}
-    for line in failures:
-        groups.setdefault(line.split("[")[0].split(" - ")[0], []).append(line[:LONGEST_LINE])
-    more = [f" (and {len(lines) - 1} more)" if lines[1:] else "" for lines in groups.values()]
-    return [lines[0] + rest for lines, rest in zip(groups.values(), more)]
-
-
-def read_rows(text: str) -> dict:
-    """The rows that `python -m benchmarks --rows` printed, up to where it was stopped."""
-    lines = (line for line in text.splitlines() if re.match(r'\{"op": .*\}$', line))
-    rows = newest([json.loads(line) for line in lines])
-    found = {"rows": rows, "left_out": dict(re.findall(r"^(\S.*?) is left out: (.*)$", text, re.M))}
-    ours = [row for row in rows if row["implementation"].startswith("em_kernels")]
-    failed = [f"{row['implementation']}: {row['failure']}" for row in ours if row["failure"]]
-    if failed:
-        return {**found, "problem": "; ".join(dict.fromkeys(failed))}
-    timed = any(row["error"] is not None for row in rows)  # a floor has none
-    return found if timed else {**found, "problem": "nothing was measured"}
-
-
 # The report
 
 
@@ -202,6 +119,8 @@ def markdown(results: list[dict], date: str) -> str:
     rows = rows_of(results)
     if rows:
         parts += ["## Goals", goals_table(rows), "## Benchmarks", LEGEND.strip()]
+    if profiles := profile_table(results):
+        parts += ["## Profile", profiles]
     for name in dict.fromkeys(map(title, rows)):
         parts += [f"### {name}", table([row for row in rows if title(row) == name])]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -222,6 +141,18 @@ def tests_part(result: dict) -> str:
     counts = ", ".join(f"{number} {name.lower()}" for name, number in result["counts"].items())
     lines = [f"Tests: {counts or 'none'}.", *(f"- {line}" for line in result["failures"])]
     return "\n".join(lines)
+
+
+def profile_table(results: list[dict]) -> str:
+    """Of all profiles together, a line a kernel."""
+    columns = [column for column, _ in METRICS.values()]
+    lines = [("backend", "kernel", *columns), ("---", "---", *["---:"] * len(columns))]
+    for result in results:
+        for kernel in result.get("profile", []):
+            numbers = [kernel.get(column) for column in columns]
+            said = ["-" if x is None else f"{x:.3g}" for x in numbers]
+            lines.append((result["stage"].removeprefix("profile-"), kernel["kernel"], *said))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if lines[2:] else ""
 
 
 # What the kernels are to reach on an H200: operator, dtype, what it is measured by, bound. A goal

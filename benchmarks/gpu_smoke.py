@@ -1,13 +1,15 @@
 """Every public function of one GPU backend, at the size of a language model, against float64.
 
-    python -m benchmarks.gpu_smoke triton
+    python -m benchmarks.gpu_smoke triton [--from N]
 
 A line per check, printed when it is known: `ok` or `FAILED`, its name, the error it found. A check
-that raises fails alone, unless the device can no longer be used. The exit code is 1 if one failed.
+that raises fails alone; after one that costs the device this process ends, and another can go on
+behind it. The exit code is 1 if one failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.common import is_lost
 from em_kernels import (
     entropy_loss,
     linear_entropy_loss,
@@ -24,7 +27,7 @@ from em_kernels import (
     softmax_stats,
     token_loss,
 )
-from em_kernels._products import adds_to_float32, mm_wide
+from em_kernels._products import addmm_wide, adds_to_float32, mm_wide
 from em_kernels._spec import DIFFERENTIABLE, OUTPUTS
 from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 
@@ -38,20 +41,28 @@ DEVICE = "cuda"
 FIRST_ORDER = ("logprob", "entropy", "lse", "max_prob")
 
 
-def main(impl: str) -> int:
-    failed = 0
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            good, said = check(impl)
-            torch.cuda.synchronize()
-        except Exception as reason:
-            good, said = False, f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+def main(impl: str, first: int = 0) -> int:
+    failed, names = 0, [*CHECKS][first:]
+    for number, name in enumerate(names, first):
+        good, said = outcome(CHECKS[name], impl)
         failed += not good
         print(f"{'ok' if good else 'FAILED':6} {impl} {name}: {said}", flush=True)
-        torch.cuda.empty_cache()
-    print(f"{len(CHECKS)} checks, {failed} failed", flush=True)
+        if not good and is_lost(DEVICE):
+            print(f"the device is lost; --from {number + 1} goes on", flush=True)
+            return 1
+    print(f"{len(names)} checks, {failed} failed", flush=True)
     return 1 if failed else 0
+
+
+def outcome(check: Callable, impl: str) -> tuple[bool, str]:
+    torch.manual_seed(0)
+    try:
+        good, said = check(impl)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as reason:
+        return False, f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+    return bool(good), said
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -195,14 +206,25 @@ def loss_twice(impl: str):
     }
     errors["grad"] = off(grad[index], grad_truth)
     other = "triton" if impl == "cuda" else "reference"
-    with torch.no_grad():
-        parts = [
-            softmax_stats(a, b, impl=other).entropy
-            for a, b in zip(x.detach().split(512), target.split(512))
-        ]
-    errors[f"entropy of all rows against {other}"] = off(first.stats.entropy, torch.cat(parts))
+    apart = against(other, x.detach(), target, weights, first, grad)
+    errors |= {f"{name} of all rows against {other}": error for name, error in apart.items()}
     good, said = worst(errors, 1e-5, ROUNDING[torch.bfloat16])
     return good and same, f"same bits twice: {same}; {said}"
+
+
+def against(impl: str, x: Tensor, target: Tensor, weights: dict, result, grad: Tensor):
+    """Every row's statistics and gradient beside those of another backend, 512 rows at a time."""
+    squares = torch.zeros(3, 2, device=DEVICE).double()
+    for part in torch.arange(len(x), device=DEVICE).split(512):
+        leaf = x[part].requires_grad_()
+        given = {name: weight[part] for name, weight in weights.items()}
+        other = token_loss(leaf, target[part], impl=impl, **given)
+        ours = result.stats.entropy[part], result.stats.logprob[part], grad[part]
+        theirs = other.stats.entropy, other.stats.logprob, torch.autograd.grad(other.loss, leaf)[0]
+        for square, a, b in zip(squares, ours, theirs):
+            square += torch.stack([(a.float() - b.float()).norm(), b.float().norm()]).double() ** 2
+    errors = (squares[:, 0] / squares[:, 1]).sqrt().tolist()
+    return dict(zip(("entropy", "logprob", "gradient"), errors))
 
 
 def masked(impl: str):
@@ -415,12 +437,20 @@ def processors(impl: str):
 
 
 def wide_products(impl: str):
+    """16-bit operands and a float32 result: the product, and the product added to what is there."""
     a = torch.randn(256, 512, device=DEVICE).bfloat16()
     b, out = torch.randn(512, 384, device=DEVICE).bfloat16(), torch.empty(256, 384, device=DEVICE)
+    exact = a.double() @ b.double()
     mm_wide(a, b, out)
+    errors = {"mm_wide": off(out, exact)}
     adds = adds_to_float32(a.device, a.dtype)
-    error = off(out, a.double() @ b.double())
-    return error < 1e-5, f"error {error:.1e}; adds to float32: {adds}"
+    if adds:
+        total = torch.randn(256, 384, device=DEVICE)
+        expected = total.double() + exact
+        addmm_wide(total, a, b)
+        errors["addmm_wide"] = off(total, expected)
+    good, said = worst(errors, 1e-5)
+    return good, f"{said}; adds to float32: {adds}"
 
 
 def spelled(dtype: torch.dtype) -> str:
@@ -458,4 +488,8 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_smoke", allow_abbrev=False)
+    parser.add_argument("impl", choices=("triton", "cuda"))
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help="check")
+    options = parser.parse_args()
+    sys.exit(main(options.impl, options.first))

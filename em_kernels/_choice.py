@@ -77,7 +77,10 @@ def _auto_order(device: torch.device, operation: str, aligned: bool) -> tuple[st
         return AUTO_ON_CPU
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     if operation == "loss" and aligned and nvidia:
-        capable = torch.cuda.get_device_capability(device) >= READS_ONCE_FROM
+        try:
+            capable = torch.cuda.get_device_capability(device) >= READS_ONCE_FROM
+        except Exception:  # `why_not` says of whom this is the end
+            capable = False
         return AUTO_LOSS_ON_GPU if capable else AUTO_ON_GPU
     return AUTO_ON_GPU
 

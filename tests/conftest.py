@@ -1,6 +1,7 @@
 """Settings and fixtures every test shares."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -40,3 +41,17 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+def pytest_runtest_logreport(report):
+    """A failure that has cost the GPU ends the process: under xdist another takes its place."""
+    if not report.failed or not torch.cuda.is_available() or torch.cuda.is_initialized() is False:
+        return
+    from benchmarks.common import is_lost
+
+    if is_lost("cuda"):
+        why = f"{report.nodeid} has cost this process the GPU"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(why, returncode=1)
+        print(why, file=sys.__stderr__, flush=True)
+        os._exit(1)

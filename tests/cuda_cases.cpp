@@ -1,6 +1,9 @@
 // Every CUDA kernel on a few small rows, against a plain double-precision loop: no Python, no torch.
 //
-//     python cuda_build.py cases && build/cuda/cases        exits with 1 if a case fails
+//     python cuda_build.py cases && build/cuda/cases [--from N]     exits with 1 if a case fails
+//
+// A refused launch fails its case alone. After one that costs the device nothing more can run in the
+// process: it ends, and says from where another goes on.
 //
 // Small, so that it also runs under compute-sanitizer. The paths of `loss` (two passes; a cluster
 // of 1, 2, 4 or 8 blocks) are chosen by understating what the device has. The tests run it on the
@@ -17,6 +20,7 @@
 #include <exception>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,12 +43,18 @@ const char* const kOperations[] = {"stats", "grad", "loss"};
 void* allocate(size_t bytes) { return std::malloc(bytes); }
 void release(void* memory) { std::free(memory); }
 void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-void wait() {}
+
+// What a launch of case EM_REFUSED, and any call after it in case EM_LOST, does on a GPU.
+int64_t running = 0;
+int64_t setting(const char* name) { return std::getenv(name) ? std::atoll(std::getenv(name)) : -1; }
+bool lost() { return setting("EM_LOST") >= 0 && running >= setting("EM_LOST"); }
+void wait() {
+  if (running == setting("EM_REFUSED")) throw std::runtime_error("the launch was refused");
+  if (lost()) throw std::runtime_error("an illegal memory access was encountered");
+}
 #else
 void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAILED cuda: %s\n", cudaGetErrorString(error));
-  std::exit(1);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 void* allocate(size_t bytes) {
   void* memory = nullptr;
@@ -58,6 +68,11 @@ void copy(void* to, const void* from, size_t bytes) {
 void wait() {
   check(cudaGetLastError());
   check(cudaDeviceSynchronize());
+}
+// A refused launch leaves an error that is told once; one that is told again is there to stay.
+bool lost() {
+  cudaGetLastError();
+  return cudaDeviceSynchronize() != cudaSuccess;
 }
 #endif
 
@@ -466,22 +481,44 @@ std::vector<Case> all_cases(const Device& device) {
 
 }  // namespace
 
-int main() {
-  int failed = 0;
-  const std::vector<Case> cases = all_cases(device(0));
-  for (const Case& c : cases) {
-    try {
-      const double error = run_case(c);
-      const bool good = error <= 1;
-      failed += !good;
-      const char* said = good ? "ok" : "FAILED";
-      std::printf("%-6s %s: %.2g of what is allowed\n", said, c.name().c_str(), error);
-    } catch (const std::exception& reason) {
-      ++failed;
-      std::printf("FAILED %s: %s\n", c.name().c_str(), reason.what());
-    }
-    std::fflush(stdout);
+int main(int count, char** arguments) {
+  const bool given = count == 3 && std::string(arguments[1]) == "--from";
+  if (count != 1 && !given) {
+    std::fprintf(stderr, "usage: cases [--from N]\n");
+    return 2;
   }
-  std::printf("%zu cases, %d failed\n", cases.size(), failed);
+  const size_t first = given ? std::strtoull(arguments[2], nullptr, 10) : 0;
+  size_t done = 0, failed = 0;
+  try {
+    const std::vector<Case> cases = all_cases(device(0));
+    for (size_t number = first; number < cases.size(); ++number, ++done) {
+      const Case& c = cases[number];
+      std::string said;
+      bool good = false;
+#if defined(EM_EMULATED)
+      running = int64_t(number);
+#endif
+      try {
+        const double error = run_case(c);
+        char text[64];
+        std::snprintf(text, sizeof text, "%.2g of what is allowed", error);
+        said = text;
+        good = error <= 1;
+      } catch (const std::exception& reason) {
+        said = reason.what();
+      }
+      failed += !good;
+      std::printf("%-6s %s: %s\n", good ? "ok" : "FAILED", c.name().c_str(), said.c_str());
+      std::fflush(stdout);
+      if (!good && lost()) {
+        std::printf("the device is lost; --from %zu goes on\n", number + 1);
+        return 1;
+      }
+    }
+  } catch (const std::exception& reason) {
+    std::printf("FAILED cases: %s\n", reason.what());
+    return 1;
+  }
+  std::printf("%zu cases, %zu failed\n", done, failed);
   return failed ? 1 : 0;
 }

@@ -12,7 +12,7 @@ import torch
 from benchmarks import common, token_loss
 from benchmarks.__main__ import OPERATORS, main
 from benchmarks.common import HEADER, Case, Sizes, measure, newest, peak_memory, table, time_once
-from benchmarks.gpu_report import read_rows
+from benchmarks.gpu_logs import read_rows
 
 ROOT = Path(__file__).parents[1]
 

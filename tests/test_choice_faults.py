@@ -23,6 +23,18 @@ def raising(error):
     return function
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    _choice.backend.cache_clear()
+    _choice.serves.cache_clear()
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch, tmp_path):
     """As if every part were there and good, and the GPU too."""
@@ -135,7 +147,8 @@ def test_a_gpu_that_does_not_answer(asked, on_a_gpu, monkeypatch):
     owner = on_a_gpu.cuda if asked == "why_no_driver" else torch.cuda
     monkeypatch.setattr(owner, asked, raising(error))
     refused("cuda", "illegal memory access", GPU)
-    assert _choice.backend("auto", GPU) is on_a_gpu.triton
+    for call in (("rows",), ("loss", True)):
+        assert _choice.backend("auto", GPU, *call) is on_a_gpu.triton
     assert em_kernels.backends()["triton"] == "available"
 
 
@@ -147,8 +160,7 @@ def test_an_older_build_is_refused_rather_than_asked_in_vain(on_a_gpu):
 def test_architectures_that_the_device_cannot_run(on_a_gpu, monkeypatch):
     on_a_gpu.cuda.architectures = "sm_80 sm_86"
     assert "TORCH_CUDA_ARCH_LIST=9.0" in refused("cuda", "it is built for sm_80 sm_86", GPU)
-    monkeypatch.setattr(_choice, "AUTO_ON_GPU", ("cuda", "triton", "reference"))
-    assert _choice.backend("auto", GPU) is on_a_gpu.triton
+    assert _choice.backend("auto", GPU, "loss", True) is on_a_gpu.triton
 
 
 @pytest.mark.parametrize(
@@ -167,7 +179,7 @@ def test_triton_that_cannot_build_its_launcher(fault, said, on_a_gpu, monkeypatc
     if fault == "CC":
         monkeypatch.setenv("CC", "/opt/gone/gcc")
     refused("triton", said, GPU)
-    monkeypatch.setattr(_choice, "AUTO_ON_GPU", ("triton", "cuda", "reference"))
     assert _choice.backend("auto", GPU) is on_a_gpu.cuda
+    forget()
     on_a_gpu.triton.interpreted = True
     assert _choice.why_not("triton", GPU) is None

@@ -477,3 +477,37 @@ def test_the_cases_pass_on_the_emulated_kernels(emulated_cases):
         "to-float16",
     ):
         assert path in done.stdout, path
+
+
+def run_cases(program, *arguments, **settings):
+    environment = {**os.environ, **settings}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_a_refused_launch_fails_its_case_alone(emulated_cases):
+    whole = run_cases(emulated_cases, "--from", "3")
+    done = run_cases(emulated_cases, "--from", "3", EM_REFUSED="5")
+    changed = [
+        (number, line)
+        for number, (line, plain) in enumerate(
+            zip(done.stdout.splitlines(), whole.stdout.splitlines(), strict=True), 3
+        )
+        if line != plain
+    ]
+    assert changed[0][0] == 5
+    assert changed[0][1].startswith("FAILED stats-") and "refused" in changed[0][1]
+    assert len(changed) == 2 and changed[1][1].endswith(" cases, 1 failed")
+    assert done.returncode == 1 and whole.returncode == 0
+
+
+def test_after_a_lost_device_the_cases_end_and_another_process_goes_on(emulated_cases):
+    lost = run_cases(emulated_cases, EM_LOST="4")
+    lines = lost.stdout.splitlines()
+    assert lost.returncode == 1 and len(lines) == 6
+    assert all(line.startswith("ok ") for line in lines[:4]) and lines[4].startswith("FAILED ")
+    assert lines[5] == "the device is lost; --from 5 goes on"
+    rest = run_cases(emulated_cases, "--from", "5")
+    assert rest.returncode == 0 and rest.stdout.splitlines()[0] not in lines
+    assert run_cases(emulated_cases, "--form", "5").returncode == 2
+    none = run_cases(emulated_cases, "--from", "100000")
+    assert none.returncode == 0 and none.stdout == "0 cases, 0 failed\n"

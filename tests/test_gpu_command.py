@@ -1,25 +1,31 @@
 """The one GPU command, with stages made up for the test; none of it needs a GPU."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, gpu, gpu_report
+from benchmarks import common, gpu, gpu_logs, gpu_report, gpu_smoke, gpu_tests
 from benchmarks.__main__ import main as bench
 from benchmarks.common import Case, Sizes, measure, table
 from benchmarks.gpu import Stage
-from benchmarks.gpu_report import (
-    markdown,
-    measured,
+from benchmarks.gpu_logs import (
     read_build,
     read_cases,
     read_rows,
     read_sanitizer,
     read_tests,
+)
+from benchmarks.gpu_report import (
+    markdown,
+    measured,
     readme_table,
     with_gpu_table,
 )
@@ -135,7 +141,7 @@ def test_stages_that_share_a_log_read_their_own_part(tmp_path):
 
 
 def test_a_log_that_cannot_be_read_fails_its_stage_only(tmp_path):
-    broken = stage("broken", "print('no json')", read=gpu_report.read_environment)
+    broken = stage("broken", "print('no json')", read=gpu_logs.read_environment)
     first, second = gpu.run_all([broken, stage("next")], tmp_path, 60)
     assert first["status"] == "failed" and "its log cannot be read" in first["note"]
     assert second["status"] == "passed"
@@ -198,14 +204,14 @@ def test_cuda_is_compiled_for_the_gpu_that_is_there(monkeypatch):
 
 def test_tests_of_what_is_not_installed_are_left_out_and_the_report_says_so(monkeypatch):
     monkeypatch.setattr(gpu_report, "version_of", {"transformers": "4.57.1"}.get)
-    command = gpu.pytest_command("tests")
+    command = gpu_tests.command("tests")
     assert "--ignore-glob=tests/test_trainer*.py" in command and command[-1] == "tests"
-    found = gpu.read_tests(LOG)
+    found = gpu_tests.read(LOG)
     assert found["left_out"]["test_cli.py"] == "needs transformers 5, found 4.57.1"
     result = {"stage": "tests", "status": "passed", "seconds": 1.0, "note": "", **found}
     assert "- test_cli.py is left out: needs transformers 5" in markdown([result], "2026-01-01")
     monkeypatch.setattr(gpu_report, "version_of", lambda package: "9.1")
-    assert gpu.left_out_tests() == {}
+    assert gpu_tests.left_out_tests() == {}
 
 
 def test_at_most_eight_small_files():
@@ -220,13 +226,186 @@ def test_a_backend_that_is_built_is_measured_within_one_call():
     assert sum(made.seconds for made in before) < gpu.SECONDS
 
 
-def test_the_calls_that_do_it_all_name_every_stage():
-    calls = re.findall(r'^    STAGES="(.*)"$', gpu.__doc__, re.M)
-    assert {name for call in calls for name in call.split()} == set(gpu.names())
+def calls():
+    """The stages of each of the calls that the command's help names."""
+    found = re.findall(r'^    STAGES="(.*)"$', gpu.__doc__, re.M)
+    return [gpu.chosen(call.split()) for call in found]
 
 
-def test_the_files_of_tests_are_there():
-    assert all((gpu.ROOT / file).exists() for file in gpu.GPU_TESTS)
+def test_three_calls_do_it_all_each_within_its_time():
+    assert len(calls()) == 3
+    assert {made.name for call in calls() for made in call} == set(gpu.names())
+    for call in calls():
+        assert sum(made.seconds for made in call) <= gpu.SECONDS, [made.name for made in call]
+        assert [made.name for made in call][:2] == ["environment", "build"]
+        assert len({made.log for made in call}) + len((".json", ".md")) <= 8
+
+
+def test_a_group_brings_its_stages_and_what_they_need():
+    names = [made.name for made in gpu.chosen(["smoke", "cases", "bench-triton"])]
+    needed = ["environment", "build", "smoke-triton", "smoke-cuda", "logits-triton"]
+    needed += ["hidden-triton", "build-cases", "cases", "hidden-3584-triton"]
+    assert names == needed
+    assert [made.name for made in gpu.chosen(["environment"])] == ["environment"]
+    every = {name for group in gpu.GROUPS for name in gpu.members(group)}
+    assert every <= set(gpu.names()) and not gpu.GROUPS.keys() & set(gpu.names())
+
+
+def test_help_names_every_stage_and_group(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in (*gpu.names(), *gpu.GROUPS))
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "bench-tritn"])
+    assert "invalid choice: 'bench-tritn'" in capsys.readouterr().err
+
+
+def test_each_backend_has_a_process_of_its_own():
+    for made in gpu.STAGES:
+        if made.log == "benchmarks.log":
+            only = made.command[made.command.index("--only") + 1 : made.command.index("--device")]
+            backend = made.name.rpartition("-")[2]
+            ours = [name for name in only if name.startswith("em_kernels")]
+            assert ours == ([] if backend == "peers" else [f"em_kernels {backend}"])
+            assert "--rows" in made.command
+
+
+def test_make_hands_the_stages_over():
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("there is no make")
+    command = [make, "-n", "gpu", "STAGES=smoke cases bench-triton", "GPU_PYTHON=py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
+    said = 'py -m benchmarks.gpu --out "gpu-output" --only smoke cases bench-triton'
+    assert said in done.stdout, done.stderr
+
+
+def test_files_of_tests_are_chosen_by_what_they_take(tmp_path):
+    assert all((gpu.ROOT / file).exists() for file in gpu_tests.GPU_TESTS)
+    chosen = {Path(file).stem.removeprefix("test_") for file in gpu_tests.GPU_TESTS}
+    assert {"softmax_stats", "scale", "second_derivatives", "covariance", "peers"} <= chosen
+    assert {*gpu_tests.ALSO} <= chosen and not {*gpu_tests.CPU_ONLY} & chosen
+    assert not {"trainer", "judge", "evaluator"} & chosen
+    (tmp_path / "test_new.py").write_text("from helpers import FAST_IMPLS\n")
+    (tmp_path / "test_given.py").write_text("def test_one(\n    rows, device\n):\n    pass\n")
+    (tmp_path / "test_other.py").write_text("def test_two(rows):\n    device = 1\n")
+    assert gpu_tests.gpu_tests(tmp_path) == ["tests/test_given.py", "tests/test_new.py"]
+
+
+# What ends a process
+
+
+CASES_PROGRAM = """
+import os, signal, sys
+
+first = int(sys.argv[sys.argv.index("--from") + 1]) if "--from" in sys.argv else 0
+for number in range(first, 6):
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 3:
+        print("FAILED three: an illegal memory access was encountered")
+        print("the device is lost; --from 4 goes on")
+        sys.exit(1)
+    print(f"ok     number{number}: 0.1 of what is allowed", flush=True)
+print(f"{6 - first} cases, 0 failed")
+"""
+
+
+def test_a_case_that_ends_its_process_costs_itself_only(tmp_path):
+    made = stage("cases", CASES_PROGRAM, read=read_cases, goes_on=True)
+    (result,) = gpu.run_all([made], tmp_path, 60)
+    assert result["status"] == "failed" and result["cases"] == 6
+    failed = ["number 1: ended by SIGSEGV", "three: an illegal memory access was encountered"]
+    assert result["failed_cases"] == failed
+    assert result["note"] == "ended by SIGSEGV; 2 of 6 cases failed"
+
+
+def test_a_program_that_cannot_begin_is_not_begun_for_ever(tmp_path):
+    made = stage("cases", "import sys; sys.exit(7)", read=read_cases, goes_on=True)
+    (result,) = gpu.run_all([made], tmp_path, 60)
+    assert result["status"] == "failed" and len(result["failed_cases"]) == gpu.MOST_ENDS
+
+
+def test_a_hang_a_signal_and_a_lost_device_cost_their_own_stages_only(stages, tmp_path):
+    good = json.dumps(row())
+    hang = f"print({good!r}, flush=True)\nimport time; time.sleep(60)"
+    signalled = f"print({good!r}, flush=True)\nimport os; os.kill(os.getpid(), 11)"
+    lost = json.dumps(row(implementation="em_kernels cuda", seconds=None, failure="CUDA error"))
+    sticky = f"print({good!r}); print({lost!r}); raise RuntimeError('CUDA error')"
+    made = [
+        ("hang", hang),
+        ("signal", signalled),
+        ("sticky", sticky),
+        ("after", f"print({good!r})"),
+    ]
+    limits = {"hang": 1.5}
+    stages(*(stage(n, c, seconds=limits.get(n, 20.0), read=read_rows) for n, c in made))
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    results = {result["stage"]: result for result in saved(tmp_path)}
+    assert all(row() in result["rows"] for result in results.values())
+    assert results["hang"]["note"].startswith("stopped after 2 s")
+    assert results["signal"]["note"] == "ended by SIGSEGV"
+    assert results["sticky"]["note"] == "exit code 1; em_kernels cuda: CUDA error"
+    statuses = [result["status"] for result in results.values()]
+    assert statuses == ["failed", "failed", "failed", "passed"]
+
+
+LOSES = """
+import pytest
+import torch
+
+@pytest.fixture(autouse=True)
+def pretend(monkeypatch):
+    yield
+
+def test_before():
+    pass
+
+def test_loses():
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.synchronize = synchronize
+    raise RuntimeError("the first to notice")
+
+def test_after():
+    pass
+"""
+
+
+def test_a_test_that_costs_the_gpu_ends_its_worker(tmp_path):
+    """In the process that is left nothing more is run; the failure itself is in the log."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(gpu.ROOT / "tests/conftest.py", tmp_path / "tests")
+    (tmp_path / "tests/test_lost.py").write_text(LOSES)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests"]
+    variables = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert "has cost this process the GPU" in done.stdout
+    assert read_tests(done.stdout)["counts"] == {"FAILED": 1, "PASSED": 1}
+    assert "the first to notice" in done.stdout
+
+
+def test_a_smoke_check_that_costs_the_device_says_where_to_go_on(monkeypatch, capsys):
+    def lost(impl):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    checks = {"one": lambda impl: (True, "1e-7"), "two": lost, "three": lambda impl: (True, "0")}
+    monkeypatch.setattr(gpu_smoke, "CHECKS", checks)
+    monkeypatch.setattr(gpu_smoke, "is_lost", lambda device: True)
+    assert gpu_smoke.main("cuda") == 1
+    said = capsys.readouterr().out
+    assert said.endswith("the device is lost; --from 2 goes on\n") and "three" not in said
+    assert gpu_smoke.main("cuda", 2) == 0
+    assert capsys.readouterr().out == "ok     cuda three: 0\n1 checks, 0 failed\n"
+    monkeypatch.setattr(gpu_smoke, "is_lost", lambda device: False)
+    assert gpu_smoke.main("cuda") == 1
+    assert capsys.readouterr().out.endswith("3 checks, 1 failed\n")
 
 
 # Reading logs
@@ -243,6 +422,39 @@ FAILED tests/test_a.py::test_two - AssertionError: 3 PASSED
 """
 
 
+PROFILE = """==PROF== Connected to process 411 (/usr/bin/python3.12)
+==PROF== Profiling "stream_statistics" - 0: 0%....50%....100% - 5 passes
+a line of the program
+==PROF== Disconnected from process 411
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
+"Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
+""".replace("\\\n", "")
+
+
+def profile_lines(kernel, number, **values):
+    names = {column: name for name, (column, _) in gpu_logs.METRICS.items()}
+    about = f'"{number}","411","python3.12","127.0.0.1","{kernel}","1","7","(256, 1, 1)"'
+    return "".join(
+        f'{about},"(2048, 1, 1)","0","9.0","Command line profiler metrics","{names[c]}","%","{v}"\n'
+        for c, v in values.items()
+    )
+
+
+def test_a_profile_is_a_table_of_kernels():
+    first = {"ms": "1,234,567", "DRAM %": "91.25", "issue %": "40.5", "occupancy %": "74.9"}
+    text = PROFILE + profile_lines("stream_statistics<1, 2>(Problem)", 0, **first, registers="40")
+    text += profile_lines("resident_loss", 1, ms="250000", registers="64")
+    found = gpu_logs.read_profile(text)
+    assert "problem" not in found and len(found["profile"]) == 2
+    result = {"stage": "profile-cuda", "status": "passed", "seconds": 9.0, "note": "", **found}
+    said = markdown([result], "2026-01-01")
+    assert "| cuda | stream_statistics<1, 2> | 1.23 | 91.2 | 40.5 | 74.9 | 40 |" in said
+    assert "| cuda | resident_loss | 0.25 | - | - | - | 64 |" in said
+    assert gpu_logs.read_profile(PROFILE)["problem"] == "no kernel was profiled"
+    refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters"
+    assert gpu_logs.read_profile(refused)["refused"].startswith("ERR_NVGPUCTRPERM")
+
+
 def test_failures_of_one_test_are_one_line():
     lines = [f"FAILED tests/test_a.py::test_two[{i}] - x" for i in range(3)]
     others = ["FAILED tests/test_a.py::test_other - y"]
@@ -254,9 +466,9 @@ def test_what_the_smoke_checks_found_is_kept():
     text = (
         "ok     triton certain rows, T=0.7: H 1e-7\nFAILED triton graph: no\n2 checks, 1 failed\n"
     )
-    found = gpu_report.read_smoke(text)
+    found = gpu_logs.read_smoke(text)
     assert found["problem"] == "1 of 2 checks failed" and len(found["said"]) == 2
-    assert "problem" not in gpu_report.read_smoke("ok     cuda x: 1\n1 checks, 0 failed\n")
+    assert "problem" not in gpu_logs.read_smoke("ok     cuda x: 1\n1 checks, 0 failed\n")
 
 
 def test_tests_are_counted_even_if_pytest_was_stopped():
@@ -276,8 +488,8 @@ def test_a_real_pytest_log_is_understood(tmp_path, monkeypatch):
     (tmp_path / "tests/test_small.py").write_text(tests)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as in this repository
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
-    made = stage("tests", read=read_tests)._replace(command=gpu.pytest_command("tests"))
+    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 1)
+    made = stage("tests", read=read_tests)._replace(command=gpu_tests.command("tests"))
     (result,) = gpu.run_all([made], tmp_path / "out", 60)
     assert result["note"] == "exit code 1"
     assert result["counts"] == {"FAILED": 1, "PASSED": 1}
