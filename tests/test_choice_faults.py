@@ -54,15 +54,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     assert _choice.why_not("triton", GPU) is None and _choice.why_not("cuda", GPU) is None
-    forget()
-    yield SimpleNamespace(cuda=cuda, triton=triton, headers=tmp_path / "Python.h")
-    forget()
-
-
-def forget():
-    """What was looked up once."""
-    _choice.backend.cache_clear()
-    _choice.serves.cache_clear()
+    return SimpleNamespace(cuda=cuda, triton=triton, headers=tmp_path / "Python.h")
 
 
 def importing(monkeypatch, module, error):
