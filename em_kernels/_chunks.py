@@ -5,9 +5,15 @@ are known before the forward pass, `loss` does all of it in three. Rows that are
 out before the first product, or multiplied as zeros where finding them would wait (`_rows`). The
 gradient of a chunk takes the place of its logits: float32 logits of 16-bit operands are narrowed
 there where the backend can, and the products read it from there. Where it makes fewer chunks
-(`_cut`), the narrow gradient of a chunk has memory of its own, and the logits of some of its rows
-at a time lie where dW will be. dW and db are summed over chunks in float32 (float64 for float64)
-and rounded once; the terms of both are the gradient rounded to the dtype of `hidden`.
+(`_cut`), the narrow gradient of a chunk of `loss` has memory of its own, and the logits of some of
+its rows at a time lie where dW will be. dW and db are summed over chunks in float32 (float64 for
+float64) and rounded once; the terms of both are the gradient rounded to the dtype of `hidden`. A
+backward pass of several chunks has blocks of the vocabulary outermost where that pays, and sums dX
+instead: `_vocab_blocks`.
+
+The backward pass multiplies logits in the same pieces as the forward pass, since a matrix library
+gives the same bits only for the same shapes: the maximum of a row must be found again to the last
+bit, or the gradient of an entropy of 1e-9 is lost.
 """
 
 from __future__ import annotations
@@ -19,11 +25,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels import _products, _rows
+from em_kernels import _products, _rows, _vocab_blocks
 from em_kernels._columns import BLOCK, kept_columns
-from em_kernels._cut import LOGIT_BYTES, Cut, cut_rows, row_stride, spare_rows
+from em_kernels._cut import (
+    LOGIT_BYTES,
+    Cut,
+    column_blocks,
+    count_blocks,
+    cut_rows,
+    row_stride,
+    spare_rows,
+    workspace_bytes,
+)
 from em_kernels._rows import kept_rows
-from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, pick, select_rows
 from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
 
 
@@ -34,9 +49,9 @@ class Needs(NamedTuple):
     of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
     """
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
     filter_eps: float | None = None
 
 
@@ -71,20 +86,24 @@ class Rows(NamedTuple):
         index: Tensor | None,
         backend: ModuleType,
         needs: Needs | None = None,
+        again: bool = False,
     ) -> Rows:
-        """The rows of `index`, cut into chunks; `needs` is None for statistics alone."""
+        """The rows of `index`, cut into chunks; `needs` is None for statistics alone. `again`: they
+        come first and the gradient later."""
         count = linear.hidden.shape[0] if index is None else index.shape[0]
-        width = _width(linear, _widest(linear, backend))
-        size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
-        spare = None if needs is None else _spare_rows(linear, backend, needs)
-        gpu = _products.is_gpu(linear.hidden)
-        cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens)
-        return cls(index, count, cut)
+        return cls(index, count, _cut_for(linear, count, backend, needs, again))
 
     def chunks(self) -> Iterator[Tensor | slice]:
+        return map(self.at, self.spans())
+
+    def spans(self) -> Iterator[slice]:
+        """Where the chunks stand among the counted rows."""
         for start in range(0, self.count, self.cut.chunk):
-            part = slice(start, min(start + self.cut.chunk, self.count))
-            yield part if self.index is None else self.index[part]
+            yield slice(start, min(start + self.cut.chunk, self.count))
+
+    def at(self, own: slice) -> Tensor | slice:
+        """Those of the counted rows that stand at `own`."""
+        return own if self.index is None else self.index[own]
 
 
 class Chunk(NamedTuple):
@@ -94,6 +113,7 @@ class Chunk(NamedTuple):
     x: Tensor  # (R, D), the hidden rows
     logits: Tensor  # (S, V), of some of the rows at a time
     gradient: Tensor  # (R, V), beside the logits or over them
+    blocks: list[slice]  # of the vocabulary, one product for each
 
     def parts(
         self, linear: Linear, spec: RowSpec
@@ -103,7 +123,8 @@ class Chunk(NamedTuple):
         for start in range(0, count, self.logits.shape[0]):
             own = slice(start, min(start + self.logits.shape[0], count))
             logits = self.logits[: own.stop - start]
-            _products.multiply(self.x[own], weight, logits)
+            for columns in self.blocks:
+                _products.multiply(self.x[own], weight[columns], logits[:, columns])
             rows = _pick_rows(self.rows, own)
             yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
@@ -115,11 +136,18 @@ def default_logits_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def stats(
-    linear: Linear, spec: RowSpec, outputs: tuple[str, ...], backend: ModuleType
+    linear: Linear,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    needs: Needs | None = None,
 ) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product."""
+    """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product.
+
+    `needs` are those of the `grad` that will follow, None where none will.
+    """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
-    rows = Rows.counted(linear, index, backend)
+    rows = Rows.counted(linear, index, backend, needs, True)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     for chunk in _chunks(linear, spec, rows, backend):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
@@ -138,12 +166,14 @@ def grad(
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
     index, spec = kept_rows(spec, linear.hidden.shape[0])
-    rows = Rows.counted(linear, index, backend, needs)
+    rows = Rows.counted(linear, index, backend, needs, True)
+    if rows.cut.blocks > 1:
+        return _vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows)
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
-    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
+    for chunk in _chunks(linear, spec, rows, backend):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))
-            backend.grad(logits[None], row_spec, part_saved, _pick(upstream, part), out[None])
+            backend.grad(logits[None], row_spec, part_saved, pick(upstream, part), out[None])
         sums.add(chunk)
     return sums.finish()
 
@@ -163,7 +193,7 @@ def loss(
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
-            weights = _pick(upstream, part)
+            weights = pick(upstream, part)
             values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
             for result, value in zip(results, values):
                 result[part] = value
@@ -214,7 +244,7 @@ class _Gradients:
         if self.needs.bias:
             self.bias[:valid] += gradient.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
         if self.filter_eps is not None:
-            upstream = _pick(self.upstream, chunk.rows)
+            upstream = pick(self.upstream, chunk.rows)
             kept = kept_columns(gradient, upstream, self.filter_eps)
         if kept is None:
             self._add_all(chunk, gradient.to(chunk.x.dtype), self.linear.weight[:valid])
@@ -267,7 +297,7 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """The chunks in turn, all in the same memory; that of `spare` may be used."""
     hidden, vocab, cut = linear.hidden, spec.valid_vocab, rows.cut
-    width = _width(linear, vocab)
+    width, blocks = _width(linear, vocab), column_blocks(vocab, cut.blocks)
     shape = (min(cut.logits, rows.count), width)
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
         logits = lie_in(spare, shape)
@@ -283,7 +313,26 @@ def _chunks(
         x = hidden[part]
         if spec.mask is not None:
             x = torch.where(spec.mask[part, None], x, 0)
-        yield Chunk(part, x, logits, gradient[: x.shape[0]])
+        yield Chunk(part, x, logits, gradient[: x.shape[0]], blocks)
+
+
+def _cut_for(
+    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
+) -> Cut:
+    width, gpu = _width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
+    size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
+    spare = None if needs is None or again else _spare_rows(linear, backend, needs)
+    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens)
+    if not (again and needs and needs.weight and needs.filter_eps is None):
+        return cut
+    own, operand = linear.logits_dtype, linear.hidden.dtype
+    if not (gpu or operand == accumulate_dtype(operand)):
+        return cut  # no product of a CPU adds 16-bit operands to a float32 dX
+    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
+    memory = chunk or workspace_bytes(gpu)
+    beside = 0 if own == operand else own.itemsize
+    blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
+    return cut._replace(blocks=blocks)
 
 
 def _width(linear: Linear, vocab: int) -> int:
@@ -329,10 +378,6 @@ def _pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
     if isinstance(rows, slice):
         return slice(rows.start + own.start, rows.start + own.stop)
     return rows[own]
-
-
-def _pick(upstream: Upstream, rows: Tensor | slice) -> Upstream:
-    return Upstream(*(None if g is None else g[rows] for g in upstream))
 
 
 def _counted(upstream: Upstream, mask: Tensor | None) -> Upstream:

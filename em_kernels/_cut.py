@@ -1,9 +1,12 @@
-"""How many rows the chunk driver takes at a time: arithmetic on sizes, no tensors.
+"""How the chunk driver cuts rows and vocabulary: arithmetic on sizes, no tensors.
 
 In place, a chunk of R rows holds R rows of logits, and then their gradient in the same memory.
 Deferred, it holds the 16-bit gradient of R rows while float32 logits exist for only S of them: the
 rows of a chunk are gone through S at a time, and the products of dX and dW follow over all R. The
 logits lie where dW will be rounded to 16 bits after the last chunk, if that has room for them.
+
+Where statistics are known, several chunks are gone through block by block of the vocabulary
+instead (`_vocab_blocks`): the gradient of all rows, but of C columns only.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ CPU_TILE_ROWS, GPU_TILE_ROWS = 16, 128
 GPU_ROW_ALIGN = 16  # entries: Triton loads 16 bytes at once where a stride is a multiple of 16
 GPU_LOGITS_ROWS = 512  # the least that deferred chunks multiply at once
 LOGIT_BYTES, GRADIENT_BYTES = 4, 2  # where they are deferred
+COLUMN_TILE, LEAST_COLUMNS = 128, 1024
 
 
 class Cut(NamedTuple):
-    """Rows per chunk, R, and how many of them have logits at once, S; S = R is in place."""
+    """Rows per chunk, R, and how many of them have logits at once, S; S = R is in place. In how
+    many blocks of the vocabulary logits are multiplied: with one, rows are outermost throughout."""
 
     chunk: int
     logits: int
+    blocks: int = 1
 
 
 def cut_rows(
@@ -60,7 +66,7 @@ def default_chunk_tokens(count: int, width: int, bytes_per_logit: int, gpu: bool
     short last one would pay the same, `count` rows are divided evenly and rounded up to the tile
     height of the products.
     """
-    limit = (GPU_WORKSPACE_BYTES if gpu else CPU_WORKSPACE_BYTES) // (width * bytes_per_logit)
+    limit = workspace_bytes(gpu) // (width * bytes_per_logit)
     tile = GPU_TILE_ROWS if gpu and limit >= GPU_TILE_ROWS else CPU_TILE_ROWS
     return _evenly(max(1, count), max(tile, limit // tile * tile), tile)
 
@@ -100,6 +106,33 @@ def single_cut(count: int, width: int, spare: int) -> Cut | None:
     if chunk <= 2 * GPU_LOGITS_ROWS or logits < GPU_LOGITS_ROWS:
         return None
     return Cut(chunk, _part_of(chunk, logits))
+
+
+def count_blocks(
+    count: int, width: int, chunk: int, gradient_bytes: int, logit_bytes: int, memory: int
+) -> int:
+    """Blocks of the vocabulary for a backward pass that has them outermost; 1 where it has rows.
+
+    It holds `gradient_bytes` for each of N x C entries and `logit_bytes` for each of R x C; as few
+    blocks as `memory` allows. Every block but the first reads and writes the sum of dX, (N, D),
+    once more, where every chunk of rows would that of dW, (V, D): it pays while N < V. Below
+    LEAST_COLUMNS the products of a block would wait for memory.
+    """
+    if not chunk < count < width:
+        return 1
+    limit = memory // (gradient_bytes * count + logit_bytes * chunk)
+    return _pieces(width, limit - COLUMN_TILE) if limit >= LEAST_COLUMNS + COLUMN_TILE else 1
+
+
+def column_blocks(vocab: int, blocks: int) -> list[slice]:
+    """The blocks, all about as wide: a product with a single column has other bits elsewhere."""
+    blocks = max(1, min(blocks, vocab // COLUMN_TILE))
+    starts = [i * vocab // blocks // COLUMN_TILE * COLUMN_TILE for i in range(blocks)]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], vocab])]
+
+
+def workspace_bytes(gpu: bool) -> int:
+    return GPU_WORKSPACE_BYTES if gpu else CPU_WORKSPACE_BYTES
 
 
 def spare_rows(vocab: int, dim: int) -> int:

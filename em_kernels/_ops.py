@@ -42,6 +42,10 @@ _UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
 _LINEAR = "Tensor hidden, Tensor weight"
 _CUT = "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
+# Of the gradient that will follow; the defaults are for statistics alone.
+_LATER = (
+    "bool need_hidden=False, bool need_weight=False, bool need_bias=False, float? filter_eps=None"
+)
 
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
@@ -90,12 +94,14 @@ def _loss_rows(
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, chunk, dtype, impl) = _take_spec(args)
+    spec, (outputs, chunk, dtype, impl, *needs) = _take_spec(args)
+    needs, _ = _take_needs(spec, needs)
     options = (outputs, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
     linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    needs = needs if any(needs[:3]) else None
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = _chunks.stats(linear, spec, tuple(outputs), module)
+        rows = _chunks.stats(linear, spec, tuple(outputs), module, needs)
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -292,7 +298,7 @@ def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
 
 
 def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return empty_rows(hidden, args[-4])
+    return empty_rows(hidden, args[len(RowSpec._fields)])
 
 
 def _fake_linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
@@ -332,7 +338,7 @@ _OPERATORS = {
         _fake_softmax_loss_inplace,
     ),
     "linear_stats": (
-        f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}",
+        f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}, {_LATER}",
         _linear_stats,
         _fake_linear_stats,
     ),

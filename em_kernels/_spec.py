@@ -141,6 +141,37 @@ def select_rows(spec: RowSpec, rows: Tensor | slice) -> RowSpec:
     return with_row_tensors(spec, picked)
 
 
+def pick(upstream: Upstream, rows: Tensor | slice) -> Upstream:
+    """The upstream gradients of some of the rows."""
+    return Upstream(*(None if g is None else g[rows] for g in upstream))
+
+
+def spec_of_slice(spec: RowSpec, start: int, size: int) -> RowSpec:
+    """The spec with targets counted from `start`, for the gradient in `size` entries from there.
+
+    Targets that lie elsewhere become the first of these: see `upstream_of_slice`.
+    """
+    if spec.target is None:
+        return spec
+    target = spec.target - start
+    return spec._replace(target=torch.where(_inside(target, size), target, 0))
+
+
+def upstream_of_slice(spec: RowSpec, upstream: Upstream, start: int, size: int) -> Upstream:
+    """d logprob / dz_v is 1[v = y] - p_v, and of that only -p_v, which is -d lse / dz_v, where the
+    target lies outside of the slice."""
+    if upstream.logprob is None:
+        return upstream
+    owned = _inside(spec.target - start, size)
+    elsewhere = torch.where(owned, 0, upstream.logprob)
+    lse = -elsewhere if upstream.lse is None else upstream.lse - elsewhere
+    return upstream._replace(logprob=torch.where(owned, upstream.logprob, 0), lse=lse)
+
+
+def _inside(target: Tensor, size: int) -> Tensor:
+    return (target >= 0) & (target < size)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """View (..., V) as (outer, inner, V) with unit last stride; copies only where no view exists.
 

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from em_kernels import reference
 from em_kernels._merge import merge, parts_of
-from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+from em_kernels._spec import (
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    select_rows,
+    spec_of_slice,
+    upstream_of_slice,
+)
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
 _SHARED = (
@@ -108,6 +116,7 @@ class VocabParallel:
 
     def __init__(self, inner: ModuleType, shards: Shards):
         self.inner, self.shards = inner, shards
+        self.first_entry = shards.start
         self.widest_shard = shards.widest  # memory is planned, and so rows are cut, for it
         for name in ("empty", "add_product", "narrows"):
             if hasattr(inner, name):
@@ -135,7 +144,7 @@ class VocabParallel:
         if spec.valid_vocab == 0:
             out.zero_()
             return
-        upstream = self._own_upstream(spec, upstream)
+        upstream = upstream_of_slice(spec, upstream, self.first_entry, self.shards.size)
         self.inner.grad(logits, self._own_spec(spec), saved, upstream, out)
 
     def loss(
@@ -178,27 +187,7 @@ class VocabParallel:
         ]
 
     def _own_spec(self, spec: RowSpec) -> RowSpec:
-        """Targets that lie on another rank become entry 0 of this one."""
-        if spec.target is None:
-            return spec
-        return spec._replace(target=torch.where(self._owned(spec), self._local_target(spec), 0))
-
-    def _own_upstream(self, spec: RowSpec, upstream: Upstream) -> Upstream:
-        """d logprob / dz_v is 1[v = y] - p_v, and of that only -p_v, which is -d lse / dz_v, where
-        the target lies on another rank."""
-        if upstream.logprob is None:
-            return upstream
-        owned = self._owned(spec)
-        elsewhere = torch.where(owned, 0, upstream.logprob)
-        lse = -elsewhere if upstream.lse is None else upstream.lse - elsewhere
-        return upstream._replace(logprob=torch.where(owned, upstream.logprob, 0), lse=lse)
-
-    def _local_target(self, spec: RowSpec) -> Tensor:
-        return spec.target - self.shards.start
-
-    def _owned(self, spec: RowSpec) -> Tensor:
-        target = self._local_target(spec)
-        return (target >= 0) & (target < self.shards.size)
+        return spec_of_slice(spec, self.first_entry, self.shards.size)
 
     def _owner(self, spec: RowSpec) -> tuple[Tensor, Tensor]:
         """(the rank that has the target, whether there is one)"""

@@ -20,6 +20,8 @@ from em_kernels._second_order import differentiable, statistic_sum
 from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
 from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
 
+_SPEC_LENGTH = len(RowSpec._fields)
+
 
 def linear_softmax_stats(
     hidden: Tensor,
@@ -123,7 +125,8 @@ def linear_softmax_stats(
         return pack_stats(outputs, torch.ops.em_kernels.linear_stats(*arguments)[3:])
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     filter_eps = filter_eps if spec.numbers is None else None
-    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, filter_eps)
+    needs = wanted_gradients(hidden, weight, bias)
+    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, needs, filter_eps)
     return pack_stats(outputs, rows[3:])
 
 
@@ -194,14 +197,13 @@ class _SumOverRanks(torch.autograd.Function):
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, filter_eps = args
+        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, needs, filter_eps = args
         spec = with_index(RowSpec(*spec))
-        ctx.filter_eps = filter_eps
-        ctx.cut = (chunk_tokens, logits_dtype, impl)
+        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), (*needs, filter_eps)
         if fused:
             rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
         else:
-            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut)
+            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *ctx.needs)
         mark_rows(ctx, outputs, rows)
         save_call(ctx, (hidden, weight), spec, rows)
         ctx.outputs = outputs
@@ -211,23 +213,30 @@ class _LinearStats(torch.autograd.Function):
     def backward(ctx, *grads):
         (hidden, weight), spec, saved = saved_call(ctx)
         upstream = upstream_of(ctx.outputs, grads)
-        needs = ctx.needs_input_grad[:3]
-        none = [None] * (len(RowSpec._fields) + 5)
+        none = [None] * (len(RowSpec._fields) + 6)
         if all(g is None for g in upstream):
             return None, None, None, *none
 
         def compute():
-            arguments = (hidden, weight, *spec, *saved, *upstream, *needs, ctx.filter_eps, *ctx.cut)
+            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut)
             grads = call("linear_grad", *arguments)
-            return tuple(g if need else None for g, need in zip(grads, needs))
+            return tuple(g if need else None for g, need in zip(grads, ctx.needs))
 
         inputs, rest = (hidden, weight, spec.bias), (*upstream, *row_tensors(spec))
         return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
 
 
+def wanted_gradients(*inputs: Tensor | None) -> tuple[bool, ...]:
+    """Which of the inputs a backward pass will want the gradient of."""
+    recording = torch.is_grad_enabled()
+    return tuple(recording and x is not None and x.requires_grad for x in inputs)
+
+
 def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    hidden = copy_to_ranks(hidden, RowSpec(*args[: len(RowSpec._fields)]).group)
-    return list(_LinearStats.apply(hidden, weight, *args, False, None))
+    spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
+    hidden = copy_to_ranks(hidden, spec.group)
+    needs = wanted_gradients(hidden, weight, spec.bias)
+    return list(_LinearStats.apply(hidden, weight, *spec, *cut, False, needs, None))
 
 
 differentiate("linear_stats", _derive)

@@ -53,3 +53,9 @@ def defer_small_chunks(patch, logits_rows: int = 2) -> None:
     patch.setattr(_cut, "single_cut", lambda count, width, spare: None)
     patch.setattr(_cut, "GPU_TILE_ROWS", 1)
     patch.setattr(_cut, "CPU_TILE_ROWS", 1)
+
+
+def block_small_vocabularies(patch) -> None:
+    """A backward pass of several chunks has the vocabulary outermost from 8 columns a block on."""
+    patch.setattr(_cut, "COLUMN_TILE", 4)
+    patch.setattr(_cut, "LEAST_COLUMNS", 8)

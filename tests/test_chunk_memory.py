@@ -22,13 +22,14 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, *shapes):
         super().__init__()
-        self.left_out, self.sizes, self.bytes = shapes, {}, 0
+        self.left_out, self.sizes, self.bytes, self.seen = shapes, {}, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for out in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(out, torch.Tensor):
                 storage = out.untyped_storage()
+                self.seen.add((out.shape, out.dtype))
                 size = 0 if out.shape in self.left_out else storage.nbytes()
                 self.sizes.setdefault(StorageWeakRef(storage), size)
         self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
@@ -78,7 +79,8 @@ def operands(vocab, dim):
 
 
 def beyond(linear, function):
-    """Bytes of a call beyond its operands, its gradients and the float32 sum of dW."""
+    """Bytes of a call beyond its operands, its gradients and the float32 sum of dW, or where
+    `grad` has the vocabulary outermost, of dX."""
     hidden, weight = linear[:2]
     rows, vocab, needs = torch.empty(N, device="meta"), len(weight), Needs(True, True, False)
     spec, upstream = RowSpec(valid_vocab=vocab), Upstream(entropy=rows)
@@ -88,6 +90,9 @@ def beyond(linear, function):
             _chunks.loss(linear, spec, upstream, ("entropy",), needs, Kernels)
         else:
             _chunks.grad(linear, spec, Saved(rows, rows, rows), upstream, needs, Kernels)
+            summed = {shape for shape, dtype in peak.seen if dtype == torch.float32}
+            outermost = hidden.shape if vocab > N else weight.shape
+            assert {hidden.shape, weight.shape} & summed == {outermost}
     return peak.bytes
 
 

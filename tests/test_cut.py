@@ -5,6 +5,8 @@ import pytest
 from em_kernels import _cut
 from em_kernels._cut import (
     Cut,
+    column_blocks,
+    count_blocks,
     cut_rows,
     default_chunk_tokens,
     deferred_cut,
@@ -156,3 +158,44 @@ def test_rows_are_multiples_of_what_triton_takes_for_aligned(vocab):
     """It specialises kernels on strides that 16 divides, whatever the bytes of an entry."""
     assert _cut.row_stride(vocab) % 16 == 0
     assert vocab <= _cut.row_stride(vocab) < vocab + 16
+
+
+# (rows, vocabulary, bytes of a gradient, of a logit beside it, GPU) -> blocks of the vocabulary
+@pytest.mark.parametrize(
+    "count, vocab, gradient, logit, gpu, blocks",
+    (
+        (32768, 152064, 2, 4, True, 11),  # 20 chunks of rows
+        (8192, 131072, 2, 4, True, 4),
+        (2048, 131072, 2, 4, True, 1),  # a single chunk
+        (1024, 151936, 4, 0, False, 4),
+        (8192, 4096, 4, 0, False, 1),  # dX is larger than dW
+        (1 << 19, 1 << 20, 2, 4, True, 1),  # less than LEAST_COLUMNS at a time
+    ),
+)
+def test_blocks_of_the_vocabulary(count, vocab, gradient, logit, gpu, blocks):
+    chunk = default_chunk_tokens(count, vocab, 4, gpu)
+    memory = _cut.workspace_bytes(gpu)
+    assert count_blocks(count, vocab, chunk, gradient, logit, memory) == blocks
+
+
+@pytest.mark.parametrize("logit", (0, 4))
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_blocks_are_even_and_fit_the_memory(vocab, logit):
+    for memory in (_cut.CPU_WORKSPACE_BYTES, _cut.GPU_WORKSPACE_BYTES, 5000 * vocab):
+        for count in COUNTS:
+            chunk = default_chunk_tokens(count, vocab, 4, gpu=True)
+            blocks = column_blocks(vocab, count_blocks(count, vocab, chunk, 2, logit, memory))
+            widths = [block.stop - block.start for block in blocks]
+            assert blocks[0].start == 0 and sum(widths) == blocks[-1].stop == vocab
+            assert [a.stop for a in blocks[:-1]] == [b.start for b in blocks[1:]]
+            if len(blocks) > 1:
+                assert max(widths) * (2 * count + logit * chunk) <= memory
+                assert max(widths) - min(widths) < 2 * 128 and min(widths) >= 512
+
+
+@pytest.mark.parametrize("vocab", (0, 1, 2, 127, 128, 129, 257, 1000))
+@pytest.mark.parametrize("blocks", (1, 2, 7, 1000))
+def test_no_block_of_several_is_narrow(vocab, blocks):
+    """Those of a small shard, which are cut like the widest."""
+    widths = [block.stop - block.start for block in column_blocks(vocab, blocks)]
+    assert sum(widths) == vocab and (len(widths) == 1 or min(widths) >= 128)

@@ -16,7 +16,14 @@ from em_kernels import linear_entropy_loss, linear_token_loss, softmax_stats, to
 IMPLS = tuple(name for name in ("reference", "cpu") if name in ON_CPU)
 WORLDS = (2, 3)
 # One case per function with other cuts: a rank with one entry, a rank with none.
-RECUT = ("stats, float32", "stats, sure rows", "linear stats, chunks of 4", "linear loss", "loss")
+RECUT = (
+    "stats, float32",
+    "stats, sure rows",
+    "linear stats, chunks of 4",
+    "linear stats, blocks",
+    "linear loss",
+    "loss",
+)
 ONCE = ("costs", "opcheck")  # slow, and the same for any number of ranks
 SMALL_INTERPRETED = ("stats, bad rows", "linear loss")
 

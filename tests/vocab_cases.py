@@ -12,11 +12,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from gpu_products import defer_small_chunks, play_gpu
+from gpu_products import block_small_vocabularies, defer_small_chunks, play_gpu
 from helpers import DIFFERENTIABLE, rows_of_entropy
 from torch import Tensor
 
 from em_kernels import (
+    _vocab_blocks,
     entropy_loss,
     linear_entropy_loss,
     linear_softmax_stats,
@@ -236,6 +237,30 @@ def linear_stats_of(dtype, **options):
     return case
 
 
+def linear_stats_in_blocks(dtype, **options):
+    """Backward with blocks of the shard outermost; in bfloat16 as on a GPU."""
+    stats = linear_stats_of(dtype, **options)
+
+    def case(cut, impl):
+        with pytest.MonkeyPatch.context() as patch:
+            block_small_vocabularies(patch)
+            products = play_gpu(patch) if dtype == torch.bfloat16 else []
+            blocks, column_blocks = [], _vocab_blocks.column_blocks
+            patch.setattr(
+                _vocab_blocks,
+                "column_blocks",
+                lambda *sizes: blocks.append(column_blocks(*sizes)) or blocks[-1],
+            )
+            results = stats(cut, impl)
+        own = VOCAB if cut.sizes is None else cut.sizes[cut.rank]
+        assert blocks or own == 0, "rows were outermost"
+        assert own < 20 or len(blocks[0]) > 1
+        assert products or dtype != torch.bfloat16
+        return results
+
+    return case
+
+
 def linear_with_a_bias_of_minus_inf(cut, impl):
     """Padding by bias: the last shard has no finite logit in any row."""
     head, target = draw_head(cut)
@@ -415,6 +440,8 @@ CASES = {
     "all rows masked": all_rows_masked,
     "linear stats, one chunk": linear_stats_of(torch.float32),
     "linear stats, chunks of 4": linear_stats_of(torch.float32, chunk_tokens=4),
+    "linear stats, blocks": linear_stats_in_blocks(torch.float32, chunk_tokens=4),
+    "linear stats, blocks of bfloat16": linear_stats_in_blocks(torch.bfloat16, chunk_tokens=5),
     "linear stats, float64": linear_stats_of(torch.float64, chunk_tokens=5),
     "linear stats, bfloat16": linear_stats_of(torch.bfloat16, logits_dtype=torch.float32),
     "linear stats, bias of -inf": linear_with_a_bias_of_minus_inf,

@@ -1,0 +1,151 @@
+"""The backward pass with the vocabulary outermost: the gradient of all rows, C columns at a time.
+
+With the statistics of the rows known, their gradient in any columns can be made by itself. So a
+block of dW is finished in one product, straight in the dtype of the weight, and what is summed over
+blocks is dX: (N, D) in float32 (float64 for float64) in place of (V, D), rounded once. Where rows
+are left out or multiplied as zeros, `hidden` is copied first.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from em_kernels import _products
+from em_kernels._cut import column_blocks, row_stride
+from em_kernels._spec import (
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    pick,
+    select_rows,
+    spec_of_slice,
+    upstream_of_slice,
+)
+from em_kernels._workspace import empty, narrows
+
+if TYPE_CHECKING:
+    from em_kernels._chunks import Linear, Needs, Rows
+
+
+def grad(
+    linear: Linear,
+    spec: RowSpec,
+    saved: Saved,
+    upstream: Upstream,
+    needs: Needs,
+    backend: ModuleType,
+    rows: Rows,
+) -> list[Tensor]:
+    """[dX, dW, db] as `_chunks.grad`; logits are multiplied in the pieces of `_chunks.stats`."""
+    sums = _Gradients(linear, spec, needs, backend, rows)
+    blocks = column_blocks(spec.valid_vocab, rows.cut.blocks) if spec.valid_vocab else []
+    room = _Room(linear, backend, rows, max(map(_width, blocks), default=0))
+    rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
+    for columns in blocks:
+        block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
+        gradient = room.gradient(_width(columns))
+        for own in rows.spans():
+            part, out = rows.at(own), gradient[own]
+            logits = room.logits(out)
+            _products.multiply(sums.x[own], linear.weight[columns], logits)
+            row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
+            written = out if room.narrow else logits
+            rows_of.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
+            if not room.narrow:
+                out.copy_(written)
+        sums.add(columns, gradient)
+    return sums.finish()
+
+
+class _Room:
+    """The memory that all blocks go through."""
+
+    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, widest: int):
+        own, operand = linear.logits_dtype, linear.hidden.dtype
+        device, self.align = linear.hidden.device, _products.is_gpu(linear.hidden)
+        self.count, stride = rows.count, self._stride(widest)
+        self.whole = empty(backend, (rows.count * stride,), operand, device)
+        self.in_place = own == operand
+        # Whether the gradient can be written where the products read it.
+        self.narrow = self.in_place or narrows(operand, own, backend)
+        if not self.in_place:
+            self.scratch = empty(backend, (rows.cut.chunk * stride,), own, device)
+
+    def gradient(self, width: int) -> Tensor:
+        """(N, C)"""
+        return self._matrix(self.whole, self.count, width)
+
+    def logits(self, gradient: Tensor) -> Tensor:
+        """Where those of a chunk go, whose gradient goes to `gradient`, (R, C)."""
+        return gradient if self.in_place else self._matrix(self.scratch, *gradient.shape)
+
+    def _matrix(self, memory: Tensor, count: int, width: int) -> Tensor:
+        stride = self._stride(width)
+        return memory[: count * stride].view(count, stride)[:, :width]
+
+    def _stride(self, width: int) -> int:
+        return row_stride(width) if self.align else width
+
+
+class _Gradients:
+    """dX, summed over blocks, and the blocks of dW and db."""
+
+    def __init__(
+        self, linear: Linear, spec: RowSpec, needs: Needs, backend: ModuleType, rows: Rows
+    ):
+        self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
+        self.rows, self.started = rows, False
+        hidden, weight = linear.hidden, linear.weight
+        self.x = hidden if rows.index is None else hidden[rows.index]
+        if spec.mask is not None:
+            self.x = torch.where(spec.mask[:, None], hidden, 0)
+        wide = accumulate_dtype(hidden.dtype)
+        make = torch.empty if spec.valid_vocab else torch.zeros
+        shape = self.x.shape if needs.hidden else 0
+        self.hidden = make(shape, dtype=wide, device=hidden.device)
+        self.weight = weight.new_empty(weight.shape)
+        self.weight[spec.valid_vocab :] = 0
+        size = weight.shape[0] if needs.bias else 0
+        self.bias = torch.zeros(size, dtype=wide, device=weight.device)
+
+    def add(self, columns: slice, gradient: Tensor) -> None:
+        if self.needs.bias:
+            total = gradient.sum(0, dtype=self.bias.dtype)
+            self.bias[columns] = total / self.spec.logit_scale
+        if self.needs.hidden:
+            weight = self.linear.weight[columns]
+            _products.accumulate(self.hidden, gradient.T, weight, self.started, self.backend)
+            self.started = True
+        _products.accumulate(self.weight[columns], gradient, self.x, False, self.backend)
+
+    def finish(self) -> list[Tensor]:
+        bias = self.bias if self.spec.bias is None else self.bias.to(self.spec.bias.dtype)
+        return [self._spread() if self.needs.hidden else self.hidden, self.weight, bias]
+
+    def _spread(self) -> Tensor:
+        """dX of all rows, 0 where one was left out."""
+        hidden, index = self.linear.hidden, self.rows.index
+        if self.spec.mask is not None:
+            self.hidden.masked_fill_(~self.spec.mask[:, None], 0)  # 0 times an inf of the weight
+        if index is None:
+            return self.hidden.to(hidden.dtype)
+        return hidden.new_zeros(hidden.shape).index_copy_(0, index, self.hidden.to(hidden.dtype))
+
+
+def _of_block(
+    spec: RowSpec, upstream: Upstream, columns: slice, first_entry: int
+) -> tuple[RowSpec, Upstream]:
+    """Both as a backend is given them that sees these columns alone."""
+    start, size = first_entry + columns.start, _width(columns)
+    bias = None if spec.bias is None else spec.bias[columns]
+    own = spec_of_slice(spec, start, size)._replace(bias=bias, valid_vocab=size)
+    return own, upstream_of_slice(spec, upstream, start, size)
+
+
+def _width(columns: slice) -> int:
+    return columns.stop - columns.start
