@@ -17,6 +17,8 @@
 #define EM_DEVICE __device__ __forceinline__
 #define EM_DEVICE_CALL __device__ __noinline__
 #define EM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// One that is indexed: it stays where the launch has put it, and no thread makes itself a copy.
+#define EM_PARAMETER(type) const __grid_constant__ type
 
 namespace em_kernels::cuda {
 
@@ -114,13 +116,31 @@ EM_DEVICE uint32_t to_pair(float first, float second, f16) {
   return out;
 }
 
-// Threads of a warp and of a block.
+// Threads of a warp and of a block. All of a warp must come.
+
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 EM_DEVICE void sync_block() { __syncthreads(); }
+EM_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
 EM_DEVICE T shuffle_down(T value, int lanes) {
-  return __shfl_down_sync(0xffffffffu, value, lanes);
+  return __shfl_down_sync(kAllLanes, value, lanes);
+}
+template <class T>
+EM_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(kAllLanes, value, lanes);
+}
+
+// The first lane where it is true; -1 if there is none.
+EM_DEVICE int first_lane(bool x) { return __ffs(__ballot_sync(kAllLanes, x)) - 1; }
+
+// In all lanes: the largest, NaN if any is. As integers, whose order is that of the numbers once
+// the bits of the negative ones are turned round; max.NaN leaves one NaN, above all numbers.
+EM_DEVICE float largest_of_warp(float x) {
+  const int bits = __float_as_int(larger(x, x));
+  const int out = __reduce_max_sync(kAllLanes, bits ^ (bits >> 31 & 0x7fffffff));
+  return __int_as_float(out ^ (out >> 31 & 0x7fffffff));
 }
 
 // Blocks of a cluster (compute capability 9.0).
@@ -138,8 +158,16 @@ EM_DEVICE int cluster_blocks() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(out));
   return out;
 }
-// What was written before `arrive` by any thread of the cluster is seen after `wait`.
-EM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+EM_DEVICE int64_t cluster_index() {
+  unsigned out;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(out));
+  return out;
+}
+// Nobody is past `wait` before every thread of the cluster has arrived. Arriving publishes nothing:
+// `publish` does, for the thread that calls it and for all that it knows of by a barrier of the
+// block. It waits for memory, so one thread of a block calls it, not all.
+EM_DEVICE void publish() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
+EM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 EM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Where block `rank` of the cluster has what is at `own` in this block's shared memory.

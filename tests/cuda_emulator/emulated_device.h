@@ -14,6 +14,7 @@
 #define EM_DEVICE inline
 #define EM_DEVICE_CALL
 #define EM_KERNEL(threads, blocks) void
+#define EM_PARAMETER(type) const type
 #define EM_HAS_CLUSTERS 1
 
 namespace em_kernels::cuda {
@@ -30,6 +31,7 @@ int64_t block_index();
 unsigned char* shared_memory();
 int cluster_rank();
 int cluster_blocks();
+int64_t cluster_index();
 
 template <class T>
 T multiply(T a, T b) {
@@ -92,14 +94,37 @@ uint32_t smaller_pair(uint32_t a, uint32_t b, Half h) {
 void sync_block();
 void cluster_arrive();
 void cluster_wait();
+inline void publish() {}
 
-// What the thread `lanes` further on in the warp passed; this thread's own at the end of the warp.
-void exchange_down(void* value, size_t bytes, int lanes);
+// What each lane of the warp passed, of 8 bytes at most.
+using Slots = unsigned char[32][8];
+const Slots& exchange(const void* value, size_t bytes);
 
 template <class T>
-T shuffle_down(T value, int lanes) {
-  exchange_down(&value, sizeof(T), lanes);
+T of_lane(T value, int lane) {
+  std::memcpy(&value, exchange(&value, sizeof(T))[lane], sizeof(T));
   return value;
+}
+// This thread's own at the end of the warp.
+template <class T>
+T shuffle_down(T value, int lanes) {
+  const int lane = thread_index() % 32;
+  return of_lane(value, lane + lanes < 32 ? lane + lanes : lane);
+}
+template <class T>
+T shuffle_xor(T value, int lanes) {
+  return of_lane(value, thread_index() % 32 ^ lanes);
+}
+inline void sync_warp() { of_lane(0, 0); }
+inline int first_lane(bool x) {
+  const Slots& slots = exchange(&x, sizeof(x));
+  for (int lane = 0; lane < 32; ++lane)
+    if (slots[lane][0]) return lane;
+  return -1;
+}
+inline float largest_of_warp(float x) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) x = larger(x, shuffle_xor(x, lanes));
+  return x;
 }
 
 const void* peer_address(const void* own, int rank);
