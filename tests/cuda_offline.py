@@ -120,7 +120,11 @@ def _short(name: str) -> str:
 def _count(code: str) -> dict[str, int]:
     memory = re.findall(r"\b(?:LDG|STG|LDS|UBLKCP|UCGABAR|MEMBAR)[\w.]*", code)
     counts = {what: sum(bool(re.match(one, x)) for x in memory) for what, one in CODE.items()}
-    return {**counts, "chunk": sum(map(len, filter(_is_of_a_chunk, inner_loops(code))))}
+    return {
+        **counts,
+        "chunk": sum(map(len, filter(_is_of_a_chunk, inner_loops(code)))),
+        "copies_with_a_policy": len(re.findall(r"UBLKCP\b.*\bdesc\[", code)),
+    }
 
 
 def _is_of_a_chunk(loop: list[str]) -> bool:

@@ -419,6 +419,7 @@ def test_the_loss_brings_a_row_into_shared_memory_by_bulk_copies(kernels):
         assert len(resident) == 3
         for kernel in resident if int(arch[3:].rstrip("af")) >= 90 else ():
             assert kernel["bulk_copies"] and kernel["cluster_barriers"]
+            assert kernel["copies_with_a_policy"] == kernel["bulk_copies"]  # read once
             assert kernel["wide_shared_loads"] >= 4 and kernel["wide_stores"] >= 4
 
 

@@ -9,10 +9,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-#include "kernels.h"
+#include "launch.h"
 
 #define EM_DEVICE __device__ __forceinline__
 #define EM_DEVICE_CALL __device__ __noinline__
@@ -196,15 +194,24 @@ EM_DEVICE void init_arrivals(Arrival* arrivals, int count) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// What is read once is the first to leave the L2 cache, so that it drives out nothing of use.
+EM_DEVICE uint64_t read_once() {
+  uint64_t out;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(out));
+  return out;
+}
+
 EM_DEVICE void start_copy(void* to, const void* from, uint32_t bytes, Arrival* arrival) {
   const uint32_t barrier = shared_address(arrival);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
   if (bytes == 0) return;
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;"
       :
-      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier),
+        "l"(read_once())
       : "memory");
 }
 
@@ -216,52 +223,6 @@ EM_DEVICE void wait_copy(Arrival* arrival) {
       : "memory");
 }
 #endif
-
-// Host.
-
-inline void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(
-      std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-
-// The compute capability that the loaded code of `kernel` was written for: less than that of the
-// current device where the driver made it out of older PTX.
-template <class... Parameters>
-int written_for(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return attributes.ptxVersion;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(
-    void (*kernel)(Parameters...), const Plan& plan, void* stream, const Arguments&... arguments) {
-  if (plan.resident) {
-    check(
-        cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-    // Several blocks on a multiprocessor, not one and a large L1.
-    check(
-        cudaFuncSetAttribute(
-            kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-            cudaSharedmemCarveoutMaxShared),
-        "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(plan.threads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = plan.resident ? 1 : 0;  // also for a cluster of one: the kernel asks its size
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "cudaLaunchKernelEx");
-}
 
 }  // namespace em_kernels::cuda
 

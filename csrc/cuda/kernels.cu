@@ -350,7 +350,23 @@ void run_on(
 }
 
 #if !defined(EM_EMULATED)
-int written_for() { return written_for(resident_loss<float>); }
+template <class... Parameters>
+const void* address(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+Loaded load_kernels(int shared_bytes) {
+  return load(
+      {address(stream_statistics<float, true>), address(stream_statistics<float, false>),
+       address(stream_statistics<bf16, true>), address(stream_statistics<bf16, false>),
+       address(stream_statistics<f16, true>), address(stream_statistics<f16, false>),
+       address(stream_statistics<double, false>), address(stream_gradient<float, true>),
+       address(stream_gradient<float, false>), address(stream_gradient<bf16, true>),
+       address(stream_gradient<bf16, false>), address(stream_gradient<f16, true>),
+       address(stream_gradient<f16, false>), address(stream_gradient<double, false>)},
+      {address(resident_loss<float>), address(resident_loss<bf16>), address(resident_loss<f16>)},
+      shared_bytes);
+}
 #endif
 
 bool one_stride(const Problem& p, int64_t outer_stride, int64_t inner_stride) {

@@ -2,6 +2,13 @@
 // fibers run one after the other in a random order fixed by the seed, one of them always last; a
 // bulk copy lands only when it is waited for; shared memory is NaN before its block begins and
 // after it has ended. So what a barrier or a wait is missing for shows.
+//
+// What does not show: the byte counts and phases of an mbarrier (a copy lands when it is waited for,
+// whatever was announced); the order of memory within a phase (a thread sees at once what another
+// has written, so `publish` does nothing here and a missing fence goes unseen); the order of the
+// generic and the asynchronous proxy; what an earlier block has left in shared memory, where it
+// passes for what should be there (here it is NaN); cache policies. For these the judge is
+// compute-sanitizer (memcheck, racecheck, synccheck) on a GPU, which `make gpu` runs on the cases.
 #pragma once
 
 #include <cmath>

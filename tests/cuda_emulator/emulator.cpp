@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "emulated_device.h"
+#include "../../csrc/cuda/sizes.h"
 
 namespace em_kernels::cuda {
 namespace {
@@ -196,7 +197,7 @@ int cluster_rank() { return machine.running->rank; }
 int cluster_blocks() { return machine.plan->cluster; }
 int64_t cluster_index() { return machine.first_block / machine.plan->cluster; }
 
-Device device(int) { return {90, 232448, 233472}; }
+Device device(int) { return {90, 232448, 233472, kMaxCluster}; }
 std::string why_no_driver() { return ""; }
 int runtime_version() { return 0; }
 
