@@ -3,6 +3,12 @@
 Here tensors become addresses; the kernels, `csrc/cuda`, know nothing of torch. `grad` and `loss`
 take an `out` of the logits' dtype, which may be the logits themselves, and for float32 logits also
 one of bfloat16 or float16, whose rows may begin where those of the logits do (`narrows`).
+
+Kernels run on torch's current stream of the tensors' device, and nothing waits for them. The first
+call on a device loads all kernels for it and asks for its limits; later calls only launch, so they
+can be captured in a CUDA graph. The first call is meant to be fit for capture too; what else is in
+the captured region (cuBLAS, the allocator, autograd) wants torch's usual warm-up, a run of it on a
+side stream before the capture.
 """
 
 from __future__ import annotations
@@ -79,6 +85,7 @@ def _where(device: torch.device) -> tuple:
 
 @cache
 def _limits(index: int):
+    """Of the current device, which is `index`: loads the kernels for it."""
     return _cuda.device(index)
 
 

@@ -4,8 +4,9 @@
     python tests/cuda_offline.py --write    also renews tests/cuda_resources.json
 
 Registers, stack, local memory (where spills go) and static shared memory are what the compiler
-recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses and bulk
-copies are seen in the machine code, 64-bit offsets in the PTX.
+recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses, bulk
+copies, fences of the device and what the loops over whole chunks issue are seen in the machine
+code, 64-bit offsets in the PTX.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sass import inner_loops
+
 TABLE = Path(__file__).with_name("cuda_resources.json")
-COLUMNS = ("registers", "stack", "local", "shared")
+# Those of the table, under its titles.
+TABLES = {
+    "registers, stack, local, shared": ("registers", "stack", "local", "shared"),
+    "fences of the device, instructions a number": ("fences", "a_number"),
+}
+LOADS = 4  # of 16 bytes in a chunk of a thread: kLoads of csrc/cuda/sizes.h
 USAGE = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.M)
 # Instructions of the machine code that are counted.
 CODE = {
@@ -28,6 +36,7 @@ CODE = {
     "wide_shared_loads": r"LDS\.128\b",
     "bulk_copies": r"UBLKCP\b",
     "cluster_barriers": r"UCGABAR_ARV\b",
+    "fences": r"MEMBAR\.\w+\.GPU\b",
 }
 
 
@@ -48,7 +57,7 @@ def cuobjdump() -> str | None:
 
 
 def report(module: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> COLUMNS and the counts of CODE."""
+    """Architecture -> kernel -> what the TABLES hold and the counts of CODE."""
     tool = cuobjdump()
     usage, code = (_run(tool, flag, str(module)) for flag in ("--dump-resource-usage", "-sass"))
     found: dict[str, dict] = {}
@@ -62,6 +71,9 @@ def report(module: Path) -> dict[str, dict[str, dict[str, int]]]:
             name, _, lines = body.partition("\n")
             found[arch][name].update(_count(lines))
     short = short_names(sorted({name for kernels in found.values() for name in kernels}))
+    for kernels in found.values():
+        for name, kernel in kernels.items():
+            kernel["a_number"] = round(kernel.pop("chunk") / _numbers(short[name]), 2)
     return {
         arch: {short[name]: kernels[name] for name in sorted(kernels, key=short.get)}
         for arch, kernels in sorted(found.items(), key=lambda each: int(each[0][3:].rstrip("af")))
@@ -106,8 +118,25 @@ def _short(name: str) -> str:
 
 
 def _count(code: str) -> dict[str, int]:
-    memory = re.findall(r"\b(?:LDG|STG|LDS|UBLKCP|UCGABAR)[\w.]*", code)
-    return {what: sum(bool(re.match(one, x)) for x in memory) for what, one in CODE.items()}
+    memory = re.findall(r"\b(?:LDG|STG|LDS|UBLKCP|UCGABAR|MEMBAR)[\w.]*", code)
+    counts = {what: sum(bool(re.match(one, x)) for x in memory) for what, one in CODE.items()}
+    return {
+        **counts,
+        "chunk": sum(map(len, filter(_is_of_a_chunk, inner_loops(code)))),
+        "copies_with_a_policy": len(re.findall(r"UBLKCP\b.*\bdesc\[", code)),
+    }
+
+
+def _is_of_a_chunk(loop: list[str]) -> bool:
+    """Whether a round takes a whole chunk of each thread's numbers, and looks at nothing else."""
+    loads = re.findall(r"\bLD[GS]\b[\w.]*", "\n".join(loop))
+    return len(loads) == LOADS and all(load.endswith("128") for load in loads)
+
+
+def _numbers(kernel: str) -> int:
+    """In a chunk of a thread."""
+    size = 8 if "double" in kernel else 4 if "float" in kernel else 2
+    return LOADS * 16 // size
 
 
 def _by_architecture(text: str) -> list[tuple[str, str]]:
@@ -119,9 +148,9 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def as_table(found: dict) -> dict:
+def as_table(found: dict, columns: tuple[str, ...]) -> dict:
     return {
-        arch: {name: [kernel[column] for column in COLUMNS] for name, kernel in kernels.items()}
+        arch: {name: [kernel[column] for column in columns] for name, kernel in kernels.items()}
         for arch, kernels in found.items()
     }
 
@@ -129,9 +158,10 @@ def as_table(found: dict) -> dict:
 def write(found: dict) -> None:
     from em_kernels import _cuda
 
-    text = json.dumps({"nvcc": _cuda.nvcc, ", ".join(COLUMNS): as_table(found)}, indent=1)
+    tables = {title: as_table(found, columns) for title, columns in TABLES.items()}
+    text = json.dumps({"nvcc": _cuda.nvcc, **tables}, indent=1)
     TABLE.write_text(
-        re.sub(r"\[([\s\d,]+)\]", lambda x: f"[{' '.join(x[1].split())}]", text) + "\n"
+        re.sub(r"\[([\s\d.,]+)\]", lambda x: f"[{' '.join(x[1].split())}]", text) + "\n"
     )
 
 

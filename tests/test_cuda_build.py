@@ -387,11 +387,12 @@ def test_kernels_use_no_more_than_is_recorded(kernels, table):
     """Another nvcc may take other registers; the launch bounds keep those in check."""
     if importlib.import_module("em_kernels._cuda").nvcc != table["nvcc"]:
         pytest.skip(f"the table is of nvcc {table['nvcc']}")
-    for arch, recorded in table["registers, stack, local, shared"].items():
-        for name, most in recorded.items() if arch in kernels else ():
-            used = [kernels[arch][name][column] for column in cuda_offline.COLUMNS]
-            message = f"{arch} {name} uses {used}: if meant, run tests/cuda_offline.py --write"
-            assert all(a <= b for a, b in zip(used, most, strict=True)), message
+    for title, columns in cuda_offline.TABLES.items():
+        for arch, recorded in table[title].items():
+            for name, most in recorded.items() if arch in kernels else ():
+                used = [kernels[arch][name][column] for column in columns]
+                message = f"{arch} {name} uses {used}: if meant, run tests/cuda_offline.py --write"
+                assert all(a <= b for a, b in zip(used, most, strict=True)), message
 
 
 def test_no_plain_kernel_spills(kernels):
@@ -418,7 +419,16 @@ def test_the_loss_brings_a_row_into_shared_memory_by_bulk_copies(kernels):
         assert len(resident) == 3
         for kernel in resident if int(arch[3:].rstrip("af")) >= 90 else ():
             assert kernel["bulk_copies"] and kernel["cluster_barriers"]
+            assert kernel["copies_with_a_policy"] == kernel["bulk_copies"]  # read once
             assert kernel["wide_shared_loads"] >= 4 and kernel["wide_stores"] >= 4
+
+
+def test_one_thread_of_a_block_waits_for_memory_before_the_blocks_meet(kernels):
+    """One fence of the device, and no other kernel has one."""
+    for arch, each in kernels.items():
+        for name, kernel in each.items():
+            meets = name.startswith("resident_loss") and int(arch[3:].rstrip("af")) >= 90
+            assert kernel["fences"] == meets, (arch, name)
 
 
 def test_where_a_row_begins_is_computed_in_64_bits(module):

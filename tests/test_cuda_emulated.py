@@ -371,6 +371,24 @@ def test_ties_of_the_maximum_count(dtype, vocab):
         assert out.abs().max() < 1e-6
 
 
+@EACH_DEVICE
+@EACH_DTYPE
+def test_the_maximum_is_left_out_wherever_it_lies(device, dtype):
+    """What is left is its own size, 2e-9, not the rounding of 1 + 2e-9; a second maximum counts."""
+    places = (0, 1, 7, 8, 31, 255, 256, 1023, 1024, 2047, 2048, 2991, 2992, 2998, 2999)
+    x = torch.full((1, 2 * len(places), 3000), -28.0, dtype=dtype)
+    for i, place in enumerate(places):
+        x[0, 2 * i : 2 * i + 2, place] = 0.0
+        x[0, 2 * i + 1, places[(i * 7 + 3) % len(places)]] = 0.0
+    spec, upstream = RowSpec(valid_vocab=3000), Upstream(entropy=torch.ones(x.shape[1]))
+    (top, rest, mean), out = loss(emulated(device), x, spec, upstream, outputs=())
+    want = true_stats(x, spec, ())
+    assert (top == 0).all()
+    assert (rest / want[1] - 1).abs().max() < 2e-6 and (mean / want[2] - 1).abs().max() < 2e-6
+    if dtype != torch.float16:  # where that of a certain row underflows
+        check_gradient(out, x, spec, upstream)
+
+
 # Memory
 
 

@@ -20,16 +20,25 @@ RESERVED = 1024  # of shared memory per block, by the system
 MAX_BLOCKS = 2**31 - 1
 
 
-def device(capability=90):
+def device(capability=90, largest_cluster=8):
     block, multiprocessor = LIMITS[capability]
     return library().Device(
         compute_capability=capability,
         shared_per_block=block,
         shared_per_multiprocessor=multiprocessor,
+        largest_cluster=largest_cluster,
     )
 
 
-def plan(operation="loss", capability=90, dtype=1, out_dtype=None, columns=(1, 1, 1), **problem):
+def plan(
+    operation="loss",
+    capability=90,
+    dtype=1,
+    out_dtype=None,
+    columns=(1, 1, 1),
+    largest_cluster=8,
+    **problem,
+):
     cuda = library()
     vocab = problem.get("vocab", 1000)
     fields = dict(rows=8, inner=1, outer_stride=vocab, inner_stride=vocab, vocab=vocab)
@@ -45,7 +54,7 @@ def plan(operation="loss", capability=90, dtype=1, out_dtype=None, columns=(1, 1
         cuda.Problem(**fields),
         cuda.Results(list(columns)),
         gradient,
-        device(capability),
+        device(capability, largest_cluster),
     )
 
 
@@ -95,6 +104,18 @@ def test_longer_rows_take_fewer_blocks_and_the_longest_are_streamed():
     assert plan("loss", 90, 0, vocab=200_019).resident  # two on a multiprocessor
     assert plan("loss", 90, 0, vocab=262_144).resident  # one
     assert not plan("loss", 90, 0, vocab=600_000).resident
+
+
+@pytest.mark.parametrize("dtype", (0, 1))
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_plan_keeps_to_the_clusters_that_the_device_runs(vocab, dtype):
+    """Fewer blocks of a row, each with more of it; where that has no room, the row is streamed."""
+    for largest in (0, 1, 2, 4, 8):
+        p = plan(dtype=dtype, vocab=vocab, largest_cluster=largest)
+        room = largest * (LIMITS[90][0] - 1024) // BYTES[dtype]
+        assert p.resident == (vocab <= room)
+        assert p.cluster <= max(1, largest) and p.blocks == 8 * p.cluster
+        assert p.shared_bytes <= LIMITS[90][0]
 
 
 @pytest.mark.parametrize("operation", ("statistics", "gradient", "loss"))

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from sass import inner_loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
@@ -203,23 +204,9 @@ def dump(kernel, what: str) -> str:
     return done.stdout + done.stderr
 
 
-def longest_loop(sass: str) -> list[str]:
-    """Its instructions; of loops that hold no other loop."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([^;]*);", sass)
-    code = {int(address, 16): instruction for address, instruction in found}
-    loops = []
-    for end, instruction in code.items():
-        branch = re.match(r"BRA\b.*?(0x[0-9a-f]+)", instruction)
-        if branch and (begin := int(branch[1], 16)) < end:
-            loops.append((begin, end))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [[i for at, i in code.items() if begin <= at <= end] for begin, end in inner]
-    return max(bodies, key=len)
-
-
 def cost(kernel, name: str) -> list[float]:
     """Of the loop over a row: instructions an entry of a thread, and bytes its loads take."""
-    body = longest_loop(dump(kernel, "-sass"))
+    body = max(inner_loops(dump(kernel, "-sass")), key=len)
     size = {"float32": 4, "narrow": 4, "float64": 8}.get(name.split("-")[1], 2)
     entries = launch._LOAD_BYTES // size * (2 if "full" in name else 4)
     loads = re.findall(r"LDG\.E\.?(U16|64|128)?", "\n".join(body))

@@ -9,14 +9,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-#include "kernels.h"
+#include "launch.h"
 
 #define EM_DEVICE __device__ __forceinline__
 #define EM_DEVICE_CALL __device__ __noinline__
 #define EM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// One that is indexed: it stays where the launch has put it, and no thread makes itself a copy.
+#define EM_PARAMETER(type) const __grid_constant__ type
 
 namespace em_kernels::cuda {
 
@@ -114,13 +114,31 @@ EM_DEVICE uint32_t to_pair(float first, float second, f16) {
   return out;
 }
 
-// Threads of a warp and of a block.
+// Threads of a warp and of a block. All of a warp must come.
+
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 EM_DEVICE void sync_block() { __syncthreads(); }
+EM_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
 EM_DEVICE T shuffle_down(T value, int lanes) {
-  return __shfl_down_sync(0xffffffffu, value, lanes);
+  return __shfl_down_sync(kAllLanes, value, lanes);
+}
+template <class T>
+EM_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(kAllLanes, value, lanes);
+}
+
+// The first lane where it is true; -1 if there is none.
+EM_DEVICE int first_lane(bool x) { return __ffs(__ballot_sync(kAllLanes, x)) - 1; }
+
+// In all lanes: the largest, NaN if any is. As integers, whose order is that of the numbers once
+// the bits of the negative ones are turned round; max.NaN leaves one NaN, above all numbers.
+EM_DEVICE float largest_of_warp(float x) {
+  const int bits = __float_as_int(larger(x, x));
+  const int out = __reduce_max_sync(kAllLanes, bits ^ (bits >> 31 & 0x7fffffff));
+  return __int_as_float(out ^ (out >> 31 & 0x7fffffff));
 }
 
 // Blocks of a cluster (compute capability 9.0).
@@ -138,8 +156,16 @@ EM_DEVICE int cluster_blocks() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(out));
   return out;
 }
-// What was written before `arrive` by any thread of the cluster is seen after `wait`.
-EM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+EM_DEVICE int64_t cluster_index() {
+  unsigned out;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(out));
+  return out;
+}
+// Nobody is past `wait` before every thread of the cluster has arrived. Arriving publishes nothing:
+// `publish` does, for the thread that calls it and for all that it knows of by a barrier of the
+// block. It waits for memory, so one thread of a block calls it, not all.
+EM_DEVICE void publish() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
+EM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 EM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Where block `rank` of the cluster has what is at `own` in this block's shared memory.
@@ -168,15 +194,24 @@ EM_DEVICE void init_arrivals(Arrival* arrivals, int count) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// What is read once is the first to leave the L2 cache, so that it drives out nothing of use.
+EM_DEVICE uint64_t read_once() {
+  uint64_t out;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(out));
+  return out;
+}
+
 EM_DEVICE void start_copy(void* to, const void* from, uint32_t bytes, Arrival* arrival) {
   const uint32_t barrier = shared_address(arrival);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
   if (bytes == 0) return;
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;"
       :
-      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier),
+        "l"(read_once())
       : "memory");
 }
 
@@ -188,52 +223,6 @@ EM_DEVICE void wait_copy(Arrival* arrival) {
       : "memory");
 }
 #endif
-
-// Host.
-
-inline void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(
-      std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-
-// The compute capability that the loaded code of `kernel` was written for: less than that of the
-// current device where the driver made it out of older PTX.
-template <class... Parameters>
-int written_for(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return attributes.ptxVersion;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(
-    void (*kernel)(Parameters...), const Plan& plan, void* stream, const Arguments&... arguments) {
-  if (plan.resident) {
-    check(
-        cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-    // Several blocks on a multiprocessor, not one and a large L1.
-    check(
-        cudaFuncSetAttribute(
-            kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-            cudaSharedmemCarveoutMaxShared),
-        "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(plan.threads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = plan.resident ? 1 : 0;  // also for a cluster of one: the kernel asks its size
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "cudaLaunchKernelEx");
-}
 
 }  // namespace em_kernels::cuda
 

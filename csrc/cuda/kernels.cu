@@ -6,6 +6,7 @@
 
 #include "sizes.h"
 #include "rows.h"
+#include "resident.h"
 
 namespace em_kernels::cuda {
 
@@ -41,11 +42,6 @@ EM_DEVICE void for_each_chunk(
     body(v, at, std::false_type());
   }
 }
-
-struct Nothing {
-  EM_DEVICE void operator()(int) const {}
-};
-
 
 // This thread's share of the sums over the n numbers at `x`. kPlain: `transform` is simple and
 // nothing beyond the first order is wanted.
@@ -177,23 +173,23 @@ EM_DEVICE void put_target(
 
 template <class In, bool kPlain>
 EM_KERNEL(kMaxThreads, kPlain ? 5 : 2)
-stream_statistics(const Problem p, const Results results) {
+stream_statistics(const Problem p, EM_PARAMETER(Results) results) {
   using T = Real<In>;
   static_assert(sizeof(BlockScratch<T>) <= kStreamScratchBytes);
   auto& scratch = *reinterpret_cast<BlockScratch<T>*>(shared_memory());
   const int64_t row = block_index();
   const int thread = thread_index();
   if (p.mask && !p.mask[row]) {
-    if (thread == 0) put_zeros<T>(results, row);
+    put_zeros<T>(results, row, thread);
     return;
   }
   const In* const x = row_of<In>(p, row);
   const Transform<T> transform(p, row);
   Target<T> target;
   Part<T> part = sum_up<kPlain>(x, p.valid_vocab, transform, wanted(results), Nothing());
-  if (thread == 0) target.read(p, row, x, transform);
+  if (thread < 32) target.read(p, row, x, transform);
   part = merge_block<!kPlain>(part, scratch);
-  if (thread == 0) put_row<!kPlain>(results, row, part, target);
+  if (thread < 32) put_row<!kPlain>(results, row, part, target, thread);
 }
 
 template <class In, bool kPlain>
@@ -208,10 +204,11 @@ stream_gradient(const Problem p, const Gradient g) {
   const Transform<T> transform(p, row);
   const Saved<T> saved = {
       read_row<T>(g.max, row), read_row<T>(g.log1p_r, row), read_row<T>(g.mean_d, row)};
+  const Upstream<T> upstream(g, row);
   Target<T> target;
   if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
   sync_block();  // the target's logit is read before anything is overwritten
-  const GradientTerms<T> terms(g, row, saved, target, transform);
+  const GradientTerms<T> terms(upstream, saved, target, transform);
   write_gradient<kPlain>(x, p.valid_vocab, out, g.out_dtype, transform, terms);
   sync_block();
   if (thread == 0 && terms.has_target) put_target<In>(terms, target.y, g, out);
@@ -219,14 +216,6 @@ stream_gradient(const Problem p, const Gradient g) {
 }
 
 #if defined(EM_HAS_CLUSTERS)
-template <class T>
-struct ResidentScratch {
-  BlockScratch<T> merge;
-  Part<T> part;
-  Saved<T> saved;
-  Arrival arrivals[kMaxChunks];
-};
-
 template <class In>
 struct alignas(16) Numbers {
   In number[16 / sizeof(In)];
@@ -272,16 +261,17 @@ EM_DEVICE void bring_in(const In* x, int n, int chunk, In* slice, Arrival* arriv
 // the first read to the last use, so the logits are read once, and `out` may be the logits.
 template <class In>
 EM_KERNEL(kMaxThreads, 3)
-resident_loss(const Problem p, const Results results, const Gradient g, const int64_t slice) {
+resident_loss(
+    const Problem p, EM_PARAMETER(Results) results, const Gradient g, const int64_t slice) {
   using T = Real<In>;
   static_assert(sizeof(ResidentScratch<T>) <= kScratchBytes);
   auto& scratch = *reinterpret_cast<ResidentScratch<T>*>(shared_memory());
   In* const held = reinterpret_cast<In*>(shared_memory() + kScratchBytes);
   const int rank = cluster_rank(), blocks = cluster_blocks(), thread = thread_index();
-  const int64_t row = block_index() / blocks;
+  const int64_t row = cluster_index();
   char* const out = gradient_row(p, g, row);
   if (p.mask && !p.mask[row]) {
-    if (rank == 0 && thread == 0) put_zeros<T>(results, row);
+    if (rank == 0) put_zeros<T>(results, row, thread);
     zero_from(p, g, out, 0, rank * block_threads() + thread, blocks * block_threads());
     return;
   }
@@ -289,30 +279,31 @@ resident_loss(const Problem p, const Results results, const Gradient g, const in
   const int64_t begin = rank * slice, rest = p.valid_vocab - begin;
   const int n = static_cast<int>(rest < 0 ? 0 : rest < slice ? rest : slice);
   const int chunk = kLoads * Vector<In>::width * block_threads();
+  const int vectors = pad_held(held, n);
   bring_in(x + begin, n, chunk, held, scratch.arrivals);
 
+  // Everything that comes from global memory is asked for while the logits are on their way.
   const Transform<T> transform(p, row);
+  const Scaling<T> by = transform.scaling();
+  const Upstream<T> upstream(g, row);
   Target<T> target;
-  if (thread == 0) target.read(p, row, x, transform);
-  const auto arrived = [&](int k) { wait_copy(scratch.arrivals + k); };
-  Part<T> part = sum_up<true>(held, n, transform, Extras(), arrived);
-  part = merge_block<false>(part, scratch.merge);
-  if (thread == 0) scratch.part = part;
+  if (thread < 32) target.read(p, row, x, transform);
+  sum_up_held(held, vectors, by, scratch);
   // From here on all of the row is in shared memory, so `out` may overwrite it.
+  if (thread == 0) publish();
   cluster_arrive();
   cluster_wait();
-  if (thread == 0) {
-    part = *of_peer(&scratch.part, 0);
-    for (int peer = 1; peer < blocks; ++peer)
-      part = merge_parts<false>(part, *of_peer(&scratch.part, peer));
-    Results own = results;
-    if (rank != 0) own = Results();
-    scratch.saved = put_row<false>(own, row, part, target);
+  if (thread < 32) {
+    const Part<T> part = merge_cluster(scratch.sums, blocks, thread, by);
+    const Saved<T> saved =
+        put_row<false>(results, row, part, target, rank == 0 ? thread : int(kOutputs));
+    if (thread == 0) scratch.saved = saved;
   }
-  cluster_arrive();  // this block has read what it needs of the others
   sync_block();
+  // This block has read what it needs of the others: what was read has come through sync_block.
+  cluster_arrive();
 
-  const GradientTerms<T> terms(g, row, scratch.saved, target, transform);
+  const GradientTerms<T> terms(upstream, scratch.saved, target, transform);
   char* const own_out = out + begin * size_of(g.out_dtype);
   write_gradient<true>(held, n, own_out, g.out_dtype, transform, terms);
   sync_block();
@@ -359,7 +350,23 @@ void run_on(
 }
 
 #if !defined(EM_EMULATED)
-int written_for() { return written_for(resident_loss<float>); }
+template <class... Parameters>
+const void* address(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+Loaded load_kernels(int shared_bytes) {
+  return load(
+      {address(stream_statistics<float, true>), address(stream_statistics<float, false>),
+       address(stream_statistics<bf16, true>), address(stream_statistics<bf16, false>),
+       address(stream_statistics<f16, true>), address(stream_statistics<f16, false>),
+       address(stream_statistics<double, false>), address(stream_gradient<float, true>),
+       address(stream_gradient<float, false>), address(stream_gradient<bf16, true>),
+       address(stream_gradient<bf16, false>), address(stream_gradient<f16, true>),
+       address(stream_gradient<f16, false>), address(stream_gradient<double, false>)},
+      {address(resident_loss<float>), address(resident_loss<bf16>), address(resident_loss<f16>)},
+      shared_bytes);
+}
 #endif
 
 bool one_stride(const Problem& p, int64_t outer_stride, int64_t inner_stride) {

@@ -84,11 +84,13 @@ PYBIND11_MODULE(EM_MODULE_NAME, m) {
           py::arg("out_dtype"));
   py::class_<Device>(m, "Device")
       .def(
-          py::init<int, int, int>(), py::kw_only(), py::arg("compute_capability"),
-          py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"))
+          py::init<int, int, int, int>(), py::kw_only(), py::arg("compute_capability"),
+          py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"),
+          py::arg("largest_cluster"))
       .def_readonly("compute_capability", &Device::compute_capability)
       .def_readonly("shared_per_block", &Device::shared_per_block)
-      .def_readonly("shared_per_multiprocessor", &Device::shared_per_multiprocessor);
+      .def_readonly("shared_per_multiprocessor", &Device::shared_per_multiprocessor)
+      .def_readonly("largest_cluster", &Device::largest_cluster);
   py::class_<Plan>(m, "Plan")
       .def_readonly("plain", &Plan::plain)
       .def_readonly("resident", &Plan::resident)

@@ -37,7 +37,7 @@ int threads_for(int64_t numbers, int64_t width) {
 int cluster_for(int64_t bytes, int blocks, const Device& device) {
   const int64_t room = std::min<int64_t>(
       device.shared_per_block, device.shared_per_multiprocessor / blocks - kReservedBytes);
-  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2)
+  for (int cluster = 1; cluster <= std::min(kMaxCluster, device.largest_cluster); cluster *= 2)
     if (round_up((bytes + cluster - 1) / cluster, 16) + kScratchBytes <= room) return cluster;
   return 0;
 }

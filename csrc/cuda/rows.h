@@ -106,14 +106,13 @@ EM_DEVICE void put(const Results& results, int name, int64_t row, T value) {
 }
 
 template <class T>
-EM_DEVICE void put_zeros(const Results& results, int64_t row) {
-  for (int name = 0; name < kOutputs; ++name) put(results, name, row, T(0));
+EM_DEVICE void put_zeros(const Results& results, int64_t row, int lane) {
+  if (lane < kOutputs) put(results, lane, row, T(0));
 }
 
 // The outputs beyond the first order, in double: their formulas cancel where a row is certain.
 template <class T>
-EM_DEVICE void put_extras(
-    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target, bool good) {
+EM_DEVICE void finalize_extras(const Part<T>& part, const Target<T>& target, T* out) {
   const SoftmaxMoments<T>& x = part.softmax;
   const LogitMoments<T>& l = part.logits;
   const SoftmaxMoments<double> wide = {x.max, x.argmax, x.r, x.q, x.s, x.c, x.t};
@@ -122,25 +121,38 @@ EM_DEVICE void put_extras(
   finalize_target(wide, double(target.at.z) - wide.max, x.argmax == target.y, value);
 #pragma unroll
   for (int name = 0; name < kOutputs; ++name)
-    if (!is_first_order(name)) put(results, name, row, good ? T(value[name]) : T(NAN));
+    if (!is_first_order(name)) out[name] = T(value[name]);
 }
 
-// By one thread: everything that was asked for of a row.
+// By a warp whose lanes have the same `part` and `target`: everything that was asked for of a row,
+// an output a lane.
 template <bool kExtras, class T>
 EM_DEVICE Saved<T> put_row(
-    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target) {
+    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target, int lane) {
   const bool good = usable(part.softmax) && target.known;
-  T value[kOutputs];
+  T value[kOutputs], own = NAN;
   finalize(part.softmax, part.logits, value);
   finalize_target(part.softmax, target.at.z - part.softmax.max, false, value);
+  if (kExtras) finalize_extras(part, target, value);
 #pragma unroll
   for (int name = 0; name < kOutputs; ++name) {
     if (!good) value[name] = T(NAN);
-    if (is_first_order(name)) put(results, name, row, value[name]);
+    if ((kExtras || is_first_order(name)) && lane == name) own = value[name];
   }
-  if (kExtras) put_extras(results, row, part, target, good);
+  if (lane < kOutputs) put(results, lane, row, own);
   return {value[kMax], value[kLog1pR], value[kMeanD]};
 }
+
+// The weights of a row's outputs in the loss.
+template <class T>
+struct Upstream {
+  T logprob, entropy, lse;
+  bool of_target;
+
+  EM_DEVICE Upstream(const Gradient& g, int64_t row)
+      : logprob(read_row<T>(g.g_logprob, row)), entropy(read_row<T>(g.g_entropy, row)),
+        lse(read_row<T>(g.g_lse, row)), of_target(g.g_logprob) {}
+};
 
 // The gradient e^d (a - b d) slope of every number, and that of the target.
 template <class T>
@@ -149,23 +161,21 @@ struct GradientTerms {
   bool has_target;
 
   EM_DEVICE GradientTerms(
-      const Gradient& g, int64_t row, const Saved<T>& saved, const Target<T>& target,
+      const Upstream<T>& g, const Saved<T>& saved, const Target<T>& target,
       const Transform<T>& transform) {
-    const T logprob = read_row<T>(g.g_logprob, row), entropy = read_row<T>(g.g_entropy, row);
-    const T lse = read_row<T>(g.g_lse, row);
     // exp() forgets that a maximum was NaN.
     const T factor = saved.max == saved.max ? transform.scale : T(NAN);
     const T share = factor * exp(-saved.log1p_r);
     max = saved.max;
-    a = share * multiply_add(entropy, saved.mean_d, lse - logprob);
-    b = share * entropy;
-    has_target = g.g_logprob && target.known && target.y >= 0;
+    a = share * multiply_add(g.entropy, saved.mean_d, g.lse - g.logprob);
+    b = share * g.entropy;
+    has_target = g.of_target && target.known && target.y >= 0;
     at_target = 0;
     if (!has_target) return;
     // 1 - p as -expm1(log p): exact as p goes to 1.
     const T d = target.at.z - max, log_p = d - saved.log1p_r, p = exp(log_p);
-    T own = -logprob * expm1(log_p);
-    if (p > 0) own += p * multiply_add(entropy, saved.mean_d - d, lse);
+    T own = -g.logprob * expm1(log_p);
+    if (p > 0) own += p * multiply_add(g.entropy, saved.mean_d - d, g.lse);
     at_target = factor * target.at.slope * own;
   }
 

@@ -20,17 +20,31 @@ int attribute(cudaDeviceAttr which, int index, const char* name) {
   return value;
 }
 
+// While it lives, this thread may do what could disturb a capture on another stream: to load code.
+class CaptureAllows {
+ public:
+  CaptureAllows() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~CaptureAllows() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureAllows(const CaptureAllows&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace
 
 Device device(int index) {
+  const CaptureAllows loading;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index, "ComputeCapabilityMajor");
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index, "ComputeCapabilityMinor");
   Device out;
-  out.compute_capability = std::min(10 * major + minor, written_for());
   out.shared_per_block =
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, "MaxSharedMemoryPerBlockOptin");
   out.shared_per_multiprocessor = attribute(
       cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, "MaxSharedMemoryPerMultiprocessor");
+  const Loaded loaded = load_kernels(out.shared_per_block);
+  out.compute_capability = std::min(10 * major + minor, loaded.compute_capability);
+  out.largest_cluster = loaded.largest_cluster;
   return out;
 }
 

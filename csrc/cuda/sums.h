@@ -181,7 +181,8 @@ struct BlockScratch {
   Part<T> warp[kMaxThreads / 32];
 };
 
-// In thread 0: the parts of all threads of the block. `scratch` is in shared memory.
+// In all threads of the first warp: the parts of all threads of the block. `scratch` is in shared
+// memory.
 template <bool kExtras, class T>
 EM_DEVICE Part<T> merge_block(Part<T> part, BlockScratch<T>& scratch) {
   const int thread = thread_index();
@@ -191,7 +192,10 @@ EM_DEVICE Part<T> merge_block(Part<T> part, BlockScratch<T>& scratch) {
   if (thread >= 32) return part;
   part = Part<T>();
   if (thread < block_threads() / 32) part = scratch.warp[thread];
-  return merge_warp<kExtras>(part);
+  part = merge_warp<kExtras>(part);
+  if (thread == 0) scratch.warp[0] = part;
+  sync_warp();
+  return scratch.warp[0];
 }
 
 }  // namespace em_kernels::cuda

@@ -79,6 +79,11 @@ struct Vectors<double> {
 template <class In>
 using Vector = typename Vectors<In>::Type;
 
+// What a loop over vectors does before a chunk where it has nothing to do.
+struct Nothing {
+  EM_DEVICE void operator()(int) const {}
+};
+
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "emulated_device.h"
+#include "../../csrc/cuda/sizes.h"
 
 namespace em_kernels::cuda {
 namespace {
@@ -37,7 +38,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  unsigned char slots[2][kWarp][8];  // by turns, so that the next exchange overwrites nothing
+  Slots slots[2];  // by turns, so that the next exchange overwrites nothing
   int turn[kWarp];
 };
 
@@ -194,8 +195,9 @@ int64_t block_index() { return machine.first_block + machine.running->rank; }
 unsigned char* shared_memory() { return block().shared; }
 int cluster_rank() { return machine.running->rank; }
 int cluster_blocks() { return machine.plan->cluster; }
+int64_t cluster_index() { return machine.first_block / machine.plan->cluster; }
 
-Device device(int) { return {90, 232448, 233472}; }
+Device device(int) { return {90, 232448, 233472, kMaxCluster}; }
 std::string why_no_driver() { return ""; }
 int runtime_version() { return 0; }
 
@@ -207,13 +209,13 @@ void cluster_arrive() {
 }
 void cluster_wait() { wait_past(machine.cluster, machine.running->cluster_phase); }
 
-void exchange_down(void* value, size_t bytes, int lanes) {
+const Slots& exchange(const void* value, size_t bytes) {
   const int thread = thread_index(), lane = thread % kWarp;
   Warp& warp = block().warps[thread / kWarp];
-  auto* slots = warp.slots[warp.turn[lane]++ % 2];
+  Slots& slots = warp.slots[warp.turn[lane]++ % 2];
   std::memcpy(slots[lane], value, bytes);
   meet(warp.meeting);
-  if (lane + lanes < kWarp) std::memcpy(value, slots[lane + lanes], bytes);
+  return slots;
 }
 
 const void* peer_address(const void* own, int rank) {

@@ -34,7 +34,12 @@ SOURCES = [
     HERE / "emulator.cpp",
 ]
 COMPILER = shutil.which("g++") or shutil.which("c++")
-H200 = {"compute_capability": 90, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
+H200 = {
+    "compute_capability": 90,
+    "shared_per_block": 232448,
+    "shared_per_multiprocessor": 233472,
+    "largest_cluster": 8,
+}
 
 
 def command(to: Path) -> list[str]:
