@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from em_kernels import _chunks, _rows, _vocab_parallel
+from em_kernels import _chunks, _entropy_control, _rows, _vocab_parallel
 from em_kernels._choice import backend, serves, why_not
 from em_kernels._chunks import Needs
 from em_kernels._spec import (
@@ -155,6 +155,22 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
         importlib.import_module("em_kernels.triton").scale_(x, factor)
     else:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
         x.mul_(factor.expand(x.shape))
+
+
+def _entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
+    goal, (impl,) = _take(_entropy_control.Goal, args)
+    module = backend(impl, logits.device)
+    found = _entropy_control.find_temperature(module, as_rows(logits), goal)
+    return [torch.ops.aten._unsafe_view(found, logits.shape[:-1])]
+
+
+def _entropy_descent(logits: Tensor, *args) -> list[Tensor]:
+    descent, (impl,) = _take(_entropy_control.Descent, args)
+    module = backend(impl, logits.device)
+    wide, dense = accumulate_dtype(logits.dtype), torch.contiguous_format
+    z = as_rows(logits.to(wide, copy=True, memory_format=dense))
+    z = _entropy_control.descend(module, z, descent)
+    return [torch.ops.aten._unsafe_view(z, logits.shape)]
 
 
 def _take(kind: type, args: tuple) -> tuple:
@@ -297,6 +313,14 @@ def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
 
+def _fake_entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
+    return [logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))]
+
+
+def _fake_entropy_descent(logits: Tensor, *args) -> list[Tensor]:
+    return [logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))]
+
+
 def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     return empty_rows(hidden, args[len(RowSpec._fields)])
 
@@ -356,6 +380,16 @@ _OPERATORS = {
         f"{_LINEAR}, {_SPEC}, {_UPSTREAM}, {_NEEDS}, str[] outputs, {_CUT}",
         _linear_loss,
         _fake_linear_loss,
+    ),
+    "entropy_temperature": (
+        "Tensor logits, float threshold, float ratio, float minimum, int iterations, str impl",
+        _entropy_temperature,
+        _fake_entropy_temperature,
+    ),
+    "entropy_descent": (
+        "Tensor logits, float threshold, float learning_rate, int steps, str impl",
+        _entropy_descent,
+        _fake_entropy_descent,
     ),
     "all_reduce": ("Tensor x, str group", _all_reduce, _fake_all_reduce),
     "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fake_scale_inplace),

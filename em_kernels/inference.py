@@ -4,7 +4,8 @@
     model.generate(..., logits_processor=LogitsProcessorList([EntropyDescent(threshold=0.3)]))
 
 Each takes scores (B, V) and gives scores (B, V), row by row on its own; a row's result does not
-depend on its batch. Entropies are in nats.
+depend on its batch. Entropies are in nats. On a GPU neither waits for the device, and with the
+Triton kernels each is one launch, in which a row is gone through until it is done.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from em_kernels._checks import check_logits, check_number
-from em_kernels._spec import RowSpec, accumulate_dtype
-from em_kernels.softmax_stats import softmax_stats
+from em_kernels._spec import accumulate_dtype
 
 
 class EntropyDescent:
@@ -25,8 +25,6 @@ class EntropyDescent:
     which minimises max(H, threshold). dH/dz_v = p_v (E - d_v) raises likely tokens and lowers
     unlikely ones; their order stays. A row at or below the threshold is returned as it came. A
     masked logit (-inf) stays masked; a row with NaN, +inf or no finite logit is left alone.
-
-    On a GPU each step waits for the device, to see whether it was the last.
 
     Args:
         threshold: nats, >= 0.
@@ -58,13 +56,8 @@ class EntropyDescent:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         check_logits(scores, "scores")
-        z = scores.to(accumulate_dtype(scores.dtype), copy=True)
-        for _ in range(self.steps):
-            entropy, gradient = _entropy_and_gradient(z, self.impl)
-            above = entropy > self.threshold  # False for NaN
-            if not above.any():
-                break
-            z = torch.where(above[..., None], z - self.learning_rate * gradient, z)
+        settings = (self.threshold, self.learning_rate, self.steps)
+        (z,) = torch.ops.em_kernels.entropy_descent(scores, *settings, self.impl)
         return z.to(scores.dtype)
 
 
@@ -74,8 +67,7 @@ class AdaptiveTemperature:
         T solves H(softmax(z / T)) = max(threshold, ratio * H)   where H > threshold
 
     H rises with T, so T is found by halving the interval. Rows at or below the threshold keep
-    T = 1; where even the minimum leaves more entropy than wanted (ties), T is the minimum. On a GPU
-    a call waits for the device once, to see whether there is a row above.
+    T = 1; where even the minimum leaves more entropy than wanted (ties), T is the minimum.
 
     Args:
         threshold: nats, >= 0: the least entropy to leave.
@@ -117,29 +109,9 @@ class AdaptiveTemperature:
     def temperature(self, scores: Tensor) -> Tensor:
         """The temperature of each row, (B,) float32 (float64 for float64)."""
         check_logits(scores, "scores")
-        entropy = self._entropy(scores, 1.0)
-        above = entropy > self.threshold  # False for NaN
-        target = (self.ratio * entropy).clamp(min=self.threshold)
-        low, high = torch.full_like(entropy, self.minimum), torch.ones_like(entropy)
-        for _ in range(self.iterations if bool(above.any()) else 0):
-            middle = (low + high) / 2
-            too_low = self._entropy(scores, middle) < target
-            low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-        return torch.where(above, low, torch.ones_like(low))
-
-    def _entropy(self, scores: Tensor, temperature: float | Tensor) -> Tensor:
-        options = dict(temperature=temperature, impl=self.impl)
-        return softmax_stats(scores, outputs=("entropy",), **options).entropy
-
-
-def _entropy_and_gradient(z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """H of each row and dH/dz, in one pass; without autograd, so also under inference_mode."""
-    weight = z.new_ones(z.shape[:-1])
-    spec = RowSpec(valid_vocab=z.shape[-1])
-    weights = (None, weight, None)
-    operator = torch.ops.em_kernels.softmax_loss
-    *_, entropy, gradient = operator(z, *spec, *weights, ("entropy",), impl)
-    return entropy, gradient
+        goal = (self.threshold, self.ratio, self.minimum, self.iterations)
+        (found,) = torch.ops.em_kernels.entropy_temperature(scores, *goal, self.impl)
+        return found
 
 
 def _check_count(name: str, value: int) -> None:

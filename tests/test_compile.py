@@ -57,6 +57,8 @@ def operator_arguments(name, dtype, device, impl):
         "linear_stats": (*operands, *spec(device, bias), OUTPUTS, *cut),
         "linear_grad": (*operands, *spec(device, bias), *rows(3), *rows(3), *needs, *cut),
         "linear_loss": (*operands, *spec(device, bias), *rows(3), *needs, ("entropy",), *cut),
+        "entropy_temperature": (logits, 0.3, 0.1, 0.05, 4, impl),
+        "entropy_descent": (logits, 0.3, 1.0, 3, impl),
         "scale_": (logits, torch.tensor(0.5, dtype=wide, device=device), impl),
     }[name]
 

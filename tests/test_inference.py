@@ -1,11 +1,13 @@
 """Entropy control while generating."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import IMPLS
 
-from em_kernels import softmax_stats
+from em_kernels import _entropy_control, softmax_stats
 from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from em_kernels.tiny_math import PROMPT, model_path
 from em_kernels.trainer import load_model
@@ -19,6 +21,128 @@ def entropy(scores):
 
 def draw(rows=5, vocab=301, spread=2.0, seed=0):
     return spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def odd_rows(dtype, device, vocab=301):
+    """Rows to change, one at the threshold already, masked logits, and three that are no
+    distribution."""
+    z = draw(8, vocab).to(dtype)
+    z[1] *= 60
+    z[2, 7:] = -INF
+    z[3] = -INF
+    z[4, 5] = float("nan")
+    z[5, vocab - 1] = INF
+    z[6] = 0
+    return z.to(device)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+
+
+def exact_temperature(z, threshold, ratio, minimum):
+    """By halving until nothing is left to halve, in float64."""
+    h = entropy(z)
+    target = (ratio * h).clamp(min=threshold)
+    low, high = torch.full_like(h, minimum), torch.ones_like(h)
+    for _ in range(50):
+        middle = (low + high) / 2
+        too_low = entropy(z / middle[:, None]) < target
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return torch.where(h > threshold, low, 1.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_temperature_is_the_solution_to_the_last_halving(impl, device, dtype):
+    z = odd_rows(dtype, device)
+    settings = dict(ratio=0.4, minimum=0.1)
+    processor = AdaptiveTemperature(0.5, iterations=6, impl=impl, **settings)
+    found, want = processor.temperature(z), exact_temperature(z, 0.5, **settings)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found - want).abs().max() <= 0.9 / 2**6 + 1e-5
+    assert (found[[1, 3, 4, 5]] == 1).all() and (found[[0, 2, 6, 7]] < 1).all()
+
+
+def exact_descent(z, threshold, steps, learning_rate):
+    """(z, how many steps each row took) by autograd of the definition, in float64."""
+    z, taken = z.double(), 0
+    for _ in range(steps):
+        x = z.detach().requires_grad_()
+        h = softmax_stats(x, outputs=("entropy",), impl="reference").entropy
+        (gradient,) = torch.autograd.grad(h.sum(), x)
+        z = torch.where((h > threshold)[:, None], z - learning_rate * gradient, z)
+        taken += (h > threshold).int()
+    return z.detach(), taken.tolist()
+
+
+@DTYPES
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_row_descends_until_it_is_low_enough(impl, device, dtype):
+    z, settings = odd_rows(dtype, device), dict(threshold=0.8, steps=6, learning_rate=1.0)
+    got, (want, taken) = (
+        EntropyDescent(impl=impl, **settings)(None, z),
+        exact_descent(z, **settings),
+    )
+    assert taken == [3, 0, 3, 0, 0, 0, 6, 4]
+    torch.testing.assert_close(got, want.to(dtype), equal_nan=True)
+    left_alone = [1, 3, 4, 5]
+    torch.testing.assert_close(got[left_alone], z[left_alone], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 1)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_leading_shape(impl, device, shape):
+    z = torch.randn(*shape, 9, device=device)
+    assert AdaptiveTemperature(0.1, impl=impl).temperature(z).shape == shape
+    assert (
+        EntropyDescent(0.1, impl=impl)(None, z.transpose(0, -1).transpose(0, -1)).shape == z.shape
+    )
+
+
+def calls_of(processor, z) -> list[str]:
+    """The names of the functions of a backend that are called, on tensors without values: where
+    anything waits for a value, it is an error."""
+    called = []
+
+    def rows(logits, *_):
+        called.append("rows")
+        return [logits.new_empty(logits.shape[:-1].numel()) for _ in range(4)]
+
+    backend = SimpleNamespace(stats=rows, loss=rows)
+    processor(backend, z.to("meta")[None])
+    return called
+
+
+def test_nothing_waits_for_a_device():
+    goal = _entropy_control.Goal(0.3, 0.0, 0.05, 12)
+    descent = _entropy_control.Descent(0.3, 1.0, 10)
+    calls = calls_of(lambda *a: _entropy_control.find_temperature(*a, goal), draw())
+    assert len(calls) == 13
+    assert len(calls_of(lambda *a: _entropy_control.descend(*a, descent), draw())) == 10
+
+
+@pytest.mark.parametrize("processor", [EntropyDescent, AdaptiveTemperature])
+def test_the_triton_kernels_are_launched_once(monkeypatch, processor):
+    pytest.importorskip("triton", reason="the Triton backend needs triton")
+    from triton.runtime.jit import KernelInterface
+
+    grids, launch = [], KernelInterface.__getitem__
+
+    def count(kernel, grid):
+        grids.append(grid)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", count)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor(0.2, impl="triton")(None, draw(3).to(device))
+    assert grids == [(3,)]
+
+
+def test_the_loops_are_one_call_in_a_compiled_graph():
+    z = draw(3)
+    for processor in (EntropyDescent(0.2, steps=3), AdaptiveTemperature(0.2)):
+        compiled = torch.compile(processor.__call__, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(None, z), processor(None, z), rtol=0, atol=0)
 
 
 def test_one_step_of_descent_is_the_gradient_of_the_entropy():

@@ -273,7 +273,7 @@ def test_what_the_loop_over_a_row_issues(kernel_report, arch):
 def test_no_difference_is_fused_with_a_product(offline_report, arch):
     """z - max is 0 at the maximum only if z has been rounded: u c - max, rounded once, is not."""
     kernels = offline_report["fused"][arch]
-    assert len(kernels) == len(triton_offline.SCALES) + 3 + 2 * 2
+    assert len(kernels) == len(triton_offline.SCALES) + 2 + 3 + 2 * 2
     for name, (fuses, differences) in kernels.items():
         assert not fuses and not differences, f"{name}: {differences}"
 
@@ -285,7 +285,8 @@ def test_loops_over_a_row(kernel_report, arch):
         if not name.startswith("linear"):
             assert found["wide_loads"], f"{name} has no 16-byte loads"
             assert found["loop_exponentials"] > 0 or "float64" in name
-            assert not found["slow_in_loops"], f"{name}: {found['slow_in_loops']}"
+            passes = name.startswith(("temperature", "descent"))  # loops over loops over a row
+            assert passes or not found["slow_in_loops"], f"{name}: {found['slow_in_loops']}"
 
 
 @EACH_ARCH
@@ -294,6 +295,15 @@ def test_only_narrowing_kernels_wait_between_loads_and_stores(kernel_report, arc
         if name.startswith(("grad", "loss")):
             writes = "LBS" if "narrow" in name else "LS"
             assert found["accesses"][-3:] == [writes, writes, "S"], name
+
+
+@EACH_ARCH
+def test_no_pass_over_a_row_overtakes_another(kernel_report, arch):
+    """Other threads read what one has written: barriers before the first store and after the
+    last. The bisection stores nothing of its row."""
+    assert kernel_report[arch]["descent-float32"]["accesses"][-2:] == ["LB", "LSB"]
+    loops = kernel_report[arch]["temperature-bfloat16"]["accesses"]
+    assert all("S" not in loop for loop in loops[:-1])
 
 
 @EACH_ARCH

@@ -28,6 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from em_kernels import triton as backend
+from em_kernels._entropy_control import Descent, Goal
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.triton import launch, linear
 
@@ -63,6 +64,7 @@ def cases(arch: int) -> Iterator[tuple[str, Callable]]:
         for capped in (False, True):
             yield from calls(dtype, capped, ("logprob", "entropy"))
     yield from narrowing()
+    yield from controls()
     yield from products(arch)
     if arch == 90:
         yield from calls(torch.float64, True, ("logprob", "entropy"))
@@ -99,6 +101,14 @@ def narrowing() -> Iterator[tuple[str, Callable]]:
     up, saved = Upstream(row, row), Saved(row, row, row)
     yield "grad-narrow", lambda: backend.grad(logits, spec, saved, up, out)
     yield "loss-narrow", lambda: backend.loss(logits, spec, up, ("logprob", "entropy"), out)
+
+
+def controls() -> Iterator[tuple[str, Callable]]:
+    """A row gone through until its entropy is what it should be."""
+    logits = torch.empty(1, 16, VOCAB, dtype=torch.bfloat16)
+    goal, way = Goal(0.3, 0.1, 0.05, 12), Descent(0.3, 1.0, 10)
+    yield "temperature-bfloat16", lambda: backend.find_temperature(logits, goal)
+    yield "descent-float32", lambda: backend.descend(logits.float(), way)
 
 
 def products(arch: int) -> Iterator[tuple[str, Callable]]:
@@ -148,6 +158,7 @@ def scaled(arch: int) -> Iterator[tuple[str, Callable]]:
         yield f"loss-{name}", lambda s=spec: backend.loss(logits, s, up, outputs, logits)
         if name in ("temperature", "softcap"):
             yield f"linear-{name}", lambda s=spec: products_of(arch, hidden, weight, s, outputs)
+    yield from controls()
     spec = RowSpec(target=target, valid_vocab=VOCAB, temperature=0.7)
     yield "stats", lambda: backend.stats(logits, spec, outputs)
     yield "grad", lambda: backend.grad(logits, spec, saved, up, logits)

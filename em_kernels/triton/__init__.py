@@ -1,10 +1,20 @@
 """The Triton backend: the functions of `em_kernels.reference` as GPU kernels."""
 
+from em_kernels.triton.control import descend, find_temperature
 from em_kernels.triton.elementary import INTERPRETED
 from em_kernels.triton.launch import grad, loss, stats
 from em_kernels.triton.scale import scale_
 
-__all__ = ["grad", "interpreted", "loss", "narrows", "scale_", "stats"]
+__all__ = [
+    "descend",
+    "find_temperature",
+    "grad",
+    "interpreted",
+    "loss",
+    "narrows",
+    "scale_",
+    "stats",
+]
 
 interpreted = bool(INTERPRETED.value)
 """Whether the kernels run in Triton's interpreter: what TRITON_INTERPRET said, as Triton reads it,
