@@ -3,7 +3,9 @@
 # make test    ruff and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python;
-#              STAGES="build logits-cuda" for some of it
+#              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
+# make gpu-wheels  the libraries it is compared with, as wheels in .whl/ for such a machine without a
+#              network: GPU_VERSION=3.12 its Python, MIB=64 the most in all
 # make gpu-table  renew the README's GPU table from the newest benchmarks/results/gpu-*.json
 # make study   the seeds and controls behind the README's table of the demo
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
@@ -12,10 +14,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q -c constraints.txt
 GPU_PYTHON ?= python3
+GPU_VERSION ?= 3.12
+MIB ?= 64
 OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu gpu-table study rl-study clean
+.PHONY: setup demo test bench gpu gpu-wheels gpu-table study rl-study clean
 
 setup: $(VENV)/ready
 
@@ -40,7 +44,10 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(STAGES),--only $(STAGES))
+	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(STAGES),--only $(STAGES)) $(ARGS)
+
+gpu-wheels:
+	$(PYTHON) -m benchmarks.gpu_wheels --python $(GPU_VERSION) --mib $(MIB)
 
 gpu-table: setup
 	$(BIN)/python -m benchmarks.gpu_report --readme
@@ -52,4 +59,4 @@ rl-study: setup
 	$(BIN)/python -m benchmarks.rl_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so
+	rm -rf $(VENV) .whl build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so

@@ -32,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import gpu_logs, gpu_report, gpu_tests
+from benchmarks import gpu_logs, gpu_report, gpu_tests, gpu_wheels
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 525.0  # for all stages together; with starting and reporting, under nine minutes
@@ -61,11 +61,13 @@ def python(*arguments: str) -> list[str]:
 
 
 BUILT, BUILT_CASES = ("environment", "build"), ("environment", "build-cases")
+WITH_PEERS = ("environment", "build", "peers")
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Stage:
     command = python("-m", "benchmarks", *arguments, "--device", "cuda", "--rows")
-    return Stage(name, seconds, command, "benchmarks.log", gpu_logs.read_rows, needs=BUILT)
+    needs = WITH_PEERS if name.endswith("peers") else BUILT
+    return Stage(name, seconds, command, "benchmarks.log", gpu_logs.read_rows, needs=needs)
 
 
 def smoke(impl: str, seconds: float) -> Stage:
@@ -86,7 +88,7 @@ def profile(impl: str, seconds: float) -> Stage:
 
 def tests(name: str, seconds: float, which: tuple[str, ...]) -> Stage:
     command, read = gpu_tests.command(*which), gpu_tests.read
-    return Stage(name, seconds, command, "tests.log", read, needs=BUILT)
+    return Stage(name, seconds, command, "tests.log", read, needs=WITH_PEERS)
 
 
 def cases(name: str, seconds: float, *tool: str, read=gpu_logs.read_cases) -> Stage:
@@ -112,31 +114,33 @@ PEERS = ("--only", "eager", "TRL", "Liger", "verl", "torch.compile")
 REPORT = python("-m", "benchmarks.gpu_report")
 BUILD = python("setup.py", "build_ext", "--inplace", "--parallel", "2")
 BUILD_CASES = python("cuda_build.py", "cases")
+UNPACK = python("-m", "benchmarks.gpu_wheels", "--unpack", str(gpu_wheels.UNPACKED))
 # Limits are about twice what an H200 took: 29 s to build, 47 and 7 to smoke, 14 to 50 a benchmark.
 STAGES = (
     Stage("environment", 20, REPORT, "build.log", gpu_logs.read_environment, False),
     Stage("build", 90, BUILD, "build.log", gpu_logs.read_build, False, needs=("environment",)),
+    Stage("peers", 20, UNPACK, "build.log", gpu_logs.read_peers, False, needs=("environment",)),
     smoke("triton", 90),
     smoke("cuda", 60),
     bench("logits-triton", 40, *LOGITS, *TRITON),
     bench("logits-cuda", 40, *LOGITS, *CUDA),
-    bench("logits-peers", 70, *LOGITS, *PEERS),
+    bench("logits-peers", 65, *LOGITS, *PEERS),
     bench("hidden-triton", 40, *HIDDEN, *SHAPE_A, *TRITON),
     bench("hidden-cuda", 45, *HIDDEN, *SHAPE_A, *CUDA),
-    bench("hidden-peers", 85, *HIDDEN, *SHAPE_A, *PEERS),
+    bench("hidden-peers", 75, *HIDDEN, *SHAPE_A, *PEERS),
     Stage("build-cases", 45, BUILD_CASES, "build.log", needs_gpu=False, needs=("environment",)),
     cases("cases", 20),
     sanitizer("memcheck", 30),
     sanitizer("racecheck", 30),
     sanitizer("synccheck", 30),
     bench("hidden-3584-triton", 40, *HIDDEN, *SHAPE_B, *TRITON),
-    bench("hidden-3584-cuda", 50, *HIDDEN, *SHAPE_B, *CUDA),
+    bench("hidden-3584-cuda", 45, *HIDDEN, *SHAPE_B, *CUDA),
     bench("memory-triton", 40, *MEMORY, *SHAPE_A, *TRITON),
     bench("memory-cuda", 45, *MEMORY, *SHAPE_A, *CUDA),
     profile("triton", 45),
     profile("cuda", 40),
     tests("tests-cuda", 90, gpu_tests.OF_CUDA),
-    tests("tests-others", 230, gpu_tests.NOT_OF_CUDA),
+    tests("tests-others", 220, gpu_tests.NOT_OF_CUDA),
 )
 # Names that stand for several stages.
 GROUPS = {
@@ -319,6 +323,8 @@ def environment() -> dict[str, str]:
     """Of the stages: this repository first, GPU kernels on the GPU, no backend left out."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    if gpu_wheels.UNPACKED.is_dir():
+        path.append(str(gpu_wheels.UNPACKED))
     variables.update(PYTHONPATH=os.pathsep.join(path), PYTHONUNBUFFERED="1", CI="true")
     native = gpu_capability()
     if native:

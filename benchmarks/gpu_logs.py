@@ -32,6 +32,16 @@ def read_build(text: str) -> dict:
     return {"problem": "; ".join(left_out)} if left_out else {}
 
 
+def read_peers(text: str) -> dict:
+    """What `benchmarks.gpu_wheels --unpack` put in its folder, and which peers are absent."""
+    unpacked = re.findall(r"^(\S+\.whl) is unpacked$", text, re.M)
+    return {"unpacked": unpacked, "left_out": read_left_out(text)}
+
+
+def read_left_out(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\S.*?) is left out: (.*)$", text, re.M))
+
+
 CASE = re.compile(r"^(?:ok|FAILED) +\S.*?: ", re.M)
 
 
@@ -129,7 +139,7 @@ def read_rows(text: str) -> dict:
     """The rows that `python -m benchmarks --rows` printed, up to where it was stopped."""
     lines = (line for line in text.splitlines() if re.match(r'\{"op": .*\}$', line))
     rows = newest([json.loads(line) for line in lines])
-    found = {"rows": rows, "left_out": dict(re.findall(r"^(\S.*?) is left out: (.*)$", text, re.M))}
+    found = {"rows": rows, "left_out": read_left_out(text)}
     ours = [row for row in rows if row["implementation"].startswith("em_kernels")]
     failed = [f"{row['implementation']}: {row['failure']}" for row in ours if row["failure"]]
     if failed:

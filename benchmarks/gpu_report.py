@@ -118,7 +118,9 @@ def markdown(results: list[dict], date: str) -> str:
     parts.append("\n".join(f"- {name} is left out: {why}" for name, why in left_out.items()))
     rows = rows_of(results)
     if rows:
-        parts += ["## Goals", goals_table(rows), "## Benchmarks", LEGEND.strip()]
+        parts += ["## Goals", goals_table(rows)]
+        parts += ["## Published by the peers, on an H100", published_table(rows)]
+        parts += ["## Benchmarks", LEGEND.strip()]
     if profiles := profile_table(results):
         parts += ["## Profile", profiles]
     for name in dict.fromkeys(map(title, rows)):
@@ -221,6 +223,29 @@ def measured(row: dict, measure: str, rows: list[dict]) -> float | None:
         known = row["extra_bytes"] is not None and row["n"] >= MEMORY_TOKENS
         return row["extra_bytes"] / 2**30 if known else None
     return row["of_copy_bandwidth"] if measure == COPY else row["times_floor"]
+
+
+# What peers have published of themselves on an H100, bfloat16: operator, N, V, D -> milliseconds.
+PUBLISHED = {
+    ("TRL", "softmax_stats forward", 8192, 151936, 0): 0.89,
+    ("Liger", "linear_softmax_stats forward", 8192, 131072, 4096): 12.3,
+    ("Liger", "linear_softmax_stats backward", 8192, 131072, 4096): 37.9,
+    ("Liger", "linear_softmax_stats forward + backward", 8192, 131072, 4096): 50.2,
+}
+
+
+def published_table(rows: list[dict]) -> str:
+    """Beside each published time, those measured here of that peer and of this library."""
+    head = ("operator", "peer", "published, ms", "it here, ms", "triton, ms", "cuda, ms")
+    lines = [head, ("---", "---", *["---:"] * 4)]
+    for (peer, op, n, v, d), published in PUBLISHED.items():
+        same = [r for r in rows if (r["op"], r["n"], r["v"], r["d"]) == (op, n, v, d)]
+        here = {r["implementation"]: r["seconds"] for r in same if r["dtype"] == "bfloat16"}
+        times = [here.get(name) for name in (peer, "em_kernels triton", "em_kernels cuda")]
+        said = [f"{time * 1e3:.2f}" if time else "-" for time in times]
+        at = f"{op}, N={n} V={v}" + (f" D={d}" if d else "")
+        lines.append((at, peer, f"{published:g}", *said))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def is_peer(row: dict) -> bool:

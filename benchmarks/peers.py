@@ -6,8 +6,12 @@ here and the reason why one cannot.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -37,7 +41,11 @@ def eager_linear_as_is(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[
 
 
 def trl() -> Function:
-    function = import_module("trl.trainer.utils").selective_log_softmax_and_entropy
+    try:
+        module = import_module("trl.trainer.utils")
+    except ImportError:  # it needs datasets and more; the kernel it takes on a GPU does not
+        module = import_module("trl.kernels")
+    function = module.selective_log_softmax_and_entropy
     # Trainers hold (batch, sequence, V); the function loops over the batch.
     return lambda logits, target: tuple(x[0] for x in function(logits[None], target[None]))
 
@@ -68,7 +76,7 @@ def liger_linear() -> Function:
 
 
 def verl() -> Function:
-    module = import_module("verl.utils.torch_functional")
+    module = verl_module("verl.utils.torch_functional")
     return lambda logits, target: (
         module.logprobs_from_logits(logits, target),
         module.entropy_from_logits(logits),
@@ -76,9 +84,29 @@ def verl() -> Function:
 
 
 def verl_linear() -> Function:
-    module = import_module("verl.utils.experimental.torch_functional")
-    function = module.FusedLinearForPPO()
+    function = verl_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
     return lambda hidden, weight, target: function(hidden, weight, target)
+
+
+def verl_module(name: str) -> ModuleType:
+    """The module of that name; where verl cannot be imported as a whole (it needs ray and more),
+    by itself, its packages' own code not run and nothing of them left behind."""
+    try:
+        return import_module(name)
+    except ImportError:
+        spec = find_spec("verl")
+        if spec is None or not spec.submodule_search_locations:
+            raise
+        folder, before = Path(next(iter(spec.submodule_search_locations))), set(sys.modules)
+    try:
+        for package in ("verl", "verl.utils"):
+            bare = sys.modules[package] = ModuleType(package)
+            bare.__path__ = [str(folder.joinpath(*package.split(".")[1:]))]
+        return import_module(name)
+    finally:
+        for left in [x for x in sys.modules if x.partition(".")[0] == "verl"]:
+            if left not in before:
+                del sys.modules[left]
 
 
 def peers(

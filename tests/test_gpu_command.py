@@ -440,6 +440,14 @@ def profile_lines(kernel, number, **values):
     )
 
 
+def test_peers_that_are_absent_are_in_the_report():
+    text = "trl-1.16.0-py3-none-any.whl is unpacked\nverl is left out: it is not installed\n"
+    found = gpu_logs.read_peers(text)
+    assert found["unpacked"] == ["trl-1.16.0-py3-none-any.whl"] and "problem" not in found
+    result = {"stage": "peers", "status": "passed", "seconds": 1.0, "note": "", **found}
+    assert "- verl is left out: it is not installed" in markdown([result], "2026-01-01")
+
+
 def test_a_profile_is_a_table_of_kernels():
     first = {"ms": "1,234,567", "DRAM %": "91.25", "issue %": "40.5", "occupancy %": "74.9"}
     text = PROFILE + profile_lines("stream_statistics<1, 2>(Problem)", 0, **first, registers="40")
@@ -636,6 +644,22 @@ def test_goals_tell_the_backends_apart_and_leave_no_failure_out():
     assert goals.count("N=8") == 2
     wrong = row(implementation="em_kernels cuda", seconds=None, failure="wrong")
     assert "| cuda | wrong | bfloat16, N=8 V=50 | missed |" in gpu_report.goals_table([wrong])
+
+
+def test_what_peers_have_published_is_beside_what_was_measured():
+    at = dict(n=8192, v=151936, d=0)
+    rows = [
+        row(**at, implementation="em_kernels triton", seconds=0.00061),
+        row(**at, implementation="TRL", seconds=0.0011),
+        row(**at, implementation="em_kernels cuda", seconds=None, failure="wrong"),
+    ]
+    said = markdown(
+        [{"stage": "b", "status": "passed", "seconds": 1, "note": "", "rows": rows}], ""
+    )
+    assert "## Published by the peers, on an H100" in said
+    first = "| softmax_stats forward, N=8192 V=151936 | TRL | 0.89 | 1.10 | 0.61 | - |"
+    assert first in said.splitlines()
+    assert "| Liger | 50.2 | - | - | - |" in said
 
 
 # The README's table
