@@ -18,7 +18,7 @@ bit, or the gradient of an entropy of 1e-9 is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ from em_kernels._cut import (
     spare_rows,
     workspace_bytes,
 )
+from em_kernels._half import ready_dtype, rows_scale, scale_rows, unscaled
 from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, pick, select_rows
 from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
@@ -173,7 +174,8 @@ def grad(
     for chunk in _chunks(linear, spec, rows, backend):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))
-            backend.grad(logits[None], row_spec, part_saved, pick(upstream, part), out[None])
+            weights = pick(sums.upstream, part)
+            backend.grad(logits[None], row_spec, part_saved, weights, out[None])
         sums.add(chunk)
     return sums.finish()
 
@@ -186,14 +188,17 @@ def loss(
     needs: Needs,
     backend: ModuleType,
 ) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products."""
+    """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products.
+
+    A gradient of float16 is float32 here: backward multiplies it by the loss scale and rounds it.
+    """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
-    sums = _Gradients(linear, spec, upstream, needs, backend, rows)
+    sums = _Gradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
-            weights = pick(upstream, part)
+            weights = pick(sums.upstream, part)
             values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
             for result, value in zip(results, values):
                 result[part] = value
@@ -202,7 +207,11 @@ def loss(
 
 
 class _Gradients:
-    """dX, dW and db, summed over chunks."""
+    """dX, dW and db, summed over chunks.
+
+    `result` says which dtype the gradient of a tensor of a dtype has. Those of float16 operands are
+    made of `upstream`, scaled as `_half` says, summed in float32 and divided by `scale`.
+    """
 
     def __init__(
         self,
@@ -212,14 +221,17 @@ class _Gradients:
         needs: Needs,
         backend: ModuleType,
         rows: Rows,
+        result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ):
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.upstream = _counted(upstream, spec.mask)
+        self.scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
+        self.upstream = scale_rows(_counted(upstream, spec.mask), self.scale)
+        self.result = result
         # Finding the columns waits for the device: a captured graph multiplies them all.
         self.filter_eps = None if _rows.is_capturing(linear.hidden) else needs.filter_eps
         hidden, weight = linear.hidden, linear.weight
         wide = accumulate_dtype(hidden.dtype)
-        several = rows.count > rows.cut.chunk
+        several, half = rows.count > rows.cut.chunk, self.scale is not None
         early = several and needs.weight and rows.cut.logits < rows.cut.chunk
         # Until `finish` the logits lie there.
         self.rounded = weight.new_empty(weight.shape) if early else None
@@ -227,10 +239,11 @@ class _Gradients:
         self.started = self.filter_eps is not None
         make = torch.empty if rows.count and not self.started else torch.zeros
         # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
-        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
+        shape = hidden.shape if needs.hidden else 0
+        self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
         self.weight = make(
             weight.shape if needs.weight else 0,
-            dtype=wide if several else weight.dtype,
+            dtype=wide if several or half else weight.dtype,
             device=weight.device,
         )
         self.weight[spec.valid_vocab :] = 0
@@ -255,7 +268,8 @@ class _Gradients:
         if self.needs.hidden:
             for own in _products.pieces(gradient, weight):
                 rows = _pick_rows(chunk.rows, own)
-                self.hidden[rows] = _products.back_multiply(gradient[own], weight)
+                product = unscaled(_products.back_multiply(gradient[own], weight), self.scale)
+                self.hidden[rows] = product.to(self.hidden.dtype)
         if self.needs.weight:
             total = self.weight[: weight.shape[0]]
             _products.accumulate(total, gradient, chunk.x, self.started, self.backend)
@@ -275,17 +289,27 @@ class _Gradients:
                 _products.accumulate(product, part, x, False, self.backend)
                 self.weight.index_add_(0, columns, product)
         if self.needs.hidden:
-            self.hidden[chunk.rows] = wide.to(x.dtype)
+            self.hidden[chunk.rows] = unscaled(wide, self.scale).to(self.hidden.dtype)
 
     def finish(self) -> list[Tensor]:
         if self.spec.mask is not None and self.needs.hidden:
             self.hidden.masked_fill_(~self.spec.mask[:, None], 0)  # 0 times an inf of the weight
-        if self.rounded is None:
-            weight = self.weight.to(self.linear.weight.dtype)
-        else:
-            weight = self.rounded.copy_(self.weight)
-        bias = self.bias if self.spec.bias is None else self.bias.to(self.spec.bias.dtype)
+        weight = self._rounded()
+        bias = unscaled(self.bias, self.scale)
+        if self.spec.bias is not None:
+            bias = bias.to(self.result(self.spec.bias.dtype))
         return [self.hidden, weight, bias]
+
+    def _rounded(self) -> Tensor:
+        """dW in the dtype that is asked for; to 16 bits in one pass, from `rounded` on if given."""
+        dtype = self.result(self.linear.weight.dtype)
+        if self.scale is None:
+            rounded = self.rounded
+            return self.weight.to(dtype) if rounded is None else rounded.copy_(self.weight)
+        out = self.weight
+        if out.dtype != dtype:
+            out = torch.empty_like(out, dtype=dtype) if self.rounded is None else self.rounded
+        return torch.mul(self.weight, self.scale.reciprocal(), out=out)
 
 
 def _chunks(
@@ -322,7 +346,8 @@ def _cut_for(
     width, gpu = _width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
     size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
-    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens)
+    half = linear.hidden.dtype == torch.float16
+    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half)
     if not (again and needs and needs.weight and needs.filter_eps is None):
         return cut
     own, operand = linear.logits_dtype, linear.hidden.dtype

@@ -38,12 +38,13 @@ def cut_rows(
     gpu: bool,
     spare: int | None = None,
     chunk_tokens: int | None = None,
+    wide: bool = False,
 ) -> Cut:
     """Deferred where that is possible and pays, else in place.
 
     `spare` is the rows of logits that the memory of dW holds, None where nothing can be deferred.
     With `chunk_tokens` rows it pays where 2 R + 4 S bytes a column are less than 4 R; else where it
-    makes fewer chunks out of the same budget.
+    makes fewer chunks out of the same budget. `wide`: a single chunk sums dW in float32 too.
     """
     chunk = chunk_tokens or default_chunk_tokens(count, width, bytes_per_logit, gpu)
     in_place = Cut(chunk, chunk)
@@ -52,7 +53,8 @@ def cut_rows(
     if chunk_tokens:
         deferred = Cut(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
         return deferred if chunk > 2 * GPU_LOGITS_ROWS else in_place
-    deferred = single_cut(count, width, spare) or deferred_cut(count, width, spare)
+    single = single_cut(count, width, spare // 2 if wide else spare)
+    deferred = single or deferred_cut(count, width, spare)
     fewer = deferred is not None and _pieces(count, deferred.chunk) < _pieces(count, chunk)
     return deferred if fewer else in_place
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from em_kernels._half import scale_rows, upstream_scale
 from em_kernels._ops import call, empty_rows
 from em_kernels._second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
 from em_kernels._spec import OUTPUTS, RowSpec, Upstream
@@ -38,16 +39,27 @@ def with_loss(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights) -
     return _combine(stats, weights), *(stats[name].detach() for name in outputs)
 
 
-def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, like: Tensor):
-    """(loss, *outputs, empty): all but the loss without gradient; `grads` are kept for backward.
+def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, inputs, scale=None):
+    """(loss, *outputs, empty): all but the loss without gradient; `grads`, `scale` times those in
+    `inputs`, are kept for backward.
 
     `empty` leads from the gradient back to this call, so that none can be differentiated unnoticed.
     """
-    empty = like.new_empty(0)
+    empty = inputs[0].new_empty(0)
     ctx.mark_non_differentiable(*results[1:])
-    ctx.needs, ctx.impl = [g is not None for g in grads], impl
-    ctx.save_for_backward(empty, *(g for g in grads if g is not None))
+    ctx.dtypes = [None if g is None else x.dtype for g, x in zip(grads, inputs)]
+    ctx.impl, ctx.scaled = impl, scale is not None
+    ctx.save_for_backward(empty, *(x for x in (*grads, scale) if x is not None))
     return *results, empty
+
+
+def ready_gradients(node) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+    """(empty, the gradients, None where not needed, their scale) that the autograd node of a loss
+    keeps: what its backward pass multiplies and rounds, float32 for float16 operands."""
+    empty, *kept = node.saved_tensors  # checkpointing allows it once
+    scale = kept.pop() if node.scaled else None
+    left = iter(kept)
+    return empty, [None if dtype is None else next(left) for dtype in node.dtypes], scale
 
 
 # Whether the backward pass that is running leaves the graph for another.
@@ -57,7 +69,8 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 def scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
     """grad * upstream; in place, where the usual upstream of 1 costs nothing, if used only once."""
     if torch.compiler.is_compiling() or _keeps_graph():
-        return grad * upstream
+        # Expanded: torch rounds a factor without dimensions to the dtype of `grad`.
+        return torch.mul(grad, upstream.expand(grad.shape), out=torch.empty_like(grad))
     call("scale_", grad, upstream, impl)
     return grad
 
@@ -69,11 +82,14 @@ def remember(inputs, spec: RowSpec, weights: list, dtype: torch.dtype) -> Memory
 
 
 def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    empty, *grads = ctx.saved_tensors
+    empty, grads, scale = ready_gradients(ctx)
+    factor = upstream if scale is None else upstream / scale
 
     def compute():
-        left = iter(grads)
-        return tuple(scaled(next(left), upstream, ctx.impl) if n else None for n in ctx.needs)
+        return tuple(
+            None if g is None else scaled(g, factor, ctx.impl).to(dtype)
+            for g, dtype in zip(grads, ctx.dtypes)
+        )
 
     if not wanted():
         if torch.is_grad_enabled():
@@ -97,18 +113,20 @@ class SoftmaxLoss(torch.autograd.Function):
         spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
         *weights, outputs, impl, need, inplace, ctx.memory = args
         names, grad = all_outputs(outputs, weights), None
+        scale = upstream_scale(Upstream(*weights), RowSpec(*spec), logits.dtype) if need else None
+        scaled_weights = scale_rows(Upstream(*weights), scale)
         if not need:
             rows = call("softmax_stats", logits, *spec, names, impl)
         elif inplace:
             rows = empty_rows(logits, names)
-            call("softmax_loss_", logits, rows, *spec, *weights, names, impl)
+            call("softmax_loss_", logits, rows, *spec, *scaled_weights, names, impl)
             # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
         else:
-            *rows, grad = call("softmax_loss", logits, *spec, *weights, names, impl)
+            *rows, grad = call("softmax_loss", logits, *spec, *scaled_weights, names, impl)
         results = with_loss(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, (grad,), logits)
+        return _finish(ctx, impl, results, (grad,), (logits,), scale)
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -132,7 +150,7 @@ class LinearLoss(torch.autograd.Function):
         else:
             rows = call("linear_stats", hidden, weight, *spec, names, *cut)
         results = with_loss(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, grads, hidden)
+        return _finish(ctx, impl, results, grads, (hidden, weight, spec[0]))
 
     @staticmethod
     def backward(ctx, upstream, *_):

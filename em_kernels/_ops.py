@@ -20,6 +20,7 @@ from torch import Tensor
 from em_kernels import _chunks, _entropy_control, _rows, _vocab_parallel
 from em_kernels._choice import backend, serves, why_not
 from em_kernels._chunks import Needs
+from em_kernels._half import ready_dtype
 from em_kernels._spec import (
     Numbers,
     RowSpec,
@@ -281,11 +282,17 @@ def empty_rows(like: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
     ]
 
 
-def _fake_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> list[Tensor]:
+def _fake_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: Needs,
+    result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+) -> list[Tensor]:
+    sizes = (hidden.shape, weight.shape, weight.shape[:1])
     return [
-        hidden.new_empty(hidden.shape if needs.hidden else 0),
-        weight.new_empty(weight.shape if needs.weight else 0),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if needs.bias else 0),
+        x.new_empty(size if need else 0, dtype=result(x.dtype))
+        for x, size, need in zip((hidden, weight, weight if bias is None else bias), sizes, needs)
     ]
 
 
@@ -335,7 +342,8 @@ def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     needs = Needs(*args[-8:-4])
-    return [*empty_rows(hidden, args[-4]), *_fake_grads(hidden, weight, args[0], needs)]
+    grads = _fake_grads(hidden, weight, args[0], needs, ready_dtype)
+    return [*empty_rows(hidden, args[-4]), *grads]
 
 
 # name -> (schema arguments, implementation, fake). Operators return a list of tensors; the one in

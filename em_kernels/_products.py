@@ -1,18 +1,21 @@
 """The matrix products of the chunk driver: 16-bit operands, float32 results and sums.
 
 A GPU's product writes float32 out of 16-bit operands at full speed, and adds to a float32 matrix
-on the way out. On a CPU the backend's own product does, or operands are cast a block at a time.
+on the way out. On a CPU the backend's own product does, or operands are cast a block at a time. So
+they are on a GPU whose products refuse that. No sum over rows or over the vocabulary is ever
+rounded to float16, whose range it may leave.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 8192  # vocabulary rows
+BLOCK = 8192  # vocabulary rows that are cast at once
 GPU_PIECE_BYTES = 64 << 20
 
 
@@ -28,7 +31,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
         mm_wide(x, weight.T, out)
     else:
         wide = x.to(out.dtype)
-        for part, rows in zip(out.split(CPU_BLOCK, dim=1), weight.split(CPU_BLOCK)):
+        for part, rows in zip(out.split(BLOCK, dim=1), weight.split(BLOCK)):
             part.copy_(wide @ rows.to(out.dtype).T)
 
 
@@ -40,16 +43,17 @@ def pieces(grad_logits: Tensor, weight: Tensor) -> list[slice]:
 
 
 def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """grad_logits @ weight, in the dtype of both.
+    """grad_logits @ weight, in the dtype of both, but float32 for float16.
 
     On a GPU the sum over the vocabulary may be cut between multiprocessors, and 16-bit results let
     the library round each part: ask for float32 and round once.
     """
-    if weight.dtype.itemsize != 2 or not is_gpu(weight):
+    half, gpu = weight.dtype == torch.float16, is_gpu(weight)
+    if not half and (weight.dtype.itemsize != 2 or not gpu):
         return grad_logits @ weight
     out = weight.new_empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32)
-    mm_wide(grad_logits, weight, out)
-    return out.to(weight.dtype)
+    (mm_wide if gpu else mm_of_casts)(grad_logits, weight, out)
+    return out if half else out.to(weight.dtype)
 
 
 def accumulate(
@@ -64,8 +68,10 @@ def accumulate(
     elif is_gpu(x):
         _accumulate_on_gpu(total, grad_logits, x, add)
     elif not (hasattr(backend, "add_product") and backend.add_product(total, grad_logits, x, add)):
-        for part, columns in zip(total.split(CPU_BLOCK), grad_logits.split(CPU_BLOCK, dim=1)):
-            product = columns.T @ x
+        if x.dtype == torch.float16:
+            x = x.to(total.dtype)
+        for part, columns in zip(total.split(BLOCK), grad_logits.split(BLOCK, dim=1)):
+            product = columns.T.to(x.dtype) @ x
             part.copy_(part + product if add else product)
 
 
@@ -94,7 +100,27 @@ def _block_rows(width: int) -> int:
 
 def mm_wide(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b with `out` wider than the operands."""
-    torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if multiplies_to_float32(a.device, a.dtype):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        mm_of_casts(a, b, out)
+
+
+def mm_of_casts(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The same out of casts of the operands, a block of their longest dimension at a time."""
+    rows, inner, columns = *a.shape, b.shape[1]
+    if inner >= max(rows, columns):
+        out.zero_()
+        for left, right in zip(a.split(BLOCK, dim=1), b.split(BLOCK)):
+            out.addmm_(left.to(out.dtype), right.to(out.dtype))
+    elif rows >= columns:
+        right = b.to(out.dtype)
+        for part, left in zip(out.split(BLOCK), a.split(BLOCK)):
+            part.copy_(left.to(out.dtype) @ right)
+    else:
+        left = a.to(out.dtype)
+        for part, right in zip(out.split(BLOCK, dim=1), b.split(BLOCK, dim=1)):
+            part.copy_(left @ right.to(out.dtype))
 
 
 def addmm_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -102,13 +128,34 @@ def addmm_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
     torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-@cache
-def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+def tried_once(product: Callable[[Tensor, Tensor], None]) -> Callable:
+    """Whether (total, operand) -> None works on a device for a dtype; tried anew only where torch's
+    setting that makes its products refuse float32 sums is another."""
+
+    @cache
+    def works(accumulates_in_float16: bool, device: torch.device, dtype: torch.dtype) -> bool:
+        total = torch.zeros(16, 16, device=device)
+        try:
+            product(total, torch.zeros(16, 16, dtype=dtype, device=device))
+        except RuntimeError:
+            return False
+        return True
+
+    @wraps(product)
+    def tried(device: torch.device, dtype: torch.dtype) -> bool:
+        return works(torch.backends.cuda.matmul.allow_fp16_accumulation, device, dtype)
+
+    tried.cache_clear = works.cache_clear
+    return tried
+
+
+@tried_once
+def adds_to_float32(total: Tensor, operand: Tensor) -> None:
     """Whether `addmm_wide` works there: some versions of torch want `total` of 16 bits as well."""
-    total = torch.zeros(16, 16, device=device)
-    operand = torch.zeros(16, 16, dtype=dtype, device=device)
-    try:
-        addmm_wide(total, operand, operand)
-    except RuntimeError:
-        return False
-    return True
+    addmm_wide(total, operand, operand)
+
+
+@tried_once
+def multiplies_to_float32(total: Tensor, operand: Tensor) -> None:
+    """Whether `torch.mm` does: not with allow_fp16_accumulation, nor in every build of torch."""
+    torch.mm(operand, operand, out_dtype=total.dtype, out=total)

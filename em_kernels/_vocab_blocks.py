@@ -1,8 +1,8 @@
 """The backward pass with the vocabulary outermost: the gradient of all rows, C columns at a time.
 
 With the statistics of the rows known, their gradient in any columns can be made by itself. So a
-block of dW is finished in one product, straight in the dtype of the weight, and what is summed over
-blocks is dX: (N, D) in float32 (float64 for float64) in place of (V, D), rounded once. Where rows
+block of dW is finished in one product, in the dtype of the weight, and what is summed over blocks
+is dX: (N, D) in float32 (float64 for float64) in place of (V, D), rounded once. Where rows
 are left out or multiplied as zeros, `hidden` is copied first.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from em_kernels import _products
 from em_kernels._cut import column_blocks, row_stride
+from em_kernels._half import rows_scale, scale_rows, unscaled
 from em_kernels._spec import (
     RowSpec,
     Saved,
@@ -42,7 +43,9 @@ def grad(
     rows: Rows,
 ) -> list[Tensor]:
     """[dX, dW, db] as `_chunks.grad`; logits are multiplied in the pieces of `_chunks.stats`."""
-    sums = _Gradients(linear, spec, needs, backend, rows)
+    scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
+    upstream = scale_rows(upstream, scale)
+    sums = _Gradients(linear, spec, needs, backend, rows, scale)
     blocks = column_blocks(spec.valid_vocab, rows.cut.blocks) if spec.valid_vocab else []
     room = _Room(linear, backend, rows, max(map(_width, blocks), default=0))
     rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
@@ -96,10 +99,16 @@ class _Gradients:
     """dX, summed over blocks, and the blocks of dW and db."""
 
     def __init__(
-        self, linear: Linear, spec: RowSpec, needs: Needs, backend: ModuleType, rows: Rows
+        self,
+        linear: Linear,
+        spec: RowSpec,
+        needs: Needs,
+        backend: ModuleType,
+        rows: Rows,
+        scale: Tensor | None,
     ):
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.rows, self.started = rows, False
+        self.rows, self.scale, self.started = rows, scale, False
         hidden, weight = linear.hidden, linear.weight
         self.x = hidden if rows.index is None else hidden[rows.index]
         if spec.mask is not None:
@@ -121,10 +130,23 @@ class _Gradients:
             weight = self.linear.weight[columns]
             _products.accumulate(self.hidden, gradient.T, weight, self.started, self.backend)
             self.started = True
-        _products.accumulate(self.weight[columns], gradient, self.x, False, self.backend)
+        self._add_weight(self.weight[columns], gradient)
+
+    def _add_weight(self, out: Tensor, gradient: Tensor) -> None:
+        """The block of dW; in float16, which may not hold the scaled one, by way of float32."""
+        if self.scale is None:
+            _products.accumulate(out, gradient, self.x, False, self.backend)
+            return
+        for own in _products.pieces(gradient.T, self.x):
+            part = torch.empty_like(out[own], dtype=torch.float32)
+            _products.accumulate(part, gradient[:, own], self.x, False, self.backend)
+            torch.mul(part, self.scale.reciprocal(), out=out[own])
 
     def finish(self) -> list[Tensor]:
-        bias = self.bias if self.spec.bias is None else self.bias.to(self.spec.bias.dtype)
+        self.hidden = unscaled(self.hidden, self.scale)
+        bias = unscaled(self.bias, self.scale)
+        if self.spec.bias is not None:
+            bias = bias.to(self.spec.bias.dtype)
         return [self._spread() if self.needs.hidden else self.hidden, self.weight, bias]
 
     def _spread(self) -> Tensor:

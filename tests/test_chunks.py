@@ -10,6 +10,7 @@ from em_kernels import _chunks, _cut, _products, reference
 from em_kernels._choice import backend
 from em_kernels._chunks import Linear, Needs
 from em_kernels._cut import Cut
+from em_kernels._half import ready_dtype
 from em_kernels._spec import RowSpec, Saved, Upstream
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -86,7 +87,7 @@ def test_gradients_on_a_gpu(gpu, monkeypatch, name, dtype, chunk, masked, adds):
     limit = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
         assert error(grad, ref) < limit
-    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
+    assert [grad.dtype for grad in out] == [ready_dtype(dtype)] * 2 + [torch.float32]
 
 
 @pytest.mark.parametrize("name", NARROWING)
@@ -203,7 +204,7 @@ def test_deferred_gradients(deferring, monkeypatch, name, dtype, masked, adds):
     limit = {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
         assert error(grad, ref) < limit
-    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
+    assert [grad.dtype for grad in out] == [ready_dtype(dtype)] * 2 + [torch.float32]
     logits = [len(product.out) for product in deferring if product.out.shape[1] == V]
     last = [2, 1] if masked else [2]
     stats = [5, 3] if masked else [5, 5, 2]
@@ -283,7 +284,7 @@ def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name)
 @pytest.mark.parametrize("name", NARROWING)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name, dtype):
-    """No float32 dW: its product is the last and writes 16 bits."""
+    """No sum of dW: its product is the last, and writes bfloat16 at once."""
     monkeypatch.setattr(_cut, "GPU_LOGITS_ROWS", 2)
     monkeypatch.setattr(_cut, "GPU_TILE_ROWS", 1)
     monkeypatch.setattr(_cut, "CPU_TILE_ROWS", 1)
@@ -293,10 +294,11 @@ def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name,
     out = _chunks.loss(linear, spec, upstream, (), ALL, module)[3:]
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
         assert error(grad, ref) < {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
-    assert [grad.dtype for grad in out] == [dtype, dtype, torch.float32]
-    assert weight_gradients(gpu) == []
+    assert [grad.dtype for grad in out] == [ready_dtype(dtype)] * 2 + [torch.float32]
+    wide = dtype == torch.float16  # its dW is not rounded yet
+    assert [product.kind for product in weight_gradients(gpu)] == ["mm"] * wide
     logits = [len(product.out) for product in gpu if product.out.shape[1] == V]
-    assert max(logits) == N // 2 and sum(logits) == N
+    assert max(logits) == (4 if wide else N // 2) and sum(logits) == N
 
 
 @pytest.mark.parametrize("eps", (1e-3, 1e-2))

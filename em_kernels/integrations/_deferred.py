@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from em_kernels._dtensor import is_dtensor, local_operands
-from em_kernels._forward_gradient import scaled
+from em_kernels._forward_gradient import ready_gradients, scaled
 from em_kernels._head_call import Taken, check_dtypes
+from em_kernels._ops import call
 from em_kernels.heads import Head, read_head
 from em_kernels.token_loss import linear_token_loss
 
@@ -69,8 +70,19 @@ class HeadCall:
             loss = linear_token_loss(hidden, weight, target, **arguments).loss
         if not loss.requires_grad:
             return loss
-        gradient = torch.autograd.grad(loss, [x for x, need in zip(operands, self.needs) if need])
-        return _Loss.apply(logits, self, loss.detach(), *gradient)
+        return _Loss.apply(logits, self, loss.detach(), *self._gradient(loss, operands))
+
+    def _gradient(self, loss: Tensor, operands: list[Tensor | None]) -> list[Tensor]:
+        """Of what needs one, as wide as it was made: a loss scale for float16 comes in backward."""
+        _, gradient, _ = ready_gradients(loss.grad_fn)
+        group = self.options["group"]
+        if group is not None and gradient[0] is not None:
+            (gradient[0],) = call("all_reduce", gradient[0], group.group_name)
+        return [
+            g.to(torch.promote_types(g.dtype, x.dtype))
+            for g, x in zip(gradient, operands)
+            if g is not None
+        ]
 
     @torch.no_grad()
     def _whole(self) -> list[Tensor | None]:
