@@ -140,7 +140,8 @@ def linear_token_loss(
     the weights here). On a GPU rows are left out of the products only where a `mask` is given,
     which waits for the device, once; `mask=target != ignore_index` leaves out the ignored. Memory
     beyond inputs and gradients: the logits of `chunk_tokens` rows and, for 16-bit weights cut into
-    several chunks, one float32 accumulator of the weight's shape.
+    several chunks, one float32 accumulator of the weight's shape. Gradients of float16 operands are
+    float32 until backward has multiplied them by the loss scale, and rounded once.
 
     Returns, raises: as `token_loss`.
     """

@@ -120,3 +120,18 @@ def test_a_weight_that_is_taken_away_after_the_forward_is_named():
     model.lm_head.weight = nn.Parameter(torch.empty(0).double())
     with pytest.raises(ModelError, match="FSDP1 and DeepSpeed ZeRO-3 keep it in parts"):
         loss_func(out, LABELS)
+
+
+def test_the_gradient_of_float16_waits_for_the_loss_scale():
+    """Weights of 1e-7: what is made with the loss would be 0 in float16."""
+    model = make_model(tie_word_embeddings=False).half().train()
+    loss_func, scale = entropy_loss_func(model), 2.0**20
+    out = model(IDS)
+    hidden = out.head_call[1].hidden.detach().double()
+    (scale * loss_func(out, LABELS, 1e7)).backward()
+    weight = model.lm_head.weight.detach().double().requires_grad_()
+    log_p = torch.log_softmax(hidden @ weight.T, -1)
+    counted = nn.functional.pad(LABELS[:, 1:] != -100, (0, 1))
+    truth = -(log_p.exp() * log_p).sum(-1)[counted].sum() / 1e7
+    (expected,) = torch.autograd.grad(truth, weight)
+    assert error(model.lm_head.weight.grad.double() / scale, expected) < 2e-3

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from gpu_products import play_gpu
+from gpu_products import block_small_vocabularies, play_gpu
 from helpers import ON_CPU, error, random_target
 
 from em_kernels import (
     _products,
+    _vocab_blocks,
     entropy_loss,
     linear_entropy_loss,
     linear_softmax_stats,
@@ -275,3 +276,46 @@ def test_what_products_can_do_is_tried_anew_with_another_setting(monkeypatch):
         assert tried(*arguments) and len(seen) == 2
     finally:
         settings.allow_fp16_accumulation = before
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+def test_blocks_of_the_vocabulary(monkeypatch, masked):
+    """Where they are outermost: a block of dW adds up to more than float16 holds, scaled."""
+    block_small_vocabularies(monkeypatch)
+    play_gpu(monkeypatch)
+    rows, vocab = 96, 301
+    x = (torch.randn(rows, D) + 100.0).half().requires_grad_()
+    w = (0.01 * torch.randn(vocab, D)).half().requires_grad_()
+    target, mask = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % 3 > 0
+    each = torch.full((rows,), 2.0**-18)
+    upstream = torch.where(mask, each, torch.nan if masked else 2.0**-18)
+    given = dict(mask=mask) if masked else {}
+    seen = []
+    grad = _vocab_blocks.grad
+    monkeypatch.setattr(_vocab_blocks, "grad", lambda *args: seen.append(1) or grad(*args))
+    stats = linear_softmax_stats(x, w, target, impl="reference", chunk_tokens=40, **given)
+    ours = torch.autograd.grad(stats.logprob, (x, w), upstream)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    logprob, _ = terms(exact[0] @ exact[1].T, target)
+    truth = (2.0**-18 * logprob * (mask if masked else 1)).sum()
+    refs = torch.autograd.grad(truth, exact)
+    assert seen == [1]
+    for out, ref in zip(ours, refs, strict=True):
+        # Entries below 6e-5 have fewer digits in the results themselves.
+        assert out.isfinite().all() and (out - ref).abs().max() < 2.0**-24 + 1e-3 * ref.abs().max()
+
+
+@pytest.mark.parametrize("of_gpu", (False, True), ids=("cpu", "gpu"))
+def test_columns_that_are_left_out(monkeypatch, of_gpu):
+    """The threshold of `filter_eps` is relative to the weights, whatever their scale."""
+    if of_gpu:
+        play_gpu(monkeypatch)
+    half, _, target = drawn(2048, weight_scale=6.0)
+    each = torch.full((2048,), 1.0 / 2048)
+    options = dict(filter_eps=0.02, chunk_tokens=8, outputs=(), impl="reference")
+    grads = []
+    for factor in (1.0, 2.0**-14):
+        loss = linear_token_loss(*half[:2], target, entropy_weight=factor * each, **options).loss
+        grads.append(torch.autograd.grad(64.0 / factor * loss, half[:2]))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b) and (a != 0).any()
