@@ -89,9 +89,9 @@ def linear_softmax_stats(
             graph is captured. It pays where rows are peaked; a row spread over many more than 1 /
             filter_eps words can lose its whole gradient.
         fuse_product: True multiplies and reduces in one Triton kernel, which keeps no logits at
-            all, only about 12 bytes a token for every 1024 entries of the vocabulary; the logits
-            are never rounded. Without gradients only, and without `group`, `chunk_tokens` and
-            another `impl`.
+            all, only about 12 bytes a token for every 1024 entries of the vocabulary and, where
+            rows are left out, a copy of the others; the logits are never rounded. Without
+            gradients only, and without `group`, `chunk_tokens` and another `impl`.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.

@@ -270,12 +270,36 @@ def test_what_the_loop_over_a_row_issues(kernel_report, arch):
 
 
 @EACH_ARCH
+def test_what_a_step_along_the_depth_issues(kernel_report, arch):
+    """As many products, in no more instructions and shared memory than on record."""
+    record = json.loads(triton_offline.TABLE.read_text())
+    table = record["instructions, products of a step along D, shared bytes"][arch]
+    steps = {name: f["step"] for name, f in kernel_report[arch].items() if f["step"]}
+    assert steps.keys() == table.keys()
+    if triton.__version__ == record["triton"]:
+        for name, (instructions, products, shared) in steps.items():
+            most, want, room = table[name]
+            again = f"{name}: if meant, run triton_offline.py --write"
+            assert instructions <= most and products == want and shared <= room, again
+
+
+@EACH_ARCH
 def test_no_difference_is_fused_with_a_product(offline_report, arch):
     """z - max is 0 at the maximum only if z has been rounded: u c - max, rounded once, is not."""
     kernels = offline_report["fused"][arch]
-    assert len(kernels) == len(triton_offline.SCALES) + 2 + 3 + 2 * 2
+    assert len(kernels) == len(triton_offline.SCALES) * (4 + 2) + 2
     for name, (fuses, differences) in kernels.items():
         assert not fuses and not differences, f"{name}: {differences}"
+
+
+def test_a_fused_difference_would_be_found(offline_report):
+    """The same kernels with fusion on have what the test above looks for."""
+    found = offline_report["fusing"]
+    assert found.keys() == {
+        f"{n}-temperature" for n in ("stats", "grad", "loss", "narrow", "linear")
+    }
+    for name, differences in found.items():
+        assert differences, name
 
 
 @EACH_ARCH
@@ -308,12 +332,16 @@ def test_no_pass_over_a_row_overtakes_another(kernel_report, arch):
 
 @EACH_ARCH
 def test_products_of_tiles(kernel_report, arch):
-    """On the tensor cores by the architecture's own instruction, copied 16 bytes at a time into
-    as much shared memory as there is; float32 stays off them."""
+    """On the tensor cores by the architecture's own instruction, out of shared memory that is
+    filled 16 bytes at a time, or from sm_90 on in blocks and without a 64-bit product; float32
+    stays off them."""
     tensor_cores = {"sm_80": ["mma"], "sm_90": ["wgmma"], "sm_100": ["tcgen05"]}[arch]
     for name, found in kernel_report[arch].items():
         if name.startswith("linear") and not name.endswith("finish"):
             want = {"bfloat16": tensor_cores, "float32": [], "float64": ["mma"]}
             assert found["product"] == want[name.split("-")[1]], name
-            assert (found["wide_loads"] and found["loop_exponentials"] > 0) or "float64" in name
+            assert found["bulk_copies"] == (arch != "sm_80" and "bfloat16" in name), name
+            assert not found["bulk_copies"] or "mul.lo.s64" not in found["slow_in_loops"], name
+            assert found["bulk_copies"] or found["wide_loads"] or "float64" in name
+            assert found["loop_exponentials"] > 0 or "float64" in name
             assert found["shared"] <= triton_offline.SHARED_MEMORY[int(arch[3:])], name

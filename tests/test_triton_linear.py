@@ -205,6 +205,66 @@ def test_any_strides():
     assert all(torch.equal(got[name], want[name]) for name in NAMES)
 
 
+def rows_at(x, room):
+    """x with `room` entries between the beginnings of its rows."""
+    out = torch.zeros(len(x), room, dtype=x.dtype, device=DEVICE)[:, : x.shape[1]]
+    return out.copy_(x)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """The tiles of the launches made."""
+    seen = []
+    plain = linear.Tile._replace
+    monkeypatch.setattr(linear.Tile, "_replace", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", TRANSFORMS)
+def test_blocks_and_pointers_give_the_same_bits(tiles, dtype, options):
+    """Rows of 24 entries begin at 16 bytes and can be copied in blocks; rows of 19 or 25 cannot."""
+    hidden, weight, spec = make(dtype, exact=True, **TRANSFORMS[options])
+    want = fused(hidden, weight, spec)
+    assert not tiles
+    for i, (room, other) in enumerate(((24, 19), (24, 24), (25, 24))):
+        got = fused(rows_at(hidden, room), rows_at(weight, other), spec)
+        assert all(torch.equal(got[name], want[name]) for name in NAMES)
+        assert DEVICE != "cpu" or tiles == i * [{"bulk": True}]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 3), (17, 32, 31), (33, 8, 257), (16, 48, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_in_blocks(shape, dtype):
+    rows, depth, vocab = shape
+    hidden, weight = torch.randn(rows, depth).to(dtype), torch.randn(vocab, depth).to(dtype)
+    assert linear.describable(hidden) and linear.describable(weight)
+    hidden, weight = hidden.to(DEVICE), weight.to(DEVICE)
+    spec = RowSpec(target=torch.randint(vocab, (rows,)).to(DEVICE), valid_vocab=vocab)
+    got, want = fused(hidden, weight, spec), truth(hidden, weight, spec)
+    for name in NAMES:
+        assert_close(got[name], want[name], 2 * ROUNDINGS * rounding(got[name].dtype), name)
+
+
+def test_what_a_descriptor_cannot_describe():
+    x = torch.zeros(4, 16, dtype=torch.bfloat16, device=DEVICE)
+    assert linear.describable(x) and linear.describable(x[:, :9])
+    for view in (x[:, 1:9], x.T, x[:, ::2], x[:1].expand(4, 16), x.flatten()[:44].view(4, 11)):
+        assert not linear.describable(view)
+        assert linear.describable(linear.aligned(view)) and linear.aligned(view).equal(view)
+
+
+def test_padding_beyond_the_rows_of_a_block_is_not_read():
+    """Columns beside the matrix and words beyond `valid_vocab`, in blocks."""
+    hidden, weight, spec = make(exact=True, valid=VALID)
+    want = fused(hidden, weight, spec)
+    wide = [torch.full((len(x), 24), math.nan, device=DEVICE) for x in (hidden, weight)]
+    hidden, weight = wide[0][:, :D].copy_(hidden), wide[1][:, :D].copy_(weight)
+    weight[VALID:] = math.nan
+    got = fused(hidden, weight, spec)
+    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+
+
 def test_one_output_needs_no_more_memory_than_its_own(monkeypatch):
     hidden, weight, spec = make()
     seen = []

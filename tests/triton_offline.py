@@ -132,7 +132,12 @@ def product(arch: int, dtype: torch.dtype, full: bool, outputs=("logprob", "entr
 
 
 def products_of(arch: int, hidden, weight, spec: RowSpec, outputs: tuple[str, ...]) -> None:
-    with patch.object(linear, "shared_memory", lambda device: SHARED_MEMORY[arch]):
+    with (
+        patch.object(linear, "shared_memory", lambda device: SHARED_MEMORY[arch]),
+        patch.object(
+            linear, "copies_blocks", lambda device, dtype: arch >= 90 and dtype.itemsize == 2
+        ),
+    ):
         linear.linear_stats(hidden, weight, spec, outputs)
 
 
@@ -146,23 +151,30 @@ SCALES = {
 
 
 def scaled(arch: int) -> Iterator[tuple[str, Callable]]:
-    """Kernels with z = u c, where z - max could become u c - max, rounded once: `loss`, which is
-    all of the others, with each way to c, and the others with one."""
+    """Every kernel with each way to z = u c, where z - max could become u c - max, rounded once."""
     row, target = torch.zeros(16), torch.zeros(16, dtype=torch.int64)
     up, saved = Upstream(row, row), Saved(row, row, row)
     logits, outputs = torch.empty(1, 16, VOCAB), ("logprob", "entropy", "logit_skew")
     hidden, weight = torch.empty(16, 64).bfloat16(), torch.empty(VOCAB, 64).bfloat16()
     narrow = logits.view(torch.bfloat16)[..., :VOCAB]
     for name, options in SCALES.items():
-        spec = RowSpec(target=target, valid_vocab=VOCAB, **options)
-        yield f"loss-{name}", lambda s=spec: backend.loss(logits, s, up, outputs, logits)
-        if name in ("temperature", "softcap"):
-            yield f"linear-{name}", lambda s=spec: products_of(arch, hidden, weight, s, outputs)
+        s = RowSpec(target=target, valid_vocab=VOCAB, **options)
+        yield f"stats-{name}", lambda s=s: backend.stats(logits, s, outputs)
+        yield f"grad-{name}", lambda s=s: backend.grad(logits, s, saved, up, logits)
+        yield f"loss-{name}", lambda s=s: backend.loss(logits, s, up, outputs, logits)
+        yield f"narrow-{name}", lambda s=s: backend.loss(logits, s, up, outputs, narrow)
+        yield f"linear-{name}", lambda s=s: products_of(arch, hidden, weight, s, outputs)
     yield from controls()
-    spec = RowSpec(target=target, valid_vocab=VOCAB, temperature=0.7)
-    yield "stats", lambda: backend.stats(logits, spec, outputs)
-    yield "grad", lambda: backend.grad(logits, spec, saved, up, logits)
-    yield "narrow", lambda: backend.loss(logits, spec, up, outputs, narrow)
+
+
+def fusing() -> dict[str, list[str]]:
+    """What `fused_differences` finds where the compiler may fuse: the check checked."""
+    with patch.dict(launch.UNFUSED, enable_fp_fusion=True):
+        return {
+            name: fused_differences(compiled(call)[0])
+            for name, call in scaled(driver.active.get_current_device())
+            if name.endswith("-temperature")
+        }
 
 
 def fused_differences(kernel) -> list[str]:
@@ -225,6 +237,14 @@ def cost(kernel, name: str) -> list[float]:
     return [round(len(body) / entries, 2), min(widths[load] for load in loads)]
 
 
+def step(kernel) -> list[int]:
+    """Of the loop along D on tensor cores: instructions and products, and the shared memory."""
+    bodies = inner_loops(dump(kernel, "-sass"))
+    products = [sum("MMA" in i.split(".")[0].split()[0] for i in body) for body in bodies]
+    found = [[len(body), n, kernel.metadata.shared] for body, n in zip(bodies, products) if n]
+    return min(found, default=[])
+
+
 def report(kernel, name: str) -> dict:
     ptx = kernel.asm["ptx"]
     usage = dump(kernel, "-res-usage")
@@ -236,11 +256,13 @@ def report(kernel, name: str) -> dict:
         "wide_loads": bool(
             re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|" + _COPIES, ptx)
         ),
+        "bulk_copies": "cp.async.bulk.tensor" in ptx,
         "wide_offsets": bool(
             re.search(r"tt\.addptr.*, (?:i64|tensor<\S+xi64)", kernel.asm["ttgir"])
         ),
         "product": [name for name, word in PRODUCTS.items() if re.search(rf"\b{word}", ptx)],
         "shared": kernel.metadata.shared,
+        "step": step(kernel) if name.startswith("linear") else [],
         "loop_exponentials": loops(ptx).count("ex2.approx"),
         "cost": None if name.startswith("linear") else cost(kernel, name),
         "accesses": accesses(kernel.asm["ttgir"]),
@@ -262,11 +284,12 @@ def main() -> None:
             for name, call in scaled(arch)
             for i, kernel in enumerate(compiled(call))
         }
-    print(json.dumps({"kernels": found, "fused": fused}))
+    print(json.dumps({"kernels": found, "fused": fused, "fusing": fusing()}))
     if "--write" in sys.argv:
         table = {
             "registers, stack bytes": lambda r: [r["registers"], r["stack"]],
             "instructions an entry, bytes a load": lambda r: r["cost"],
+            "instructions, products of a step along D, shared bytes": lambda r: r["step"],
         }
         for title, row in table.items():
             table[title] = {
@@ -274,7 +297,8 @@ def main() -> None:
                 for arch, kernels in found.items()
             }
         text = json.dumps({"triton": triton.__version__, **table}, indent=1)
-        TABLE.write_text(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+        text = re.sub(r"\[\s+|\s+\]|(?<=\d,)\s+(?=\d)", lambda m: m[0].strip() or " ", text)
+        TABLE.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ the part it keeps. The parts of a row, one for each `walk * entries` of the voca
 memory, and `finish` merges them as `kernels.statistics` merges the lanes of a row. Which part an
 entry belongs to depends on nothing but its index, so a row's bits do not depend on the other rows.
 
+From sm_90 on the GPU copies 16-bit operands to shared memory by itself, a block at a time, if rows
+of `weight` begin at multiples of 16 bytes (`describable`): no thread computes an address of one.
+
 What limits it, by arithmetic alone (bfloat16, sm_90, a tile of 128 x 256):
 
 - The tensor cores need 128 * 256 * 64 / 2048 = 1024 clocks for a step of 64 along D, in which
@@ -25,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, accumulate_dtype, select_rows
@@ -45,6 +49,7 @@ class Tile(NamedTuple):
     walk: int  # tiles of the vocabulary a program goes through
     group: int  # row blocks that share what they read of `weight`
     cuts: int  # 2^cuts slices of a tile are reduced one after another, to save registers
+    bulk: bool = False  # the operands are tensor descriptors, whose blocks the GPU copies by itself
 
 
 _SECOND = ("t", "c", "b")
@@ -64,14 +69,26 @@ def assignment(program, row_blocks, splits, group):
 
 
 @triton.jit
-def multiply(x, w, stride_x, stride_w, depth, how, tile):
-    """x w^T, accumulated in `how.wide`; x and w are pointers to the beginnings of their rows."""
+def multiply(hidden, weight, strides, first, begin, count, valid, depth, how, tile):
+    """Rows of `hidden` from `first` on times rows of `weight` from `begin` on, transposed, in
+    `how.wide`.
+
+    A descriptor gives 0 beyond its end; a pointer is not read there.
+    """
     ks = tl.arange(0, tile.depth)
     acc = tl.zeros((tile.rows, tile.entries), how.wide)
+    if not tile.bulk:
+        rows = tl.minimum(first + tl.arange(0, tile.rows), count - 1)
+        entries = tl.minimum(begin + tl.arange(0, tile.entries), valid - 1)
+        x = (hidden + rows.to(tl.int64) * strides[0])[:, None]
+        w = (weight + entries.to(tl.int64) * strides[2])[:, None]
     for k in range(0, depth, tile.depth):
-        at = (k + ks)[None, :].to(tl.int64)
-        a = tl.load(x[:, None] + at * stride_x, mask=at < depth, other=0)
-        b = tl.load(w[:, None] + at * stride_w, mask=at < depth, other=0)
+        if tile.bulk:
+            a, b = hidden.load([first, k]), weight.load([begin, k])
+        else:
+            at = (k + ks)[None, :].to(tl.int64)
+            a = tl.load(x + at * strides[1], mask=at < depth, other=0)
+            b = tl.load(w + at * strides[3], mask=at < depth, other=0)
         if INTERPRETED:  # it has no product of bfloat16 matrices
             a, b = a.to(how.wide), b.to(how.wide)
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee", out_dtype=how.wide)
@@ -108,29 +125,47 @@ def entries_of(begin, k, slices):
 
 
 @triton.jit
+def before(limit, k, slices):
+    """Which entries of slice k come before entry `limit` of the tile.
+
+    `entries_of` would do, but takes 64 registers through the whole loop; this is two and scalars.
+    """
+    width: tl.constexpr = slices[0].shape[1] // 2
+    starts = k * width + len(slices) * width * tl.arange(0, 2)
+    return tl.reshape(tl.arange(0, width)[None, :] < (limit - starts)[:, None], (2 * width,))
+
+
+@triton.jit
 def tile_logits(acc, begin, rows, valid, constants, how, tile):
     """z of a tile in slices, -inf from `valid` on."""
     products = columns(acc, tile)
     slices = ()
     for k in tl.static_range(len(products)):
-        entries = entries_of(begin, k, products)
         bias = None
         if rows.bias is not None:
+            entries = entries_of(begin, k, products)
             bias = tl.load(rows.bias + tl.minimum(entries, valid - 1))[None, :]
         z, _ = transform(products[k], bias, constants, how)
-        slices = slices + (tl.where((entries < valid)[None, :], z, -INF),)
+        if begin + tile.entries > valid:
+            z = tl.where(before(valid - begin, k, products)[None, :], z, -INF)
+        slices = slices + (z,)
     return slices
 
 
 @triton.jit
 def keep_target(z_target, slices, begin, y, row, inside, tile):
     """Store z at the targets that lie in this tile; most tiles have none."""
-    here = inside & (y >= begin) & (y < begin + tile.entries)
+    place = y - begin
+    here = inside & (place >= 0) & (place < tile.entries)
+    place = place.to(tl.int32)
     if tl.max(here.to(tl.int32), 0) > 0:
-        value = tl.zeros_like(slices[0])
-        for k in tl.static_range(len(slices)):
-            entries = entries_of(begin, k, slices)
-            value += tl.where(entries[None, :] == y[:, None], slices[k], 0)
+        width: tl.constexpr = slices[0].shape[1] // 2
+        half: tl.constexpr = len(slices) * width
+        value = slices[0]
+        for k in tl.static_range(1, len(slices)):
+            value = tl.where(((place & (half - 1)) // width == k)[:, None], slices[k], value)
+        column = place // half * width + (place & (width - 1))
+        value = tl.where(tl.arange(0, 2 * width)[None, :] == column[:, None], value, 0)
         tl.store(z_target + row, tl.sum(value, 1), mask=here)
 
 
@@ -168,7 +203,6 @@ def statistics_of_parts(
     hidden,
     weight,
     strides,
-    index,
     rows,
     parts,
     z_target,
@@ -185,12 +219,10 @@ def statistics_of_parts(
     """The parts of `tile.rows` rows from `tile.walk` tiles of the vocabulary."""
     row_blocks = tl.cdiv(count, tile.rows)
     block, split = assignment(tl.program_id(0), row_blocks, splits, tile.group)
-    row = block * tile.rows + tl.arange(0, tile.rows)
+    first = block * tile.rows
+    row = first + tl.arange(0, tile.rows)
     inside = row < count
     row = tl.minimum(row, count - 1)
-    source = row.to(tl.int64)
-    if index is not None:
-        source = tl.load(index + row)
     scale, softcap, inverse_t = row_constants(row, rows, scale, softcap, temperature, how)
     if rows.temperature is not None:
         inverse_t = inverse_t[:, None]
@@ -202,10 +234,7 @@ def statistics_of_parts(
     start = split * (tile.walk * tile.entries)
     stop = tl.minimum(start + tile.walk * tile.entries, valid)
     for begin in range(start, stop, tile.entries):
-        entries = begin + tl.arange(0, tile.entries)
-        w = weight + tl.minimum(entries, valid - 1).to(tl.int64) * strides[2]
-        x = hidden + source * strides[0]
-        acc = multiply(x, w, strides[1], strides[3], depth, how, tile)
+        acc = multiply(hidden, weight, strides, first, begin, count, valid, depth, how, tile)
         slices = tile_logits(acc, begin, rows, valid, (scale, softcap, inverse_t), how, tile)
         if rows.target is not None:
             y = tl.load(rows.target + row)
@@ -262,7 +291,8 @@ class Launch(NamedTuple):
 def plan(dtype: torch.dtype, light: bool, shared_memory: int) -> Launch:
     """The tile, whatever the shapes, and as many stages, up to 4, as fit into shared memory.
 
-    `light` says that neither a softcap nor higher moments need registers beside a tile of 256.
+    `light` says that no bias, softcap, argmax or higher moment needs registers beside a tile of
+    256.
     """
     if dtype.itemsize == 2 and light and shared_memory >= _ROOM_FOR_256:
         tile = Tile(128, 256, 64, walk=4, group=16, cuts=4)
@@ -286,40 +316,66 @@ def linear_stats(
     """
     names, wide = (*Saved._fields, *outputs), accumulate_dtype(hidden.dtype)
     index, spec = kept_rows(spec, hidden.shape[0])
-    count = hidden.shape[0] if index is None else index.shape[0]
-    results = {name: hidden.new_empty(count, dtype=wide) for name in names}
-    if count > 0:
-        picked = spec if index is None else select_rows(spec, index)
-        _launch(hidden, weight, index, count, picked, outputs, Outs(**results))
-    if spec.mask is not None:
-        return [torch.where(spec.mask, value, 0) for value in results.values()]
     if index is None:
-        return list(results.values())
+        rows = _stats(hidden, weight, spec, outputs, names)
+        return rows if spec.mask is None else [torch.where(spec.mask, row, 0) for row in rows]
+    picked = select_rows(spec, index)
+    rows = _stats(aligned(hidden, index), weight, picked, outputs, names)
     every = [hidden.new_zeros(hidden.shape[0], dtype=wide) for _ in names]
-    return [row.index_copy_(0, index, value) for row, value in zip(every, results.values())]
+    return [row.index_copy_(0, index, value) for row, value in zip(every, rows)]
 
 
-def _launch(hidden, weight, index, count: int, spec: RowSpec, outputs, outs: Outs) -> None:
+def _stats(hidden: Tensor, weight: Tensor, spec: RowSpec, outputs, names) -> list[Tensor]:
+    wide = accumulate_dtype(hidden.dtype)
+    results = {name: hidden.new_empty(hidden.shape[0], dtype=wide) for name in names}
+    if hidden.shape[0] > 0:
+        _launch(hidden, weight, spec, outputs, Outs(**results))
+    return list(results.values())
+
+
+def aligned(hidden: Tensor, index: Tensor | None = None) -> Tensor:
+    """A copy of `hidden` or of its rows `index` that can be described."""
+    count, depth = len(hidden if index is None else index), hidden.shape[1]
+    room = 16 // hidden.element_size()
+    out = hidden.new_empty(count, triton.cdiv(depth, room) * room)[:, :depth]
+    return out.copy_(hidden) if index is None else torch.index_select(hidden, 0, index, out=out)
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of a matrix: rows whole and at 16 bytes each."""
+    rows_aligned = x.stride(0) > 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and rows_aligned and x.data_ptr() % 16 == 0
+
+
+def _launch(hidden, weight, spec: RowSpec, outputs, outs: Outs) -> None:
+    count, depth = hidden.shape
     how = how_of(hidden.dtype, spec, outputs, Plan(0, 0, 0))
-    light = not (how.capped.value or how.second.value or how.moments.value)
+    heavy = (how.capped, how.second, how.moments, how.top1)
+    light = spec.bias is None and not any(flag.value for flag in heavy)
     tile, num_warps, num_stages = plan(hidden.dtype, light, shared_memory(hidden.device))
     splits = triton.cdiv(spec.valid_vocab, tile.walk * tile.entries)
+    strides = (*hidden.stride(), *weight.stride())
+    if copies_blocks(hidden.device, hidden.dtype) and describable(weight):
+        tile = tile._replace(bulk=True)
+        hidden = hidden if describable(hidden) else aligned(hidden)
+        hidden = descriptor(hidden, count, tile.rows, tile.depth)
+        weight = descriptor(weight, spec.valid_vocab, tile.entries, tile.depth)
+        strides = (0, 0, 0, 0)
     common = dict(
-        parts=_parts(hidden, how, count, splits),
+        parts=_parts(outs.max, how, count, splits),
         z_target=None if spec.target is None else outs.max.new_empty(count),
         rows=Rows(spec.bias, spec.target, None, spec.temperature_rows),
         splits=splits,
         valid=spec.valid_vocab,
         how=how,
     )
-    with device_of(hidden):
+    with device_of(outs.max):
         statistics_of_parts[(triton.cdiv(count, tile.rows) * splits,)](
             hidden,
             weight,
-            strides=(*hidden.stride(), *weight.stride()),
-            index=index,
+            strides=strides,
             count=count,
-            depth=hidden.shape[1],
+            depth=depth,
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
@@ -333,12 +389,27 @@ def _launch(hidden, weight, index, count: int, spec: RowSpec, outputs, outs: Out
         finish[(count,)](outs=outs, lanes=lanes, num_warps=1, **UNFUSED, **common)
 
 
-def _parts(hidden: Tensor, how, count: int, splits: int) -> Parts:
-    wide = accumulate_dtype(hidden.dtype)
+def descriptor(x: Tensor, count: int, rows: int, depth: int) -> TensorDescriptor:
+    """The first `count` rows of x in blocks of `rows` x `depth`."""
+    return TensorDescriptor(x, [count, x.shape[1]], list(x.stride()), [rows, depth])
+
+
+def copies_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are copied to shared memory by the engine that NVIDIA GPUs have since sm_90.
+
+    Only where tensor cores read them there: float32 and float64 take more registers that way. The
+    interpreter copies what is written in Triton.
+    """
+    if dtype.itemsize > 2 or device.type != "cuda":
+        return device.type != "cuda"
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _parts(like: Tensor, how, count: int, splits: int) -> Parts:
     names = ["hi", "r", "q", *(_SECOND * how.second.value), *(_MOMENTS * how.moments.value)]
-    parts = {name: hidden.new_empty((count, splits), dtype=wide) for name in names}
+    parts = {name: like.new_empty((count, splits)) for name in names}
     if how.top1.value:
-        parts["first"] = hidden.new_empty((count, splits), dtype=torch.int32)
+        parts["first"] = like.new_empty((count, splits), dtype=torch.int32)
     return Parts(**parts)
 
 
