@@ -9,32 +9,25 @@ import triton
 import triton.language as tl
 
 from em_kernels._spec import OUTPUTS, Saved
-from em_kernels.triton.elementary import compares_pairs, exp, expm1, log1p, tanh_half
+from em_kernels.triton.elementary import exp, expm1, log1p, tanh_half
 from em_kernels.triton.moments import (
     INF,
     absorb,
-    centred,
     distance,
-    entries_of_lanes,
-    join_lanes,
     merge,
     merge_shifted,
     quarters,
 )
-from em_kernels.triton.reads import load_block, per_thread, whole_vectors
 
 RESULTS = tl.constexpr(len(Saved._fields) + len(OUTPUTS))
 
 
 @triton.jit
-def row_of(x, row, view, how):
-    """Pointer to row i of the view (outer, inner, V); the offset is int64."""
+def row_offset(row, view):
+    """Where row i of the view (outer, inner, V) begins, in elements, as int64."""
     outer = row // view.inner
     inner = row - outer * view.inner
-    offset = outer.to(tl.int64) * view.stride_outer + inner.to(tl.int64) * view.stride_inner
-    if how.aligned:
-        offset = tl.multiple_of(offset, per_thread(x))
-    return x + offset
+    return outer.to(tl.int64) * view.stride_outer + inner.to(tl.int64) * view.stride_inner
 
 
 @triton.jit
@@ -77,31 +70,19 @@ def transform(x, bias, constants, how):
 
 
 @triton.jit
-def load_z(x, rows, first, start, size, constants, how):
-    """`transform` of the first `size` (all, if None) of a block of a row, -inf beyond. The block
-    begins with the entry `first + start`."""
-    entries = load_block(x + first, start, size, how)
-    lanes = tl.arange(0, how.block)
+def load_z(x, rows, at, mask, constants, how):
+    """`transform` of the entries `at` of a row, -inf where there is a mask and it is False."""
     bias = None
-    if rows.bias is not None:
-        mask = None if size is None else lanes < size
-        bias = tl.load(rows.bias + first + start + lanes, mask=mask)
-    z, slope = transform(entries, bias, constants, how)
-    if size is not None:
-        z = tl.where(lanes < size, z, -INF)
-    return z, slope
-
-
-@triton.jit
-def load_compared(x, rows, start, size, constants, packed: tl.constexpr, how):
-    """z as `absorb` wants it: if `packed`, as it lies in memory."""
-    if packed:
-        z = load_block(x, start, size, how)
-        if size is not None:
-            z = tl.where(tl.arange(0, how.block) < size, z, -INF).to(z.dtype)
+    if mask is None:
+        if rows.bias is not None:
+            bias = tl.load(rows.bias + at)
+        z, slope = transform(tl.load(x + at), bias, constants, how)
     else:
-        z, _ = load_z(x, rows, 0, start, size, constants, how)
-    return z
+        if rows.bias is not None:
+            bias = tl.load(rows.bias + at, mask=mask, other=0)
+        z, slope = transform(tl.load(x + at, mask=mask, other=0), bias, constants, how)
+        z = tl.where(mask, z, -INF)
+    return z, slope
 
 
 @triton.jit
@@ -110,102 +91,30 @@ def load_target(x, row, rows, valid, constants, how):
     y = tl.load(rows.target + row)
     known = (y >= 0) & (y < valid)
     y = tl.where(known, y, 0).to(tl.int32)
-    bias = None if rows.bias is None else tl.load(rows.bias + y)
-    z, slope = transform(tl.load(x + y), bias, constants, how)
+    z, slope = load_z(x, rows, y, None, constants, how)
     return y, known, z, slope
 
 
 @triton.jit
-def nothing_read(dtype: tl.constexpr, pairs: tl.constexpr, how):
-    """The state of lanes before their first entry: max, sums, moments, index of the max."""
+def read_row(x, rows, valid, constants, how):
+    """The lanes' state after a whole row: steps of `slices` full blocks, then masked blocks."""
+    lanes = tl.arange(0, how.block)
+    four = 4 * tl.arange(0, how.block // 4)
     zero = tl.zeros((how.block // 4,), how.wide)
     sums = (zero, zero, zero, zero, zero)
-    first = entries_of_lanes(0, how.block, pairs)
-    return (zero - INF).to(dtype), sums, (zero - INF, zero, zero, zero, zero), first
-
-
-@triton.jit
-def read_part(x, rows, begin, end, constants, how):
-    """The lanes' state after the entries [begin, end) of a row: steps of `slices` full blocks, then
-    masked blocks. Moments as `centred`."""
-    raw: tl.constexpr = x.dtype.element_ty
-    plain: tl.constexpr = rows.bias is None and not (how.scaled or how.capped)
-    packed: tl.constexpr = plain and compares_pairs(raw)
-    pairs: tl.constexpr = raw.primitive_bitwidth == 16
-    state = nothing_read(raw if packed else how.wide, pairs, how)
-    step: tl.constexpr = how.block * how.slices
-    whole = begin + (end - begin) // step * step
-    for start in range(begin, whole, step):
+    state = (zero - INF, sums, (zero - INF, zero, zero, zero, zero), four)
+    whole = valid // (how.block * how.slices) * (how.block * how.slices)
+    for start in range(0, whole, how.block * how.slices):
         slices = ()
         for k in tl.static_range(how.slices):
-            z = load_compared(x, rows, start + k * how.block, None, constants, packed, how)
-            slices = slices + quarters(z, pairs)
-        state = absorb(state, slices, start, pairs, how)
-    for start in range(whole, end, how.block):
-        z = load_compared(x, rows, start, end - start, constants, packed, how)
-        state = absorb(state, quarters(z, pairs), start, pairs, how)
-    hi, sums, moments, first = state
-    return hi.to(how.wide), sums, centred(moments), first
-
-
-@triton.jit
-def read_row(x, rows, valid, constants, how):
-    """The lanes' state after a whole row, one part after the other."""
-    state = nothing_read(how.wide, x.dtype.element_ty.primitive_bitwidth == 16, how)
-    for begin in range(0, valid, how.part):
-        end = tl.minimum(begin + how.part, valid)
-        state = join_lanes(state, read_part(x, rows, begin, end, constants, how), how)
+            z, _ = load_z(x, rows, start + k * how.block + lanes, None, constants, how)
+            slices = slices + quarters(z)
+        state = absorb(state, slices, start + four, how)
+    for start in range(whole, valid, how.block):
+        at = start + lanes
+        z, _ = load_z(x, rows, at, at < valid, constants, how)
+        state = absorb(state, quarters(z), start + four, how)
     return state
-
-
-@triton.constexpr_function
-def fields_of(how):
-    """How many numbers a lane holds."""
-    return 3 + 3 * how.second + 5 * how.moments + how.top1
-
-
-@triton.jit
-def put_state(states, state, how):
-    """Write down what the lanes of a program hold."""
-    hi, sums, moments, first = state
-    values = (hi, sums[0], sums[1])
-    if how.second:
-        values = values + sums[2:]
-    if how.moments:
-        values = values + moments
-    if how.top1:
-        values = values + (first.to(how.wide, bitcast=how.wide == tl.float32),)
-    lanes = tl.arange(0, how.block // 4)
-    for i in tl.static_range(len(values)):
-        tl.store(states + i * (how.block // 4) + lanes, values[i])
-
-
-@triton.jit
-def load_state(states, pairs: tl.constexpr, how):
-    """What `put_state` has written."""
-    hi, sums, moments, first = nothing_read(how.wide, pairs, how)
-    lanes = tl.arange(0, how.block // 4)
-    values = ()
-    for i in tl.static_range(fields_of(how)):
-        values = values + (tl.load(states + i * (how.block // 4) + lanes),)
-    sums = values[1:3] + sums[2:]
-    if how.second:
-        sums = values[1:6]
-    if how.moments:
-        moments = values[3 + 3 * how.second : 8 + 3 * how.second]
-    if how.top1:
-        first = values[len(values) - 1].to(tl.int32, bitcast=how.wide == tl.float32)
-    return values[0], sums, moments, first
-
-
-@triton.jit
-def last_to_arrive(arrived, parts):
-    """Whether the other programs of this row have written down what they hold: then all of it can
-    be read here. Which program that is changes nothing."""
-    tl.debug_barrier()
-    before = tl.atomic_add(arrived, 1)
-    tl.debug_barrier()
-    return before == parts - 1
 
 
 @triton.jit
@@ -339,61 +248,36 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
     is half as wide, entry j is written over entry j // 2: all lanes must have read it.
     """
     narrows = out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth
-    each = per_thread(out)
     lanes = tl.arange(0, how.block)
-    step: tl.constexpr = how.block * how.slices
-    vectors, first, last = whole_vectors(out, vocab, how)
-    write_edge(x, out, 0, first, rows, up, valid, constants, terms, how)
-    y = terms[3] - first
-    size, count = last - first, tl.minimum(valid, last) - first
-    whole = tl.maximum(count, 0) // step * step
-    for start in range(0, whole, step):
+    y = terms[3]
+    whole = valid // (how.block * how.slices) * (how.block * how.slices)
+    for start in range(0, whole, how.block * how.slices):
         slices = ()
         for k in tl.static_range(how.slices):
-            block = load_z(x, rows, first, start + k * how.block, None, constants, how)
-            slices = slices + (block,)
-        if narrows and outruns_reads(start, step):
+            at = start + k * how.block + lanes
+            slices = slices + (load_z(x, rows, at, None, constants, how),)
+        if narrows and outruns_reads(start, how.block * how.slices):
             tl.debug_barrier()
         for k in tl.static_range(how.slices):
             base = start + k * how.block
             z, slope = slices[k]
             g = entry_gradient(z, slope, lanes == y - base, terms, up, how)
-            tl.store(vectors + base + lanes, g)
-    for start in range(whole, size, how.block):
-        z, slope = load_z(x, rows, first, start, count - start, constants, how)
+            tl.store(out + base + lanes, g)
+    for start in range(whole, vocab, how.block):
+        at = start + lanes
+        z, slope = load_z(x, rows, at, at < valid, constants, how)
         if narrows:
             tl.debug_barrier()
-        g = entry_gradient(z, slope, lanes == y - start, terms, up, how)
-        g = tl.where(lanes < count - start, g, 0)
-        tl.store(vectors + start + lanes, g, mask=lanes // each < (size - start) // each)
-    write_edge(x, out, last, vocab, rows, up, valid, constants, terms, how)
-
-
-@triton.jit
-def write_edge(x, out, begin, end, rows, up, valid, constants, terms, how):
-    """The gradient of the entries [begin, end), fewer than 16 bytes."""
-    at = begin + tl.arange(0, 8)
-    mask = at < tl.minimum(end, valid)
-    bias = None
-    if rows.bias is not None:
-        bias = tl.load(rows.bias + at, mask=mask)
-    z, slope = transform(tl.load(x + at, mask=mask), bias, constants, how)
-    tl.debug_barrier()
-    g = entry_gradient(z, slope, at == terms[3], terms, up, how)
-    tl.store(out + at, tl.where(mask, g, 0), mask=at < end)
+        g = entry_gradient(z, slope, at == y, terms, up, how)
+        tl.store(out + at, tl.where(at < valid, g, 0), mask=at < vocab)
 
 
 @triton.jit
 def write_zeros(out, vocab, how):
-    vectors, first, last = whole_vectors(out, vocab, how)
-    each = per_thread(out)
-    lanes, edge = tl.arange(0, how.block), tl.arange(0, 8)
+    lanes = tl.arange(0, how.block)
     zero = tl.zeros((how.block,), how.wide)
-    for start in range(0, last - first, how.block):
-        inside = lanes // each < (last - first - start) // each
-        tl.store(vectors + start + lanes, zero, mask=inside)
-    tl.store(out + edge, tl.zeros((8,), how.wide), mask=edge < first)
-    tl.store(out + last + edge, tl.zeros((8,), how.wide), mask=last + edge < vocab)
+    for start in range(0, vocab, how.block):
+        tl.store(out + start + lanes, zero, mask=start + lanes < vocab)
 
 
 @triton.jit
@@ -402,7 +286,6 @@ def statistics(
     view,
     rows,
     outs,
-    shared,
     vocab,
     valid,
     scale: tl.float64,
@@ -410,42 +293,17 @@ def statistics(
     temperature: tl.float64,
     how,
 ):
-    """One program a row; with `shared`, one for each part of a row, the last of which merges."""
     row = tl.program_id(0)
-    parts = tl.cdiv(valid, how.part)
-    part = 0
-    if shared is not None:
-        part = row % parts
-        row = row // parts
     if is_counted(row, rows):
-        x = row_of(logits, row, view, how)
+        x = logits + row_offset(row, view)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
-        if shared is None:
-            state = read_row(x, rows, valid, constants, how)
-            finish_row(x, row, state, rows, outs, valid, constants, how)
-        else:
-            begin = part * how.part
-            end = tl.minimum(begin + how.part, valid)
-            state = read_part(x, rows, begin, end, constants, how)
-            pairs: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
-            size: tl.constexpr = fields_of(how) * (how.block // 4)
-            states = shared.states + row.to(tl.int64) * parts * size
-            put_state(states + part * size, state, how)
-            if last_to_arrive(shared.arrived + row, parts):
-                state = nothing_read(how.wide, pairs, how)
-                for i in range(parts):
-                    state = join_lanes(state, load_state(states + i * size, pairs, how), how)
-                finish_row(x, row, state, rows, outs, valid, constants, how)
+        y, known, z_target = None, None, None
+        if rows.target is not None:
+            y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
+        state = read_row(x, rows, valid, constants, how)
+        put_row(outs, row, state, y, known, z_target, how)
     else:
         put_zeros(outs, row)
-
-
-@triton.jit
-def finish_row(x, row, state, rows, outs, valid, constants, how):
-    y, known, z_target = None, None, None
-    if rows.target is not None:
-        y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
-    put_row(outs, row, state, y, known, z_target, how)
 
 
 @triton.jit
@@ -465,9 +323,9 @@ def gradient(
     how,
 ):
     row = tl.program_id(0)
-    out = row_of(out, row, out_view, how)
+    out += row_offset(row, out_view)
     if is_counted(row, rows):
-        x = row_of(logits, row, view, how)
+        x = logits + row_offset(row, view)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
         m = tl.load(saved.max + row)
         log1p_r = tl.load(saved.log1p_r + row)
@@ -502,9 +360,9 @@ def loss(
     how,
 ):
     row = tl.program_id(0)
-    out = row_of(out, row, out_view, how)
+    out += row_offset(row, out_view)
     if is_counted(row, rows):
-        x = row_of(logits, row, view, how)
+        x = logits + row_offset(row, view)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
         y, known, z_target, slope = None, None, None, None
         if rows.target is not None:

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from em_kernels._spec import (
     NEEDS_LOGIT_MOMENTS,
@@ -29,28 +28,23 @@ UNFUSED = {"enable_fp_fusion": False}  # `elementary` says why
 
 
 class Plan(NamedTuple):
-    """A step of the loop over a row is `slices` loads of `block` entries by `num_warps` warps.
-
-    A part of a row is `part` entries, some number of steps: what a program reads where there are
-    too few rows.
-    """
+    """A step of the loop over a row is `slices` loads of `block` entries by `num_warps` warps."""
 
     block: int
     slices: int
     num_warps: int
-    part: int = 32768
 
 
 @cache
-def plan(vocab: int, dtype: torch.dtype, capped: bool = False, warp: int = 32) -> Plan:
-    """16-byte loads, four in flight per thread, 256 threads where the row is long enough.
+def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
+    """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
 
     That is 3 or 4 programs per multiprocessor: one merges its lanes while others load. With a
     softcap two loads, because its registers would leave fewer programs. Nothing else decides, so
     a row's bits do not depend on the other rows of the call.
     """
-    per_warp = warp * _LOAD_BYTES // dtype.itemsize
-    num_warps = min(256 // warp, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
+    per_warp = 32 * _LOAD_BYTES // dtype.itemsize
+    num_warps = min(8, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
     return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
 
 
@@ -101,15 +95,6 @@ class How(NamedTuple):
     top1: tl.constexpr
     block: tl.constexpr
     slices: tl.constexpr
-    part: tl.constexpr
-    aligned: tl.constexpr = tl.constexpr(True)
-
-
-class Shared(NamedTuple):
-    """Where the programs of a row write down what their lanes hold, and how many have."""
-
-    states: Tensor
-    arrived: Tensor
 
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
@@ -170,26 +155,17 @@ def _how(
         top1="is_top1" in outputs,
         block=sizes.block,
         slices=sizes.slices,
-        part=sizes.part,
     )
-    return How(*map(tl.constexpr, values[:-1]))
+    return How(*map(tl.constexpr, values))
 
 
 def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **arguments) -> None:
     count = logits.shape[0] * logits.shape[1]
     if count == 0:
         return
-    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, _warp_size())
-    aligned = _aligned(logits, *([arguments["out"]] if "out" in arguments else []))
-    how = how_of(logits.dtype, spec, outputs, sizes)._replace(aligned=aligned)
-    programs = count
-    if "up" not in arguments:
-        parts = triton.cdiv(spec.valid_vocab, how.part.value)
-        few = parts > 1 and count < 2 * multiprocessors(logits.device)
-        programs = count * parts if few else count
-        arguments["shared"] = _shared(logits, programs, count, how) if few else None
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
     with device_of(logits):
-        kernel[(programs,)](
+        kernel[(count,)](
             logits,
             view=View.of(logits),
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
@@ -198,51 +174,11 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=how,
+            how=how_of(logits.dtype, spec, outputs, sizes),
             num_warps=sizes.num_warps,
             **UNFUSED,
             **arguments,
         )
-
-
-def _shared(logits: Tensor, programs: int, count: int, how: How) -> Shared:
-    plain = kernels.fields_of.fn(How(*(c.value for c in how)))
-    states = (programs, plain, how.block.value // 4)
-    return Shared(
-        logits.new_empty(states, dtype=accumulate_dtype(logits.dtype)),
-        logits.new_zeros(count, dtype=torch.int32),
-    )
-
-
-def multiprocessors(device: torch.device) -> int:
-    """0 off a GPU."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _warp_size() -> int:
-    """Threads of a warp of the GPU that Triton compiles for, 32 where there is none."""
-    try:
-        return _warp_size_of(driver.active)
-    except RuntimeError:
-        return 32
-
-
-@cache
-def _warp_size_of(active) -> int:
-    return active.get_current_target().warp_size
-
-
-_ALIGNED, _NOT_ALIGNED = tl.constexpr(True), tl.constexpr(False)
-
-
-def _aligned(*tensors: Tensor) -> tl.constexpr:
-    """Whether all their rows begin at multiples of 16 bytes."""
-    places = (
-        n for x in tensors for n in (x.data_ptr(), *(s * x.itemsize for s in x.stride()[:-1]))
-    )
-    return _NOT_ALIGNED if any(n % _LOAD_BYTES for n in places) else _ALIGNED
 
 
 def device_of(x: Tensor):
