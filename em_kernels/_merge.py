@@ -37,6 +37,9 @@ _PARTS = {
 }
 
 
+_FAR = -1e100  # in place of -inf: a weight of 0 times its square is 0
+
+
 def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics of a shard from which `merge` makes `outputs`, `Saved` first."""
     needed = {part for name in outputs for part in _PARTS.get(name, ())}
@@ -45,8 +48,8 @@ def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return (*Saved._fields, *(name for name in order if name in needed))
 
 
-def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...]) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), NaN where a shard is NaN.
+def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...]) -> Tensor:
+    """[max, log1p_r, mean_d, *outputs] of the whole rows, (S, N), NaN where a shard is NaN.
 
     Args:
         parts: name -> (K, N) float64 for the names in `parts_of(outputs)`, shards in the order of
@@ -56,23 +59,14 @@ def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ..
         owner: (N,) the shard that has the target, None without targets.
     """
     mixture = _Mixture.of(parts)
-    values = {
-        "lse": mixture.max + mixture.log1p_r,
-        "entropy": mixture.log1p_r - mixture.mean_d,
-        "max_prob": (-mixture.log1p_r).exp(),
-    }
-    if "varentropy" in outputs:
-        spread = parts["varentropy"] + mixture.shift**2
-        values["varentropy"] = _sum(mixture.weight * spread)
-    if "collision" in outputs:
-        values["collision"] = _sum(mixture.weight**2 * parts["collision"])
+    values = {"max": mixture.max, "log1p_r": mixture.log1p_r, "mean_d": mixture.mean_d}
+    values.update(_of_rows(mixture, parts, outputs))
     if owner is not None:
         values.update(_of_target(mixture, parts, owner, outputs))
     if "count" in parts:
         values.update(_logit_moments(mixture, parts))
-    rows = [mixture.max, mixture.log1p_r, mixture.mean_d, *(values[name] for name in outputs)]
-    usable = mixture.max.isfinite()
-    return [torch.where(usable, row, torch.nan) for row in rows]
+    rows = torch.stack([values[name] for name in (*Saved._fields, *outputs)])
+    return rows + (mixture.max - mixture.max)  # 0, or NaN where there is no finite maximum
 
 
 class _Mixture(NamedTuple):
@@ -80,7 +74,7 @@ class _Mixture(NamedTuple):
 
     log_weight: Tensor
     weight: Tensor
-    shift: Tensor  # the shard's mean of log p under p minus the row's
+    distance: Tensor  # the shard's mean of z under p minus the row's maximum
     leader: Tensor  # the first shard that holds the maximum
     max: Tensor
     log1p_r: Tensor
@@ -88,24 +82,44 @@ class _Mixture(NamedTuple):
 
     @classmethod
     def of(cls, parts: dict[str, Tensor]) -> _Mixture:
-        top = parts["max"].amax(0)
-        leader = (parts["max"] == top).to(torch.int8).argmax(0)
-        present = parts["max"] > -torch.inf
-        d = torch.where(present, parts["max"] - top, 0)
-        log_weight = _log_softmax(torch.where(present, d + parts["log1p_r"], -torch.inf))
+        top, leader = parts["max"].max(0)
+        d = parts["max"] - top
+        log_weight = _log_softmax(d + parts["log1p_r"])
         weight = log_weight.exp()
-        mean_d = _sum(weight * (d + parts["mean_d"]))
-        shift = torch.where(present, d + parts["mean_d"] - mean_d, 0)
+        distance = d.clamp(min=_FAR) + parts["mean_d"]
+        mean_d = _sum(weight * distance)
         # max p = w_a max p_a in shard a, the leader: two terms of one sign in the logarithm.
-        log1p_r = _at(leader, parts["log1p_r"]) - _at(leader, log_weight)
-        return cls(log_weight, weight, shift, leader, top, log1p_r, mean_d)
+        log1p_r = _at(leader, parts["log1p_r"] - log_weight)
+        return cls(log_weight, weight, distance, leader, top, log1p_r, mean_d)
+
+    @property
+    def shift(self) -> Tensor:
+        """The shard's mean of log p under p minus the row's."""
+        return self.distance - self.mean_d
 
 
 def _log_softmax(x: Tensor) -> Tensor:
     """Over dimension 0, to rounding in relative terms even where it is close to 0."""
-    heaviest = x.argmax(0, keepdim=True)
-    d = x - x.gather(0, heaviest)
-    return d - torch.log1p(_sum(d.exp().scatter(0, heaviest, 0)))
+    heaviest, at = x.max(0, keepdim=True)
+    d = x - heaviest
+    return d - torch.log1p(_sum(d.exp().scatter(0, at, 0)))
+
+
+def _of_rows(
+    mixture: _Mixture, parts: dict[str, Tensor], outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    values = {}
+    if "lse" in outputs:
+        values["lse"] = mixture.max + mixture.log1p_r
+    if "entropy" in outputs:
+        values["entropy"] = mixture.log1p_r - mixture.mean_d
+    if "max_prob" in outputs:
+        values["max_prob"] = (-mixture.log1p_r).exp()
+    if "varentropy" in outputs:
+        values["varentropy"] = _sum(mixture.weight * (parts["varentropy"] + mixture.shift**2))
+    if "collision" in outputs:
+        values["collision"] = _sum(mixture.weight**2 * parts["collision"])
+    return values
 
 
 def _of_target(
@@ -153,14 +167,14 @@ def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Ten
         anchor = _at(mixture.leader, parts["logit_mean"])
         mean = anchor + _sum(share * (parts["logit_mean"] - anchor))
         values["logit_mean"] = mean
-        centred = torch.where(count > 0, parts["logit_mean"] - mean, 0)
+        centred = parts["logit_mean"] - mean
     if "logit_var" in parts:
         var = _sum(share * (parts["logit_var"] + centred**2))
         values["logit_var"] = var
     if "logit_skew" in parts:
         third = parts["logit_skew"] * parts["logit_var"] ** 1.5
         third = _sum(share * (third + centred * (3 * parts["logit_var"] + centred**2)))
-        values["logit_skew"] = torch.where(var == 0, 0, third / var**1.5)
+        values["logit_skew"] = (third / var**1.5).masked_fill(var == 0, 0)
     return values
 
 

@@ -12,6 +12,7 @@ error on every rank and not a wait without end.
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from types import ModuleType
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels import reference
+from em_kernels._choice import serves
 from em_kernels._merge import merge, parts_of
 from em_kernels._spec import (
     RowSpec,
@@ -117,6 +119,7 @@ class VocabParallel:
     def __init__(self, inner: ModuleType, shards: Shards):
         self.inner, self.shards = inner, shards
         self.first_entry = shards.start
+        self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
         self.widest_shard = shards.widest  # memory is planned, and so rows are cut, for it
         for name in ("empty", "add_product", "narrows"):
             if hasattr(inner, name):
@@ -125,17 +128,17 @@ class VocabParallel:
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
         names = parts_of(outputs)
-        own = torch.stack(self._parts(logits, spec, names))
+        own = self._parts(logits, spec, names)
         every = _gather(own, self.shards.group).to(torch.float64)
         parts = dict(zip(names, every.unbind(1)))
         owner = None
         if spec.target is not None:
             owner, known = self._owner(spec)
-            parts["max"] = torch.where(known, parts["max"], torch.nan)
+            parts["max"] = parts["max"].masked_fill(~known, torch.nan)
         rows = merge(parts, owner, outputs)
         if spec.mask is not None:
-            rows = [torch.where(spec.mask, row, 0) for row in rows]
-        return [row.to(own.dtype) for row in rows]
+            rows = rows.masked_fill(~spec.mask, 0)
+        return [row.to(own.dtype, copy=True) for row in rows.unbind()]
 
     def grad(
         self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
@@ -160,45 +163,57 @@ class VocabParallel:
         self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
         return rows
 
-    def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> list[Tensor]:
-        """What this rank reports: the inner backend's statistics; where it has no finite logit,
-        max -inf and all else 0."""
+    def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> Tensor:
+        """What this rank reports, (P, N): the inner backend's statistics; where it has no finite
+        logit, max -inf and all else 0."""
         rows = logits.shape[:-1].numel()
         wide = accumulate_dtype(logits.dtype)
         if spec.valid_vocab == 0:
-            nothing = torch.zeros(rows, dtype=wide, device=logits.device)
-            return [torch.full_like(nothing, -torch.inf), *[nothing] * (len(names) - 1)]
+            own = torch.zeros(len(names), rows, dtype=wide, device=logits.device)
+            own[0] = -torch.inf
+            return own
         spec = self._own_spec(spec)
         counting = "count" in names
         asked = names[len(Saved._fields) : len(names) - counting]
         parts = self.inner.stats(logits, spec, asked)
         # A row without a finite logit is NaN here, as one with a NaN is: look which it was.
-        suspect = torch.arange(rows, device=logits.device)
-        if not counting:
-            suspect = parts[0].isnan().nonzero()[:, 0]
-        present = _count_present(logits, spec, suspect)
-        nothing = torch.zeros(rows, dtype=torch.bool, device=logits.device)
-        nothing[suspect] = present == 0
-        if counting:
-            parts.append(present.to(wide))
-        return [
-            part.masked_fill(nothing, -torch.inf if name == "max" else 0)
-            for name, part in zip(names, parts, strict=True)
-        ]
+        present = count_present(self.inner, logits, spec, None if counting else parts[0])
+        own = torch.stack([*parts, present.to(wide)] if counting else parts)
+        nothing = present == 0
+        own.masked_fill_(nothing, 0)
+        own[0].masked_fill_(nothing, -torch.inf)
+        return own
 
     def _own_spec(self, spec: RowSpec) -> RowSpec:
         return spec_of_slice(spec, self.first_entry, self.shards.size)
 
     def _owner(self, spec: RowSpec) -> tuple[Tensor, Tensor]:
         """(the rank that has the target, whether there is one)"""
-        ends = torch.tensor(self.shards.ends, device=spec.target.device)
-        owner = torch.searchsorted(ends, spec.target, right=True)
-        known = (spec.target >= 0) & (owner < len(ends))
-        return torch.where(known, owner, 0), known
+        if self._ends is None:
+            self._ends = torch.tensor(self.shards.ends, device=spec.target.device)
+        owner = torch.searchsorted(self._ends, spec.target, right=True)
+        known = (spec.target >= 0) & (spec.target < self.shards.ends[-1])
+        return owner.clamp_(max=len(self.shards.ends) - 1), known
 
 
-def _count_present(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
-    """How many z of each of `rows` are not -inf; some rows at a time, to bound the copies."""
+def count_present(backend: ModuleType, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
+    """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
+
+    Triton's kernel, where there is one for the device, waits for nothing.
+    """
+    device = logits.device
+    if not hasattr(backend, "count_present") and device.type != "cpu" and serves("triton", device):
+        backend = importlib.import_module("em_kernels.triton")
+    if hasattr(backend, "count_present"):
+        return backend.count_present(logits, spec, top)
+    rows = logits.shape[:-1].numel()
+    suspect = torch.arange(rows, device=device) if top is None else top.isnan().nonzero()[:, 0]
+    counts = torch.full((rows,), -1, device=device)
+    return counts.index_copy_(0, suspect, _count_rows(logits, spec, suspect))
+
+
+def _count_rows(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
+    """The counts of `rows`; some at a time, to bound the copies."""
     inner, vocab = logits.shape[1:]
     counts = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
     step = max(1, _BLOCK_ENTRIES // vocab)

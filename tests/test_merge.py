@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import OUTPUTS, error, rows_of_entropy, truth
+from helpers import IMPLS, OUTPUTS, error, rows_of_entropy, truth
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels import reference
+from em_kernels import _vocab_parallel, reference
+from em_kernels._choice import backend
 from em_kernels._merge import merge, parts_of
 from em_kernels._spec import RowSpec
 
@@ -110,3 +113,99 @@ def test_order_decides_no_digit_of_a_row_that_is_far_from_certain():
     b = merged(swapped, (target + 5) % 12, (5, 7))
     for name in OUTPUTS:
         assert error(a[name], b[name]) < 1e-14, name
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_merge():
+    """Each is a launch on a GPU; one more shard is one more addition to each of the sums."""
+    logits, target = torch.randn(4, 40), torch.arange(4)
+    counts = []
+    for sizes in ((20, 20), (10, 10, 10, 10)):
+        given = parts_of_shards(logits, target, sizes, ("logprob", "entropy"))
+        with Operations() as operations:
+            merge(*given, ("logprob", "entropy"))
+        counts.append(len(operations.names))
+    assert counts[0] <= 35 and counts[1] - counts[0] <= 2 * 2
+
+
+@pytest.fixture
+def two_shards(monkeypatch):
+    """`VocabParallel` as on the first of two ranks, the other of which has the same logits."""
+    monkeypatch.setattr(_vocab_parallel, "_gather", lambda own, group: torch.stack([own, own]))
+
+    def make(backend, vocab):
+        shards = _vocab_parallel.Shards(None, 0, [vocab, 2 * vocab], vocab)
+        return _vocab_parallel.VocabParallel(backend, shards)
+
+    return make
+
+
+def test_operations_of_a_chunk_on_a_gpu(two_shards):
+    """None waits for the device, and but for the first chunk none copies to it. What the backend
+    does in kernels of its own is left out."""
+    rows = torch.rand(4)
+    backend = SimpleNamespace(
+        stats=lambda logits, spec, outputs: [rows] * (3 + len(outputs)),
+        count_present=lambda logits, spec, top: torch.full((4,), -1),
+    )
+    module, logits = two_shards(backend, 40), torch.randn(1, 4, 40)
+    spec = RowSpec(target=torch.arange(4), mask=torch.ones(4).bool(), valid_vocab=40)
+    module.stats(logits, spec, ("logprob", "entropy"))
+    with Operations() as operations:
+        module.stats(logits, spec, ("logprob", "entropy"))
+    assert len(operations.names) <= 68
+    waits = {"nonzero", "_local_scalar_dense", "is_nonzero", "item", "lift_fresh", "index_put_"}
+    assert not waits.intersection(operations.names)
+
+
+def test_results_of_shards_are_in_memory_of_their_own(two_shards):
+    for dtype in (torch.float32, torch.float64):
+        logits, spec = torch.randn(1, 4, 40, dtype=dtype), RowSpec(valid_vocab=40)
+        rows = two_shards(reference, 40).stats(logits, spec, ("entropy", "lse"))
+        assert len({row.untyped_storage().data_ptr() for row in rows}) == 5
+
+
+PRESENCE = {
+    "plain": {},
+    "everything": dict(bias=True, softcap=5.0, logit_scale=-0.5, temperature=0.7),
+    "rows": dict(temperature_rows=torch.tensor([0.5, 1.0, 2.0, 0.9, 1.1, 1.2])),
+}
+
+
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name != "cuda"])
+@pytest.mark.parametrize("options", PRESENCE.values(), ids=PRESENCE)
+def test_how_many_logits_of_a_row_are_present(impl, device, options):
+    """In every row, or in those of which the maximum is NaN."""
+    logits = torch.randn(2, 3, 330)[..., :300]
+    logits[0, 0] = -INF
+    logits[0, 1, 1:] = -INF
+    logits[0, 2, 3], logits[0, 2, 4:] = math.nan, -INF
+    logits[1, 0, :7] = INF if options.get("logit_scale", 1) < 0 else -INF
+    logits[1, 1, :290] = -INF  # what is left lies outside the vocabulary
+    spec = RowSpec(valid_vocab=290, **options)
+    if "bias" in options:
+        spec = spec._replace(bias=torch.zeros(300).index_fill_(0, torch.arange(5), -INF).to(device))
+        logits[0, 0] = INF
+        logits[0, 1, 1:] = INF
+    if "temperature_rows" in options:
+        spec = spec._replace(temperature_rows=options["temperature_rows"].to(device))
+    logits = logits.to(device)
+    z = reference.transform(logits, spec)
+    want, module = (z != -INF).sum(-1), backend(impl, torch.device(device))
+    assert {0, 290 - 5 * ("bias" in options)} <= set(want.tolist())
+    assert torch.equal(_vocab_parallel.count_present(module, logits, spec, None), want)
+    top = reference.stats(logits, spec, ())[0]
+    some = torch.where(top.isnan(), want, -1)
+    assert torch.equal(_vocab_parallel.count_present(module, logits, spec, top), some)
+    assert (some >= 0).any() and (some < 0).any()

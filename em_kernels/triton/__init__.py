@@ -3,9 +3,11 @@
 from em_kernels.triton.control import descend, find_temperature
 from em_kernels.triton.elementary import INTERPRETED
 from em_kernels.triton.launch import grad, loss, stats
+from em_kernels.triton.presence import count_present
 from em_kernels.triton.scale import scale_
 
 __all__ = [
+    "count_present",
     "descend",
     "find_temperature",
     "grad",

@@ -1,0 +1,68 @@
+"""Which rows have no finite logit: a shard of a vocabulary tells them from rows with a NaN."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from em_kernels._spec import RowSpec
+from em_kernels.triton.kernels import load_z, row_constants, row_offset
+from em_kernels.triton.launch import UNFUSED, Rows, View, device_of, how_of, plan
+from em_kernels.triton.moments import INF
+
+
+@triton.jit
+def presence(
+    logits,
+    view,
+    rows,
+    top,
+    found,
+    valid,
+    scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    how,
+):
+    row = tl.program_id(0)
+    asked = row >= 0
+    if top is not None:
+        value = tl.load(top + row)
+        asked = value != value
+    count = tl.full((), -1, tl.int32)
+    if asked:
+        x = logits + row_offset(row, view)
+        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        lanes = tl.arange(0, how.block)
+        present = tl.zeros((how.block,), tl.int32)
+        for start in range(0, valid, how.block):
+            at = start + lanes
+            z, _ = load_z(x, rows, at, at < valid, constants, how)
+            present += tl.where(z == -INF, 0, 1)
+        count = tl.sum(present, 0)
+    tl.store(found + row, count)
+
+
+def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
+    """As `em_kernels._vocab_parallel.count_present`; a row whose `top` is no NaN is not read."""
+    count = logits.shape[0] * logits.shape[1]
+    found = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if count == 0:
+        return found
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
+    with device_of(logits):
+        presence[(count,)](
+            logits,
+            view=View.of(logits),
+            rows=Rows(spec.bias, None, None, spec.temperature_rows),
+            top=top,
+            found=found,
+            valid=spec.valid_vocab,
+            scale=spec.logit_scale,
+            softcap=spec.softcap,
+            temperature=spec.temperature,
+            how=how_of(logits.dtype, spec, (), sizes),
+            num_warps=sizes.num_warps,
+            **UNFUSED,
+        )
+    return found
