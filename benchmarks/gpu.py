@@ -4,12 +4,13 @@
     make gpu STAGES="smoke cases bench-triton"
 
 Where a command may not run for long, three calls do it all, the most valuable first; in each the
-limits of its stages, and of the two that all need, add up to less than SECONDS:
+limits of its stages, with those they need, add up to no more than SECONDS:
 
     STAGES="smoke cases sanitizers memory"
     STAGES="bench"
     STAGES="tests profile"
 
+--help lists the stages with their limits, and the groups that stand for several.
 Nothing is downloaded and nothing installed; the wheels that `make gpu-wheels` made are unpacked.
 CUDA is compiled for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Each stage
 is a process of its own with a time limit and a log; the report is written anew after every stage,
