@@ -151,6 +151,7 @@ struct Case {
   DType out_dtype;
   bool full;      // bias, softcap, scale, temperature per row, all outputs
   bool in_place;  // `out` begins where the logits do
+  int64_t apart;  // entries that rows of `out` begin further on than those of the logits
   int64_t vocab, valid;
   Device device;
   std::string path;
@@ -160,6 +161,7 @@ struct Case {
     if (out_dtype != dtype) text += std::string("-to-") + kDTypes[int(out_dtype)];
     text += full ? "-full" : "-plain";
     if (in_place) text += "-inplace";
+    if (apart) text += "-apart";
     return text + (path.empty() ? "" : "-" + path) + "-V" + std::to_string(vocab);
   }
 };
@@ -334,7 +336,7 @@ double run_case(const Case& c) {
 
   Memory logits(with_guards(c, in)), bias(bytes_of(wide, in.bias));
   Memory temperature(bytes_of(wide, in.temperature));
-  Memory out(std::vector<char>(row_start(c, kRows) * size_of(c.out_dtype), char(0x7b)));
+  Memory out(std::vector<char>((row_start(c, kRows) + c.apart) * size_of(c.out_dtype), char(0x7b)));
   std::vector<char> targets(kRows * sizeof(int64_t)), masks(kRows, 1);
   std::memcpy(targets.data(), in.target.data(), targets.size());
   masks[kMasked] = 0;
@@ -374,7 +376,7 @@ double run_case(const Case& c) {
   if (c.operation != Operation::statistics) {
     call.gradient = {max.get(), log1p_r.get(), mean_d.get(), g0.get(), g1.get(), g2.get()};
     call.gradient.out = static_cast<char*>(written.get()) +
-                        row_start(c, 0) * size_of(c.in_place ? c.dtype : c.out_dtype);
+                        (row_start(c, 0) + c.apart) * size_of(c.in_place ? c.dtype : c.out_dtype);
     call.gradient.outer_stride = 2 * out_stride;
     call.gradient.inner_stride = out_stride;
     call.gradient.out_dtype = c.out_dtype;
@@ -400,7 +402,7 @@ double run_case(const Case& c) {
     if (c.operation == Operation::statistics) continue;
     double largest = 1e-30;
     for (double g : expected[row].grad) largest = std::max(largest, std::abs(g));
-    const int64_t start = c.in_place ? row_start(c, row) * narrow : row_start(c, row);
+    const int64_t start = c.in_place ? row_start(c, row) * narrow : row_start(c, row) + c.apart;
     for (int64_t v = 0; v < c.vocab; ++v) {
       const double want = expected[row].grad[v];
       const double allowed = 10 * small * largest + epsilon(c.out_dtype) * std::abs(want) + 1e-7;
@@ -410,7 +412,7 @@ double run_case(const Case& c) {
   // Nothing between the rows was touched, and nothing at all by statistics.
   const int64_t entry = size_of(c.in_place ? c.dtype : c.out_dtype);
   for (int row = 0; row <= kRows; ++row) {
-    const int64_t end = row_start(c, row) * entry;
+    const int64_t end = (row_start(c, row) + c.apart) * entry;
     const int64_t begin = end - kGuard * entry;
     if (std::memcmp(&before[begin], &written.host[begin], kGuard * entry)) worst.value = kInf;
   }
@@ -465,9 +467,12 @@ std::vector<Case> all_cases(const Device& device) {
         for (const int64_t vocab : {1, 9, 4096, 20011}) {
           // Odd sizes have unaligned rows; in the long ones the last entries are not valid.
           const int64_t valid = vocab > 9 ? vocab - 5 : vocab;
-          Case c{operation, dtype, dtype, full, false, vocab, valid, device, ""};
+          Case c{operation, dtype, dtype, full, false, 0, vocab, valid, device, ""};
           add_cases(cases, c, device);
           if (operation == Operation::statistics || vocab < 2000) continue;
+          c.apart = 1;
+          add_cases(cases, c, device);
+          c.apart = 0;
           c.in_place = true;
           add_cases(cases, c, device);
           if (dtype != DType::f32) continue;

@@ -26,6 +26,7 @@ TABLE = Path(__file__).with_name("cuda_resources.json")
 TABLES = {
     "registers, stack, local, shared": ("registers", "stack", "local", "shared"),
     "fences of the device, instructions a number": ("fences", "a_number"),
+    "instructions, loads, stores of a chunk": ("loop_instructions", "loop_loads", "loop_stores"),
 }
 LOADS = 4  # of 16 bytes in a chunk of a thread: kLoads of csrc/cuda/sizes.h
 USAGE = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.M)
@@ -38,6 +39,7 @@ CODE = {
     "cluster_barriers": r"UCGABAR_ARV\b",
     "fences": r"MEMBAR\.\w+\.GPU\b",
 }
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
 
 
 def module_file() -> Path | None:
@@ -70,10 +72,13 @@ def report(module: Path) -> dict[str, dict[str, dict[str, int]]]:
         for body in text.split("Function : ")[1:]:
             name, _, lines = body.partition("\n")
             found[arch][name].update(_count(lines))
+            loop = ("loop_instructions", "loop_loads", "loop_stores")
+            found[arch][name].update(zip(loop, first_loop(lines) or ()))
     short = short_names(sorted({name for kernels in found.values() for name in kernels}))
     for kernels in found.values():
         for name, kernel in kernels.items():
-            kernel["a_number"] = round(kernel.pop("chunk") / _numbers(short[name]), 2)
+            if chunk := kernel.pop("chunk"):
+                kernel["a_number"] = round(chunk / _numbers(short[name]), 2)
     return {
         arch: {short[name]: kernels[name] for name in sorted(kernels, key=short.get)}
         for arch, kernels in sorted(found.items(), key=lambda each: int(each[0][3:].rstrip("af")))
@@ -139,6 +144,52 @@ def _numbers(kernel: str) -> int:
     return LOADS * 16 // size
 
 
+def first_loop(code: str) -> tuple[int, int, int] | None:
+    """Instructions, loads and stores of the shortest way around the first loop of exponentials.
+
+    That is the loop over whole chunks, and every way around it has an exponential per number; the
+    other ways are those of the first and the last vectors of a row.
+    """
+    lines = [(int(at, 16), when, name, rest) for at, when, name, rest in INSTRUCTION.findall(code)]
+    index = {line[0]: i for i, line in enumerate(lines)}
+    after = [_successors(lines, index, i) for i in range(len(lines))]
+    for end, targets in enumerate(after):
+        for begin in targets:
+            exponentials = [i for i in range(begin, end) if lines[i][2] == "MUFU.EX2"]
+            if begin <= end and len(exponentials) >= 8:
+                return _shortest(lines, after, begin, end, exponentials)
+    return None
+
+
+def _successors(lines: list, index: dict[int, int], i: int) -> list[int]:
+    _, when, name, rest = lines[i]
+    found = []
+    if name.startswith("BRA"):
+        found = [index[at] for at in [int(rest.split()[-1], 16)] if at in index]
+        if not when and not re.search(r"\bU?P\d", rest) and name == "BRA":
+            return found
+    if name.startswith(("EXIT", "RET")) and not when:
+        return found
+    return found + [i + 1] if i + 1 < len(lines) else found
+
+
+def _shortest(lines, after, begin, end, exponentials) -> tuple[int, int, int]:
+    """By dynamic programming from the last line back; ways back inside of the loop are left out."""
+    best: dict[int, tuple] = {}
+    for i in range(end, begin - 1, -1):
+        ways = [best[j] for j in after[i] if i < j <= end and j in best] if i < end else [(0,) * 4]
+        if not ways:
+            continue
+        name = lines[i][2]
+        here = (-(i in exponentials), 1, _is(name, "LD"), _is(name, "ST"))
+        best[i] = tuple(a + b for a, b in zip(here, min(ways)))
+    return best[begin][1:]
+
+
+def _is(name: str, kind: str) -> bool:
+    return name.split(".")[0] in (kind, kind + "G", kind + "S")
+
+
 def _by_architecture(text: str) -> list[tuple[str, str]]:
     parts = re.split(r"^arch = (sm_\w+)$", text, flags=re.M)
     return list(zip(parts[1::2], parts[2::2], strict=True))
@@ -150,7 +201,11 @@ def _run(*command: str) -> str:
 
 def as_table(found: dict, columns: tuple[str, ...]) -> dict:
     return {
-        arch: {name: [kernel[column] for column in columns] for name, kernel in kernels.items()}
+        arch: {
+            name: [kernel[column] for column in columns]
+            for name, kernel in kernels.items()
+            if all(column in kernel for column in columns)
+        }
         for arch, kernels in found.items()
     }
 

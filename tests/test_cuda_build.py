@@ -395,6 +395,22 @@ def test_kernels_use_no_more_than_is_recorded(kernels, table):
                 assert all(a <= b for a, b in zip(used, most, strict=True)), message
 
 
+def test_a_row_that_is_not_aligned_costs_few_instructions_more(kernels):
+    """And no load or store of single numbers: two wide loads a vector, of which a chunk has four.
+
+    The eight numbers that the first vector of a row of 16 bits is made of are loaded one by one,
+    in the same loop and by one thread.
+    """
+    for arch, each in kernels.items():
+        for name, aligned in each.items():
+            if "Aligned" not in name:
+                continue
+            unaligned = each[name.replace("Aligned", "Unaligned")]
+            assert unaligned["loop_instructions"] <= 1.25 * aligned["loop_instructions"], name
+            assert unaligned["loop_stores"] == aligned["loop_stores"], (arch, name)
+            assert unaligned["loop_loads"] <= 2 * aligned["loop_loads"] + 8, (arch, name)
+
+
 def test_no_plain_kernel_spills(kernels):
     plain = [
         (arch, name, k) for arch in kernels for name, k in kernels[arch].items() if is_plain(name)
@@ -484,6 +500,7 @@ def test_the_cases_pass_on_the_emulated_kernels(emulated_cases):
         "cluster4",
         "cluster8",
         "inplace",
+        "apart",
         "to-float16",
     ):
         assert path in done.stdout, path

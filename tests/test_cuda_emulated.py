@@ -402,6 +402,13 @@ def misaligned(x, by):
     return view
 
 
+def untouched(view, by):
+    """Whether what lies between the rows of a `misaligned` tensor is still NaN."""
+    pitch, vocab = view.stride(1), view.shape[2]
+    between = view.as_strided((*view.shape[:2], pitch - vocab), view.stride(), by + vocab)
+    return bool(between.isnan().all())
+
+
 @EACH_DEVICE
 @EACH_DTYPE
 @pytest.mark.parametrize("by", (0, 1, 3, 7))
@@ -412,6 +419,41 @@ def test_bits_do_not_depend_on_alignment(device, dtype, by, vocab):
     rows, out = loss(cuda, misaligned(x, 0), spec, upstream)
     other_out = misaligned(torch.full_like(x, NAN), (by * 5) % 8)
     other, _ = loss(cuda, misaligned(x, by), spec, upstream, other_out)
+    assert all(same_bits(a, b) for a, b in zip(other, rows, strict=True))
+    assert same_bits(other_out.contiguous(), out)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("by", range(8))
+@pytest.mark.parametrize("device", ("h200", "no_clusters"))
+@pytest.mark.parametrize("short", (1, 8))
+def test_bits_of_whole_chunks_do_not_depend_on_alignment(device, dtype, by, short):
+    """Two chunks of a block, less a few numbers: the second is whole in some rows only."""
+    vocab = 2 * 256 * 4 * (16 // dtype.itemsize) + 16 - short
+    x, spec, upstream = make(1, vocab, dtype, valid_vocab=vocab - 2)
+    x[..., vocab - 2 :] = NAN
+    cuda = emulated(device)
+    rows, out = loss(cuda, misaligned(x, 0), spec, upstream, misaligned(x, 0))
+    for out_by in (by, (by + 3) % 8):
+        shifted = misaligned(torch.full_like(x, NAN), out_by)
+        other, _ = loss(cuda, misaligned(x, by), spec, upstream, shifted)
+        assert all(same_bits(a, b) for a, b in zip(other, rows, strict=True))
+        assert same_bits(shifted.contiguous(), out) and untouched(shifted, out_by)
+    in_place = misaligned(x, by)
+    loss(cuda, in_place, spec, upstream, in_place)
+    assert same_bits(in_place.contiguous(), out) and untouched(in_place, by)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("by", (1, 2, 5))
+def test_bits_of_the_general_kernels_do_not_depend_on_alignment(dtype, by):
+    vocab = 256 * 4 * (16 // dtype.itemsize) + 100
+    bias = torch.randn(vocab, dtype=accumulate_dtype(dtype))
+    x, spec, upstream = make(1, vocab, dtype, bias=bias, temperature=0.7)
+    cuda = emulated()
+    rows, out = loss(cuda, misaligned(x, 0), spec, upstream, outputs=OUTPUTS)
+    other_out = misaligned(torch.full_like(x, NAN), (by * 5) % 8)
+    other, _ = loss(cuda, misaligned(x, by), spec, upstream, other_out, outputs=OUTPUTS)
     assert all(same_bits(a, b) for a, b in zip(other, rows, strict=True))
     assert same_bits(other_out.contiguous(), out)
 
@@ -428,6 +470,22 @@ def test_out_may_be_the_logits(device, dtype, vocab, function):
     inplace = misaligned(x, 3)
     function(cuda, inplace, spec, upstream, inplace)
     assert same_bits(inplace.contiguous(), out)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("by", range(4))
+@pytest.mark.parametrize("device", ("h200", "no_clusters"))
+def test_narrow_gradient_of_rows_that_are_not_aligned(device, dtype, by):
+    x, spec, upstream = make(3, 9001)
+    cuda = emulated(device)
+    wide = loss(cuda, x, spec, upstream)[1].to(dtype)
+    beside = misaligned(torch.full_like(wide, NAN), (by * 3) % 8)
+    loss(cuda, misaligned(x, by), spec, upstream, beside)
+    assert same_bits(beside.contiguous(), wide) and untouched(beside, (by * 3) % 8)
+    aliased = misaligned(x, by)
+    over = aliased.view(dtype)[..., :9001]
+    loss(cuda, aliased, spec, upstream, over)
+    assert same_bits(over.contiguous(), wide)
 
 
 @EACH_DEVICE

@@ -74,7 +74,7 @@ def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capab
         assert not p.resident and p.cluster == 1
     if p.resident:
         slice_bytes = p.slice * BYTES[dtype]
-        assert slice_bytes % 16 == 0 and p.shared_bytes == slice_bytes + 640
+        assert slice_bytes % 16 == 0 and p.shared_bytes == slice_bytes + 656
         assert p.cluster * p.slice >= vocab > (p.cluster - 1) * p.slice
     else:
         assert p.shared_bytes <= 1024
@@ -132,6 +132,41 @@ def test_padded_vocabulary_and_strides_do_not_change_the_plan():
     padded = plan("loss", vocab=152_064, valid_vocab=151_665, inner=4, outer_stride=10**12)
     for field in ("resident", "cluster", "threads", "slice", "shared_bytes", "blocks"):
         assert getattr(tight, field) == getattr(padded, field), field
+
+
+@pytest.mark.parametrize(
+    ("rows", "logits", "strides", "out", "out_strides", "expected"),
+    (
+        (8, 0, (5, 5), 0, (5, 5), (False, True)),  # rows of 5 numbers, and their gradient
+        (8, 0, (8, 8), 0, (8, 8), (True, True)),
+        (8, 2, (8, 8), 2, (8, 8), (False, True)),
+        (8, 0, (8, 8), 2, (8, 8), (True, False)),
+        (8, 16, (40, 5), 0, (40, 5), (False, True)),
+        (8, 16, (40, 8), 0, (40, 5), (True, False)),
+        (8, 16, (44, 8), 0, (40, 8), (False, False)),
+        (4, 16, (44, 8), 0, (40, 8), (True, True)),  # one step of the outer stride is never made
+        (1, 16, (44, 9), 0, (40, 5), (True, True)),
+    ),
+)
+def test_what_is_known_of_where_rows_begin(rows, logits, strides, out, out_strides, expected):
+    cuda = library()
+    outer, inner = strides
+    sizes = dict(inner=4, outer_stride=outer, inner_stride=inner, vocab=5, valid_vocab=5)
+    problem = cuda.Problem(dtype=1, logits=4096 + logits, rows=rows, **sizes)
+    outer, inner = out_strides
+    gradient = cuda.Gradient(out=8192 + out, outer_stride=outer, inner_stride=inner, out_dtype=1)
+    p = cuda.plan(cuda.Operation.gradient, problem, cuda.Results([]), gradient, device())
+    assert (p.aligned_logits, p.aligned_gradient) == expected
+
+
+@pytest.mark.parametrize(("out", "expected"), ((0, True), (2, False), (8, True), (12, False)))
+def test_what_is_known_of_a_narrow_gradient(out, expected):
+    cuda = library()
+    sizes = dict(inner=1, outer_stride=8, inner_stride=8, vocab=5, valid_vocab=5)
+    problem = cuda.Problem(dtype=0, logits=4096, rows=8, **sizes)
+    gradient = cuda.Gradient(out=8192 + out, outer_stride=16, inner_stride=16, out_dtype=1)
+    p = cuda.plan(cuda.Operation.gradient, problem, cuda.Results([]), gradient, device())
+    assert p.aligned_logits and p.aligned_gradient is expected
 
 
 @pytest.mark.parametrize("change", ({"bias": 16}, {"softcap": 30.0}, {"logit_scale": -1.0}))

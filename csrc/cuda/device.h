@@ -114,6 +114,11 @@ EM_DEVICE uint32_t to_pair(float first, float second, f16) {
   return out;
 }
 
+// 32 bits of the 64 in `low` and `high`, from bit `bits` on.
+EM_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  return __funnelshift_r(low, high, bits);
+}
+
 // Threads of a warp and of a block. All of a warp must come.
 
 constexpr unsigned kAllLanes = 0xffffffffu;

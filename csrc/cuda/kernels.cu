@@ -10,25 +10,39 @@
 
 namespace em_kernels::cuda {
 
+// What is known of where rows begin. An aligned row of Unaligned is read as the others are.
+struct Aligned {
+  static constexpr bool some = true, all = true;
+};
+struct Unaligned {
+  static constexpr bool some = false, all = false;
+};
+struct Any {
+  static constexpr bool some = true, all = false;
+};
+
 // Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of the n numbers at
 // `x`; before(k) comes before chunk k is read. Which thread takes which number when depends on n
-// and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type where `x`
-// is aligned, `also_aligned` holds and every vector is full: the loop that has to be fast.
-template <class In, class Before, class Body>
-EM_DEVICE void for_each_chunk(
-    const In* x, int n, bool also_aligned, const Before& before, const Body& body) {
+// and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type in the loop
+// that has to be fast, where every vector is full.
+template <class Rows, class In, class Before, class Body>
+EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Body& body) {
   constexpr int width = Vector<In>::width;
   const int stride = block_threads() * width, chunk = kLoads * stride;
-  const bool aligned = aligned16(x);
-  const int whole = aligned && also_aligned ? n / chunk * chunk : 0;
+  const int past = Rows::all ? 0 : numbers_past(x);
+  const bool aligned = Rows::all || (Rows::some && past == 0);
+  const int whole = aligned ? n : n - width;
   Vector<In> v[kLoads];
   int at[kLoads], k = 0, begin = thread_index() * width;
-  for (; k * chunk < whole; ++k, begin += chunk) {
+  for (; (k + 1) * chunk <= whole; ++k, begin += chunk) {
     before(k);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      at[i] = begin + i * stride;
-      v[i] = load_aligned(x + at[i]);
+    for (int i = 0; i < kLoads; ++i) at[i] = begin + i * stride;
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) v[i] = load_aligned(x + at[i]);
+    } else {
+      load_past(x, past, at, v);
     }
     body(v, at, std::true_type());
   }
@@ -37,7 +51,7 @@ EM_DEVICE void for_each_chunk(
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       at[i] = begin + i * stride;
-      v[i] = load_guarded(x + at[i], n - at[i], aligned);
+      v[i] = load_guarded(x, n, past, at[i]);
     }
     body(v, at, std::false_type());
   }
@@ -45,7 +59,7 @@ EM_DEVICE void for_each_chunk(
 
 // This thread's share of the sums over the n numbers at `x`. kPlain: `transform` is simple and
 // nothing beyond the first order is wanted.
-template <bool kPlain, class In, class Before>
+template <class Rows, bool kPlain, class In, class Before>
 EM_DEVICE Part<Real<In>> sum_up(
     const In* x, int n, const Transform<Real<In>>& transform, const Extras& extras,
     const Before& before) {
@@ -57,7 +71,7 @@ EM_DEVICE Part<Real<In>> sum_up(
     const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
       sums.add(v, at, by, extras);
     };
-    for_each_chunk(x, n, true, before, body);
+    for_each_chunk<Rows>(x, n, before, body);
     return sums.total(by);
   } else {
     Sums<Lanes<T, width>, true> sums;
@@ -70,40 +84,59 @@ EM_DEVICE Part<Real<In>> sum_up(
           z[k].lane[i] = at[k] + i < n ? transform.summand(v[k].get(i), at[k] + i) : T(-INFINITY);
       sums.add(z, at, by, extras);
     };
-    for_each_chunk(x, n, true, before, body);
+    for_each_chunk<Rows>(x, n, before, body);
     return sums.total(by);
   }
 }
 
-// kWhole: `out` is aligned and `count` is a whole vector.
+// kWhole: `count` is a whole vector.
 template <bool kWhole, class Out, class T, int W>
-EM_DEVICE void store_as(const Lanes<T, W>& g, void* out, int64_t at, int count, bool aligned) {
+EM_DEVICE void store_as(const Lanes<T, W>& g, void* out, int64_t at, int count) {
   Out* const to = static_cast<Out*>(out) + at;
   if constexpr (kWhole) {
     store_aligned(g, to);
   } else {
-    store_guarded(g, to, count, aligned);
+    store_guarded(g, to, count);
   }
 }
 
 template <class In, bool kWhole>
 EM_DEVICE void store_gradient(
-    const Lanes<Real<In>, Vector<In>::width>& g, void* out, DType dtype, int64_t at, int count,
-    bool aligned) {
+    const Lanes<Real<In>, Vector<In>::width>& g, void* out, DType dtype, int64_t at, int count) {
   if constexpr (sizeof(In) == 4) {
-    if (dtype == DType::bf16) return store_as<kWhole, bf16>(g, out, at, count, aligned);
-    if (dtype == DType::f16) return store_as<kWhole, f16>(g, out, at, count, aligned);
+    if (dtype == DType::bf16) return store_as<kWhole, bf16>(g, out, at, count);
+    if (dtype == DType::f16) return store_as<kWhole, f16>(g, out, at, count);
   }
-  store_as<kWhole, In>(g, out, at, count, aligned);
+  store_as<kWhole, In>(g, out, at, count);
 }
 
-// The gradient of the n numbers at `x` into `out`.
+template <class In>
+EM_DEVICE void store_number(Real<In> g, void* out, DType dtype, int64_t at) {
+  Lanes<Real<In>, Vector<In>::width> one;
+  one.lane[0] = g;
+  store_gradient<In, false>(one, out, dtype, at, 1);
+}
+
+EM_DEVICE int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// How many of n numbers of `out` come before the first vector that is stored at once.
+template <class In>
+EM_DEVICE int numbers_before(const void* out, int n, DType dtype) {
+  const int size = size_of(dtype), bytes = size * Vector<In>::width;
+  const int head = static_cast<int>(-reinterpret_cast<uintptr_t>(out) % bytes) / size;
+  return head < n ? head : n;
+}
+
+// The gradient of the n numbers at `x` into `out`. Vectors are those of `out`, so all but its ends
+// are stored whole. Rows says how those of `x` then begin.
 //
 // `out` may lie on the logits. Of the same width, a thread overwrites only what it has read itself.
 // A narrow `out` begins at the row's first byte, so number i is written to where number i / 2 was:
 // behind all that later chunks read, and within what the block has read once every thread has the
 // numbers of its chunk in registers. Hence the one barrier per chunk.
-template <bool kPlain, class In>
+template <class Rows, bool kPlain, class In>
 EM_DEVICE void write_gradient(
     const In* x, int n, void* out, DType dtype, const Transform<Real<In>>& transform,
     const GradientTerms<Real<In>>& terms) {
@@ -111,35 +144,34 @@ EM_DEVICE void write_gradient(
   constexpr int width = Vector<In>::width;
   const Scaling<T> by(1);
   const bool narrow = sizeof(In) == 4 && dtype != DType::f32;
-  const bool aligned = narrow ? reinterpret_cast<uintptr_t>(out) % 8 == 0 : aligned16(out);
+  const auto gradient = [&](T number, int index) -> T {
+    if constexpr (kPlain) return terms({multiply(number, transform.scale), 1}, by);
+    return index < n ? terms(transform(number, index), by) : T(0);
+  };
+  const int head = numbers_before<In>(out, n, dtype), thread = thread_index();
+  if (head > 0) {
+    const T g = thread < head ? gradient(load_one(x + thread), thread) : T(0);
+    if (narrow) sync_block();
+    if (thread < head) store_number<In>(g, out, dtype, thread);
+  }
   const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto whole) {
     if (narrow) sync_block();
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
+      const int first = head + at[k];
       Lanes<T, width> g;
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        const T number = v[k].get(i);
-        if constexpr (kPlain) {
-          g.lane[i] = terms({multiply(number, transform.scale), 1}, by);
-        } else {
-          g.lane[i] = at[k] + i < n ? terms(transform(number, at[k] + i), by) : T(0);
-        }
-      }
-      store_gradient<In, decltype(whole)::value>(g, out, dtype, at[k], n - at[k], aligned);
+      for (int i = 0; i < width; ++i) g.lane[i] = gradient(v[k].get(i), first + i);
+      store_gradient<In, decltype(whole)::value>(g, out, dtype, first, n - first);
     }
   };
-  for_each_chunk(x, n, aligned, Nothing(), body);
+  for_each_chunk<Rows>(x + head, n - head, Nothing(), body);
 }
 
 template <class In>
 EM_DEVICE const In* row_of(const Problem& p, int64_t row) {
   return static_cast<const In*>(p.logits) +
          row_offset(row, p.inner, p.outer_stride, p.inner_stride);
-}
-
-EM_DEVICE int size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
 EM_DEVICE char* gradient_row(const Problem& p, const Gradient& g, int64_t row) {
@@ -162,17 +194,8 @@ EM_DEVICE Extras wanted(const Results& results) {
   return out;
 }
 
-// By one thread, when nothing of the row is read any more.
-template <class In>
-EM_DEVICE void put_target(
-    const GradientTerms<Real<In>>& terms, int64_t y, const Gradient& g, char* out) {
-  Lanes<Real<In>, Vector<In>::width> own;
-  own.lane[0] = terms.at_target;
-  store_gradient<In, false>(own, out, g.out_dtype, y, 1, false);
-}
-
-template <class In, bool kPlain>
-EM_KERNEL(kMaxThreads, kPlain ? 5 : 2)
+template <class In, class Rows, bool kPlain>
+EM_KERNEL(kMaxThreads, kPlain ? Rows::all ? 5 : 3 : 2)
 stream_statistics(const Problem p, EM_PARAMETER(Results) results) {
   using T = Real<In>;
   static_assert(sizeof(BlockScratch<T>) <= kStreamScratchBytes);
@@ -186,14 +209,14 @@ stream_statistics(const Problem p, EM_PARAMETER(Results) results) {
   const In* const x = row_of<In>(p, row);
   const Transform<T> transform(p, row);
   Target<T> target;
-  Part<T> part = sum_up<kPlain>(x, p.valid_vocab, transform, wanted(results), Nothing());
+  Part<T> part = sum_up<Rows, kPlain>(x, p.valid_vocab, transform, wanted(results), Nothing());
   if (thread < 32) target.read(p, row, x, transform);
   part = merge_block<!kPlain>(part, scratch);
   if (thread < 32) put_row<!kPlain>(results, row, part, target, thread);
 }
 
-template <class In, bool kPlain>
-EM_KERNEL(kMaxThreads, kPlain ? 4 : 2)
+template <class In, class Rows, bool kPlain>
+EM_KERNEL(kMaxThreads, Rows::all ? 4 : 3)
 stream_gradient(const Problem p, const Gradient g) {
   using T = Real<In>;
   const int64_t row = block_index();
@@ -209,51 +232,35 @@ stream_gradient(const Problem p, const Gradient g) {
   if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
   sync_block();  // the target's logit is read before anything is overwritten
   const GradientTerms<T> terms(upstream, saved, target, transform);
-  write_gradient<kPlain>(x, p.valid_vocab, out, g.out_dtype, transform, terms);
+  write_gradient<Rows, kPlain>(x, p.valid_vocab, out, g.out_dtype, transform, terms);
   sync_block();
-  if (thread == 0 && terms.has_target) put_target<In>(terms, target.y, g, out);
+  if (thread == 0 && terms.has_target)
+    store_number<In>(terms.at_target, out, g.out_dtype, target.y);
   zero_from(p, g, out, p.valid_vocab, thread, block_threads());
 }
 
 #if defined(EM_HAS_CLUSTERS)
+// Brings the n numbers at `x` into shared memory at `to`, which is as far past a multiple of 16
+// bytes: all but the ends by bulk copies. Afterwards chunk k, of `chunk` numbers, is there for those
+// who have waited for arrivals 0 to k.
 template <class In>
-struct alignas(16) Numbers {
-  In number[16 / sizeof(In)];
-};
-
-// The n numbers at `x`, which need not be aligned, to shared memory: by 16 bytes but for the ends.
-template <class In>
-EM_DEVICE void copy_numbers(const In* x, int n, In* to) {
-  constexpr int width = Vector<In>::width;
-  const int thread = thread_index(), step = block_threads();
-  const int first = (16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(In);
-  const int head = first < n ? first : n, vectors = (n - head) / width;
-  for (int i = thread; i < head; i += step) to[i] = x[i];
-#pragma unroll 4
-  for (int v = thread; v < vectors; v += step) {
-    const int at = head + v * width;
-    const Numbers<In> some = *reinterpret_cast<const Numbers<In>*>(x + at);
-    for (int i = 0; i < width; ++i) to[at + i] = some.number[i];
-  }
-  for (int i = head + vectors * width + thread; i < n; i += step) to[i] = x[i];
-}
-
-// Brings the n numbers at `x` into shared memory, by bulk copies where they are aligned. Afterwards
-// chunk k, of `chunk` numbers, is there for those who have waited for arrival k.
-template <class In>
-EM_DEVICE void bring_in(const In* x, int n, int chunk, In* slice, Arrival* arrivals) {
+EM_DEVICE void bring_in(const In* x, int n, int chunk, In* to, Arrival* arrivals) {
   constexpr int width = Vector<In>::width;
   const int thread = thread_index(), chunks = (n + chunk - 1) / chunk;
-  const int bulk = aligned16(x) ? n / width * width : 0;
+  const int past = numbers_past(x), rest = past ? width - past : 0, head = rest < n ? rest : n;
+  const int bulk = (n - head) / width * width;
   if (thread == 0) {
     init_arrivals(arrivals, chunks);
     for (int k = 0; k < chunks; ++k) {
       int count = bulk - k * chunk;
       count = count < 0 ? 0 : count > chunk ? chunk : count;
-      start_copy(slice + k * chunk, x + k * chunk, count * sizeof(In), arrivals + k);
+      const int at = head + k * chunk;
+      start_copy(to + at, x + at, count * sizeof(In), arrivals + k);
     }
   }
-  copy_numbers(x + bulk, n - bulk, slice + bulk);
+  if (thread < head) to[thread] = x[thread];
+  const int at = head + bulk + thread;
+  if (at < n) to[at] = x[at];
   sync_block();
 }
 
@@ -266,7 +273,6 @@ resident_loss(
   using T = Real<In>;
   static_assert(sizeof(ResidentScratch<T>) <= kScratchBytes);
   auto& scratch = *reinterpret_cast<ResidentScratch<T>*>(shared_memory());
-  In* const held = reinterpret_cast<In*>(shared_memory() + kScratchBytes);
   const int rank = cluster_rank(), blocks = cluster_blocks(), thread = thread_index();
   const int64_t row = cluster_index();
   char* const out = gradient_row(p, g, row);
@@ -279,6 +285,8 @@ resident_loss(
   const int64_t begin = rank * slice, rest = p.valid_vocab - begin;
   const int n = static_cast<int>(rest < 0 ? 0 : rest < slice ? rest : slice);
   const int chunk = kLoads * Vector<In>::width * block_threads();
+  In* const held =
+      reinterpret_cast<In*>(shared_memory() + kScratchBytes) + numbers_past(x + begin);
   const int vectors = pad_held(held, n);
   bring_in(x + begin, n, chunk, held, scratch.arrivals);
 
@@ -305,10 +313,14 @@ resident_loss(
 
   const GradientTerms<T> terms(upstream, scratch.saved, target, transform);
   char* const own_out = out + begin * size_of(g.out_dtype);
-  write_gradient<true>(held, n, own_out, g.out_dtype, transform, terms);
+  if (numbers_past(held + numbers_before<In>(own_out, n, g.out_dtype)) == 0) {
+    write_gradient<Aligned, true>(held, n, own_out, g.out_dtype, transform, terms);
+  } else {
+    write_gradient<Unaligned, true>(held, n, own_out, g.out_dtype, transform, terms);
+  }
   sync_block();
   const bool has_target = terms.has_target && begin <= target.y && target.y < begin + n;
-  if (thread == 0 && has_target) put_target<In>(terms, target.y, g, out);
+  if (thread == 0 && has_target) store_number<In>(terms.at_target, out, g.out_dtype, target.y);
   zero_from(
       p, g, out, p.valid_vocab, rank * block_threads() + thread, blocks * block_threads());
   cluster_wait();  // the others may still be reading this block's shared memory
@@ -323,11 +335,25 @@ resident_loss(const Problem, const Results, const Gradient, const int64_t) {
 #endif
 
 template <class In, bool kPlain>
+auto statistics_of(bool aligned) {
+  if constexpr (!kPlain) return stream_statistics<In, Any, false>;
+  if constexpr (kPlain)
+    return aligned ? stream_statistics<In, Aligned, true> : stream_statistics<In, Unaligned, true>;
+}
+
+template <class In, bool kPlain>
+auto gradient_of(bool aligned) {
+  if constexpr (!kPlain) return stream_gradient<In, Any, false>;
+  if constexpr (kPlain)
+    return aligned ? stream_gradient<In, Aligned, true> : stream_gradient<In, Unaligned, true>;
+}
+
+template <class In, bool kPlain>
 void stream(
     Operation operation, const Plan& plan, const Problem& p, const Results& results,
     const Gradient& g, void* queue) {
   if (operation != Operation::gradient)
-    launch(stream_statistics<In, kPlain>, plan, queue, p, results);
+    launch(statistics_of<In, kPlain>(plan.aligned_logits), plan, queue, p, results);
   if (operation == Operation::statistics) return;
   Gradient after = g;
   if (operation == Operation::loss) {
@@ -335,7 +361,7 @@ void stream(
     after.log1p_r = results.column[kLog1pR];
     after.mean_d = results.column[kMeanD];
   }
-  launch(stream_gradient<In, kPlain>, plan, queue, p, after);
+  launch(gradient_of<In, kPlain>(plan.aligned_gradient), plan, queue, p, after);
 }
 
 template <class In>
@@ -357,13 +383,16 @@ const void* address(void (*kernel)(Parameters...)) {
 
 Loaded load_kernels(int shared_bytes) {
   return load(
-      {address(stream_statistics<float, true>), address(stream_statistics<float, false>),
-       address(stream_statistics<bf16, true>), address(stream_statistics<bf16, false>),
-       address(stream_statistics<f16, true>), address(stream_statistics<f16, false>),
-       address(stream_statistics<double, false>), address(stream_gradient<float, true>),
-       address(stream_gradient<float, false>), address(stream_gradient<bf16, true>),
-       address(stream_gradient<bf16, false>), address(stream_gradient<f16, true>),
-       address(stream_gradient<f16, false>), address(stream_gradient<double, false>)},
+      {address(stream_statistics<float, Aligned, true>), address(stream_statistics<float, Unaligned, true>),
+       address(stream_statistics<float, Any, false>), address(stream_statistics<bf16, Aligned, true>),
+       address(stream_statistics<bf16, Unaligned, true>), address(stream_statistics<bf16, Any, false>),
+       address(stream_statistics<f16, Aligned, true>), address(stream_statistics<f16, Unaligned, true>),
+       address(stream_statistics<f16, Any, false>), address(stream_statistics<double, Any, false>),
+       address(stream_gradient<float, Aligned, true>), address(stream_gradient<float, Unaligned, true>),
+       address(stream_gradient<float, Any, false>), address(stream_gradient<bf16, Aligned, true>),
+       address(stream_gradient<bf16, Unaligned, true>), address(stream_gradient<bf16, Any, false>),
+       address(stream_gradient<f16, Aligned, true>), address(stream_gradient<f16, Unaligned, true>),
+       address(stream_gradient<f16, Any, false>), address(stream_gradient<double, Any, false>)},
       {address(resident_loss<float>), address(resident_loss<bf16>), address(resident_loss<f16>)},
       shared_bytes);
 }

@@ -30,6 +30,8 @@ struct Loaded {
 // row's bits do not either.
 struct Plan {
   bool plain = false;     // positive scale, no bias, no softcap, first-order outputs: the fast sums
+  bool aligned_logits = false;    // every row begins at a multiple of 16 bytes
+  bool aligned_gradient = false;  // vectors of 16 bytes of the logits are vectors of the gradient
   bool resident = false;  // the row is held in shared memory, over the blocks of a cluster
   int cluster = 1;        // blocks per row
   int threads = 0;        // per block

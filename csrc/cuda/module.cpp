@@ -93,6 +93,8 @@ PYBIND11_MODULE(EM_MODULE_NAME, m) {
       .def_readonly("largest_cluster", &Device::largest_cluster);
   py::class_<Plan>(m, "Plan")
       .def_readonly("plain", &Plan::plain)
+      .def_readonly("aligned_logits", &Plan::aligned_logits)
+      .def_readonly("aligned_gradient", &Plan::aligned_gradient)
       .def_readonly("resident", &Plan::resident)
       .def_readonly("cluster", &Plan::cluster)
       .def_readonly("threads", &Plan::threads)

@@ -38,7 +38,7 @@ int cluster_for(int64_t bytes, int blocks, const Device& device) {
   const int64_t room = std::min<int64_t>(
       device.shared_per_block, device.shared_per_multiprocessor / blocks - kReservedBytes);
   for (int cluster = 1; cluster <= std::min(kMaxCluster, device.largest_cluster); cluster *= 2)
-    if (round_up((bytes + cluster - 1) / cluster, 16) + kScratchBytes <= room) return cluster;
+    if (round_up((bytes + cluster - 1) / cluster, 16) + kResidentBytes <= room) return cluster;
   return 0;
 }
 
@@ -55,9 +55,31 @@ void hold_row(Plan& plan, int64_t vocab, int64_t size, const Device& device) {
     plan.cluster = cluster;
     plan.slice = bytes / size;
     plan.threads = threads;
-    plan.shared_bytes = int(bytes) + kScratchBytes;
+    plan.shared_bytes = int(bytes) + kResidentBytes;
     return;
   }
+}
+
+// Whether row i, which begins `outer_stride` and `inner_stride` bytes further on than the one
+// before it, begins at a multiple of 16 bytes for every i.
+bool aligned_rows(const Problem& p, uintptr_t first, int64_t outer_stride, int64_t inner_stride) {
+  return first % 16 == 0 && (p.rows <= p.inner || outer_stride % 16 == 0) &&
+         (p.rows <= 1 || p.inner <= 1 || inner_stride % 16 == 0);
+}
+
+bool aligned_logits(const Problem& p) {
+  const int64_t size = size_of(p.dtype);
+  return aligned_rows(
+      p, reinterpret_cast<uintptr_t>(p.logits), p.outer_stride * size, p.inner_stride * size);
+}
+
+// The same of where the logits of a row begin, less where its gradient would if it were as wide.
+bool aligned_gradient(const Problem& p, const Gradient& g) {
+  const int64_t size = size_of(p.dtype), ratio = size / size_of(g.out_dtype);
+  const auto first = reinterpret_cast<uintptr_t>(p.logits);
+  return aligned_rows(
+      p, first - ratio * reinterpret_cast<uintptr_t>(g.out),
+      (p.outer_stride - g.outer_stride) * size, (p.inner_stride - g.inner_stride) * size);
 }
 
 void check(const char* name, bool good, int64_t got, const char* rule) {
@@ -85,6 +107,8 @@ Plan plan(
   Plan plan;
   plan.plain = p.dtype != DType::f64 && !p.bias && p.softcap == 0 && p.logit_scale > 0 &&
                is_first_order(results);
+  plan.aligned_logits = aligned_logits(p);
+  plan.aligned_gradient = operation != Operation::statistics && aligned_gradient(p, g);
   plan.threads = threads_for(p.valid_vocab, 16 / size);
   plan.shared_bytes = kStreamScratchBytes;
   const bool saves = results.column[kMax] && results.column[kLog1pR] && results.column[kMeanD];

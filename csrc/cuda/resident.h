@@ -35,24 +35,37 @@ EM_DEVICE int pad_held(In* held, int n) {
 }
 
 // Calls body(x) for this thread's vectors of those in shared memory; before(k) comes before those
-// of chunk k, which has kLoads a thread.
+// of chunk k, which has kLoads a thread. Which thread has which does not depend on how `held` is
+// aligned.
 template <class In, class Before, class Body>
 EM_DEVICE void for_each_held(
     const In* held, int vectors, const Before& before, const Body& body) {
   constexpr int width = Vector<In>::width;
-  const int step = block_threads(), chunk = kLoads * step;
+  const int step = block_threads(), chunk = kLoads * step, past = numbers_past(held);
   int v = thread_index(), k = 0;
-  for (; (k + 1) * chunk <= vectors; ++k, v += chunk) {
+  Vector<In> x[kLoads];
+  for (; past == 0 && (k + 1) * chunk <= vectors; ++k, v += chunk) {
     before(k);
-    Vector<In> x[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) x[i] = load_aligned(held + (v + i * step) * width);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) body(x[i]);
   }
+  for (; (k + 1) * chunk < vectors; ++k, v += chunk) {
+    before(k);
+    int at[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) at[i] = (v + i * step) * width;
+    load_past(held, past, at, x);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) body(x[i]);
+  }
   if (k * chunk < vectors) before(k);
 #pragma unroll 1
-  for (; v < vectors; v += step) body(load_aligned(held + v * width));
+  for (; v < vectors; v += step)
+    body(
+        past == 0 ? load_aligned(held + v * width)
+                  : load_guarded(held, vectors * width, past, v * width));
 }
 
 // A number equal to `top` is taken out of shared memory and later put back: one of the maxima that

@@ -88,12 +88,40 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-EM_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// How many numbers lie between the last multiple of 16 bytes and `x`; `x` is aligned to its numbers.
+template <class In>
+EM_DEVICE int numbers_past(const In* x) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(In));
+}
 
 template <class In>
 EM_DEVICE Vector<In> load_aligned(const In* x) {
   static_assert(sizeof(Vector<In>) == 16);
   return *reinterpret_cast<const Vector<In>*>(x);
+}
+
+// The aligned 16 bytes in which the vector at `x` begins; it ends in those behind.
+template <class In>
+EM_DEVICE const Bytes16* around(const In* x, int past) {
+  return reinterpret_cast<const Bytes16*>(x - past);
+}
+
+// The 16 bytes that begin `past` numbers, which are `words` whole words, behind that of `low`.
+template <class In>
+EM_DEVICE Vector<In> between(Bytes16 low, Bytes16 high, int past, int words) {
+  uint32_t from[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) from[i] = i < 4 ? low.word[i] : high.word[i - 4];
+#pragma unroll
+  for (int i = 0; i < 6; ++i) from[i] = words & 2 ? from[i + 2] : from[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) from[i] = words & 1 ? from[i + 1] : from[i];
+  const int bits = sizeof(In) == 2 ? past % 2 * 16 : 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) from[i] = funnel(from[i], from[i + 1], bits);
+  Vector<In> out;
+  memcpy(&out, from, sizeof out);
+  return out;
 }
 
 EM_DEVICE uint32_t pair_at(const bf16* x, bool first, bool second) {
@@ -114,12 +142,51 @@ EM_DEVICE void load_numbers(const T* x, int count, Lanes<T, W>& out) {
   for (int i = 0; i < W; ++i) out.lane[i] = i < count ? x[i] : T(-INFINITY);
 }
 
+// The vector at x + at of a row of n numbers, `past` numbers past a multiple of 16 bytes. What is
+// behind the row is -inf, and nothing outside of it is read: number by number where the aligned 16
+// bytes around a vector are not all the row's.
 template <class In>
-EM_DEVICE Vector<In> load_guarded(const In* x, int count, bool aligned) {
-  if (aligned && count >= Vector<In>::width) return load_aligned(x);
+EM_DEVICE Vector<In> load_guarded(const In* x, int n, int past, int at) {
+  constexpr int width = Vector<In>::width;
+  const int reach = past ? 2 * width - past : width;
+  if (past <= at && at <= n - reach) {
+    const Bytes16* const two = around(x + at, past);
+    return between<In>(two[0], two[past ? 1 : 0], past, past * int(sizeof(In)) / 4);
+  }
   Vector<In> out;
-  load_numbers(x, count, out);
+  load_numbers(x + at, n - at, out);
   return out;
+}
+
+// The vectors at x + at[i], where x is `past` numbers past a multiple of 16 bytes, `words` whole
+// words, and its numbers go on for a vector behind the last. Only at[0] may be 0: then v[0] is not
+// loaded, for its first aligned 16 bytes are not all the row's.
+template <class In, int N>
+EM_DEVICE void load_between(
+    const In* x, int past, int words, const int (&at)[N], Vector<In> (&v)[N]) {
+  constexpr int width = Vector<In>::width;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int low = i == 0 && at[0] < width ? width : at[i];
+    v[i] = between<In>(*around(x + low, past), around(x + at[i], past)[1], past, words);
+  }
+}
+
+// The same of every `past`, and v[0] too. One branch for all threads tells what is constant, so
+// that none has to select its words.
+template <class In, int N>
+EM_DEVICE void load_past(const In* x, int past, const int (&at)[N], Vector<In> (&v)[N]) {
+  const int words = past * int(sizeof(In)) / 4;
+  if (words == 0) {
+    load_between(x, past, 0, at, v);
+  } else if (words == 2 || sizeof(In) == 8) {
+    load_between(x, past, 2, at, v);
+  } else if (words == 1) {
+    load_between(x, past, 1, at, v);
+  } else {
+    load_between(x, past, 3, at, v);
+  }
+  if (at[0] == 0) load_numbers(x, Vector<In>::width, v[0]);
 }
 
 EM_DEVICE float load_one(const float* x) { return *x; }
@@ -159,8 +226,8 @@ EM_DEVICE void store_narrow(const Lanes<float, 4>& x, Half* to) {
 EM_DEVICE void store_aligned(const Lanes<float, 4>& x, bf16* to) { store_narrow(x, to); }
 EM_DEVICE void store_aligned(const Lanes<float, 4>& x, f16* to) { store_narrow(x, to); }
 template <class T, int W, class Out>
-EM_DEVICE void store_guarded(const Lanes<T, W>& x, Out* to, int count, bool aligned) {
-  if (aligned && count >= W) return store_aligned(x, to);
+EM_DEVICE void store_guarded(const Lanes<T, W>& x, Out* to, int count) {
+  if (count >= W) return store_aligned(x, to);
   for (int i = 0; i < W; ++i)
     if (i < count) store_one(x.lane[i], to + i);
 }

@@ -98,6 +98,10 @@ uint32_t smaller_pair(uint32_t a, uint32_t b, Half h) {
       smaller(first_of(a, h), first_of(b, h)), smaller(second_of(a, h), second_of(b, h)), h);
 }
 
+inline uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  return static_cast<uint32_t>((uint64_t(high) << 32 | low) >> bits);
+}
+
 void sync_block();
 void cluster_arrive();
 void cluster_wait();
