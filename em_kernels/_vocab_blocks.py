@@ -9,13 +9,13 @@ are left out or multiplied as zeros, `hidden` is copied first.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from em_kernels import _products
 from em_kernels._cut import column_blocks, row_stride
+from em_kernels._plan import Linear, Needs, Rows
 from em_kernels._spec import (
     RowSpec,
     Saved,
@@ -28,9 +28,6 @@ from em_kernels._spec import (
 )
 from em_kernels._workspace import empty, narrows
 
-if TYPE_CHECKING:
-    from em_kernels._chunks import Linear, Needs, Rows
-
 
 def grad(
     linear: Linear,
@@ -40,21 +37,26 @@ def grad(
     needs: Needs,
     backend: ModuleType,
     rows: Rows,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] as `_chunks.grad`; logits are multiplied in the pieces of `_chunks.stats`."""
     sums = _Gradients(linear, spec, needs, backend, rows)
     blocks = column_blocks(spec.valid_vocab, rows.cut.blocks) if spec.valid_vocab else []
-    room = _Room(linear, backend, rows, max(map(_width, blocks), default=0))
+    held = rows.held(kept)
+    room = _Room(linear, backend, rows, held, max(map(_width, blocks), default=0))
     rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
     for columns in blocks:
         block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
         gradient = room.gradient(_width(columns))
         for own in rows.spans():
             part, out = rows.at(own), gradient[own]
-            logits = room.logits(out)
-            _products.multiply(sums.x[own], linear.weight[columns], logits)
+            if own.stop <= held:
+                logits = kept[own, columns]
+            else:
+                logits = room.logits(out)
+                _products.multiply(sums.x[own], linear.weight[columns], logits)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
-            written = out if room.narrow else logits
+            written = out if room.narrow else room.logits(out)
             rows_of.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
             if not room.narrow:
                 out.copy_(written)
@@ -65,7 +67,7 @@ def grad(
 class _Room:
     """The memory that all blocks go through."""
 
-    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, widest: int):
+    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, held: int, widest: int):
         own, operand = linear.logits_dtype, linear.hidden.dtype
         device, self.align = linear.hidden.device, _products.is_gpu(linear.hidden)
         self.count, stride = rows.count, self._stride(widest)
@@ -74,7 +76,8 @@ class _Room:
         # Whether the gradient can be written where the products read it.
         self.narrow = self.in_place or narrows(operand, own, backend)
         if not self.in_place:
-            self.scratch = empty(backend, (rows.cut.chunk * stride,), own, device)
+            chunk = 0 if self.narrow and held == rows.count else rows.cut.chunk
+            self.scratch = empty(backend, (chunk * stride,), own, device)
 
     def gradient(self, width: int) -> Tensor:
         """(N, C)"""
