@@ -8,7 +8,9 @@ from torch import Tensor
 from em_kernels._checks import (
     check_allreduce_dgrad,
     check_cut,
+    check_entropy_requires_grad,
     check_filter_eps,
+    check_keep_logits,
     check_linear,
     check_outputs,
     make_spec,
@@ -17,8 +19,22 @@ from em_kernels._dtensor import local_operands
 from em_kernels._ops import call, differentiate
 from em_kernels._rows import with_index
 from em_kernels._second_order import differentiable, statistic_sum
-from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
-from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
+from em_kernels._spec import (
+    RowSpec,
+    Saved,
+    TokenStats,
+    Upstream,
+    accumulate_dtype,
+    row_tensors,
+)
+from em_kernels.softmax_stats import (
+    differentiable_outputs,
+    mark_rows,
+    pack_stats,
+    save_call,
+    saved_call,
+    upstream_of,
+)
 
 _SPEC_LENGTH = len(RowSpec._fields)
 
@@ -42,14 +58,19 @@ def linear_softmax_stats(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     filter_eps: float | None = None,
+    keep_logits: int | None = None,
     fuse_product: bool = False,
+    entropy_requires_grad: bool = True,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
     z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
     the arguments not named here as in `softmax_stats`. Forward costs one matrix product, backward
     up to three more (the logits again, dX, dW); a frozen `hidden` or `weight` (requires_grad=False)
-    costs neither its product nor memory.
+    costs neither its product nor memory. Where `hidden` alone has a gradient, and one output alone
+    brings it (one of logprob, entropy and lse is asked for, or logprob or lse and an entropy
+    without gradient), the row's gradient is its upstream gradient times a vector that is known in
+    the forward pass: that makes it, in two products in all, and keeps it, (N, D).
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
@@ -71,12 +92,22 @@ def linear_softmax_stats(
             sums it, as that of Megatron's gather_from_sequence_parallel_region (sequence
             parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
             name is that of Megatron's ColumnParallelLinear.
-        chunk_tokens: rows per chunk; None fits the logits of a chunk, or on a GPU their 16-bit
-            gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU; a single
-            chunk, which needs no float32 sum of the weight's gradient, may take its memory too.
+        chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
+            160 MB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. The gradient
+            of several chunks is made for all rows and some columns of the vocabulary at a time, in
+            as much memory again, where that is faster: dW is then never summed in float32, but dX
+            is (N, D).
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
+        keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
+            then need not multiply them again: where all N rows fit, N * V entries of the dtype of
+            the logits (on a GPU, rows padded to 16 entries), three products in all instead of four.
+            Rows that count are kept from the first on, whole chunks of them; memory is taken for
+            as many rows as the bytes hold, and held until the graph is freed. None keeps as many as
+            a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a call without gradient,
+            one whose gradient is made in the forward pass, and an exported program. Whatever is
+            kept, the results have the same bits.
         filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
             the vocabulary are left out of the products of dX and dW, chunk by chunk, where
             |dz| < filter_eps w in every row of the chunk; dz is the gradient of
@@ -92,16 +123,21 @@ def linear_softmax_stats(
             all, only about 12 bytes a token for every 1024 entries of the vocabulary and, where
             rows are left out, a copy of the others; the logits are never rounded. Without
             gradients only, and without `group`, `chunk_tokens` and another `impl`.
+        entropy_requires_grad: False takes `entropy` as a number only: it has no gradient, which
+            with a frozen `weight` and `bias` saves a product (see above). The same on every rank of
+            a group, and so is what is frozen. With `filter_eps` all is computed as if it were True.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
     """
     check_allreduce_dgrad(allreduce_dgrad, hidden)
+    check_entropy_requires_grad(entropy_requires_grad)
     hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
     check_filter_eps(filter_eps)
+    check_keep_logits(keep_logits)
     if fuse_product:
         _check_fused((hidden, weight, bias), group, chunk_tokens, logits_dtype, impl)
     spec = make_spec(
@@ -122,12 +158,18 @@ def linear_softmax_stats(
     outputs = check_outputs(outputs, target)
     arguments = (hidden, weight, *spec, outputs, chunk_tokens, logits_dtype, impl)
     if torch.compiler.is_exporting() and not fuse_product:
-        return pack_stats(outputs, torch.ops.em_kernels.linear_stats(*arguments)[3:])
+        rows = torch.ops.em_kernels.linear_stats(*arguments)[3:]
+        return pack_stats(outputs, rows, entropy_requires_grad)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    filter_eps = filter_eps if spec.numbers is None else None
-    needs = wanted_gradients(hidden, weight, bias)
-    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, needs, filter_eps)
-    return pack_stats(outputs, rows[3:])
+    sources = differentiable_outputs(outputs, entropy_requires_grad)
+    needs = wanted_gradients(sources, hidden, weight, bias)
+    if needs == (True, False, False) and len(sources) == 1 and filter_eps is None:
+        rows = _LinearStatsOfHidden.apply(hidden, *arguments[1:], sources[0])
+    else:
+        filter_eps = filter_eps if spec.numbers is None else None
+        later = (*needs, filter_eps, keep_logits)
+        rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
+    return pack_stats(outputs, rows[3:], entropy_requires_grad)
 
 
 def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
@@ -197,28 +239,29 @@ class _SumOverRanks(torch.autograd.Function):
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, needs, filter_eps = args
+        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, later = args
         spec = with_index(RowSpec(*spec))
-        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), (*needs, filter_eps)
+        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), later[:-1]
         if fused:
             rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
         else:
-            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *ctx.needs)
+            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *later)
         mark_rows(ctx, outputs, rows)
-        save_call(ctx, (hidden, weight), spec, rows)
+        kept = rows[-1] if any(later[:3]) else None
+        save_call(ctx, (hidden, weight, kept), spec, rows)
         ctx.outputs = outputs
         return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
-        (hidden, weight), spec, saved = saved_call(ctx)
+        (hidden, weight, kept), spec, saved = saved_call(ctx)
         upstream = upstream_of(ctx.outputs, grads)
-        none = [None] * (len(RowSpec._fields) + 6)
+        none = [None] * (len(RowSpec._fields) + 5)
         if all(g is None for g in upstream):
             return None, None, None, *none
 
         def compute():
-            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut)
+            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut, kept)
             grads = call("linear_grad", *arguments)
             return tuple(g if need else None for g, need in zip(grads, ctx.needs))
 
@@ -226,17 +269,54 @@ class _LinearStats(torch.autograd.Function):
         return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
 
 
-def wanted_gradients(*inputs: Tensor | None) -> tuple[bool, ...]:
+class _LinearStatsOfHidden(torch.autograd.Function):
+    """dX_i = g_i u_i, g_i the upstream gradient of the one `source`, u_i that of a loss in which it
+    has the weight 1: made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        *spec, outputs, chunk_tokens, logits_dtype, impl, source = args
+        spec = with_index(RowSpec(*spec))
+        one = hidden.new_ones(hidden.shape[:-1], dtype=accumulate_dtype(hidden.dtype))
+        upstream, needs = Upstream(**{source: one}), (True, False, False, None)
+        options = (*upstream, *needs, outputs, chunk_tokens, logits_dtype, impl)
+        *rows, unit, _, _ = call("linear_loss", hidden, weight, *spec, *options)
+        ctx.place = len(Saved._fields) + outputs.index(source)
+        ctx.mark_non_differentiable(*rows[: ctx.place], *rows[ctx.place + 1 :])
+        ctx.set_materialize_grads(False)
+        save_call(ctx, (hidden, weight, unit), spec, rows)
+        ctx.source = source
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (hidden, weight, unit), spec, _ = saved_call(ctx)
+        none, given = [None] * (len(RowSpec._fields) + 4), grads[ctx.place]
+        if given is None:
+            return None, None, None, *none
+
+        def compute():
+            counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
+            return (unit * counted[..., None]).to(hidden.dtype), None, None
+
+        inputs = (hidden, weight, spec.bias)
+        rest = (*Upstream(**{ctx.source: given}), *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
+
+
+def wanted_gradients(sources: list[str], *inputs: Tensor | None) -> tuple[bool, ...]:
     """Which of the inputs a backward pass will want the gradient of."""
-    recording = torch.is_grad_enabled()
+    recording = torch.is_grad_enabled() and bool(sources)
     return tuple(recording and x is not None and x.requires_grad for x in inputs)
 
 
 def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
     hidden = copy_to_ranks(hidden, spec.group)
-    needs = wanted_gradients(hidden, weight, spec.bias)
-    return list(_LinearStats.apply(hidden, weight, *spec, *cut, False, needs, None))
+    sources = differentiable_outputs(cut[0], True)
+    later = (*wanted_gradients(sources, hidden, weight, spec.bias), None, 0)
+    rows = list(_LinearStats.apply(hidden, weight, *spec, *cut, False, later))
+    return rows[: len(Saved._fields) + len(cut[0])]
 
 
 differentiate("linear_stats", _derive)
