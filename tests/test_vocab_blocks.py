@@ -142,12 +142,11 @@ def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, e
         monkeypatch.setattr(f"em_kernels._cut.{name}", 4 * 24 * 304)
     monkeypatch.setattr("em_kernels._cut.CPU_TILE_ROWS", 1)
     impl = "cpu" if "cpu" in ON_CPU else "reference"
-    stats = linear_softmax_stats(
-        hidden, weight, filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl
-    )
+    options = dict(outputs=("entropy", "lse"), logits_dtype=torch.float32, keep_logits=0)
+    stats = linear_softmax_stats(hidden, weight, filter_eps=eps, impl=impl, **options)
     forward = sorted(pieces)
     pieces.clear()
-    stats.entropy.sum().backward()
+    (stats.entropy + stats.lse).sum().backward()
     assert sorted(pieces) == forward and len(forward) > 1
 
 
