@@ -62,6 +62,15 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
         )
 
 
+def check_keep_logits(keep_logits: int | None) -> None:
+    if keep_logits is not None and (not _is_int(keep_logits) or keep_logits < 0):
+        got = shown(keep_logits) if _is_int(keep_logits) else repr(keep_logits)
+        raise ValueError(
+            "keep_logits must be a number of bytes, an int from 0 on, or None for as many as a "
+            f"chunk takes, got {got}"
+        )
+
+
 def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
     if not isinstance(allreduce_dgrad, bool):
         raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")

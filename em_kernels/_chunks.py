@@ -27,84 +27,12 @@ from torch import Tensor
 
 from em_kernels import _products, _rows, _vocab_blocks
 from em_kernels._columns import BLOCK, kept_columns
-from em_kernels._cut import (
-    LOGIT_BYTES,
-    Cut,
-    column_blocks,
-    count_blocks,
-    cut_rows,
-    row_stride,
-    spare_rows,
-    workspace_bytes,
-)
+from em_kernels._cut import LOGIT_BYTES, column_blocks
 from em_kernels._half import ready_dtype, rows_scale, scale_rows, unscaled
+from em_kernels._plan import Linear, Needs, Rows, kept_shape, row_width
 from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, pick, select_rows
-from em_kernels._workspace import empty, lie_in, narrows, room_for_gradient
-
-
-class Needs(NamedTuple):
-    """Which of the three gradients are wanted: a frozen input costs neither time nor memory.
-
-    With `filter_eps`, columns of the vocabulary are left out of their products where every entry
-    of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
-    """
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-    filter_eps: float | None = None
-
-
-class Linear(NamedTuple):
-    """The product's operands and what the caller fixed of how it is cut."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    chunk_tokens: int | None
-    logits_dtype: torch.dtype
-
-    @classmethod
-    def cut(
-        cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
-    ) -> Linear:
-        """Flatten the leading dimensions and fill in the dtype of the logits."""
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden))
-
-
-class Rows(NamedTuple):
-    """Which rows are computed, and how many at a time."""
-
-    index: Tensor | None  # None is all of them
-    count: int
-    cut: Cut
-
-    @classmethod
-    def counted(
-        cls,
-        linear: Linear,
-        index: Tensor | None,
-        backend: ModuleType,
-        needs: Needs | None = None,
-        again: bool = False,
-    ) -> Rows:
-        """The rows of `index`, cut into chunks; `needs` is None for statistics alone. `again`: they
-        come first and the gradient later."""
-        count = linear.hidden.shape[0] if index is None else index.shape[0]
-        return cls(index, count, _cut_for(linear, count, backend, needs, again))
-
-    def chunks(self) -> Iterator[Tensor | slice]:
-        return map(self.at, self.spans())
-
-    def spans(self) -> Iterator[slice]:
-        """Where the chunks stand among the counted rows."""
-        for start in range(0, self.count, self.cut.chunk):
-            yield slice(start, min(start + self.cut.chunk, self.count))
-
-    def at(self, own: slice) -> Tensor | slice:
-        """Those of the counted rows that stand at `own`."""
-        return own if self.index is None else self.index[own]
+from em_kernels._workspace import empty, lie_in, room_for_gradient
 
 
 class Chunk(NamedTuple):
@@ -114,7 +42,7 @@ class Chunk(NamedTuple):
     x: Tensor  # (R, D), the hidden rows
     logits: Tensor  # (S, V), of some of the rows at a time
     gradient: Tensor  # (R, V), beside the logits or over them
-    blocks: list[slice]  # of the vocabulary, one product for each
+    blocks: list[slice]  # of the vocabulary, one product for each; none where logits are there
 
     def parts(
         self, linear: Linear, spec: RowSpec
@@ -130,31 +58,30 @@ class Chunk(NamedTuple):
             yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
 
-def default_logits_dtype(hidden: Tensor) -> torch.dtype:
-    """float32 where the matrix product gives it at full speed, else the dtype of `hidden`."""
-    wide = _products.is_gpu(hidden) and hidden.dtype != torch.float64
-    return torch.float32 if wide else hidden.dtype
-
-
 def stats(
     linear: Linear,
     spec: RowSpec,
     outputs: tuple[str, ...],
     backend: ModuleType,
     needs: Needs | None = None,
+    keep: int | None = 0,
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product.
 
-    `needs` are those of the `grad` that will follow, None where none will.
+    `needs` are those of the `grad` that will follow, None where none will. Where one will, the last
+    result is the logits that it need not multiply again, as many rows as `keep` bytes hold.
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
-    results = _empty_rows(linear, rows, 3 + len(outputs))
-    for chunk in _chunks(linear, spec, rows, backend):
+    results, kept = _empty_rows(linear, rows, 3 + len(outputs)), None
+    if needs is not None:
+        shape = kept_shape(linear, keep)
+        kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
+    for chunk in _chunks(linear, spec, rows, backend, kept=kept):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
             for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
                 result[part] = value
-    return results
+    return results if kept is None else [*results, kept]
 
 
 def grad(
@@ -164,14 +91,16 @@ def grad(
     upstream: Upstream,
     needs: Needs,
     backend: ModuleType,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
-    """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products."""
+    """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products, or two
+    for rows whose logits are in `kept`, which stays as it is."""
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
     if rows.cut.blocks > 1:
-        return _vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows)
+        return _vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept)
     sums = _Gradients(linear, spec, upstream, needs, backend, rows)
-    for chunk in _chunks(linear, spec, rows, backend):
+    for chunk in _chunks(linear, spec, rows, backend, kept=kept, again=True):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))
             weights = pick(sums.upstream, part)
@@ -318,11 +247,15 @@ def _chunks(
     rows: Rows,
     backend: ModuleType,
     spare: Tensor | None = None,
+    kept: Tensor | None = None,
+    again: bool = False,
 ) -> Iterator[Chunk]:
-    """The chunks in turn, all in the same memory; that of `spare` may be used."""
-    hidden, vocab, cut = linear.hidden, spec.valid_vocab, rows.cut
-    width, blocks = _width(linear, vocab), column_blocks(vocab, cut.blocks)
-    shape = (min(cut.logits, rows.count), width)
+    """The chunks in turn, all in the same memory; that of `spare` may be used. The logits of the
+    first rows are in `kept`: they go there, or `again` have gone there."""
+    hidden, vocab, cut, held = linear.hidden, spec.valid_vocab, rows.cut, rows.held(kept)
+    width, blocks = row_width(linear, vocab), column_blocks(vocab, cut.blocks)
+    least = 0 if held == rows.count and not again else rows.count
+    shape = (min(cut.logits, least), width)
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
         logits = lie_in(spare, shape)
     else:
@@ -333,61 +266,14 @@ def _chunks(
         gradient = empty(backend, shape, hidden.dtype, hidden.device)[:, :vocab]
     else:
         gradient = room_for_gradient(logits, hidden.dtype, backend)
-    for part in rows.chunks():
+    for own in rows.spans():
+        part, is_kept = rows.at(own), own.stop <= held
         x = hidden[part]
         if spec.mask is not None:
             x = torch.where(spec.mask[part, None], x, 0)
-        yield Chunk(part, x, logits, gradient[: x.shape[0]], blocks)
-
-
-def _cut_for(
-    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
-) -> Cut:
-    width, gpu = _width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
-    size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
-    spare = None if needs is None or again else _spare_rows(linear, backend, needs)
-    half = linear.hidden.dtype == torch.float16
-    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half)
-    if not (again and needs and needs.weight and needs.filter_eps is None):
-        return cut
-    own, operand = linear.logits_dtype, linear.hidden.dtype
-    if not (gpu or operand == accumulate_dtype(operand)):
-        return cut  # no product of a CPU adds 16-bit operands to a float32 dX
-    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
-    memory = chunk or workspace_bytes(gpu)
-    beside = 0 if own == operand else own.itemsize
-    blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
-    return cut._replace(blocks=blocks)
-
-
-def _width(linear: Linear, vocab: int) -> int:
-    """Entries from one row of logits to the next."""
-    return row_stride(vocab) if _products.is_gpu(linear.hidden) else vocab
-
-
-def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
-    """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
-    own, operand = linear.logits_dtype, linear.hidden.dtype
-    cast = own != operand and not narrows(operand, own, backend)
-    return own.itemsize + (operand.itemsize if cast else 0)
-
-
-def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
-    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
-    fewer chunks would save no trips of dW.
-
-    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
-    """
-    narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
-    trips = needs.weight or hasattr(backend, "widest_shard")
-    if not (narrow and trips and _products.is_gpu(linear.hidden)):
-        return None
-    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
-
-
-def _widest(linear: Linear, backend: ModuleType) -> int:
-    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
-    return getattr(backend, "widest_shard", linear.weight.shape[0])
+        room = kept[own, :vocab] if is_kept else logits
+        products = [] if is_kept and again else blocks
+        yield Chunk(part, x, room, gradient[: x.shape[0]], products)
 
 
 def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:

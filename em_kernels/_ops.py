@@ -1,4 +1,4 @@
-"""The operators: schemas, implementations, fakes and derivatives.
+"""The operators, implemented and derived; `_schemas` has their arguments, `_fakes` their traces.
 
 An operator flattens its arguments, has a backend chosen (`_choice.py`) and calls it.
 
@@ -17,49 +17,44 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from em_kernels import _chunks, _entropy_control, _rows, _vocab_parallel
+from em_kernels import _chunks, _entropy_control, _fakes, _rows, _vocab_parallel
 from em_kernels._choice import backend, serves, why_not
-from em_kernels._chunks import Needs
-from em_kernels._half import ready_dtype
+from em_kernels._plan import Linear, Needs
+from em_kernels._schemas import (
+    CUT,
+    LATER,
+    LINEAR,
+    NEEDS,
+    SAVED,
+    SPEC,
+    UPSTREAM,
+    take,
+    take_later,
+    take_needs,
+    take_spec,
+)
 from em_kernels._spec import (
-    Numbers,
     RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
     as_rows,
     flatten_spec,
-    read_numbers,
 )
 from em_kernels._vocab_parallel import VocabParallel
 
-_SPEC = (
-    "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, "
-    "bool compact, Tensor? index"
-)
-_SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
-_UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
-_LINEAR = "Tensor hidden, Tensor weight"
-_CUT = "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl"
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
-# Of the gradient that will follow; the defaults are for statistics alone.
-_LATER = (
-    "bool need_hidden=False, bool need_weight=False, bool need_bias=False, float? filter_eps=None"
-)
-
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, impl) = _take_spec(args)
+    spec, (outputs, impl) = take_spec(args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
     rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
 def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
-    spec, args = _take_spec(args)
-    saved, args = _take(Saved, args)
-    upstream, (impl,) = _take(Upstream, args)
+    spec, args = take_spec(args)
+    saved, args = take(Saved, args)
+    upstream, (impl,) = take(Upstream, args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
     view, out = as_rows(logits), _chunks.empty(module, logits.shape, logits.dtype, logits.device)
     module.grad(view, spec, _flat(saved), _flat(upstream), out.view(view.shape))
@@ -84,8 +79,8 @@ def _loss_rows(
     logits: Tensor, view: Tensor, args: tuple, out: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """The per-row results, and the gradient: in `out`, else of the shape of `logits`."""
-    spec, args = _take_spec(args)
-    upstream, (outputs, impl) = _take(Upstream, args)
+    spec, args = take_spec(args)
+    upstream, (outputs, impl) = take(Upstream, args)
     vocab = logits.shape[-1]
     module, spec = _serve(impl, logits, vocab, spec, (outputs,), loss_of=view)
     if out is None:
@@ -95,19 +90,19 @@ def _loss_rows(
 
 
 def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, chunk, dtype, impl, *needs) = _take_spec(args)
-    needs, _ = _take_needs(spec, needs)
+    spec, (outputs, chunk, dtype, impl, *later) = take_spec(args)
+    needs, keep = take_later(spec, later)
     options = (outputs, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
-    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
-    needs = needs if any(needs[:3]) else None
+    linear = Linear.cut(hidden, weight, chunk, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = _chunks.stats(linear, spec, tuple(outputs), module, needs)
-    return _shape_rows(rows, outputs, hidden.shape[:-1])
+        rows = _chunks.stats(linear, spec, tuple(outputs), module, needs, *keep)
+    count = len(Saved._fields) + len(outputs)
+    return [*_shape_rows(rows[:count], outputs, hidden.shape[:-1]), *rows[count:]]
 
 
 def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs,) = _take_spec(args)
+    spec, (outputs,) = take_spec(args)
     reason = why_not("triton", hidden.device)
     if reason is not None:
         raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
@@ -118,25 +113,25 @@ def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
 
 
 def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = _take_spec(args)
-    saved, args = _take(Saved, args)
-    upstream, args = _take(Upstream, args)
-    needs, (chunk, dtype, impl) = _take_needs(spec, args)
+    spec, args = take_spec(args)
+    saved, args = take(Saved, args)
+    upstream, args = take(Upstream, args)
+    needs, (chunk, dtype, impl, *kept) = take_needs(spec, args)
     options = (needs.hidden, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options, check=False)
-    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    linear = Linear.cut(hidden, weight, chunk, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module)
+        grads = _chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module, *kept)
     return _shape_grads(grads, needs, hidden)
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = _take_spec(args)
-    upstream, args = _take(Upstream, args)
-    needs, (outputs, chunk, dtype, impl) = _take_needs(spec, args)
+    spec, args = take_spec(args)
+    upstream, args = take(Upstream, args)
+    needs, (outputs, chunk, dtype, impl) = take_needs(spec, args)
     options = (outputs, needs.hidden, chunk, dtype)
     module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
-    linear = _chunks.Linear.cut(hidden, weight, chunk, dtype)
+    linear = Linear.cut(hidden, weight, chunk, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         results = _chunks.loss(linear, spec, _flat(upstream), tuple(outputs), needs, module)
     rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
@@ -159,38 +154,19 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
 
 
 def _entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
-    goal, (impl,) = _take(_entropy_control.Goal, args)
+    goal, (impl,) = take(_entropy_control.Goal, args)
     module = backend(impl, logits.device)
     found = _entropy_control.find_temperature(module, as_rows(logits), goal)
     return [torch.ops.aten._unsafe_view(found, logits.shape[:-1])]
 
 
 def _entropy_descent(logits: Tensor, *args) -> list[Tensor]:
-    descent, (impl,) = _take(_entropy_control.Descent, args)
+    descent, (impl,) = take(_entropy_control.Descent, args)
     module = backend(impl, logits.device)
     wide, dense = accumulate_dtype(logits.dtype), torch.contiguous_format
     z = as_rows(logits.to(wide, copy=True, memory_format=dense))
     z = _entropy_control.descend(module, z, descent)
     return [torch.ops.aten._unsafe_view(z, logits.shape)]
-
-
-def _take(kind: type, args: tuple) -> tuple:
-    """Split off the leading arguments that make up one NamedTuple."""
-    count = len(kind._fields)
-    return kind(*args[:count]), args[count:]
-
-
-def _take_spec(args: tuple) -> tuple[RowSpec, tuple]:
-    spec, args = _take(RowSpec, args)
-    return read_numbers(spec), args
-
-
-def _take_needs(spec: RowSpec, args: tuple) -> tuple[Needs, tuple]:
-    needs, args = _take(Needs, args)
-    if spec.numbers is not None:
-        eps = Numbers(*spec.numbers.tolist()).filter_eps
-        needs = needs._replace(filter_eps=eps or None)
-    return needs, args
 
 
 def _flat(rows: tuple) -> tuple:
@@ -273,134 +249,61 @@ def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str) -> None:
         raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
 
 
-def empty_rows(like: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
-    """Memory for what the statistics operators return, of the leading shape of `like`."""
-    dtype = accumulate_dtype(like.dtype)
-    return [
-        like.new_empty(like.shape[:-1], dtype=torch.bool if name == "is_top1" else dtype)
-        for name in (*Saved._fields, *outputs)
-    ]
-
-
-def _fake_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Needs,
-    result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
-) -> list[Tensor]:
-    sizes = (hidden.shape, weight.shape, weight.shape[:1])
-    return [
-        x.new_empty(size if need else 0, dtype=result(x.dtype))
-        for x, size, need in zip((hidden, weight, weight if bias is None else bias), sizes, needs)
-    ]
-
-
-def _fake_softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    return empty_rows(logits, args[-2])
-
-
-def _fake_softmax_grad(logits: Tensor, *args) -> list[Tensor]:
-    return [logits.new_empty(logits.shape)]
-
-
-def _fake_softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    return [*empty_rows(logits, args[-2]), logits.new_empty(logits.shape)]
-
-
-def _fake_softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
-    return None
-
-
-def _fake_all_reduce(x: Tensor, group: str) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
-
-
-def _fake_scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
-    return None
-
-
-def _fake_entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
-    return [logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))]
-
-
-def _fake_entropy_descent(logits: Tensor, *args) -> list[Tensor]:
-    return [logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))]
-
-
-def _fake_linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return empty_rows(hidden, args[len(RowSpec._fields)])
-
-
-def _fake_linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return empty_rows(hidden, args[-1])
-
-
-def _fake_linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return _fake_grads(hidden, weight, args[0], Needs(*args[-7:-3]))
-
-
-def _fake_linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    needs = Needs(*args[-8:-4])
-    grads = _fake_grads(hidden, weight, args[0], needs, ready_dtype)
-    return [*empty_rows(hidden, args[-4]), *grads]
-
-
 # name -> (schema arguments, implementation, fake). Operators return a list of tensors; the one in
 # place returns nothing, since torch.compile takes no mutating operator that returns a list.
 _OPERATORS = {
     "softmax_stats": (
-        f"Tensor logits, {_SPEC}, str[] outputs, str impl",
+        f"Tensor logits, {SPEC}, str[] outputs, str impl",
         _softmax_stats,
-        _fake_softmax_stats,
+        _fakes.softmax_stats,
     ),
     "softmax_grad": (
-        f"Tensor logits, {_SPEC}, {_SAVED}, {_UPSTREAM}, str impl",
+        f"Tensor logits, {SPEC}, {SAVED}, {UPSTREAM}, str impl",
         _softmax_grad,
-        _fake_softmax_grad,
+        _fakes.softmax_grad,
     ),
     "softmax_loss": (
-        f"Tensor logits, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
+        f"Tensor logits, {SPEC}, {UPSTREAM}, str[] outputs, str impl",
         _softmax_loss,
-        _fake_softmax_loss,
+        _fakes.softmax_loss,
     ),
     "softmax_loss_": (
-        f"Tensor(a!) logits, Tensor(b!)[] rows, {_SPEC}, {_UPSTREAM}, str[] outputs, str impl",
+        f"Tensor(a!) logits, Tensor(b!)[] rows, {SPEC}, {UPSTREAM}, str[] outputs, str impl",
         _softmax_loss_inplace,
-        _fake_softmax_loss_inplace,
+        _fakes.softmax_loss_inplace,
     ),
     "linear_stats": (
-        f"{_LINEAR}, {_SPEC}, str[] outputs, {_CUT}, {_LATER}",
+        f"{LINEAR}, {SPEC}, str[] outputs, {CUT}, {LATER}",
         _linear_stats,
-        _fake_linear_stats,
+        _fakes.linear_stats,
     ),
     "linear_stats_fused": (
-        f"{_LINEAR}, {_SPEC}, str[] outputs",
+        f"{LINEAR}, {SPEC}, str[] outputs",
         _linear_stats_fused,
-        _fake_linear_stats_fused,
+        _fakes.linear_stats_fused,
     ),
     "linear_grad": (
-        f"{_LINEAR}, {_SPEC}, {_SAVED}, {_UPSTREAM}, {_NEEDS}, {_CUT}",
+        f"{LINEAR}, {SPEC}, {SAVED}, {UPSTREAM}, {NEEDS}, {CUT}, Tensor? kept=None",
         _linear_grad,
-        _fake_linear_grad,
+        _fakes.linear_grad,
     ),
     "linear_loss": (
-        f"{_LINEAR}, {_SPEC}, {_UPSTREAM}, {_NEEDS}, str[] outputs, {_CUT}",
+        f"{LINEAR}, {SPEC}, {UPSTREAM}, {NEEDS}, str[] outputs, {CUT}",
         _linear_loss,
-        _fake_linear_loss,
+        _fakes.linear_loss,
     ),
     "entropy_temperature": (
         "Tensor logits, float threshold, float ratio, float minimum, int iterations, str impl",
         _entropy_temperature,
-        _fake_entropy_temperature,
+        _fakes.entropy_temperature,
     ),
     "entropy_descent": (
         "Tensor logits, float threshold, float learning_rate, int steps, str impl",
         _entropy_descent,
-        _fake_entropy_descent,
+        _fakes.entropy_descent,
     ),
-    "all_reduce": ("Tensor x, str group", _all_reduce, _fake_all_reduce),
-    "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fake_scale_inplace),
+    "all_reduce": ("Tensor x, str group", _all_reduce, _fakes.all_reduce),
+    "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, _fakes.scale_inplace),
 }
 
 _library = torch.library.Library("em_kernels", "DEF")

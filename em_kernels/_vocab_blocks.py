@@ -9,7 +9,6 @@ are left out or multiplied as zeros, `hidden` is copied first.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from em_kernels import _products
 from em_kernels._cut import column_blocks, row_stride
 from em_kernels._half import rows_scale, scale_rows, unscaled
+from em_kernels._plan import Linear, Needs, Rows
 from em_kernels._spec import (
     RowSpec,
     Saved,
@@ -29,9 +29,6 @@ from em_kernels._spec import (
 )
 from em_kernels._workspace import empty, narrows
 
-if TYPE_CHECKING:
-    from em_kernels._chunks import Linear, Needs, Rows
-
 
 def grad(
     linear: Linear,
@@ -41,23 +38,28 @@ def grad(
     needs: Needs,
     backend: ModuleType,
     rows: Rows,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] as `_chunks.grad`; logits are multiplied in the pieces of `_chunks.stats`."""
     scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
     upstream = scale_rows(upstream, scale)
     sums = _Gradients(linear, spec, needs, backend, rows, scale)
     blocks = column_blocks(spec.valid_vocab, rows.cut.blocks) if spec.valid_vocab else []
-    room = _Room(linear, backend, rows, max(map(_width, blocks), default=0))
+    held = rows.held(kept)
+    room = _Room(linear, backend, rows, held, max(map(_width, blocks), default=0))
     rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
     for columns in blocks:
         block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
         gradient = room.gradient(_width(columns))
         for own in rows.spans():
             part, out = rows.at(own), gradient[own]
-            logits = room.logits(out)
-            _products.multiply(sums.x[own], linear.weight[columns], logits)
+            if own.stop <= held:
+                logits = kept[own, columns]
+            else:
+                logits = room.logits(out)
+                _products.multiply(sums.x[own], linear.weight[columns], logits)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
-            written = out if room.narrow else logits
+            written = out if room.narrow else room.logits(out)
             rows_of.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
             if not room.narrow:
                 out.copy_(written)
@@ -68,7 +70,7 @@ def grad(
 class _Room:
     """The memory that all blocks go through."""
 
-    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, widest: int):
+    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, held: int, widest: int):
         own, operand = linear.logits_dtype, linear.hidden.dtype
         device, self.align = linear.hidden.device, _products.is_gpu(linear.hidden)
         self.count, stride = rows.count, self._stride(widest)
@@ -77,7 +79,8 @@ class _Room:
         # Whether the gradient can be written where the products read it.
         self.narrow = self.in_place or narrows(operand, own, backend)
         if not self.in_place:
-            self.scratch = empty(backend, (rows.cut.chunk * stride,), own, device)
+            chunk = 0 if self.narrow and held == rows.count else rows.cut.chunk
+            self.scratch = empty(backend, (chunk * stride,), own, device)
 
     def gradient(self, width: int) -> Tensor:
         """(N, C)"""

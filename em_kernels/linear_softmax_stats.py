@@ -9,6 +9,7 @@ from em_kernels._checks import (
     check_allreduce_dgrad,
     check_cut,
     check_filter_eps,
+    check_keep_logits,
     check_linear,
     check_outputs,
     make_spec,
@@ -17,7 +18,14 @@ from em_kernels._dtensor import local_operands
 from em_kernels._ops import call, differentiate
 from em_kernels._rows import with_index
 from em_kernels._second_order import differentiable, statistic_sum
-from em_kernels._spec import RowSpec, TokenStats, accumulate_dtype, row_tensors
+from em_kernels._spec import (
+    DIFFERENTIABLE,
+    RowSpec,
+    Saved,
+    TokenStats,
+    accumulate_dtype,
+    row_tensors,
+)
 from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
 
 _SPEC_LENGTH = len(RowSpec._fields)
@@ -42,6 +50,7 @@ def linear_softmax_stats(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     filter_eps: float | None = None,
+    keep_logits: int | None = None,
     fuse_product: bool = False,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
@@ -77,6 +86,13 @@ def linear_softmax_stats(
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
+        keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
+            then need not multiply them again: where all N rows fit, N * V entries of the dtype of
+            the logits (on a GPU, rows padded to 16 entries), three products in all instead of four.
+            Rows that count are kept from the first on, whole chunks of them; memory is taken for
+            as many rows as the bytes hold, and held until the graph is freed. None keeps as many as
+            a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a call without gradient
+            and an exported program. Whatever is kept, the results have the same bits.
         filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
             the vocabulary are left out of the products of dX and dW, chunk by chunk, where
             |dz| < filter_eps w in every row of the chunk; dz is the gradient of
@@ -102,6 +118,7 @@ def linear_softmax_stats(
     check_linear(hidden, weight, bias, empty=group is not None)
     check_cut(chunk_tokens, logits_dtype, hidden)
     check_filter_eps(filter_eps)
+    check_keep_logits(keep_logits)
     if fuse_product:
         _check_fused((hidden, weight, bias), group, chunk_tokens, logits_dtype, impl)
     spec = make_spec(
@@ -125,8 +142,8 @@ def linear_softmax_stats(
         return pack_stats(outputs, torch.ops.em_kernels.linear_stats(*arguments)[3:])
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     filter_eps = filter_eps if spec.numbers is None else None
-    needs = wanted_gradients(hidden, weight, bias)
-    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, needs, filter_eps)
+    later = (*wanted_gradients(outputs, hidden, weight, bias), filter_eps, keep_logits)
+    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
     return pack_stats(outputs, rows[3:])
 
 
@@ -197,28 +214,29 @@ class _SumOverRanks(torch.autograd.Function):
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, needs, filter_eps = args
+        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, later = args
         spec = with_index(RowSpec(*spec))
-        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), (*needs, filter_eps)
+        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), later[:-1]
         if fused:
             rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
         else:
-            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *ctx.needs)
+            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *later)
         mark_rows(ctx, outputs, rows)
-        save_call(ctx, (hidden, weight), spec, rows)
+        kept = rows[-1] if any(later[:3]) else None
+        save_call(ctx, (hidden, weight, kept), spec, rows)
         ctx.outputs = outputs
         return tuple(rows)
 
     @staticmethod
     def backward(ctx, *grads):
-        (hidden, weight), spec, saved = saved_call(ctx)
+        (hidden, weight, kept), spec, saved = saved_call(ctx)
         upstream = upstream_of(ctx.outputs, grads)
-        none = [None] * (len(RowSpec._fields) + 6)
+        none = [None] * (len(RowSpec._fields) + 5)
         if all(g is None for g in upstream):
             return None, None, None, *none
 
         def compute():
-            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut)
+            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut, kept)
             grads = call("linear_grad", *arguments)
             return tuple(g if need else None for g, need in zip(grads, ctx.needs))
 
@@ -226,17 +244,18 @@ class _LinearStats(torch.autograd.Function):
         return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
 
 
-def wanted_gradients(*inputs: Tensor | None) -> tuple[bool, ...]:
+def wanted_gradients(outputs: tuple[str, ...], *inputs: Tensor | None) -> tuple[bool, ...]:
     """Which of the inputs a backward pass will want the gradient of."""
-    recording = torch.is_grad_enabled()
+    recording = torch.is_grad_enabled() and not set(outputs).isdisjoint(DIFFERENTIABLE)
     return tuple(recording and x is not None and x.requires_grad for x in inputs)
 
 
 def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
     hidden = copy_to_ranks(hidden, spec.group)
-    needs = wanted_gradients(hidden, weight, spec.bias)
-    return list(_LinearStats.apply(hidden, weight, *spec, *cut, False, needs, None))
+    later = (*wanted_gradients(cut[0], hidden, weight, spec.bias), None, 0)
+    rows = list(_LinearStats.apply(hidden, weight, *spec, *cut, False, later))
+    return rows[: len(Saved._fields) + len(cut[0])]
 
 
 differentiate("linear_stats", _derive)

@@ -107,9 +107,12 @@ def pack_stats(outputs: tuple[str, ...], rows: tuple[Tensor, ...]) -> TokenStats
 
 
 def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
-    """Say which of an operator's results have no gradient; `Saved` comes first and has none."""
-    names = (*Saved._fields, *outputs)
-    ctx.mark_non_differentiable(*(r for n, r in zip(names, rows) if n not in DIFFERENTIABLE))
+    """Say which of an operator's results have no gradient: `Saved`, which comes first, and what
+    follows the outputs have none."""
+    count = len(Saved._fields)
+    names = dict(enumerate(outputs, count))
+    constant = (row for i, row in enumerate(rows) if names.get(i) not in DIFFERENTIABLE)
+    ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
 
 

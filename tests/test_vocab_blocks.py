@@ -73,6 +73,7 @@ def test_gradients(blocks, impl, dtype, transform, masked, chunk):
     target, upstream = random_target(N, vocab=valid), random_upstream(N, dtype=dtype)
     mask = torch.arange(N) % 3 > 0 if masked else torch.ones(N, dtype=torch.bool)
     arguments = dict(outputs=tuple(upstream), mask=mask, chunk_tokens=chunk, impl=impl)
+    arguments["keep_logits"] = 0
     stats = linear_softmax_stats(*inputs, target, bias=bias, **arguments, **transform)
     values = {name: getattr(stats, name) for name in upstream}
     given = [upstream[name] * mask for name in values]
@@ -100,7 +101,7 @@ def test_gradients_of_16_bit_operands_on_a_gpu(monkeypatch, blocks, name, dtype,
     spec = RowSpec(bias=bias, target=random_target(N, vocab=V), mask=mask, valid_vocab=V)
     upstream, needs = Upstream(**random_upstream(N)), Needs(True, True, True)
     linear, module = Linear.cut(hidden, weight, 5, None), backend(name, torch.device("cpu"))
-    saved = Saved(*_chunks.stats(linear, spec, (), module, needs))
+    saved = Saved(*_chunks.stats(linear, spec, (), module, needs)[:3])
     got = _chunks.grad(linear, spec, saved, upstream, needs, module)
     wide = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     exact = truth(wide[0] @ wide[1].T, spec.target, bias=wide[2])
@@ -117,7 +118,7 @@ def test_gradients_of_16_bit_operands_on_a_gpu(monkeypatch, blocks, name, dtype,
 @pytest.mark.parametrize("vocab", (60, 97, 301))
 def test_logits_are_multiplied_again_in_the_same_pieces(pieces, blocks, chunk, vocab):
     hidden, weight, _ = leaves(vocab=vocab)
-    stats = linear_softmax_stats(hidden, weight, chunk_tokens=chunk)
+    stats = linear_softmax_stats(hidden, weight, chunk_tokens=chunk, keep_logits=0)
     forward = sorted(pieces)
     pieces.clear()
     stats.entropy.sum().backward()
@@ -142,7 +143,7 @@ def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, e
     monkeypatch.setattr("em_kernels._cut.CPU_TILE_ROWS", 1)
     impl = "cpu" if "cpu" in ON_CPU else "reference"
     stats = linear_softmax_stats(
-        hidden, weight, filter_eps=eps, logits_dtype=torch.float32, impl=impl
+        hidden, weight, filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl
     )
     forward = sorted(pieces)
     pieces.clear()
@@ -166,7 +167,9 @@ def sure_head(n, vocab):
 def test_the_gradient_of_a_small_entropy_keeps_its_digits(blocks, impl, device, chunk):
     """One digit of the maximum other than in the forward pass and it is wrong by a factor."""
     leaves = [x.to(device).requires_grad_() for x in sure_head(N, V)]
-    stats = linear_softmax_stats(*leaves, outputs=("entropy",), chunk_tokens=chunk, impl=impl)
+    stats = linear_softmax_stats(
+        *leaves, outputs=("entropy",), chunk_tokens=chunk, keep_logits=0, impl=impl
+    )
     got = torch.autograd.grad(stats.entropy.sum(), leaves)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     entropy = truth(wide[0] @ wide[1].T)["entropy"]

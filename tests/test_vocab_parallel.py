@@ -161,7 +161,8 @@ def test_collectives_and_products_of_a_call(ranks):
         assert result["loss"] == (4, 1, 3)
         assert result["frozen weight"] == (4, 1, 2)
         assert result["frozen hidden"] == (4, 0, 2)
-        assert result["stats"] == (5, 1, 4)  # backward exchanges the sizes again
+        # Backward exchanges the sizes again; the logits of a chunk are kept.
+        assert result["stats"] == (5, 1, 4 - 1 / 3)
         assert result["from logits"] == (2, 0, 0)
 
 

@@ -1,0 +1,154 @@
+"""What the chunk driver is asked for, and how it cuts rows, vocabulary and memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels import _products
+from em_kernels._cut import Cut, count_blocks, cut_rows, row_stride, spare_rows, workspace_bytes
+from em_kernels._spec import accumulate_dtype
+from em_kernels._workspace import narrows
+
+
+class Needs(NamedTuple):
+    """Which of the three gradients are wanted: a frozen input costs neither time nor memory.
+
+    With `filter_eps`, columns of the vocabulary are left out of their products where every entry
+    of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
+    """
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    filter_eps: float | None = None
+
+
+class Linear(NamedTuple):
+    """The product's operands and what the caller fixed of how it is cut."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    chunk_tokens: int | None
+    logits_dtype: torch.dtype
+
+    @classmethod
+    def cut(
+        cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
+    ) -> Linear:
+        """Flatten the leading dimensions and fill in the dtype of the logits."""
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden))
+
+
+class Rows(NamedTuple):
+    """Which rows are computed, and how many at a time."""
+
+    index: Tensor | None  # None is all of them
+    count: int
+    cut: Cut
+
+    @classmethod
+    def counted(
+        cls,
+        linear: Linear,
+        index: Tensor | None,
+        backend: ModuleType,
+        needs: Needs | None = None,
+        again: bool = False,
+    ) -> Rows:
+        """The rows of `index`, cut into chunks; `needs` is None for statistics alone. `again`: they
+        come first and the gradient later."""
+        count = linear.hidden.shape[0] if index is None else index.shape[0]
+        return cls(index, count, _cut_for(linear, count, backend, needs, again))
+
+    def spans(self) -> Iterator[slice]:
+        """Where the chunks stand among the counted rows."""
+        for start in range(0, self.count, self.cut.chunk):
+            yield slice(start, min(start + self.cut.chunk, self.count))
+
+    def at(self, own: slice) -> Tensor | slice:
+        """Those of the counted rows that stand at `own`."""
+        return own if self.index is None else self.index[own]
+
+    def held(self, kept: Tensor | None) -> int:
+        """How many of the counted rows, the first ones, have their logits in `kept`: all, or whole
+        chunks of them, since part of a chunk would be multiplied again with the rest of it."""
+        room = 0 if kept is None else kept.shape[0]
+        return self.count if room >= self.count else room // self.cut.chunk * self.cut.chunk
+
+
+def default_logits_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 where the matrix product gives it at full speed, else the dtype of `hidden`."""
+    wide = _products.is_gpu(hidden) and hidden.dtype != torch.float64
+    return torch.float32 if wide else hidden.dtype
+
+
+def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
+    """Rows and row length of the logits that `keep` bytes hold; None is what a chunk takes.
+
+    From sizes alone, any of which may be symbolic: rows that are left out are not known here.
+    """
+    width = row_width(linear, linear.weight.shape[0])
+    row = torch.sym_max(width * linear.logits_dtype.itemsize, 1)
+    if keep is None and linear.chunk_tokens is not None:
+        rows = linear.chunk_tokens
+    else:
+        keep = workspace_bytes(_products.is_gpu(linear.hidden)) if keep is None else keep
+        rows = keep // row
+    return torch.sym_min(linear.hidden.shape[0], rows), width
+
+
+def _cut_for(
+    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
+) -> Cut:
+    width, gpu = row_width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
+    size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
+    spare = None if needs is None or again else _spare_rows(linear, backend, needs)
+    half = linear.hidden.dtype == torch.float16
+    alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
+    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
+    if not (again and needs and needs.weight and needs.filter_eps is None):
+        return cut
+    own, operand = linear.logits_dtype, linear.hidden.dtype
+    if not (gpu or operand == accumulate_dtype(operand)):
+        return cut  # no product of a CPU adds 16-bit operands to a float32 dX
+    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
+    memory = chunk or workspace_bytes(gpu)
+    beside = 0 if own == operand else own.itemsize
+    blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
+    return cut._replace(blocks=blocks)
+
+
+def row_width(linear: Linear, vocab: int) -> int:
+    """Entries from one row of logits to the next."""
+    return row_stride(vocab) if _products.is_gpu(linear.hidden) else vocab
+
+
+def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
+    """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
+    own, operand = linear.logits_dtype, linear.hidden.dtype
+    cast = own != operand and not narrows(operand, own, backend)
+    return own.itemsize + (operand.itemsize if cast else 0)
+
+
+def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
+    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
+    fewer chunks would save no trips of dW.
+
+    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
+    """
+    narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
+    trips = needs.weight or hasattr(backend, "widest_shard")
+    if not (narrow and trips and _products.is_gpu(linear.hidden)):
+        return None
+    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
+
+
+def _widest(linear: Linear, backend: ModuleType) -> int:
+    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
+    return getattr(backend, "widest_shard", linear.weight.shape[0])
