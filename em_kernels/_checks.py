@@ -62,6 +62,11 @@ def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden
         )
 
 
+def check_entropy_requires_grad(value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"entropy_requires_grad must be a bool, got {type(value).__name__}")
+
+
 def check_keep_logits(keep_logits: int | None) -> None:
     if keep_logits is not None and (not _is_int(keep_logits) or keep_logits < 0):
         got = shown(keep_logits) if _is_int(keep_logits) else repr(keep_logits)

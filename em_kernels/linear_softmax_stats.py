@@ -8,6 +8,7 @@ from torch import Tensor
 from em_kernels._checks import (
     check_allreduce_dgrad,
     check_cut,
+    check_entropy_requires_grad,
     check_filter_eps,
     check_keep_logits,
     check_linear,
@@ -19,14 +20,21 @@ from em_kernels._ops import call, differentiate
 from em_kernels._rows import with_index
 from em_kernels._second_order import differentiable, statistic_sum
 from em_kernels._spec import (
-    DIFFERENTIABLE,
     RowSpec,
     Saved,
     TokenStats,
+    Upstream,
     accumulate_dtype,
     row_tensors,
 )
-from em_kernels.softmax_stats import mark_rows, pack_stats, save_call, saved_call, upstream_of
+from em_kernels.softmax_stats import (
+    differentiable_outputs,
+    mark_rows,
+    pack_stats,
+    save_call,
+    saved_call,
+    upstream_of,
+)
 
 _SPEC_LENGTH = len(RowSpec._fields)
 
@@ -52,13 +60,17 @@ def linear_softmax_stats(
     filter_eps: float | None = None,
     keep_logits: int | None = None,
     fuse_product: bool = False,
+    entropy_requires_grad: bool = True,
 ) -> TokenStats:
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
     z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
     the arguments not named here as in `softmax_stats`. Forward costs one matrix product, backward
     up to three more (the logits again, dX, dW); a frozen `hidden` or `weight` (requires_grad=False)
-    costs neither its product nor memory.
+    costs neither its product nor memory. Where `hidden` alone has a gradient, and one output alone
+    brings it (one of logprob, entropy and lse is asked for, or logprob or lse and an entropy
+    without gradient), the row's gradient is its upstream gradient times a vector that is known in
+    the forward pass: that makes it, in two products in all, and keeps it, (N, D).
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
@@ -80,9 +92,11 @@ def linear_softmax_stats(
             sums it, as that of Megatron's gather_from_sequence_parallel_region (sequence
             parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
             name is that of Megatron's ColumnParallelLinear.
-        chunk_tokens: rows per chunk; None fits the logits of a chunk, or on a GPU their 16-bit
-            gradient where that makes fewer chunks, into 160 MB on a CPU, 1 GiB on a GPU; a single
-            chunk, which needs no float32 sum of the weight's gradient, may take its memory too.
+        chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
+            160 MB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. The gradient
+            of several chunks is made for all rows and some columns of the vocabulary at a time, in
+            as much memory again, where that is faster: dW is then never summed in float32, but dX
+            is (N, D).
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
@@ -91,8 +105,9 @@ def linear_softmax_stats(
             the logits (on a GPU, rows padded to 16 entries), three products in all instead of four.
             Rows that count are kept from the first on, whole chunks of them; memory is taken for
             as many rows as the bytes hold, and held until the graph is freed. None keeps as many as
-            a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a call without gradient
-            and an exported program. Whatever is kept, the results have the same bits.
+            a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a call without gradient,
+            one whose gradient is made in the forward pass, and an exported program. Whatever is
+            kept, the results have the same bits.
         filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
             the vocabulary are left out of the products of dX and dW, chunk by chunk, where
             |dz| < filter_eps w in every row of the chunk; dz is the gradient of
@@ -108,11 +123,16 @@ def linear_softmax_stats(
             all, only about 12 bytes a token for every 1024 entries of the vocabulary and, where
             rows are left out, a copy of the others; the logits are never rounded. Without
             gradients only, and without `group`, `chunk_tokens` and another `impl`.
+        entropy_requires_grad: False takes `entropy` as a number only: it has no gradient, which
+            with a frozen `weight` and `bias` saves a product (see above). The same on every rank of
+            a group, and so is what is frozen. With `filter_eps` no gradient is made in the forward
+            pass.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.
     """
     check_allreduce_dgrad(allreduce_dgrad, hidden)
+    check_entropy_requires_grad(entropy_requires_grad)
     hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
     hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=group is not None)
@@ -139,12 +159,18 @@ def linear_softmax_stats(
     outputs = check_outputs(outputs, target)
     arguments = (hidden, weight, *spec, outputs, chunk_tokens, logits_dtype, impl)
     if torch.compiler.is_exporting() and not fuse_product:
-        return pack_stats(outputs, torch.ops.em_kernels.linear_stats(*arguments)[3:])
+        rows = torch.ops.em_kernels.linear_stats(*arguments)[3:]
+        return pack_stats(outputs, rows, entropy_requires_grad)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    filter_eps = filter_eps if spec.numbers is None else None
-    later = (*wanted_gradients(outputs, hidden, weight, bias), filter_eps, keep_logits)
-    rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
-    return pack_stats(outputs, rows[3:])
+    sources = differentiable_outputs(outputs, entropy_requires_grad)
+    needs = wanted_gradients(sources, hidden, weight, bias)
+    if needs == (True, False, False) and len(sources) == 1 and filter_eps is None:
+        rows = _LinearStatsOfHidden.apply(hidden, *arguments[1:], sources[0])
+    else:
+        filter_eps = filter_eps if spec.numbers is None else None
+        later = (*needs, filter_eps, keep_logits)
+        rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
+    return pack_stats(outputs, rows[3:], entropy_requires_grad)
 
 
 def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
@@ -244,16 +270,52 @@ class _LinearStats(torch.autograd.Function):
         return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
 
 
-def wanted_gradients(outputs: tuple[str, ...], *inputs: Tensor | None) -> tuple[bool, ...]:
+class _LinearStatsOfHidden(torch.autograd.Function):
+    """dX_i = g_i u_i, g_i the upstream gradient of the one `source`, u_i that of a loss in which it
+    has the weight 1: made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        *spec, outputs, chunk_tokens, logits_dtype, impl, source = args
+        spec = with_index(RowSpec(*spec))
+        one = hidden.new_ones(hidden.shape[:-1], dtype=accumulate_dtype(hidden.dtype))
+        upstream, needs = Upstream(**{source: one}), (True, False, False, None)
+        options = (*upstream, *needs, outputs, chunk_tokens, logits_dtype, impl)
+        *rows, unit, _, _ = call("linear_loss", hidden, weight, *spec, *options)
+        ctx.place = len(Saved._fields) + outputs.index(source)
+        ctx.mark_non_differentiable(*rows[: ctx.place], *rows[ctx.place + 1 :])
+        ctx.set_materialize_grads(False)
+        save_call(ctx, (hidden, weight, unit), spec, rows)
+        ctx.source = source
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (hidden, weight, unit), spec, _ = saved_call(ctx)
+        none, given = [None] * (len(RowSpec._fields) + 4), grads[ctx.place]
+        if given is None:
+            return None, None, None, *none
+
+        def compute():
+            counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
+            return (unit * counted[..., None]).to(hidden.dtype), None, None
+
+        inputs = (hidden, weight, spec.bias)
+        rest = (*Upstream(**{ctx.source: given}), *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
+
+
+def wanted_gradients(sources: list[str], *inputs: Tensor | None) -> tuple[bool, ...]:
     """Which of the inputs a backward pass will want the gradient of."""
-    recording = torch.is_grad_enabled() and not set(outputs).isdisjoint(DIFFERENTIABLE)
+    recording = torch.is_grad_enabled() and bool(sources)
     return tuple(recording and x is not None and x.requires_grad for x in inputs)
 
 
 def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
     spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
     hidden = copy_to_ranks(hidden, spec.group)
-    later = (*wanted_gradients(cut[0], hidden, weight, spec.bias), None, 0)
+    sources = differentiable_outputs(cut[0], True)
+    later = (*wanted_gradients(sources, hidden, weight, spec.bias), None, 0)
     rows = list(_LinearStats.apply(hidden, weight, *spec, *cut, False, later))
     return rows[: len(Saved._fields) + len(cut[0])]
 

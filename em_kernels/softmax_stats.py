@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_logits, check_outputs, make_spec
+from em_kernels._checks import (
+    check_entropy_requires_grad,
+    check_logits,
+    check_outputs,
+    make_spec,
+)
 from em_kernels._dtensor import local_logits
 from em_kernels._ops import call, differentiate
 from em_kernels._second_order import differentiable, statistic_sum
@@ -27,6 +32,7 @@ def softmax_stats(
     valid_vocab: int | None = None,
     group=None,
     impl: str = "auto",
+    entropy_requires_grad: bool = True,
 ) -> TokenStats:
     """Entropy, log-probability and related statistics of every row of `logits`, in one pass.
 
@@ -62,6 +68,7 @@ def softmax_stats(
             The ranks compare what they were given, which waits for the device. Logits that are a
             DTensor sharded on the vocabulary bring their own group.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
+        entropy_requires_grad: False takes `entropy` as a number only: it has no gradient.
 
     Returns:
         TokenStats of float32 (float64 for float64) tensors of the leading shape, each in memory of
@@ -80,6 +87,7 @@ def softmax_stats(
     arXiv:2505.22617, its covariance theorem, for entropy_slope; Zhao et al., "Learning to Reason
     without External Rewards" (2025) for self_certainty.
     """
+    check_entropy_requires_grad(entropy_requires_grad)
     logits, group = local_logits(logits, group)
     check_logits(logits, empty=group is not None)
     spec = make_spec(
@@ -99,11 +107,23 @@ def softmax_stats(
     # An exported program keeps the operator and not the autograd function around it.
     exporting = torch.compiler.is_exporting()
     run = torch.ops.em_kernels.softmax_stats if exporting else _SoftmaxStats.apply
-    return pack_stats(outputs, run(logits, *spec, outputs, impl)[3:])
+    rows = run(logits, *spec, outputs, impl)[3:]
+    return pack_stats(outputs, rows, entropy_requires_grad)
 
 
-def pack_stats(outputs: tuple[str, ...], rows: tuple[Tensor, ...]) -> TokenStats:
-    return TokenStats(**dict(zip(outputs, rows)))
+def pack_stats(
+    outputs: tuple[str, ...], rows: tuple[Tensor, ...], entropy_requires_grad: bool = True
+) -> TokenStats:
+    stats = dict(zip(outputs, rows))
+    if "entropy" in stats and not entropy_requires_grad:
+        stats["entropy"] = stats["entropy"].detach()
+    return TokenStats(**stats)
+
+
+def differentiable_outputs(outputs: tuple[str, ...], entropy_requires_grad: bool) -> list[str]:
+    """Those of the outputs that a gradient may come for."""
+    left_out = () if entropy_requires_grad else ("entropy",)
+    return [name for name in outputs if name in DIFFERENTIABLE and name not in left_out]
 
 
 def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
