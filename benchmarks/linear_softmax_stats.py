@@ -25,22 +25,28 @@ def make_hidden(
     return hidden, weight, target, torch.randn(2, sizes.n, device=device)
 
 
-def products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[], None]:
-    """The bare matrix products: logits, and with `backward` dX and dW too, into given memory."""
+def products(
+    hidden: Tensor, weight: Tensor, backward: bool, frozen: bool = False
+) -> Callable[[], None]:
+    """The bare matrix products: logits, and with `backward` dX and, unless `frozen`, dW too, into
+    given memory."""
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-    grads = [torch.empty_like(hidden), torch.empty_like(weight)]
+    grads = [torch.empty_like(hidden), None if frozen else torch.empty_like(weight)]
 
     def run():
         torch.mm(hidden, weight.T, out=logits)
         if backward:
             torch.mm(logits, weight, out=grads[0])
-            torch.mm(logits.T, hidden, out=grads[1])
+            if not frozen:
+                torch.mm(logits.T, hidden, out=grads[1])
 
     return run
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    stats = linear_softmax_stats(hidden, weight, target, impl=impl)
+def ours(
+    hidden: Tensor, weight: Tensor, target: Tensor, impl: str = "auto", **options
+) -> tuple[Tensor, Tensor]:
+    stats = linear_softmax_stats(hidden, weight, target, impl=impl, **options)
     return stats.logprob, stats.entropy
 
 
@@ -69,6 +75,18 @@ def forward_backward(
         grads = torch.autograd.grad(loss, leaves)
         named = dict(zip(("grad_hidden", "grad_weight"), grads))
         return {"logprob": logprob, "entropy": entropy, **named}
+
+    return run
+
+
+def of_logprob(function: Function, hidden: Tensor, weight: Tensor, target: Tensor, upstream):
+    """Forward and backward of the log-probabilities alone, the weight frozen, entropy a number."""
+    leaf = hidden.detach().requires_grad_()
+
+    def run():
+        logprob, entropy = function(leaf, weight, target)
+        (grad,) = torch.autograd.grad((upstream[0] * logprob).sum(), leaf)
+        return {"logprob": logprob, "entropy": entropy, "grad_hidden": grad}
 
     return run
 
@@ -102,6 +120,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
     truth = linear_truth(hidden, weight, target, *upstream)
     read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d
     forward_functions = {**functions, "em_kernels fused": fused} if device == "cuda" else functions
+    kept = {"keep_logits=0": partial(ours, keep_logits=0)}
+    kept["keep_logits=all"] = partial(ours, keep_logits=1 << 62)
     common = dict(sizes=sizes, dtype=dtype, device=device, left_out=left_out)
     yield Case(
         name="linear_softmax_stats forward",
@@ -118,7 +138,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         name="linear_softmax_stats forward + backward",
         contenders={
             name: forward_backward(f, hidden, weight, target, upstream)
-            for name, f in functions.items()
+            for name, f in {**functions, **kept}.items()
         },
         floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth=truth,
@@ -138,5 +158,22 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         bytes_moved=3 * read,
         flops=3 * product,
         kept_bytes=gradient_bytes(hidden, weight),
+        **common,
+    )
+    truth = linear_truth(hidden, weight, target, upstream[0], torch.zeros_like(upstream[1]))
+    number = {
+        name: partial(f, entropy_requires_grad=False) if name in own else f
+        for name, f in functions.items()
+    }
+    yield Case(
+        name="linear_softmax_stats forward + backward of logprob, weight frozen",
+        contenders={
+            name: of_logprob(f, hidden, weight, target, upstream) for name, f in number.items()
+        },
+        floor=("two bare matrix products", products(hidden, weight, backward=True, frozen=True)),
+        truth={name: truth[name] for name in ("logprob", "entropy", "grad_hidden")},
+        bytes_moved=2 * read,
+        flops=2 * product,
+        kept_bytes=hidden.numel() * hidden.element_size(),
         **common,
     )

@@ -125,7 +125,8 @@ def linear_softmax_stats(
             gradients only, and without `group`, `chunk_tokens` and another `impl`.
         entropy_requires_grad: False takes `entropy` as a number only: it has no gradient, which
             with a frozen `weight` and `bias` saves a product (see above). The same on every rank of
-            a group, and so is what is frozen. With `filter_eps` all is computed as if it were True.
+            a group, and so is what is frozen. With `filter_eps` no gradient is made in the forward
+            pass.
 
     Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
     chunks in float32 and rounded once.

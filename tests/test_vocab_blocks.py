@@ -142,8 +142,8 @@ def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, e
         monkeypatch.setattr(f"em_kernels._cut.{name}", 4 * 24 * 304)
     monkeypatch.setattr("em_kernels._cut.CPU_TILE_ROWS", 1)
     impl = "cpu" if "cpu" in ON_CPU else "reference"
-    options = dict(outputs=("entropy", "lse"), logits_dtype=torch.float32, keep_logits=0)
-    stats = linear_softmax_stats(hidden, weight, filter_eps=eps, impl=impl, **options)
+    options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl)
+    stats = linear_softmax_stats(hidden, weight, outputs=("entropy", "lse"), **options)
     forward = sorted(pieces)
     pieces.clear()
     (stats.entropy + stats.lse).sum().backward()
