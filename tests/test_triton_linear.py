@@ -221,7 +221,7 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype, options", zip(DTYPES, ("plain", "everything", "plain", "everything"))
+    "dtype, options", [*zip(DTYPES, ("plain", "everything", "plain", "everything"))]
 )
 def test_blocks_and_pointers_give_the_same_bits(tiles, dtype, options):
     """Rows of 24 entries begin at 16 bytes and can be copied in blocks; rows of 19 or 25 cannot."""
@@ -235,7 +235,7 @@ def test_blocks_and_pointers_give_the_same_bits(tiles, dtype, options):
 
 
 @pytest.mark.parametrize(
-    "dtype, shape", zip(DTYPES, [(1, 8, 3), (17, 32, 31), (33, 8, 257), (16, 48, 16)])
+    "dtype, shape", [*zip(DTYPES, [(1, 8, 3), (17, 32, 31), (33, 8, 257), (16, 48, 16)])]
 )
 def test_shapes_in_blocks(dtype, shape):
     rows, depth, vocab = shape
