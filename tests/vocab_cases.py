@@ -261,6 +261,25 @@ def linear_stats_in_blocks(dtype, **options):
     return case
 
 
+def linear_stats_of_a_frozen_head(cut, impl):
+    """The gradient of hidden is made in the forward pass: each rank's share, summed in backward."""
+    head, target = draw_head(cut)
+    target[1, 4] = -100
+    stats = linear_softmax_stats(
+        head.hidden,
+        head.weight.detach(),
+        target,
+        bias=head.bias.detach(),
+        entropy_requires_grad=False,
+        chunk_tokens=5,
+        group=cut.group,
+        impl=impl,
+    )
+    values = {"logprob": stats.logprob, "entropy": stats.entropy}
+    upstream = {"logprob": draw_upstream(2, 9)["logprob"]}
+    return with_gradients(values, upstream, {}, {"hidden": head.hidden})
+
+
 def linear_with_a_bias_of_minus_inf(cut, impl):
     """Padding by bias: the last shard has no finite logit in any row."""
     head, target = draw_head(cut)
@@ -440,6 +459,7 @@ CASES = {
     "all rows masked": all_rows_masked,
     "linear stats, one chunk": linear_stats_of(torch.float32),
     "linear stats, chunks of 4": linear_stats_of(torch.float32, chunk_tokens=4),
+    "linear stats, frozen head": linear_stats_of_a_frozen_head,
     "linear stats, blocks": linear_stats_in_blocks(torch.float32, chunk_tokens=7),
     "linear stats, blocks of bfloat16": linear_stats_in_blocks(torch.bfloat16, chunk_tokens=7),
     "linear stats, float64": linear_stats_of(torch.float64, chunk_tokens=5),
