@@ -35,7 +35,7 @@ from em_kernels.triton import launch, linear
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program
 PRODUCTS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
-VOCAB = 151936
+VOCAB, ODD = 151936, 151665  # rows that begin at multiples of 16 bytes, and anywhere
 _COPIES = r"cp\.async\.cg\S* .*, 0x10,"  # 16 bytes to shared memory
 TABLE = Path(__file__).with_name("triton_resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -63,6 +63,9 @@ def cases(arch: int) -> Iterator[tuple[str, Callable]]:
     for dtype in (torch.bfloat16, torch.float32):
         for capped in (False, True):
             yield from calls(dtype, capped, ("logprob", "entropy"))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from calls(dtype, False, ("logprob", "entropy"), ODD)
+    yield from shared()
     yield from narrowing()
     yield from controls()
     yield from products(arch)
@@ -72,11 +75,11 @@ def cases(arch: int) -> Iterator[tuple[str, Callable]]:
 
 
 def calls(
-    dtype: torch.dtype, capped: bool, outputs: tuple[str, ...]
+    dtype: torch.dtype, capped: bool, outputs: tuple[str, ...], vocab: int = VOCAB
 ) -> Iterator[tuple[str, Callable]]:
-    logits = torch.empty(1, 16, VOCAB, dtype=dtype)
+    logits = torch.empty(1, 16, vocab, dtype=dtype)
     row = torch.zeros(16, dtype=accumulate_dtype(dtype))
-    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=VOCAB)
+    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=vocab)
     if capped:
         spec = spec._replace(
             bias=torch.zeros(VOCAB, dtype=dtype),
@@ -88,6 +91,7 @@ def calls(
     up, saved = Upstream(row, row), Saved(row, row, row)
     name = "-".join([str(dtype).removeprefix("torch."), "full" if capped else "plain"])
     name += "-all" if outputs == OUTPUTS else ""
+    name += "-odd" if vocab == ODD else ""
     yield f"stats-{name}", lambda: backend.stats(logits, spec, outputs)
     yield f"grad-{name}", lambda: backend.grad(logits, spec, saved, up, torch.empty_like(logits))
     yield f"loss-{name}", lambda: backend.loss(logits, spec, up, outputs, logits)
@@ -109,6 +113,18 @@ def controls() -> Iterator[tuple[str, Callable]]:
     goal, way = Goal(0.3, 0.1, 0.05, 12), Descent(0.3, 1.0, 10)
     yield "temperature-bfloat16", lambda: backend.find_temperature(logits, goal)
     yield "descent-float32", lambda: backend.descend(logits.float(), way)
+
+
+def shared() -> Iterator[tuple[str, Callable]]:
+    """Rows that several programs share."""
+    logits = torch.empty(1, 16, VOCAB, dtype=torch.bfloat16)
+    spec = RowSpec(target=torch.zeros(16, dtype=torch.int64), valid_vocab=VOCAB)
+
+    def call():
+        with patch.object(launch, "multiprocessors", lambda device: 132):
+            backend.stats(logits, spec, ("logprob", "entropy"))
+
+    yield "stats-bfloat16-shared", call
 
 
 def products(arch: int) -> Iterator[tuple[str, Callable]]:
@@ -217,6 +233,35 @@ def accesses(ttgir: str) -> list[str]:
     return [re.sub(r"(.)\1+", r"\1", "".join(map(letters.get, loop))) for loop in loops[1:]]
 
 
+def reductions(ttgir: str) -> list[str]:
+    """Of what each reduction over the lanes takes: how many consecutive lanes a thread has, of how
+    many threads a warp, of how many warps."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    return [order(layouts[name]) for name in re.findall(r"\}\) : \(tensor<\w+, (#\w+)>", ttgir)]
+
+
+def order(layout: str) -> str:
+    if "blocked" in layout:
+        counts = re.findall(r"\w+ = \[(\d+)\]", layout)[:3]
+    else:
+        bases = re.findall(r"\w+ = \[((?:\[\d+\](?:, )?)*)\]", layout)[:3]
+        ranks = [list(map(int, re.findall(r"\d+", basis))) for basis in bases]
+        lanes = [lane for rank in ranks for lane in rank]
+        assert lanes == [2**i for i in range(len(lanes))], layout
+        counts = [2 ** len(rank) for rank in ranks]
+    return " of ".join(map(str, counts))
+
+
+def handover(ptx: str) -> str:
+    """What a kernel whose programs share rows does in order: S stores, B a barrier, A the count of
+    programs that are done, with release and acquire, L loads."""
+    after = ptx[: ptx.index("atom.")].rindex("st.global")
+    words = r"(st\.global|bar\.sync|ld\.global|atom\.global\.gpu\.acq_rel\.add)"
+    letters = {"st": "S", "ba": "B", "ld": "L", "at": "A"}
+    order = "".join(letters[word[:2]] for word in re.findall(words, ptx[after:]))
+    return re.sub(r"(.)\1+", r"\1", order)
+
+
 def dump(kernel, what: str) -> str:
     """What cuobjdump says of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -228,13 +273,17 @@ def dump(kernel, what: str) -> str:
 
 
 def cost(kernel, name: str) -> list[float]:
-    """Of the loop over a row: instructions an entry of a thread, and bytes its loads take."""
-    body = max(inner_loops(dump(kernel, "-sass")), key=len)
+    """Of the loop over a row: instructions an entry of a thread, bytes its loads and stores take
+    (stores: 0 where there are none). Left out is what a step may skip: the join of parts of a row,
+    once in four to sixteen steps some 45 instructions."""
+    body = max(inner_loops(dump(kernel, "-sass"), skipped=False), key=len)
     size = {"float32": 4, "narrow": 4, "float64": 8}.get(name.split("-")[1], 2)
     entries = launch._LOAD_BYTES // size * (2 if "full" in name else 4)
-    loads = re.findall(r"LDG\.E\.?(U16|64|128)?", "\n".join(body))
     widths = {"U16": 2, "": 4, "64": 8, "128": 16}
-    return [round(len(body) / entries, 2), min(widths[load] for load in loads)]
+    text = "\n".join(body)
+    loads, stores = (re.findall(rf"{c}G\.E\.?(U16|64|128)?", text) for c in ("LD", "ST"))
+    narrowest = [min(map(widths.get, found), default=0) for found in (loads, stores)]
+    return [round(len(body) / entries, 2), *narrowest]
 
 
 def step(kernel) -> list[int]:
@@ -265,8 +314,26 @@ def report(kernel, name: str) -> dict:
         "step": step(kernel) if name.startswith("linear") else [],
         "loop_exponentials": loops(ptx).count("ex2.approx"),
         "cost": None if name.startswith("linear") else cost(kernel, name),
+        "reductions": reductions(kernel.asm["ttgir"]),
+        "handover": handover(ptx) if name.endswith("shared") else None,
         "accesses": accesses(kernel.asm["ttgir"]),
         "slow_in_loops": sorted(set(re.findall(slow, loops(ptx)))),
+    }
+
+
+class AMD(Target):
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("hip", "gfx942", 64)
+
+
+def on_amd() -> dict:
+    """Loads and stores of 16 bytes, and barriers."""
+    driver.set_active(AMD(942))
+    words = ("_load_dwordx4", "_store_dwordx4", "s_barrier")
+    return {
+        name: [kernel.asm["amdgcn"].count(word) for word in words]
+        for name, call in calls(torch.bfloat16, False, ("logprob", "entropy"))
+        for kernel in compiled(call)
     }
 
 
@@ -284,11 +351,11 @@ def main() -> None:
             for name, call in scaled(arch)
             for i, kernel in enumerate(compiled(call))
         }
-    print(json.dumps({"kernels": found, "fused": fused, "fusing": fusing()}))
+    print(json.dumps({"kernels": found, "fused": fused, "fusing": fusing(), "amd": on_amd()}))
     if "--write" in sys.argv:
         table = {
             "registers, stack bytes": lambda r: [r["registers"], r["stack"]],
-            "instructions an entry, bytes a load": lambda r: r["cost"],
+            "instructions an entry, bytes a load, a store": lambda r: r["cost"],
             "instructions, products of a step along D, shared bytes": lambda r: r["step"],
         }
         for title, row in table.items():

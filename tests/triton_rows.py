@@ -29,9 +29,9 @@ ROUNDINGS = 40  # of sums and of the exp of a GPU, whose argument is rounded: |d
 NAMES = (*Saved._fields, *OUTPUTS)
 
 
-def plan_small_steps(vocab, dtype, capped=False) -> launch.Plan:
-    """Several steps of several slices, a whole block and a part of one, in a short row."""
-    return launch.Plan(32, 2, 1)
+def plan_small_steps(vocab, dtype, capped=False, warp=32) -> launch.Plan:
+    """Two parts; two steps of two slices, and a whole block and a part of one, in a short row."""
+    return launch.Plan(32, 2, 1, part=128)
 
 
 def make(dtype=torch.float32, rows=4, vocab=VOCAB, valid=VALID, seed=0, **options):

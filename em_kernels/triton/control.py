@@ -8,9 +8,18 @@ from torch import Tensor
 from em_kernels._entropy_control import Descent, Goal
 from em_kernels._spec import RowSpec, accumulate_dtype
 from em_kernels.triton.elementary import exp, log1p
-from em_kernels.triton.kernels import load_z, read_row, row_offset
-from em_kernels.triton.launch import UNFUSED, Rows, View, device_of, how_of, plan
+from em_kernels.triton.launch import (
+    UNFUSED,
+    Rows,
+    View,
+    aligned,
+    device_of,
+    how_of,
+    plan,
+    warp_size,
+)
 from em_kernels.triton.moments import distance, merge
+from em_kernels.triton.reads import load_z, read_row, row_of
 
 PLAIN = Rows(None, None, None, None)
 
@@ -19,7 +28,7 @@ PLAIN = Rows(None, None, None, None)
 def row_state(x, rows, vocab, inverse_t, how):
     """max, log1p(r), E of the row at `x`; H is log1p(r) - E."""
     constants = (inverse_t * 0 + 1, inverse_t * 0, inverse_t)
-    hi, sums, _, _ = read_row(x, rows, vocab, constants, how)
+    hi, sums, _, _ = read_row(x, rows, 0, vocab, constants, how)
     m, r, q, _, _, _ = merge(hi, sums, how)
     r = tl.where(m == m, r, float("nan"))
     return m, log1p(r), q / (1 + r)
@@ -45,7 +54,7 @@ def bisection(
     how,
 ):
     row = tl.program_id(0)
-    x = logits + row_offset(row, view)
+    x = row_of(logits, row, view, how)
     one = tl.full((), 1, how.wide)
     least = tl.full((), threshold, how.wide)
     entropy = row_entropy(x, rows, vocab, one, how)
@@ -72,14 +81,16 @@ def step_down(x, rows, vocab, m, log1p_r, mean_d, rate, how):
     a = mean_d * b
     for start in range(0, vocab, how.block):
         at = start + lanes
-        z, _ = load_z(x, rows, at, at < vocab, constants, how)
+        z, _ = load_z(x, rows, 0, start, vocab - start, constants, how)
         d = distance(z, m)
         tl.store(x + at, z - rate * (exp(d) * tl.fma(-b, d, a)), mask=at < vocab)
 
 
 @triton.jit
-def descent(logits, rows, vocab, threshold: tl.float64, learning_rate: tl.float64, steps, how):
-    x = logits + tl.program_id(0).to(tl.int64) * vocab
+def descent(
+    logits, view, rows, vocab, threshold: tl.float64, learning_rate: tl.float64, steps, how
+):
+    x = row_of(logits, tl.program_id(0), view, how)
     one = tl.full((), 1, how.wide)
     least = tl.full((), threshold, how.wide)
     rate = tl.full((), learning_rate, how.wide)
@@ -100,7 +111,7 @@ def find_temperature(logits: Tensor, goal: Goal) -> Tensor:
     """As `em_kernels._entropy_control.find_temperature`."""
     count = logits.shape[0] * logits.shape[1]
     found = torch.empty(count, dtype=accumulate_dtype(logits.dtype), device=logits.device)
-    options = dict(view=View.of(logits), found=found, **goal._asdict())
+    options = dict(found=found, **goal._asdict())
     _launch(bisection, logits, RowSpec(temperature=goal.minimum), **options)
     return found
 
@@ -115,8 +126,10 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, **arguments) -> None:
     outer, inner, vocab = logits.shape
     if outer * inner == 0:
         return
-    sizes = plan(vocab, logits.dtype)
-    how = how_of(logits.dtype, spec, ("entropy",), sizes)
-    common = dict(rows=PLAIN, vocab=vocab, how=how, num_warps=sizes.num_warps, **UNFUSED)
+    sizes = plan(vocab, logits.dtype, False, warp_size())
+    how = how_of(logits.dtype, spec, ("entropy",), sizes, aligned(logits))
+    common = dict(
+        view=View.of(logits), rows=PLAIN, vocab=vocab, how=how, num_warps=sizes.num_warps, **UNFUSED
+    )
     with device_of(logits):
         kernel[(outer * inner,)](logits, **common, **arguments)

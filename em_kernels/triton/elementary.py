@@ -11,7 +11,7 @@ from there, because Triton's interpreter has no library of device functions.
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
-from triton.language.target_info import is_cuda
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -23,6 +23,40 @@ def exp(x):
         value = tl.exp(x)
     else:
         value = libdevice.fast_expf(x)
+    return value
+
+
+@triton.constexpr_function
+def compares_pairs(dtype):
+    """Whether one instruction compares two numbers of that type."""
+    return not INTERPRETED and dtype.primitive_bitwidth == 16 and cuda_capability_geq(8, 0)
+
+
+@triton.jit
+def larger(x, y):
+    """max(x, y), NaN if either is."""
+    if x.dtype == tl.bfloat16:
+        asm: tl.constexpr = "max.NaN.bf16x2 $0, $1, $2;"
+        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    elif x.dtype == tl.float16:
+        asm: tl.constexpr = "max.NaN.f16x2 $0, $1, $2;"
+        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    else:
+        value = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    return value
+
+
+@triton.jit
+def smaller(x, y):
+    """min(x, y), the other if one is NaN."""
+    if x.dtype == tl.bfloat16:
+        asm: tl.constexpr = "min.bf16x2 $0, $1, $2;"
+        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    elif x.dtype == tl.float16:
+        asm: tl.constexpr = "min.f16x2 $0, $1, $2;"
+        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    else:
+        value = tl.minimum(x, y)
     return value
 
 

@@ -9,25 +9,24 @@ import triton
 import triton.language as tl
 
 from em_kernels._spec import OUTPUTS, Saved
-from em_kernels.triton.elementary import exp, expm1, log1p, tanh_half
-from em_kernels.triton.moments import (
-    INF,
-    absorb,
-    distance,
-    merge,
-    merge_shifted,
-    quarters,
+from em_kernels.triton.elementary import exp, expm1, log1p
+from em_kernels.triton.moments import distance, join_lanes, merge, merge_shifted
+from em_kernels.triton.reads import (
+    last_to_arrive,
+    load_state,
+    load_z,
+    nothing_read,
+    numbers_of_a_lane,
+    per_thread,
+    put_state,
+    read_row,
+    row_constants,
+    row_of,
+    transform,
+    whole_vectors,
 )
 
 RESULTS = tl.constexpr(len(Saved._fields) + len(OUTPUTS))
-
-
-@triton.jit
-def row_offset(row, view):
-    """Where row i of the view (outer, inner, V) begins, in elements, as int64."""
-    outer = row // view.inner
-    inner = row - outer * view.inner
-    return outer.to(tl.int64) * view.stride_outer + inner.to(tl.int64) * view.stride_inner
 
 
 @triton.jit
@@ -39,82 +38,14 @@ def is_counted(row, rows):
 
 
 @triton.jit
-def row_constants(row, rows, scale, softcap, temperature, how):
-    """(logit_scale, softcap, 1 / T); NaN for a temperature that is not positive and finite."""
-    t = tl.full((), temperature, how.wide)
-    if rows.temperature is not None:
-        t = tl.load(rows.temperature + row).to(how.wide)
-    inverse_t = tl.where((t > 0) & (t < INF), 1 / t, float("nan"))
-    return tl.full((), scale, how.wide), tl.full((), softcap, how.wide), inverse_t
-
-
-@triton.jit
-def transform(x, bias, constants, how):
-    """z = softcap(scale x + bias) / T and d softcap(u) / du."""
-    scale, softcap, inverse_t = constants
-    u = x.to(how.wide)
-    slope = scale * 0 + 1
-    if how.scaled:
-        if bias is None and not how.capped:
-            u = u * (scale * inverse_t)
-        else:
-            u = u * scale
-    if bias is not None:
-        u += bias.to(how.wide)
-    if how.capped:
-        value, slope = tanh_half(u * (2 / softcap))
-        u = tl.where(tl.abs(u) < INF, value * (softcap * inverse_t), u)
-    elif bias is not None and how.scaled:
-        u = u * inverse_t
-    return u, slope
-
-
-@triton.jit
-def load_z(x, rows, at, mask, constants, how):
-    """`transform` of the entries `at` of a row, -inf where there is a mask and it is False."""
-    bias = None
-    if mask is None:
-        if rows.bias is not None:
-            bias = tl.load(rows.bias + at)
-        z, slope = transform(tl.load(x + at), bias, constants, how)
-    else:
-        if rows.bias is not None:
-            bias = tl.load(rows.bias + at, mask=mask, other=0)
-        z, slope = transform(tl.load(x + at, mask=mask, other=0), bias, constants, how)
-        z = tl.where(mask, z, -INF)
-    return z, slope
-
-
-@triton.jit
 def load_target(x, row, rows, valid, constants, how):
     """y, whether it is in range, and z and d softcap / du there."""
     y = tl.load(rows.target + row)
     known = (y >= 0) & (y < valid)
     y = tl.where(known, y, 0).to(tl.int32)
-    z, slope = load_z(x, rows, y, None, constants, how)
+    bias = None if rows.bias is None else tl.load(rows.bias + y)
+    z, slope = transform(tl.load(x + y), bias, constants, how)
     return y, known, z, slope
-
-
-@triton.jit
-def read_row(x, rows, valid, constants, how):
-    """The lanes' state after a whole row: steps of `slices` full blocks, then masked blocks."""
-    lanes = tl.arange(0, how.block)
-    four = 4 * tl.arange(0, how.block // 4)
-    zero = tl.zeros((how.block // 4,), how.wide)
-    sums = (zero, zero, zero, zero, zero)
-    state = (zero - INF, sums, (zero - INF, zero, zero, zero, zero), four)
-    whole = valid // (how.block * how.slices) * (how.block * how.slices)
-    for start in range(0, whole, how.block * how.slices):
-        slices = ()
-        for k in tl.static_range(how.slices):
-            z, _ = load_z(x, rows, start + k * how.block + lanes, None, constants, how)
-            slices = slices + quarters(z)
-        state = absorb(state, slices, start + four, how)
-    for start in range(whole, valid, how.block):
-        at = start + lanes
-        z, _ = load_z(x, rows, at, at < valid, constants, how)
-        state = absorb(state, quarters(z), start + four, how)
-    return state
 
 
 @triton.jit
@@ -248,36 +179,62 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
     is half as wide, entry j is written over entry j // 2: all lanes must have read it.
     """
     narrows = out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth
+    each: tl.constexpr = per_thread(out.dtype.element_ty)
     lanes = tl.arange(0, how.block)
-    y = terms[3]
-    whole = valid // (how.block * how.slices) * (how.block * how.slices)
-    for start in range(0, whole, how.block * how.slices):
+    step: tl.constexpr = how.block * how.slices
+    vectors, first, last = whole_vectors(out, vocab, how)
+    write_edge(x, out, 0, first, rows, up, valid, constants, terms, how)
+    y = terms[3] - first
+    size, count = last - first, tl.minimum(valid, last) - first
+    whole = tl.maximum(count, 0) // step * step
+    for start in range(0, whole, step):
         slices = ()
         for k in tl.static_range(how.slices):
-            at = start + k * how.block + lanes
-            slices = slices + (load_z(x, rows, at, None, constants, how),)
-        if narrows and outruns_reads(start, how.block * how.slices):
+            block = load_z(x, rows, first, start + k * how.block, None, constants, how)
+            slices = slices + (block,)
+        if narrows and outruns_reads(start, step):
             tl.debug_barrier()
         for k in tl.static_range(how.slices):
             base = start + k * how.block
             z, slope = slices[k]
             g = entry_gradient(z, slope, lanes == y - base, terms, up, how)
-            tl.store(out + base + lanes, g)
-    for start in range(whole, vocab, how.block):
-        at = start + lanes
-        z, slope = load_z(x, rows, at, at < valid, constants, how)
+            tl.store(vectors + base + lanes, g)
+    for start in range(whole, size, how.block):
+        z, slope = load_z(x, rows, first, start, count - start, constants, how)
         if narrows:
             tl.debug_barrier()
-        g = entry_gradient(z, slope, at == y, terms, up, how)
-        tl.store(out + at, tl.where(at < valid, g, 0), mask=at < vocab)
+        g = entry_gradient(z, slope, lanes == y - start, terms, up, how)
+        g = tl.where(lanes < count - start, g, 0)
+        tl.store(vectors + start + lanes, g, mask=lanes // each < (size - start) // each)
+    write_edge(x, out, last, vocab, rows, up, valid, constants, terms, how)
+
+
+@triton.jit
+def write_edge(x, out, begin, end, rows, up, valid, constants, terms, how):
+    """The gradient of the entries [begin, end), fewer than 16 bytes."""
+    at = begin + tl.arange(0, 8)
+    mask = at < tl.minimum(end, valid)
+    bias = None
+    if rows.bias is not None:
+        bias = tl.load(rows.bias + at, mask=mask)
+    z, slope = transform(tl.load(x + at, mask=mask), bias, constants, how)
+    if out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth:
+        tl.debug_barrier()
+    g = entry_gradient(z, slope, at == terms[3], terms, up, how)
+    tl.store(out + at, tl.where(mask, g, 0), mask=at < end)
 
 
 @triton.jit
 def write_zeros(out, vocab, how):
-    lanes = tl.arange(0, how.block)
+    vectors, first, last = whole_vectors(out, vocab, how)
+    each: tl.constexpr = per_thread(out.dtype.element_ty)
+    lanes, edge = tl.arange(0, how.block), tl.arange(0, 8)
     zero = tl.zeros((how.block,), how.wide)
-    for start in range(0, vocab, how.block):
-        tl.store(out + start + lanes, zero, mask=start + lanes < vocab)
+    for start in range(0, last - first, how.block):
+        inside = lanes // each < (last - first - start) // each
+        tl.store(vectors + start + lanes, zero, mask=inside)
+    tl.store(out + edge, tl.zeros((8,), how.wide), mask=edge < first)
+    tl.store(out + last + edge, tl.zeros((8,), how.wide), mask=last + edge < vocab)
 
 
 @triton.jit
@@ -286,6 +243,7 @@ def statistics(
     view,
     rows,
     outs,
+    shared,
     vocab,
     valid,
     scale: tl.float64,
@@ -293,17 +251,43 @@ def statistics(
     temperature: tl.float64,
     how,
 ):
+    """One program a row; with `shared`, one for each part of a row, the last of which merges."""
     row = tl.program_id(0)
+    parts = tl.cdiv(valid, how.part)
+    part = 0
+    if shared is not None:
+        part = row % parts
+        row = row // parts
     if is_counted(row, rows):
-        x = logits + row_offset(row, view)
+        x = row_of(logits, row, view, how)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
-        y, known, z_target = None, None, None
-        if rows.target is not None:
-            y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
-        state = read_row(x, rows, valid, constants, how)
-        put_row(outs, row, state, y, known, z_target, how)
+        if shared is None:
+            state = read_row(x, rows, 0, valid, constants, how)
+            finish_row(x, row, state, rows, outs, valid, constants, how)
+        else:
+            begin = part * how.part
+            end = tl.minimum(begin + how.part, valid)
+            state = read_row(x, rows, begin, end, constants, how)
+            pairs: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
+            numbers: tl.constexpr = numbers_of_a_lane(how.second, how.moments, how.top1)
+            size: tl.constexpr = numbers * (how.block // 4)
+            states = shared.states + row.to(tl.int64) * parts * size
+            put_state(states + part * size, state, how)
+            if last_to_arrive(shared.arrived + row, parts):
+                state = nothing_read(how.wide, pairs, how)
+                for i in range(parts):
+                    state = join_lanes(state, load_state(states + i * size, pairs, how), how)
+                finish_row(x, row, state, rows, outs, valid, constants, how)
     else:
         put_zeros(outs, row)
+
+
+@triton.jit
+def finish_row(x, row, state, rows, outs, valid, constants, how):
+    y, known, z_target = None, None, None
+    if rows.target is not None:
+        y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
+    put_row(outs, row, state, y, known, z_target, how)
 
 
 @triton.jit
@@ -323,9 +307,9 @@ def gradient(
     how,
 ):
     row = tl.program_id(0)
-    out += row_offset(row, out_view)
+    out = row_of(out, row, out_view, how)
     if is_counted(row, rows):
-        x = logits + row_offset(row, view)
+        x = row_of(logits, row, view, how)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
         m = tl.load(saved.max + row)
         log1p_r = tl.load(saved.log1p_r + row)
@@ -360,15 +344,15 @@ def loss(
     how,
 ):
     row = tl.program_id(0)
-    out += row_offset(row, out_view)
     if is_counted(row, rows):
-        x = logits + row_offset(row, view)
+        x = row_of(logits, row, view, how)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
         y, known, z_target, slope = None, None, None, None
         if rows.target is not None:
             y, known, z_target, slope = load_target(x, row, rows, valid, constants, how)
-        state = read_row(x, rows, valid, constants, how)
+        state = read_row(x, rows, 0, valid, constants, how)
         m, log1p_r, mean_d = put_row(outs, row, state, y, known, z_target, how)
+        out = row_of(out, row, out_view, how)
         factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
         terms = (m, a, b, -1, 0.0)
         if up.logprob is not None:
@@ -378,4 +362,4 @@ def loss(
         write_gradient(x, out, rows, up, vocab, valid, constants, terms, how)
     else:
         put_zeros(outs, row)
-        write_zeros(out, vocab, how)
+        write_zeros(row_of(out, row, out_view, how), vocab, how)

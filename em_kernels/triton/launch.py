@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from em_kernels._spec import (
     NEEDS_LOGIT_MOMENTS,
@@ -21,6 +22,7 @@ from em_kernels._spec import (
     accumulate_dtype,
 )
 from em_kernels.triton import kernels
+from em_kernels.triton.reads import numbers_of_a_lane
 
 _LOAD_BYTES = 16
 _MAX_ROWS = 2**31 - 1  # of a launch grid
@@ -28,23 +30,28 @@ UNFUSED = {"enable_fp_fusion": False}  # `elementary` says why
 
 
 class Plan(NamedTuple):
-    """A step of the loop over a row is `slices` loads of `block` entries by `num_warps` warps."""
+    """A step of the loop over a row is `slices` loads of `block` entries by `num_warps` warps.
+
+    A part of a row is `part` entries, some number of steps: what a program reads where there are
+    too few rows.
+    """
 
     block: int
     slices: int
     num_warps: int
+    part: int = 32768
 
 
 @cache
-def plan(vocab: int, dtype: torch.dtype, capped: bool = False) -> Plan:
-    """16-byte loads, four in flight per thread, 8 warps where the row is long enough.
+def plan(vocab: int, dtype: torch.dtype, capped: bool = False, warp: int = 32) -> Plan:
+    """16-byte loads, four in flight per thread, 256 threads where the row is long enough.
 
     That is 3 or 4 programs per multiprocessor: one merges its lanes while others load. With a
     softcap two loads, because its registers would leave fewer programs. Nothing else decides, so
     a row's bits do not depend on the other rows of the call.
     """
-    per_warp = 32 * _LOAD_BYTES // dtype.itemsize
-    num_warps = min(8, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
+    per_warp = warp * _LOAD_BYTES // dtype.itemsize
+    num_warps = min(256 // warp, triton.next_power_of_2(triton.cdiv(vocab, per_warp)))
     return Plan(per_warp * num_warps, 2 if capped else 4, num_warps)
 
 
@@ -95,6 +102,15 @@ class How(NamedTuple):
     top1: tl.constexpr
     block: tl.constexpr
     slices: tl.constexpr
+    part: tl.constexpr
+    aligned: tl.constexpr
+
+
+class Shared(NamedTuple):
+    """Where the programs of a row write down what their lanes hold, and how many have."""
+
+    states: Tensor
+    arrived: Tensor
 
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
@@ -135,14 +151,25 @@ def _into(out: Tensor) -> dict:
     return {"out": out, "out_view": View.of(out)}
 
 
-def how_of(dtype: torch.dtype, spec: RowSpec, outputs: tuple[str, ...], sizes: Plan) -> How:
+def how_of(
+    dtype: torch.dtype,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    sizes: Plan,
+    aligned: bool = True,
+) -> How:
     scaled = spec.temperature_rows is not None or spec.temperature != 1 or spec.logit_scale != 1
-    return _how(dtype, spec.softcap > 0, scaled, outputs, sizes)
+    return _how(dtype, spec.softcap > 0, scaled, outputs, sizes, aligned)
 
 
 @cache
 def _how(
-    dtype: torch.dtype, capped: bool, scaled: bool, outputs: tuple[str, ...], sizes: Plan
+    dtype: torch.dtype,
+    capped: bool,
+    scaled: bool,
+    outputs: tuple[str, ...],
+    sizes: Plan,
+    aligned: bool,
 ) -> How:
     """Made once: Triton looks a kernel up by comparing constexprs, in Python, and need not compare
     an object with itself."""
@@ -155,6 +182,8 @@ def _how(
         top1="is_top1" in outputs,
         block=sizes.block,
         slices=sizes.slices,
+        part=sizes.part,
+        aligned=aligned,
     )
     return How(*map(tl.constexpr, values))
 
@@ -163,9 +192,14 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     count = logits.shape[0] * logits.shape[1]
     if count == 0:
         return
-    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
+    written = [arguments["out"]] if "out" in arguments else []
+    how = how_of(logits.dtype, spec, outputs, sizes, aligned(logits, *written))
+    programs = count
+    if kernel is kernels.statistics:
+        programs, arguments["shared"] = _programs(logits, count, spec.valid_vocab, how)
     with device_of(logits):
-        kernel[(count,)](
+        kernel[(programs,)](
             logits,
             view=View.of(logits),
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
@@ -174,11 +208,51 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=how_of(logits.dtype, spec, outputs, sizes),
+            how=how,
             num_warps=sizes.num_warps,
             **UNFUSED,
             **arguments,
         )
+
+
+def _programs(logits: Tensor, count: int, valid: int, how: How) -> tuple[int, Shared | None]:
+    """How many programs: one a row, or one for each part of it where those leave most of the GPU
+    without work."""
+    parts = triton.cdiv(valid, how.part.value)
+    if parts == 1 or count >= 2 * multiprocessors(logits.device):
+        return count, None
+    numbers = numbers_of_a_lane(how.second.value, how.moments.value, how.top1.value)
+    shape = (count * parts, numbers, how.block.value // 4)
+    states = logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
+    return count * parts, Shared(states, logits.new_zeros(count, dtype=torch.int32))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """0 off a GPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warp_size() -> int:
+    """Threads of a warp of the GPU that Triton compiles for, 32 where there is none."""
+    try:
+        return _warp_size_of(driver.active)
+    except RuntimeError:
+        return 32
+
+
+@cache
+def _warp_size_of(active) -> int:
+    return active.get_current_target().warp_size
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all their rows begin at multiples of 16 bytes."""
+    return not any(
+        x.data_ptr() % _LOAD_BYTES or any(n * x.itemsize % _LOAD_BYTES for n in x.stride()[:-1])
+        for x in tensors
+    )
 
 
 def device_of(x: Tensor):

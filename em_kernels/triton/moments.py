@@ -18,7 +18,7 @@ of Chan et al. (1983) and Pebay (2008).
 import triton
 import triton.language as tl
 
-from em_kernels.triton.elementary import exp
+from em_kernels.triton.elementary import exp, larger, smaller
 
 INF = tl.constexpr(float("inf"))
 # exp() of it is 0 and 0 times it is 0: the least distance from a maximum, in place of -inf.
@@ -51,11 +51,11 @@ def rescale(sums, delta, how):
 
 
 @triton.jit
-def add_shifted(moments, slices):
+def add_shifted(moments, slices, how):
     """Count and sums of powers of z - shift over finite z; the first of them is the shift."""
     shift, n, s1, s2, s3 = moments
     for k in tl.static_range(len(slices)):
-        z = slices[k]
+        z = slices[k].to(how.wide)
         shift = tl.where(shift > -INF, shift, z)
         u = tl.where(z > -INF, z - shift, 0)
         n += tl.where(z > -INF, 1, 0)
@@ -66,30 +66,49 @@ def add_shifted(moments, slices):
 
 
 @triton.jit
-def quarters(z):
-    """z[0::4], z[1::4], z[2::4], z[3::4]: of what one thread has loaded, so no data moves."""
-    even, odd = tl.split(tl.reshape(z, (z.shape[0] // 2, 2)))
-    first, third = tl.split(tl.reshape(even, (z.shape[0] // 4, 2)))
-    second, fourth = tl.split(tl.reshape(odd, (z.shape[0] // 4, 2)))
+def quarters(z, pairs: tl.constexpr):
+    """The first, second, third and fourth entry of every lane in a block.
+
+    A lane has four consecutive entries; with `pairs`, two lanes have every other of eight. A thread
+    has loaded all of them, so no data moves.
+    """
+    size: tl.constexpr = z.shape[0]
+    if pairs:
+        z = tl.reshape(tl.permute(tl.reshape(z, (size // 8, 4, 2)), (0, 2, 1)), (size,))
+    even, odd = tl.split(tl.reshape(z, (size // 2, 2)))
+    first, third = tl.split(tl.reshape(even, (size // 4, 2)))
+    second, fourth = tl.split(tl.reshape(odd, (size // 4, 2)))
     return first, second, third, fourth
 
 
 @triton.jit
-def absorb(state, slices, at, how):
+def entries_of_lanes(k, block: tl.constexpr, pairs: tl.constexpr):
+    """Which entries of a block `quarters` gives the lanes k-th."""
+    lanes = tl.arange(0, block // 4)
+    if pairs:
+        at = lanes // 2 * 8 + lanes % 2 + 2 * k
+    else:
+        at = 4 * lanes + k
+    return at
+
+
+@triton.jit
+def absorb(state, slices, start, pairs: tl.constexpr, how):
     """The lanes' state after more entries of a row: the quarters of consecutive blocks, the first
-    of which begins with the entries `at`."""
+    of which begins with the entry `start`."""
     hi, sums, moments, first = state
-    before = hi
+    before = hi.to(how.wide)
     losers = ()
     for k in tl.static_range(len(slices)):
         z = slices[k]
         if how.top1:
-            first = tl.where(z > hi, at + k // 4 * how.block + k % 4, first)
-        losers = losers + (tl.minimum(hi, z),)
-        hi = tl.maximum(hi, z, propagate_nan=tl.PropagateNan.ALL)
+            at = start + k // 4 * how.block + entries_of_lanes(k % 4, how.block, pairs)
+            first = tl.where(z > hi, at, first)
+        losers = losers + (smaller(hi, z).to(how.wide),)
+        hi = larger(hi, z)
     if how.moments:
-        moments = add_shifted(moments, slices)
-    top = finite_top(hi)
+        moments = add_shifted(moments, slices, how)
+    top = finite_top(hi.to(how.wide))
     r, q, t, c, b = rescale(sums, distance(before, top), how)
     for k in tl.static_range(len(slices)):
         d = tl.maximum(losers[k] - top, FAR)
@@ -114,7 +133,7 @@ def merge(hi, sums, how):
     mean = q / weight
     spread = tl.maximum(t - q * mean, 0)
 
-    delta = distance(finite_top(hi), finite_top(m))
+    delta = distance(hi, finite_top(m))
     r, q, t, c, b = rescale(sums, delta, how)
     scale = exp(delta)
     ties = tl.sum(tl.where(hi == m, 1.0, 0.0), 0) - 1
@@ -130,18 +149,43 @@ def merge(hi, sums, how):
 
 
 @triton.jit
-def merge_shifted(moments, m):
-    """Lanes -> row: count, mean - m, and sums of (z - mean)^2 and (z - mean)^3."""
+def centred(moments):
+    """Sums of powers about the shift -> shift, count, mean - shift, and sums of (z - mean)^2 and
+    (z - mean)^3."""
     shift, n, s1, s2, s3 = moments
     offset = s1 / tl.maximum(n, 1)
     second = tl.maximum(s2 - offset * s1, 0)
-    third = s3 - offset * (3 * s2 - 2 * offset * s1)
+    return shift, n, offset, second, s3 - offset * (3 * s2 - 2 * offset * s1)
+
+
+@triton.jit
+def merge_shifted(moments, m):
+    """Lanes, as `centred`, -> row: count, mean - m, and sums of (z - mean)^2 and (z - mean)^3."""
+    shift, n, offset, second, third = moments
     centre = tl.where(n > 0, shift - m + offset, 0)
     count = tl.sum(n, 0)
     mean = tl.sum(n * centre, 0) / count
     away = centre - mean
     third = tl.sum(third + away * (3 * second + n * away * away), 0)
     return count, mean, tl.sum(second + n * away * away, 0), third
+
+
+@triton.jit
+def join_lanes(one, other, how):
+    """The lanes' states of two parts of a row -> of both, entry by entry; the first comes first.
+
+    A lane that has seen nothing changes no bit of the other.
+    """
+    hi, sums = join(one[:2], other[:2], how)
+    moments, first = one[2], one[3]
+    if how.moments:
+        shift = tl.where(moments[1] > 0, moments[0], other[2][0])
+        away = tl.where(other[2][1] > 0, other[2][0] - shift, 0)
+        later = (other[2][1], away + other[2][2], other[2][3], other[2][4])
+        moments = (shift,) + join_moments(moments[1:], later)
+    if how.top1:
+        first = tl.where(other[0] > one[0], other[3], first)
+    return hi, sums, moments, first
 
 
 @triton.jit
@@ -176,19 +220,19 @@ def tile_part(slices, how):
 
 @triton.jit
 def join(one, other, how):
-    """(max, sums) of two parts of a row -> of both; the lesser maximum joins the sums."""
-    hi_1, sums_1 = one
-    hi_2, sums_2 = other
-    hi = tl.maximum(hi_1, hi_2)
-    delta_1 = distance(finite_top(hi_1), finite_top(hi))
-    delta_2 = distance(finite_top(hi_2), finite_top(hi))
-    r_1, q_1, t_1, c_1, b_1 = rescale(sums_1, delta_1, how)
-    r_2, q_2, t_2, c_2, b_2 = rescale(sums_2, delta_2, how)
-    d = tl.minimum(delta_1, delta_2)
-    e = exp(d)
-    r = r_1 + r_2 + e
-    q = q_1 + q_2 + e * d
-    return hi, (r, q, t_1 + t_2 + e * d * d, c_1 + c_2 + e * e, b_1 + b_2 + e * e * d)
+    """(max, sums) of two parts of a row -> of both; the lesser maximum joins the sums.
+
+    A part that has seen nothing changes no bit of the other.
+    """
+    hi = larger(one[0], other[0])
+    leads = other[0] > one[0]
+    sums, lesser = (), ()
+    for i in tl.static_range(5):
+        sums = sums + (tl.where(leads, other[1][i], one[1][i]),)
+        lesser = lesser + (tl.where(leads, one[1][i], other[1][i]),)
+    d = distance(tl.where(leads, one[0], other[0]), finite_top(hi))
+    r, q, t, c, b = rescale((lesser[0] + 1, lesser[1], lesser[2], lesser[3] + 1, lesser[4]), d, how)
+    return hi, (sums[0] + r, sums[1] + q, sums[2] + t, sums[3] + c, sums[4] + b)
 
 
 @triton.jit

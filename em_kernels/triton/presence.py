@@ -6,9 +6,18 @@ import triton.language as tl
 from torch import Tensor
 
 from em_kernels._spec import RowSpec
-from em_kernels.triton.kernels import load_z, row_constants, row_offset
-from em_kernels.triton.launch import UNFUSED, Rows, View, device_of, how_of, plan
+from em_kernels.triton.launch import (
+    UNFUSED,
+    Rows,
+    View,
+    aligned,
+    device_of,
+    how_of,
+    plan,
+    warp_size,
+)
 from em_kernels.triton.moments import INF
+from em_kernels.triton.reads import load_z, row_constants, row_of
 
 
 @triton.jit
@@ -31,13 +40,11 @@ def presence(
         asked = value != value
     count = tl.full((), -1, tl.int32)
     if asked:
-        x = logits + row_offset(row, view)
+        x = row_of(logits, row, view, how)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
-        lanes = tl.arange(0, how.block)
         present = tl.zeros((how.block,), tl.int32)
         for start in range(0, valid, how.block):
-            at = start + lanes
-            z, _ = load_z(x, rows, at, at < valid, constants, how)
+            z, _ = load_z(x, rows, 0, start, valid - start, constants, how)
             present += tl.where(z == -INF, 0, 1)
         count = tl.sum(present, 0)
     tl.store(found + row, count)
@@ -49,7 +56,7 @@ def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
     found = torch.empty(count, dtype=torch.int64, device=logits.device)
     if count == 0:
         return found
-    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0)
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
     with device_of(logits):
         presence[(count,)](
             logits,
@@ -61,7 +68,7 @@ def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=how_of(logits.dtype, spec, (), sizes),
+            how=how_of(logits.dtype, spec, (), sizes, aligned(logits)),
             num_warps=sizes.num_warps,
             **UNFUSED,
         )
