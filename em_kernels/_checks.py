@@ -19,6 +19,7 @@ from em_kernels._masks import nonzero
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST = 1 << 63
 NEVER_IGNORED = -(1 << 62)  # an `ignore_index` that no target is
 DEFAULT_OUTPUTS = ("logprob", "entropy")
 
@@ -52,9 +53,8 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: boo
 
 
 def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
-    if chunk_tokens is not None and (not _is_int(chunk_tokens) or chunk_tokens < 1):
-        got = shown(chunk_tokens) if _is_int(chunk_tokens) else repr(chunk_tokens)
-        raise ValueError(f"chunk_tokens must be a positive int or None, got {got}")
+    if chunk_tokens is not None and not _is_int(chunk_tokens, 1):
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {_got(chunk_tokens)}")
     if logits_dtype not in (None, torch.float32, hidden.dtype):
         raise ValueError(
             f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
@@ -68,11 +68,10 @@ def check_entropy_requires_grad(value: bool) -> None:
 
 
 def check_keep_logits(keep_logits: int | None) -> None:
-    if keep_logits is not None and (not _is_int(keep_logits) or keep_logits < 0):
-        got = shown(keep_logits) if _is_int(keep_logits) else repr(keep_logits)
+    if keep_logits is not None and not _is_int(keep_logits, 0):
         raise ValueError(
             "keep_logits must be a number of bytes, an int from 0 on, or None for as many as a "
-            f"chunk takes, got {got}"
+            f"chunk takes, got {_got(keep_logits)}"
         )
 
 
@@ -136,6 +135,8 @@ def make_spec(
     check_number("logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not _is_int(ignore_index, -_MOST):
+        raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
     numbers = Numbers(scalar, softcap or 0.0, logit_scale, filter_eps or 0.0)
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
@@ -287,8 +288,18 @@ def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
     return valid_vocab
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value, least: int | None = None) -> bool:
+    """With `least`: from it on, and of 64 bits as all that an operator takes."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return least is None or least <= value < _MOST
+
+
+def _got(value) -> str:
+    """What an argument that `_is_int` refuses is."""
+    if not _is_int(value):
+        return repr(value)
+    return shown(value) if -_MOST <= value < _MOST else f"{value}, which 64 bits do not hold"
 
 
 def check_device(name: str, value: Tensor, x: Tensor) -> None:

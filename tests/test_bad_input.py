@@ -66,6 +66,7 @@ OPERANDS = [
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int or None, got 0"),
     ({"chunk_tokens": 2.0}, ValueError, "chunk_tokens must be a positive int .* got 2.0"),
     ({"chunk_tokens": True}, ValueError, "chunk_tokens must be a positive int .* got True"),
+    ({"chunk_tokens": 1 << 63}, ValueError, "chunk_tokens must be .* 64 bits do not hold"),
     ({"logits_dtype": torch.float16}, ValueError, "logits_dtype .*, got torch.float16"),
     ({"logits_dtype": "float32"}, ValueError, "logits_dtype .*, got 'float32'"),
 ]
@@ -107,6 +108,7 @@ SHARED = [
     ({"logit_scale": None}, TypeError, "logit_scale must be a number, got NoneType"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
     ({"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got float"),
+    ({"ignore_index": -1 - (1 << 63)}, ValueError, "ignore_index must be .* 64 bits do not hold"),
     ({"valid_vocab": 0}, ValueError, r"valid_vocab must be in \[1, 5\] or None, got 0"),
     ({"valid_vocab": 6}, ValueError, r"valid_vocab must be in \[1, 5\] or None, got 6"),
     ({"valid_vocab": 2.5}, TypeError, "valid_vocab must be an int or None, got float"),

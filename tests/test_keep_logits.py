@@ -130,7 +130,7 @@ def test_without_a_gradient_nothing_is_kept(monkeypatch):
         assert kept_by(monkeypatch, keep_logits=1 << 50) is None
 
 
-@pytest.mark.parametrize("keep", (-1, True, False, 1.5, 1e9, "all", torch.tensor(3)))
+@pytest.mark.parametrize("keep", (-1, 1 << 63, True, False, 1.5, 1e9, "all", torch.tensor(3)))
 def test_bad_values(keep):
     hidden, weight = make_linear(N, dim=D, vocab=V)
     with pytest.raises((TypeError, ValueError), match=r"keep_logits must be .*, got"):
