@@ -64,9 +64,10 @@ def download_command(packages: tuple[str, ...], python: str, folder: Path) -> li
 
 
 def prepare(folder: Path, python: str, most: float) -> dict[str, str]:
-    """Fill `folder` with the wheels, anew; return peer -> why it is left out."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Put the wheels in `folder`, in place of those there; return peer -> why it is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.whl"), folder / LEFT_OUT):
+        old.unlink(missing_ok=True)
     left_out = {}
     for name, peer in PEERS.items():
         with tempfile.TemporaryDirectory() as place:
@@ -126,18 +127,21 @@ def absent(folder: Path, target: Path) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    """The exit code: 1 where wheels were to be made and there is none."""
+    options, code = parse(arguments), 0
     if options.unpack is not None:
         found, left_out = unpack(options.folder, options.unpack)
         print(*(f"{name} is unpacked" for name in found), sep="\n")
     else:
         left_out = prepare(options.folder, options.python, options.mib)
-        for wheel in sorted(options.folder.glob("*.whl")):
+        wheels = sorted(options.folder.glob("*.whl"))
+        for wheel in wheels:
             print(f"{mebibytes([wheel]):6.1f} MiB  {wheel.name}")
-        print(f"{mebibytes(options.folder.glob('*.whl')):6.1f} MiB  in all, in {options.folder}")
+        print(f"{mebibytes(wheels):6.1f} MiB  in all, in {options.folder}")
+        code = 0 if wheels else 1
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")
-    return 0
+    return code
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -147,7 +151,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", default="3.12", help="of the GPU machine (%(default)s)")
     parser.add_argument("--mib", type=float, default=64, help="at most, in all (%(default)s)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the wheels (.whl)")
-    parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="the wheels there are, there")
+    parser.add_argument(
+        "--unpack", type=Path, metavar="FOLDER", help="make none, unpack them there, emptied first"
+    )
     return parser.parse_args(arguments)
 
 

@@ -46,6 +46,7 @@ def test_the_folder_holds_what_fits_and_says_the_rest(pip, tmp_path, capsys):
     folder = tmp_path / ".whl"
     folder.mkdir()
     (folder / "old-1.0-py3-none-any.whl").touch()
+    (folder / "of the user").touch()
     assert gpu_wheels.main(["--folder", str(folder), "--mib", "5"]) == 0
     names = {path.name.partition("-")[0] for path in folder.glob("*.whl")}
     assert names == {"trl", "liger_kernel"}
@@ -57,6 +58,11 @@ def test_the_folder_holds_what_fits_and_says_the_rest(pip, tmp_path, capsys):
     assert large in said
     kept = json.loads((folder / gpu_wheels.LEFT_OUT).read_text())
     assert kept.keys() == {"verl", "nvidia-cutlass-dsl"}
+    assert (folder / "of the user").exists()
+
+
+def test_no_wheel_at_all_is_exit_code_1(pip, tmp_path):
+    assert gpu_wheels.main(["--folder", str(tmp_path), "--mib", "0.5"]) == 1
 
 
 def wheel(folder, name, **files):
