@@ -10,6 +10,7 @@ limits of its stages, with those they need, add up to no more than SECONDS:
     STAGES="bench"
     STAGES="tests profile"
 
+A call replaces the report and the logs of the one before in its folder: OUT=... is another.
 --help lists the stages with their limits, and the groups that stand for several.
 Nothing is downloaded and nothing installed; the wheels that `make gpu-wheels` made are unpacked.
 CUDA is compiled for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Each stage
