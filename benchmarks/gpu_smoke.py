@@ -288,6 +288,7 @@ def bad_rows(impl: str):
 def graph_of(function: Callable[[], tuple[Tensor, ...]], change: Callable[[], None]):
     """The bits of a replayed CUDA graph, after `change`, against those of the call itself."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             function()

@@ -42,6 +42,7 @@ from em_kernels._spec import (
     flatten_spec,
 )
 from em_kernels._vocab_parallel import VocabParallel
+from em_kernels._workspace import empty
 
 
 def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
@@ -56,7 +57,7 @@ def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
     saved, args = take(Saved, args)
     upstream, (impl,) = take(Upstream, args)
     module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
-    view, out = as_rows(logits), _chunks.empty(module, logits.shape, logits.dtype, logits.device)
+    view, out = as_rows(logits), empty(module, logits.shape, logits.dtype, logits.device)
     module.grad(view, spec, _flat(saved), _flat(upstream), out.view(view.shape))
     return [out]
 
@@ -84,7 +85,7 @@ def _loss_rows(
     vocab = logits.shape[-1]
     module, spec = _serve(impl, logits, vocab, spec, (outputs,), loss_of=view)
     if out is None:
-        out = _chunks.empty(module, logits.shape, logits.dtype, logits.device)
+        out = empty(module, logits.shape, logits.dtype, logits.device)
     rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out.view(view.shape))
     return _shape_rows(rows, outputs, logits.shape[:-1]), out
 
@@ -147,7 +148,7 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
     if _rows.is_free_to_look(x) and impl != "triton":
         if factor.item() != 1:
             x.mul_(factor)
-    elif impl != "reference" and serves("triton", x.device):
+    elif impl != "reference" and x.is_contiguous() and serves("triton", x.device):
         importlib.import_module("em_kernels.triton").scale_(x, factor)
     else:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
         x.mul_(factor.expand(x.shape))

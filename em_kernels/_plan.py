@@ -107,10 +107,10 @@ def _cut_for(
     linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
 ) -> Cut:
     width, gpu = row_width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
-    size = linear.logits_dtype.itemsize if needs is None else _bytes_per_logit(linear, backend)
+    alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
+    size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
-    alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
     cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
     if not (again and needs and needs.weight and needs.filter_eps is None):
         return cut

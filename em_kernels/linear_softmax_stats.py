@@ -128,8 +128,8 @@ def linear_softmax_stats(
             a group, and so is what is frozen. With `filter_eps` no gradient is made in the forward
             pass.
 
-    Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are accumulated over
-    chunks in float32 and rounded once.
+    Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are summed in float32
+    (float64 for float64) and rounded once.
     """
     check_allreduce_dgrad(allreduce_dgrad, hidden)
     check_entropy_requires_grad(entropy_requires_grad)

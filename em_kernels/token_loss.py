@@ -24,9 +24,9 @@ from em_kernels._checks import (
     make_spec,
     row_mask,
 )
-from em_kernels._chunks import Needs
 from em_kernels._dtensor import local_logits, local_operands
 from em_kernels._forward_gradient import LinearLoss, SoftmaxLoss, all_outputs, remember, with_loss
+from em_kernels._plan import Needs
 from em_kernels._spec import (
     RowSpec,
     TokenStats,

@@ -269,6 +269,22 @@ def test_default_chunks_are_cut_for_the_widest_shard(deferring, monkeypatch):
     assert _chunks.Rows.counted(linear, None, Shard, ALL).cut == Cut(6, 3)
 
 
+def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
+    """They meet once a chunk. 4 bytes of a logit are 48 rows; the cast of a gradient leaves 32."""
+    monkeypatch.setattr(_cut, "CPU_WORKSPACE_BYTES", 192 * V)
+    hidden, weight = torch.empty(100, D).bfloat16(), torch.empty(V, D).bfloat16()
+    linear = Linear.cut(hidden, weight, None, torch.float32)
+    each = (None, Needs(False, True, False), Needs(True, False, False))
+    cuts = [_chunks.Rows.counted(linear, None, WideShard, needs, True).cut for needs in each]
+    assert [cut.chunk for cut in cuts] == [32, 32, 32]
+
+
+class WideShard:
+    """A rank whose backend writes the gradient as wide as the logits."""
+
+    widest_shard = V
+
+
 @pytest.mark.parametrize("name", NARROWING)
 def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name):
     """Fewer trips of dW out of the same budget, and the same gradients."""

@@ -13,8 +13,9 @@ from helpers import (
     random_logits,
     same_bits,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels import entropy_loss, linear_entropy_loss
+from em_kernels import _ops, entropy_loss, linear_entropy_loss
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 FAST_IMPL = pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -44,6 +45,29 @@ def test_scale_of_a_view_leaves_the_rest(impl, device):
     x = torch.ones(4, 6, device=device)
     torch.ops.em_kernels.scale_(x[:, 1:3], torch.tensor(2.0, device=device), impl)
     assert x.sum() == 4 * 6 + 4 * 2 and (x[:, 1:3] == 2).all()
+
+
+class Factors(TorchDispatchMode):
+    """The dimensions of what tensors are multiplied by in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mul_.Tensor:
+            self.seen.append(args[1].dim())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name == "triton"])
+def test_the_factor_of_a_view_is_not_rounded_to_its_dtype(impl, device):
+    """2^-30 is 0 in float16; a GPU rounds a factor without dimensions to that."""
+    x = torch.full((4, 6), 4096.0, dtype=torch.float16, device=device)
+    with Factors() as factors:
+        _ops._scale_inplace(x[:, 1:3], torch.tensor(2.0**-30, device=device), impl)
+    assert factors.seen == [2]
+    assert (x[:, 1:3] == 2.0**-18).all() and (x[:, 3:] == 4096).all()
 
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="triton is not available here")

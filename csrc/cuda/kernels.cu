@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <type_traits>
+#include <vector>
 
 #include "sizes.h"
 #include "rows.h"
@@ -241,8 +242,8 @@ stream_gradient(const Problem p, const Gradient g) {
 
 #if defined(EM_HAS_CLUSTERS)
 // Brings the n numbers at `x` into shared memory at `to`, which is as far past a multiple of 16
-// bytes: all but the ends by bulk copies. Afterwards chunk k, of `chunk` numbers, is there for those
-// who have waited for arrivals 0 to k.
+// bytes: all but the ends by bulk copies. Afterwards chunk k, of `chunk` numbers, is there for who
+// has waited for arrivals 0 to k.
 template <class In>
 EM_DEVICE void bring_in(const In* x, int n, int chunk, In* to, Arrival* arrivals) {
   constexpr int width = Vector<In>::width;
@@ -381,18 +382,26 @@ const void* address(void (*kernel)(Parameters...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
+// All that `stream` launches for logits of type In.
+template <class In>
+void add_streaming(std::vector<const void*>& kernels) {
+  if constexpr (sizeof(In) <= 4)
+    for (const bool aligned : {true, false}) {
+      kernels.push_back(address(statistics_of<In, true>(aligned)));
+      kernels.push_back(address(gradient_of<In, true>(aligned)));
+    }
+  kernels.push_back(address(statistics_of<In, false>(false)));
+  kernels.push_back(address(gradient_of<In, false>(false)));
+}
+
 Loaded load_kernels(int shared_bytes) {
+  std::vector<const void*> streaming;
+  add_streaming<float>(streaming);
+  add_streaming<bf16>(streaming);
+  add_streaming<f16>(streaming);
+  add_streaming<double>(streaming);
   return load(
-      {address(stream_statistics<float, Aligned, true>), address(stream_statistics<float, Unaligned, true>),
-       address(stream_statistics<float, Any, false>), address(stream_statistics<bf16, Aligned, true>),
-       address(stream_statistics<bf16, Unaligned, true>), address(stream_statistics<bf16, Any, false>),
-       address(stream_statistics<f16, Aligned, true>), address(stream_statistics<f16, Unaligned, true>),
-       address(stream_statistics<f16, Any, false>), address(stream_statistics<double, Any, false>),
-       address(stream_gradient<float, Aligned, true>), address(stream_gradient<float, Unaligned, true>),
-       address(stream_gradient<float, Any, false>), address(stream_gradient<bf16, Aligned, true>),
-       address(stream_gradient<bf16, Unaligned, true>), address(stream_gradient<bf16, Any, false>),
-       address(stream_gradient<f16, Aligned, true>), address(stream_gradient<f16, Unaligned, true>),
-       address(stream_gradient<f16, Any, false>), address(stream_gradient<double, Any, false>)},
+      streaming,
       {address(resident_loss<float>), address(resident_loss<bf16>), address(resident_loss<f16>)},
       shared_bytes);
 }

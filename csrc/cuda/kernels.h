@@ -17,7 +17,7 @@ struct Device {
   int compute_capability = 0;         // 90 for 9.0; of the loaded code, where that is less
   int shared_per_block = 0;           // bytes a block may opt in to
   int shared_per_multiprocessor = 0;  // bytes
-  int largest_cluster = 0;            // blocks that run as a cluster, each with all it may opt in to
+  int largest_cluster = 0;            // blocks that run as one, each with all it may opt in to
 };
 
 // What is known of the kernels once they are loaded for a device.
@@ -46,9 +46,9 @@ Plan plan(Operation, const Problem&, const Results&, const Gradient&, const Devi
 // Queues the kernel on `stream`, a cudaStream_t. Throws std::runtime_error if CUDA refuses.
 void run(Operation, const Problem&, const Results&, const Gradient&, const Device&, void* stream);
 
-// The limits of device `index`, which is the current one, and readies it: all kernels are loaded, so
-// that a call after this one can be captured. It can be called in a capture itself, and from several
-// threads. Throws std::runtime_error if CUDA refuses.
+// The limits of device `index`, which is the current one, and readies it: all kernels are loaded,
+// so that a call after this one can be captured. It can be called in a capture itself, and from
+// several threads. Throws std::runtime_error if CUDA refuses.
 Device device(int index);
 
 // Loads all kernels for the current device, a block of which may have `shared_bytes`.

@@ -4,10 +4,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 #include "sizes.h"
@@ -54,11 +54,11 @@ inline int largest_cluster(const void* kernel, int shared_bytes) {
 // ptxVersion is what its code was written for: less than the device's compute capability where the
 // driver made it out of older PTX.
 inline Loaded load(
-    std::initializer_list<const void*> streaming, std::initializer_list<const void*> resident,
+    const std::vector<const void*>& streaming, const std::vector<const void*>& resident,
     int shared_bytes) {
   Loaded out = {1000, kMaxCluster};
-  for (const auto& kernels : {streaming, resident})
-    for (const void* kernel : kernels) {
+  for (const auto* kernels : {&streaming, &resident})
+    for (const void* kernel : *kernels) {
       cudaFuncAttributes attributes;
       check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
       out.compute_capability = std::min(out.compute_capability, attributes.ptxVersion);

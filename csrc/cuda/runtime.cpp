@@ -2,21 +2,19 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace em_kernels::cuda {
 namespace {
 
 int attribute(cudaDeviceAttr which, int index, const char* name) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
-  if (error != cudaSuccess)
-    throw std::runtime_error(
-        std::string("cudaDeviceGetAttribute(") + name + "): " + cudaGetErrorName(error) + ": " +
-        cudaGetErrorString(error));
+  check(
+      cudaDeviceGetAttribute(&value, which, index),
+      (std::string("cudaDeviceGetAttribute(") + name + ")").c_str());
   return value;
 }
 

@@ -88,7 +88,7 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-// How many numbers lie between the last multiple of 16 bytes and `x`; `x` is aligned to its numbers.
+// How many numbers lie between the last multiple of 16 bytes and `x`, which is aligned to them.
 template <class In>
 EM_DEVICE int numbers_past(const In* x) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(In));

@@ -1,11 +1,10 @@
 """A tensor times a number that is on the GPU, in place: no work where the number is 1."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from em_kernels.triton.launch import UNFUSED
+from em_kernels.triton.launch import UNFUSED, device_of
 
 BLOCK = 4096
 PROGRAMS = 2048  # few enough that a launch with nothing to do costs microseconds
@@ -24,10 +23,8 @@ def scale(x, factor, count, block: tl.constexpr):
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a tensor of one number; rounded once."""
-    if not x.is_contiguous():
-        x.mul_(factor)
-    elif x.numel() > 0:
+    """x *= factor, x contiguous and factor a tensor of one number; rounded once."""
+    if x.numel() > 0:
         programs = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK))
-        with torch.cuda.device_of(x):
+        with device_of(x):
             scale[(programs,)](x, factor, x.numel(), BLOCK, num_warps=8, **UNFUSED)
