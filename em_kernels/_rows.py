@@ -38,11 +38,13 @@ def kept_rows(spec: RowSpec, count: int) -> tuple[Tensor | None, RowSpec]:
 def with_index(spec: RowSpec) -> RowSpec:
     """The spec for a forward and a backward pass, which need the rows looked for only once.
 
-    A mask without values, as in a trace, is left to the operators.
+    A mask without values, as in a trace, is left to the operators. Rows that a captured forward
+    pass has multiplied are multiplied in its backward pass too, which may not be captured.
     """
     if torch.compiler.is_compiling() or type(spec.mask) is not Tensor or spec.mask.is_meta:
         return spec
-    return spec._replace(index=_find(spec))
+    compact = spec.compact and not is_capturing(spec.mask)
+    return spec._replace(index=_find(spec), compact=compact)
 
 
 def _find(spec: RowSpec) -> Tensor | None:

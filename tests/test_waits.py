@@ -163,6 +163,23 @@ def test_a_mean_over_all_tokens_makes_no_mask(monkeypatch):
     assert seen == [None] * 4
 
 
+def test_a_captured_forward_pass_and_a_backward_pass_outside(gpu_rule, monkeypatch):
+    """Both multiply the same rows, so that logits kept from one are those of the other."""
+    hidden, weight = make_linear(N, dim=D, vocab=V)
+    mask = torch.arange(N) % 3 > 0
+    grads = []
+    for captured in (False, True):
+        monkeypatch.setattr(_rows, "is_capturing", lambda x, captured=captured: captured)
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        options = dict(mask=mask, chunk_tokens=4, keep_logits=1 << 20)
+        entropy = linear_softmax_stats(*leaves, **options).entropy
+        monkeypatch.setattr(_rows, "is_capturing", lambda x: False)
+        entropy.sum().backward()
+        grads.append([x.grad for x in leaves])
+    for got, want in zip(*reversed(grads), strict=True):
+        assert error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("masked", (False, True), ids=("ignored", "masked"))
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("impl", ON_CPU)
