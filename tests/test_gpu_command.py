@@ -381,7 +381,8 @@ def test_a_test_that_costs_the_gpu_ends_its_worker(tmp_path):
     (tmp_path / "tests/test_lost.py").write_text(LOSES)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests"]
-    variables = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    variables = {**own, "PYTHONPATH": str(gpu.ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout
     assert "has cost this process the GPU" in done.stdout
