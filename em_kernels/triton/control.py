@@ -8,16 +8,7 @@ from torch import Tensor
 from em_kernels._entropy_control import Descent, Goal
 from em_kernels._spec import RowSpec, accumulate_dtype
 from em_kernels.triton.elementary import exp, log1p
-from em_kernels.triton.launch import (
-    UNFUSED,
-    Rows,
-    View,
-    aligned,
-    device_of,
-    how_of,
-    plan,
-    warp_size,
-)
+from em_kernels.triton.launch import Rows, device_of, prepare
 from em_kernels.triton.moments import distance, merge
 from em_kernels.triton.reads import load_z, read_row, row_of
 
@@ -126,10 +117,6 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, **arguments) -> None:
     outer, inner, vocab = logits.shape
     if outer * inner == 0:
         return
-    sizes = plan(vocab, logits.dtype, False, warp_size())
-    how = how_of(logits.dtype, spec, ("entropy",), sizes, aligned(logits))
-    common = dict(
-        view=View.of(logits), rows=PLAIN, vocab=vocab, how=how, num_warps=sizes.num_warps, **UNFUSED
-    )
+    prepared = prepare(logits, spec._replace(valid_vocab=vocab), ("entropy",))
     with device_of(logits):
-        kernel[(outer * inner,)](logits, **common, **arguments)
+        kernel[(outer * inner,)](logits, rows=PLAIN, vocab=vocab, **prepared, **arguments)

@@ -192,27 +192,31 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
     count = logits.shape[0] * logits.shape[1]
     if count == 0:
         return
-    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
     written = [arguments["out"]] if "out" in arguments else []
-    how = how_of(logits.dtype, spec, outputs, sizes, aligned(logits, *written))
+    prepared = prepare(logits, spec, outputs, *written)
     programs = count
     if kernel is kernels.statistics:
-        programs, arguments["shared"] = _programs(logits, count, spec.valid_vocab, how)
+        shared = _programs(logits, count, spec.valid_vocab, prepared["how"])
+        programs, arguments["shared"] = shared
     with device_of(logits):
         kernel[(programs,)](
             logits,
-            view=View.of(logits),
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
             vocab=logits.shape[2],
             valid=spec.valid_vocab,
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=how,
-            num_warps=sizes.num_warps,
-            **UNFUSED,
+            **prepared,
             **arguments,
         )
+
+
+def prepare(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], *written: Tensor) -> dict:
+    """What every kernel over the rows of `logits` is given; some also write the rows of others."""
+    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
+    how = how_of(logits.dtype, spec, outputs, sizes, aligned(logits, *written))
+    return dict(view=View.of(logits), how=how, num_warps=sizes.num_warps, **UNFUSED)
 
 
 def _programs(logits: Tensor, count: int, valid: int, how: How) -> tuple[int, Shared | None]:

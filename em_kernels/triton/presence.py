@@ -6,16 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from em_kernels._spec import RowSpec
-from em_kernels.triton.launch import (
-    UNFUSED,
-    Rows,
-    View,
-    aligned,
-    device_of,
-    how_of,
-    plan,
-    warp_size,
-)
+from em_kernels.triton.launch import Rows, device_of, prepare
 from em_kernels.triton.moments import INF
 from em_kernels.triton.reads import load_z, row_constants, row_of
 
@@ -56,11 +47,9 @@ def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
     found = torch.empty(count, dtype=torch.int64, device=logits.device)
     if count == 0:
         return found
-    sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
     with device_of(logits):
         presence[(count,)](
             logits,
-            view=View.of(logits),
             rows=Rows(spec.bias, None, None, spec.temperature_rows),
             top=top,
             found=found,
@@ -68,8 +57,6 @@ def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
             scale=spec.logit_scale,
             softcap=spec.softcap,
             temperature=spec.temperature,
-            how=how_of(logits.dtype, spec, (), sizes, aligned(logits)),
-            num_warps=sizes.num_warps,
-            **UNFUSED,
+            **prepare(logits, spec, ()),
         )
     return found
