@@ -3,12 +3,14 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/spare_block.h"
+#include "cpu/spare_blocks.h"
 
 namespace {
 
@@ -17,6 +19,7 @@ using at::Tensor;
 using cpu::Gradient;
 using cpu::Level;
 using cpu::Parallel;
+using cpu::Part;
 using cpu::Problem;
 using cpu::Results;
 using OptionalTensor = std::optional<Tensor>;
@@ -57,9 +60,9 @@ Parallel parallel() {
 }
 
 // Never destroyed: tensors may outlive static objects at exit.
-cpu::SpareBlock& spare_block() {
-  static auto* block = new cpu::SpareBlock;
-  return *block;
+cpu::SpareBlocks& spare_blocks() {
+  static auto* blocks = new cpu::SpareBlocks;
+  return *blocks;
 }
 
 // Below this a fresh allocation costs little.
@@ -69,11 +72,11 @@ constexpr size_t kSpareBytes = 8 << 20;
 Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
   const size_t bytes = c10::multiply_integers(shape) * c10::elementSize(dtype);
   if (bytes < kSpareBytes) return at::empty(shape, dtype);
-  const auto block = spare_block().take(bytes);
-  return at::from_blob(block.start, shape, [block](void*) { spare_block().give(block); }, dtype);
+  const auto block = spare_blocks().take(bytes);
+  return at::from_blob(block.start, shape, [block](void*) { spare_blocks().give(block); }, dtype);
 }
 
-void release_memory() { spare_block().clear(); }
+void release_memory() { spare_blocks().clear(); }
 
 void check_rows_view(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(
@@ -168,12 +171,28 @@ Gradient make_gradient(
 #define EM_SPEC_ARGUMENTS \
   bias, target, mask, temperature_rows, temperature, softcap, logit_scale, valid_vocab
 
+// Rows of which nothing is known yet, (rows, bytes): opaque, for `stats`.
+Tensor new_parts(int64_t rows) {
+  static_assert(std::is_trivially_copyable_v<Part>);
+  const Tensor parts = at::empty({rows, int64_t(sizeof(Part))}, at::kByte);
+  std::fill_n(static_cast<Part*>(parts.mutable_data_ptr()), rows, Part{});
+  return parts;
+}
+
 std::vector<Tensor> stats(
-    const Tensor& logits, EM_SPEC_PARAMETERS, const std::vector<std::string>& outputs) {
+    const Tensor& logits, EM_SPEC_PARAMETERS, const std::vector<std::string>& outputs,
+    const OptionalTensor& parts, int64_t first) {
   Call call = make_call(logits, EM_SPEC_ARGUMENTS);
   Results results;
   auto tensors = make_results(logits, call.problem.rows, outputs, results);
-  active_level->stats(call.problem, results, parallel());
+  cpu::Slice slice{nullptr, first};
+  if (parts) {
+    TORCH_CHECK_VALUE(
+        parts->is_contiguous() && parts->nbytes() == call.problem.rows * sizeof(Part),
+        "parts must be those of new_parts(", call.problem.rows, "), got ", parts->sizes());
+    slice.parts = static_cast<Part*>(parts->mutable_data_ptr());
+  }
+  active_level->stats(call.problem, results, slice, parallel());
   return tensors;
 }
 
@@ -331,6 +350,8 @@ std::string compiler() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "The compiled kernels of em_kernels; em_kernels.cpu is their interface.";
+  m.attr("BLOCK") = cpu::kBlock;
+  m.def("new_parts", &new_parts);
   m.def("stats", &stats, release());
   m.def("grad", &grad, release());
   m.def("loss", &loss, release());

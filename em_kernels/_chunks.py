@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels import _products, _rows, _vocab_blocks
+from em_kernels import _products, _rows, _vocab_blocks, _vocab_forward
 from em_kernels._columns import BLOCK, kept_columns
 from em_kernels._cut import LOGIT_BYTES, column_blocks
 from em_kernels._half import ready_dtype, rows_scale, scale_rows, unscaled
@@ -77,10 +77,13 @@ def stats(
     if needs is not None:
         shape = kept_shape(linear, keep)
         kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
+    if rows.whole:
+        values = _vocab_forward.stats(linear, spec, outputs, backend, rows, kept)
+        _put(results, rows.at(slice(0, rows.count)), values)
+        return results if kept is None else [*results, kept]
     for chunk in _chunks(linear, spec, rows, backend, kept=kept):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
-            for result, value in zip(results, backend.stats(logits[None], row_spec, outputs)):
-                result[part] = value
+            _put(results, part, backend.stats(logits[None], row_spec, outputs))
     return results if kept is None else [*results, kept]
 
 
@@ -122,17 +125,44 @@ def loss(
     A gradient of float16 is float32 here: backward multiplies it by the loss scale and rounds it.
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
+    if needs[1:] == (False, False, None) and _vocab_forward.single_source(upstream):
+        rows = Rows.counted(linear, index, backend, needs, True)
+        if rows.whole:
+            return _loss_of_hidden(linear, spec, upstream, outputs, backend, rows)
     rows = Rows.counted(linear, index, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     sums = _Gradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             weights = pick(sums.upstream, part)
-            values = backend.loss(logits[None], row_spec, weights, outputs, out[None])
-            for result, value in zip(results, values):
-                result[part] = value
+            _put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
         sums.add(chunk)
     return [*results, *sums.finish()]
+
+
+def _loss_of_hidden(
+    linear: Linear,
+    spec: RowSpec,
+    upstream: Upstream,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    rows: Rows,
+) -> list[Tensor]:
+    """`loss` with the vocabulary outermost, of which only dX is wanted."""
+    hidden, every = linear.hidden, rows.at(slice(0, rows.count))
+    results = _empty_rows(linear, rows, 3 + len(outputs))
+    upstream = _counted(upstream, spec.mask)
+    values, grad = _vocab_forward.loss(linear, spec, upstream, outputs, backend, rows)
+    _put(results, every, values)
+    out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
+    out[every] = grad.to(out.dtype)
+    none = hidden.new_zeros(0)
+    return [*results, out, none, none.clone()]
+
+
+def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> None:
+    for result, value in zip(results, values, strict=True):
+        result[rows] = value
 
 
 class _Gradients:
@@ -166,16 +196,13 @@ class _Gradients:
         self.rounded = weight.new_empty(weight.shape) if early else None
         # The first chunk overwrites it: zeros would only cost the page faults.
         self.started = self.filter_eps is not None
-        make = torch.empty if rows.count and not self.started else torch.zeros
         # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
         shape = hidden.shape if needs.hidden else 0
         self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
-        self.weight = make(
-            weight.shape if needs.weight else 0,
-            dtype=wide if several or half else weight.dtype,
-            device=weight.device,
-        )
-        self.weight[spec.valid_vocab :] = 0
+        shape = weight.shape if needs.weight else (0,)
+        dtype = wide if several or half else weight.dtype
+        self.weight = empty(backend, shape, dtype, weight.device)
+        self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
         self.bias = torch.zeros(
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
         )
@@ -253,7 +280,7 @@ def _chunks(
     """The chunks in turn, all in the same memory; that of `spare` may be used. The logits of the
     first rows are in `kept`: they go there, or `again` have gone there."""
     hidden, vocab, cut, held = linear.hidden, spec.valid_vocab, rows.cut, rows.held(kept)
-    width, blocks = row_width(linear, vocab), column_blocks(vocab, cut.blocks)
+    width, blocks = row_width(linear, vocab), column_blocks(vocab, cut.blocks, cut.tile)
     least = 0 if held == rows.count and not again else rows.count
     shape = (min(cut.logits, least), width)
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:

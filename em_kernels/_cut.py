@@ -6,7 +6,8 @@ rows of a chunk are gone through S at a time, and the products of dX and dW foll
 logits lie where dW will be rounded to 16 bits after the last chunk, if that has room for them.
 
 Where statistics are known, several chunks are gone through block by block of the vocabulary
-instead (`_vocab_blocks`): the gradient of all rows, but of C columns only.
+instead (`_vocab_blocks`): the gradient of all rows, but of C columns only. So is the forward pass
+where the backend can go through rows in parts (`_vocab_forward`): a single chunk of several blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ CPU_WORKSPACE_BYTES = 160 << 20
 GPU_WORKSPACE_BYTES = 1 << 30
 GPU_STATISTICS_BYTES = 256 << 20  # of a call without a gradient
 CPU_TILE_ROWS, GPU_TILE_ROWS = 16, 128
+CPU_PAGE_ENTRIES, CPU_LINE_ENTRIES = 512, 16  # of 8 bytes, of 4
 GPU_ROW_ALIGN = 16  # entries: Triton loads 16 bytes at once where a stride is a multiple of 16
 GPU_LOGITS_ROWS = 512  # the least that deferred chunks multiply at once
 LOGIT_BYTES, GRADIENT_BYTES = 4, 2  # where they are deferred
@@ -25,11 +27,13 @@ COLUMN_TILE, LEAST_COLUMNS = 128, 1024
 
 class Cut(NamedTuple):
     """Rows per chunk, R, and how many of them have logits at once, S; S = R is in place. In how
-    many blocks of the vocabulary logits are multiplied: with one, rows are outermost throughout."""
+    many blocks of the vocabulary logits are multiplied, each some tiles wide: with one, rows are
+    outermost throughout."""
 
     chunk: int
     logits: int
     blocks: int = 1
+    tile: int | None = None  # of `column_blocks`
 
 
 def cut_rows(
@@ -136,11 +140,28 @@ def count_blocks(
     return _pieces(width, limit - COLUMN_TILE) if limit >= LEAST_COLUMNS + COLUMN_TILE else 1
 
 
-def column_blocks(vocab: int, blocks: int) -> list[slice]:
-    """The blocks, all about as wide: a product with a single column has other bits elsewhere."""
-    blocks = max(1, min(blocks, vocab // COLUMN_TILE))
-    starts = [i * vocab // blocks // COLUMN_TILE * COLUMN_TILE for i in range(blocks)]
+def cut_columns(count: int, width: int, size: int, memory: int, tile: int) -> Cut | None:
+    """All rows in one chunk, and its logits, of `size` bytes, in as few blocks of whole tiles as
+    `memory` allows; None where it does not hold two tiles of every row."""
+    tiles = memory // (size * count * tile)
+    return Cut(count, count, _pieces(_pieces(width, tile), tiles), tile) if tiles > 1 else None
+
+
+def column_blocks(vocab: int, blocks: int, tile: int | None = None) -> list[slice]:
+    """The blocks, of whole tiles (None is COLUMN_TILE) and all about as wide; the last is cut off.
+
+    What is left of a last tile joins the one before: a product with a single column has other bits
+    elsewhere.
+    """
+    tile = tile or COLUMN_TILE
+    tiles = max(1, vocab // tile)
+    blocks = max(1, min(blocks, tiles))
+    starts = [_pieces(i * tiles, blocks) * tile for i in range(blocks)]
     return [slice(*ends) for ends in zip(starts, [*starts[1:], vocab])]
+
+
+def width_of(columns: slice) -> int:
+    return columns.stop - columns.start
 
 
 def workspace_bytes(gpu: bool) -> int:
@@ -155,6 +176,14 @@ def spare_rows(vocab: int, dim: int) -> int:
 def row_stride(vocab: int) -> int:
     """Products and kernels on a GPU are slow where rows do not start at 16 bytes."""
     return -(-vocab // GPU_ROW_ALIGN) * GPU_ROW_ALIGN
+
+
+def block_stride(width: int, gpu: bool) -> int:
+    """The same of a block of columns; where as many rows of it as a product writes at once would
+    begin at the same place of a page, they would share a few lines of a CPU's cache."""
+    if gpu:
+        return row_stride(width)
+    return width if width % CPU_PAGE_ENTRIES else width + CPU_LINE_ENTRIES
 
 
 def _part_of(chunk: int, limit: int) -> int:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from em_kernels import _products
-from em_kernels._cut import Cut, count_blocks, cut_rows, row_stride, spare_rows, workspace_bytes
+from em_kernels._cut import (
+    Cut,
+    count_blocks,
+    cut_columns,
+    cut_rows,
+    row_stride,
+    spare_rows,
+    workspace_bytes,
+)
 from em_kernels._spec import accumulate_dtype
 from em_kernels._workspace import narrows
 
@@ -75,6 +83,27 @@ class Rows(NamedTuple):
         """Those of the counted rows that stand at `own`."""
         return own if self.index is None else self.index[own]
 
+    def operand(self, linear: Linear, mask: Tensor | None) -> Tensor:
+        """The hidden rows that are counted, 0 where `mask` leaves one out nevertheless."""
+        hidden = linear.hidden
+        if mask is not None:
+            return torch.where(mask[:, None], hidden, 0)
+        return hidden if self.index is None else hidden[self.index]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are multiplied with one block of the vocabulary after the other."""
+        return self.cut.blocks > 1 and self.cut.chunk >= self.count
+
+    def kept_logits(self, kept: Tensor | None, own: slice, columns: slice) -> Tensor | None:
+        """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
+        if not self.whole:
+            return kept[own, columns] if own.stop <= self.held(kept) else None
+        stride = 0 if kept is None else kept.numel() // self.count
+        if columns.stop > stride:
+            return None
+        return kept.view(-1)[: self.count * stride].view(self.count, stride)[:, columns]
+
     def held(self, kept: Tensor | None) -> int:
         """How many of the counted rows, the first ones, have their logits in `kept`: all, or whole
         chunks of them, since part of a chunk would be multiplied again with the rest of it."""
@@ -112,13 +141,26 @@ def _cut_for(
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
     cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
-    if not (again and needs and needs.weight and needs.filter_eps is None):
+    if needs is not None and (needs.filter_eps is not None or not again):
         return cut
+    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
+    return _cut_columns_for(linear, count, backend, needs, cut, chunk or workspace_bytes(gpu))
+
+
+def _cut_columns_for(
+    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, cut: Cut, memory: int
+) -> Cut:
+    """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
+    width, gpu = row_width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
     if not (gpu or operand == accumulate_dtype(operand)):
         return cut  # no product of a CPU adds 16-bit operands to a float32 dX
-    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
-    memory = chunk or workspace_bytes(gpu)
+    if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
+        whole = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
+        if whole is not None:
+            return whole
+    if not (needs and needs.weight):
+        return cut
     beside = 0 if own == operand else own.itemsize
     blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
     return cut._replace(blocks=blocks)

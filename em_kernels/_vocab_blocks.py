@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from em_kernels import _products
-from em_kernels._cut import column_blocks, row_stride
+from em_kernels._cut import block_stride, column_blocks, width_of
 from em_kernels._half import rows_scale, scale_rows, unscaled
 from em_kernels._plan import Linear, Needs, Rows
 from em_kernels._spec import (
@@ -44,18 +44,18 @@ def grad(
     scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
     upstream = scale_rows(upstream, scale)
     sums = _Gradients(linear, spec, needs, backend, rows, scale)
-    blocks = column_blocks(spec.valid_vocab, rows.cut.blocks) if spec.valid_vocab else []
+    vocab, cut = spec.valid_vocab, rows.cut
+    blocks = column_blocks(vocab, cut.blocks, cut.tile) if vocab else []
     held = rows.held(kept)
-    room = _Room(linear, backend, rows, held, max(map(_width, blocks), default=0))
+    room = _Room(linear, backend, rows, held, max(map(width_of, blocks), default=0))
     rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
     for columns in blocks:
         block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
-        gradient = room.gradient(_width(columns))
+        gradient = room.gradient(width_of(columns))
         for own in rows.spans():
             part, out = rows.at(own), gradient[own]
-            if own.stop <= held:
-                logits = kept[own, columns]
-            else:
+            logits = rows.kept_logits(kept, own, columns)
+            if logits is None:
                 logits = room.logits(out)
                 _products.multiply(sums.x[own], linear.weight[columns], logits)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
@@ -72,7 +72,7 @@ class _Room:
 
     def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, held: int, widest: int):
         own, operand = linear.logits_dtype, linear.hidden.dtype
-        device, self.align = linear.hidden.device, _products.is_gpu(linear.hidden)
+        device, self.gpu = linear.hidden.device, _products.is_gpu(linear.hidden)
         self.count, stride = rows.count, self._stride(widest)
         self.whole = empty(backend, (rows.count * stride,), operand, device)
         self.in_place = own == operand
@@ -95,7 +95,7 @@ class _Room:
         return memory[: count * stride].view(count, stride)[:, :width]
 
     def _stride(self, width: int) -> int:
-        return row_stride(width) if self.align else width
+        return block_stride(width, self.gpu)
 
 
 class _Gradients:
@@ -113,14 +113,13 @@ class _Gradients:
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
         self.rows, self.scale, self.started = rows, scale, False
         hidden, weight = linear.hidden, linear.weight
-        self.x = hidden if rows.index is None else hidden[rows.index]
-        if spec.mask is not None:
-            self.x = torch.where(spec.mask[:, None], hidden, 0)
+        self.x = rows.operand(linear, spec.mask)
         wide = accumulate_dtype(hidden.dtype)
         make = torch.empty if spec.valid_vocab else torch.zeros
         shape = self.x.shape if needs.hidden else 0
         self.hidden = make(shape, dtype=wide, device=hidden.device)
-        self.weight = weight.new_empty(weight.shape)
+        shape = weight.shape if needs.weight else (0,)
+        self.weight = empty(backend, shape, weight.dtype, weight.device)
         self.weight[spec.valid_vocab :] = 0
         size = weight.shape[0] if needs.bias else 0
         self.bias = torch.zeros(size, dtype=wide, device=weight.device)
@@ -133,7 +132,8 @@ class _Gradients:
             weight = self.linear.weight[columns]
             _products.accumulate(self.hidden, gradient.T, weight, self.started, self.backend)
             self.started = True
-        self._add_weight(self.weight[columns], gradient)
+        if self.needs.weight:
+            self._add_weight(self.weight[columns], gradient)
 
     def _add_weight(self, out: Tensor, gradient: Tensor) -> None:
         """The block of dW; in float16, which may not hold the scaled one, by way of float32."""
@@ -166,11 +166,7 @@ def _of_block(
     spec: RowSpec, upstream: Upstream, columns: slice, first_entry: int
 ) -> tuple[RowSpec, Upstream]:
     """Both as a backend is given them that sees these columns alone."""
-    start, size = first_entry + columns.start, _width(columns)
+    start, size = first_entry + columns.start, width_of(columns)
     bias = None if spec.bias is None else spec.bias[columns]
     own = spec_of_slice(spec, start, size)._replace(bias=bias, valid_vocab=size)
     return own, upstream_of_slice(spec, upstream, start, size)
-
-
-def _width(columns: slice) -> int:
-    return columns.stop - columns.start

@@ -13,7 +13,7 @@ def empty(
 ) -> Tensor:
     """torch.empty, from memory that the backend keeps for it where it does."""
     if hasattr(backend, "empty"):
-        return backend.empty(shape, dtype)
+        return backend.empty(tuple(shape), dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

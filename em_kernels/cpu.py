@@ -17,9 +17,25 @@ get_isa = _C.get_isa
 set_isa = _C.set_isa
 
 
-def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V)."""
-    return _C.stats(logits, *for_backend(spec), outputs)
+# Rows may be gone through in parts; in parts of a multiple of this, with the bits of whole rows.
+part_entries = _C.BLOCK
+new_parts = _C.new_parts  # (rows) -> what is known of as many rows before their first part
+
+
+def stats(
+    logits: Tensor,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    parts: Tensor | None = None,
+    first: int = 0,
+) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V).
+
+    With `parts`, logits are the entries of longer rows from `first` on, bias those of these
+    entries, and targets count from the beginning of the rows. The results are those of all entries
+    so far; logprob, is_top1 and entropy_slope once the target was among them.
+    """
+    return _C.stats(logits, *for_backend(spec), outputs, parts, first)
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
@@ -38,13 +54,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised and contiguous, for gradients and chunks of logits.
 
     The memory of a large one is kept, when the tensor is freed, for the next: pages that were in
-    use before need no page faults. At most one block is kept, until `release_memory`.
+    use before need no page faults. At most three blocks are kept, until `release_memory`: as
+    many as a step has, of logits kept for the backward pass, of a chunk and of dW.
     """
     return _C.empty(shape, dtype)
 
 
 def release_memory() -> None:
-    """Give the block kept by `empty` back to the system."""
+    """Give the blocks kept by `empty` back to the system."""
     _C.release_memory()
 
 

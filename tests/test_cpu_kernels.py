@@ -360,6 +360,21 @@ def test_memory_of_a_freed_gradient_serves_the_next():
     cpu.release_memory()
 
 
+def test_the_memory_of_three_freed_tensors_is_kept():
+    """The smallest block that is large enough is given out, the one freed first is given up."""
+    cpu.release_memory()
+    sizes = (100_000, 200_000, 250_000, 300_000)
+    held = [cpu.empty((30, size), torch.float32) for size in sizes]
+    places = [x.data_ptr() for x in held]
+    while held:
+        held.pop(0)
+    assert cpu.empty((30, 190_000), torch.float32).data_ptr() == places[1]
+    again = [cpu.empty((30, size), torch.float32) for size in (300_000, 240_000)]
+    assert [x.data_ptr() for x in again] == [places[3], places[2]]
+    del again
+    cpu.release_memory()
+
+
 def test_gradients_of_two_steps_do_not_share_memory():
     x = torch.randn(64, 40_000, requires_grad=True)
     grads = [torch.autograd.grad(entropy_loss(x * k, impl="cpu"), x)[0] for k in (1.0, 2.0)]

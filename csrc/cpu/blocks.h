@@ -3,7 +3,6 @@
 // to logits z in a buffer that stays in the first-level cache (or taken in place where z = x), then
 // read again for the sums. Included inside the namespace of a level.
 
-constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 4;
 
 template <class V>
@@ -19,11 +18,6 @@ struct Block {
 template <class T>
 struct alignas(64) Scratch {
   T z[kBlock];
-};
-
-struct Part {
-  SoftmaxMoments<double> softmax;
-  LogitMoments<double> logits;
 };
 
 // What the sums fetch into the cache while they compute: the block that comes next.

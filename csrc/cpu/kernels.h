@@ -18,9 +18,26 @@ struct Parallel {
   void (*run)(int threads, void (*worker)(void*), void* context) = nullptr;
 };
 
+// What is known of a row after some of its entries, and z at its target once that was among them.
+struct Part {
+  SoftmaxMoments<double> softmax;
+  LogitMoments<double> logits;
+  double z_target = NAN;
+};
+
+// A row is summed in blocks of this many entries, each relative to its own maximum, merged in order.
+constexpr int64_t kBlock = 4096;
+
+// Where the entries of a call stand in whole rows: from `first` on, after those summed in `parts`
+// (rows,), to which these are added. Targets are counted from the beginning of the whole rows.
+struct Slice {
+  Part* parts = nullptr;
+  int64_t first = 0;
+};
+
 struct Level {
   const char* name;
-  void (*stats)(const Problem&, const Results&, const Parallel&);
+  void (*stats)(const Problem&, const Results&, const Slice&, const Parallel&);
   void (*grad)(const Problem&, const Gradient&, const Parallel&);
   // stats, then grad of the same rows while they are in cache; `saved` comes from the results.
   void (*loss)(const Problem&, const Results&, const Gradient&, const Parallel&);

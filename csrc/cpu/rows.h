@@ -34,6 +34,7 @@ struct Rows {
   const Problem& p;
   const Results* results;
   const Gradient* g;
+  Slice slice;
 
   bool active(int64_t row) const { return !p.mask || p.mask[row]; }
   int64_t blocks() const { return (p.valid_vocab + kBlock - 1) / kBlock; }
@@ -56,9 +57,14 @@ struct Rows {
     return rows ? static_cast<const T*>(rows)[row] : T(0);
   }
 
+  bool has_target(int64_t row) const {
+    return p.target && slice.first <= p.target[row] &&
+           p.target[row] < slice.first + p.valid_vocab;
+  }
+
   // z and its slope at the target.
   Transformed<T> at_target(int64_t row) const {
-    const int64_t y = p.target[row];
+    const int64_t y = p.target[row] - slice.first;
     In x[V::width] = {};
     T b[V::width] = {}, z[V::width], slope[V::width];
     x[0] = logits(row)[y];
@@ -78,7 +84,7 @@ struct Rows {
     Part part;
     part.softmax = wanted({kVarentropy, kCollision, kEntropySlope}) ? exp_sums<true, V>(z, next)
                                                                     : exp_sums<false, V>(z, next);
-    part.softmax.argmax += begin;
+    part.softmax.argmax += slice.first + begin;
     if (wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew}))
       part.logits = logit_moments<V>(z);
     return part;
@@ -89,6 +95,15 @@ struct Rows {
     row.logits = merge(row.logits, block.logits);
   }
 
+  // What is known of the row before these entries.
+  Part start(int64_t row) const { return slice.parts ? slice.parts[row] : Part{}; }
+
+  void finish(int64_t row, Part part) const {
+    if (has_target(row)) part.z_target = at_target(row).z;
+    if (slice.parts) slice.parts[row] = part;
+    write_results(row, part);
+  }
+
   void write_results(int64_t row, const Part& part) const {
     double value[kOutputs] = {};
     if (!usable(part.softmax)) {
@@ -96,7 +111,7 @@ struct Rows {
     } else {
       finalize(part.softmax, part.logits, value);
       if (p.target) {
-        const double d = double(at_target(row).z) - part.softmax.max;
+        const double d = part.z_target - part.softmax.max;
         finalize_target(part.softmax, d, part.softmax.argmax == p.target[row], value);
       }
     }
@@ -111,10 +126,10 @@ struct Rows {
 
   void stats_row(int64_t row, T* scratch) const {
     if (!active(row)) return write_zeros(row);
-    Part part;
+    Part part = start(row);
     for (int64_t block = 0; block < blocks(); ++block)
       merge_into(part, sum_block(row, block, scratch));
-    write_results(row, part);
+    finish(row, part);
   }
 
   // The gradient of logits [begin, end) of an active row.
@@ -178,10 +193,10 @@ struct Rows {
           write_zeros(row);
           continue;
         }
-        Part part;
+        Part part = start(row);
         for (int64_t block = 0; block < count; ++block)
           merge_into(part, parts[row * count + block]);
-        write_results(row, part);
+        finish(row, part);
       }
     }
     if (!g) return;
@@ -195,33 +210,36 @@ struct Rows {
 
 template <class V, class In>
 static void run_rows(
-    const Problem& p, const Results* results, const Gradient* g, const Parallel& parallel) {
+    const Problem& p, const Results* results, const Gradient* g, const Slice& slice,
+    const Parallel& parallel) {
   switch (Transform<typename V::T>::kind(p)) {
-    case Kind::Identity: return Rows<V, In, Kind::Identity>{p, results, g}.run(parallel);
-    case Kind::Scaled: return Rows<V, In, Kind::Scaled>{p, results, g}.run(parallel);
-    case Kind::General: return Rows<V, In, Kind::General>{p, results, g}.run(parallel);
+    case Kind::Identity: return Rows<V, In, Kind::Identity>{p, results, g, slice}.run(parallel);
+    case Kind::Scaled: return Rows<V, In, Kind::Scaled>{p, results, g, slice}.run(parallel);
+    case Kind::General: return Rows<V, In, Kind::General>{p, results, g, slice}.run(parallel);
   }
 }
 
 static void run_dtype(
-    const Problem& p, const Results* results, const Gradient* g, const Parallel& parallel) {
+    const Problem& p, const Results* results, const Gradient* g, const Slice& slice,
+    const Parallel& parallel) {
   switch (p.dtype) {
-    case DType::f32: return run_rows<F32, float>(p, results, g, parallel);
-    case DType::bf16: return run_rows<F32, bf16>(p, results, g, parallel);
-    case DType::f16: return run_rows<F32, f16>(p, results, g, parallel);
-    case DType::f64: return run_rows<Lanes<double, 4>, double>(p, results, g, parallel);
+    case DType::f32: return run_rows<F32, float>(p, results, g, slice, parallel);
+    case DType::bf16: return run_rows<F32, bf16>(p, results, g, slice, parallel);
+    case DType::f16: return run_rows<F32, f16>(p, results, g, slice, parallel);
+    case DType::f64: return run_rows<Lanes<double, 4>, double>(p, results, g, slice, parallel);
   }
 }
 
-static void stats(const Problem& p, const Results& results, const Parallel& parallel) {
-  run_dtype(p, &results, nullptr, parallel);
+static void stats(
+    const Problem& p, const Results& results, const Slice& slice, const Parallel& parallel) {
+  run_dtype(p, &results, nullptr, slice, parallel);
 }
 
 static void grad(const Problem& p, const Gradient& g, const Parallel& parallel) {
-  run_dtype(p, nullptr, &g, parallel);
+  run_dtype(p, nullptr, &g, {}, parallel);
 }
 
 static void loss(
     const Problem& p, const Results& results, const Gradient& g, const Parallel& parallel) {
-  run_dtype(p, &results, &g, parallel);
+  run_dtype(p, &results, &g, {}, parallel);
 }

@@ -1,0 +1,172 @@
+"""The forward pass with the vocabulary outermost: the logits of all rows, C columns at a time.
+
+For a backend that can go through rows in parts. A product of all rows reads the weight once; one
+for each chunk of rows would read it, and on a CPU rearrange it, once a chunk.
+
+Where the loss of a row is w logprob_y or w lse, and only dX is wanted, that is made on the way,
+before the sums over the whole row are known. With m the largest z so far and s_v = dz_v / dx_v,
+
+    A = sum_v e^(z_v - m) s_v weight_v        dlse / dX = A / (1 + r)
+    dlogprob_y / dX = (1 - p_y) s_y weight_y - (A less the term of y) / (1 + r)
+
+and A is multiplied by e^(m - m') where a block has a larger maximum m': the online softmax of
+Milakov and Gimelshein (arXiv 1805.02867, algorithm 3). That the term of y is left out keeps the
+digits of a row whose target is nearly certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels import _products
+from em_kernels._cut import block_stride, column_blocks, width_of
+from em_kernels._plan import Linear, Rows
+from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+from em_kernels._workspace import empty
+
+
+class Block(NamedTuple):
+    """Some columns of the logits of all rows, and what is known with them."""
+
+    columns: slice
+    spec: RowSpec  # bias and size are those of the block, targets count from the first block
+    logits: Tensor  # (N, C)
+    values: list[Tensor]  # [max, log1p_r, mean_d, *outputs], of all columns so far
+
+
+def stats(
+    linear: Linear,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    rows: Rows,
+    kept: Tensor | None = None,
+) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs] of the counted rows; `kept` keeps the first logits."""
+    for block in _blocks(linear, spec, outputs, backend, rows, kept):
+        values = block.values
+    return values
+
+
+def single_source(upstream: Upstream) -> str | None:
+    """The output that brings the whole gradient of a loss, if `loss` can make that."""
+    given = [name for name, g in upstream._asdict().items() if g is not None]
+    return given[0] if given in (["logprob"], ["lse"]) else None
+
+
+def loss(
+    linear: Linear,
+    spec: RowSpec,
+    upstream: Upstream,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    rows: Rows,
+) -> tuple[list[Tensor], Tensor]:
+    """(`stats`, dX of the counted rows) where `upstream` has a `single_source`; two products."""
+    every = rows.at(slice(0, rows.count))
+    source = single_source(upstream)
+    kind = _LogprobSum if source == "logprob" else _LseSum
+    total = kind(linear, select_rows(spec, every), backend, rows.count)
+    asked = outputs if source in outputs else (*outputs, source)
+    for block in _blocks(linear, spec, asked, backend, rows):
+        total.add(block)
+    values, own = block.values, len(Saved._fields) + asked.index(source)
+    grad = total.finish(values, values[own]) * getattr(upstream, source)[every][:, None]
+    grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
+    if spec.mask is not None:
+        grad.masked_fill_(~spec.mask[:, None], 0)  # 0 times an inf of the weight
+    return values[: len(Saved._fields) + len(outputs)], grad
+
+
+class _LseSum:
+    """A of the columns so far, and dlse / dX of all."""
+
+    def __init__(self, linear: Linear, spec: RowSpec, backend: ModuleType, count: int):
+        self.linear, self.spec, self.backend = linear, spec, backend
+        wide = accumulate_dtype(linear.hidden.dtype)
+        self.total = linear.hidden.new_zeros(count, linear.hidden.shape[1], dtype=wide)
+        self.max: Tensor | None = None
+
+    def add(self, block: Block) -> None:
+        if self.max is not None:
+            # NaN, and nothing to scale, where no logit was finite before.
+            self.total.mul_((self.max - block.values[0]).exp_().nan_to_num_(0)[:, None])
+        self.max = block.values[0]
+        self.weigh(block)
+        weight = self.linear.weight[block.columns]
+        _products.accumulate(self.total, block.logits.T, weight, True, self.backend)
+
+    def weigh(self, block: Block) -> None:
+        """e^(z - m) s in place of the logits: the gradient of lse if r were 0."""
+        spec, max = block.spec._replace(target=None), block.values[0].nan_to_num(0)
+        saved, one = Saved(max, torch.zeros_like(max), torch.zeros_like(max)), torch.ones_like(max)
+        out = block.logits[None]
+        self.backend.grad(out, spec, saved, Upstream(lse=one), out)
+
+    def finish(self, values: list[Tensor], source: Tensor) -> Tensor:
+        return self.total.mul_(values[1].neg().exp_()[:, None])
+
+
+class _LogprobSum(_LseSum):
+    """The same without the targets' terms, and dlogprob / dX."""
+
+    def __init__(self, linear: Linear, spec: RowSpec, backend: ModuleType, count: int):
+        super().__init__(linear, spec, backend, count)
+        self.x_target = linear.hidden.new_zeros(count)
+
+    def weigh(self, block: Block) -> None:
+        target = self.spec.target - block.columns.start
+        rows = ((target >= 0) & (target < block.logits.shape[1])).nonzero()[:, 0]
+        columns = target[rows]
+        self.x_target[rows] = block.logits[rows, columns]
+        super().weigh(block)
+        block.logits[rows, columns] = 0
+
+    def finish(self, values: list[Tensor], source: Tensor) -> Tensor:
+        others, own = super().finish(values, source), self.linear.weight[self.spec.target]
+        others_mass = -torch.expm1(source) * self._slope()
+        return torch.addcmul(others.neg_(), own.to(others.dtype), others_mass[:, None])
+
+    def _slope(self) -> Tensor:
+        """dz / dx at the targets: the gradient of rows of one entry, for which e^(z - m) is 1."""
+        spec, x = self.spec, self.x_target * self.spec.logit_scale
+        if spec.bias is not None:
+            x = x + spec.bias[spec.target].to(x.dtype)
+        x = x.to(self.total.dtype)[None, :, None].clamp(min=torch.finfo(self.total.dtype).min)
+        one = spec._replace(bias=None, target=None, logit_scale=1.0, valid_vocab=1)
+        saved = Saved(*self.backend.stats(x, one, ()))
+        lse = torch.ones_like(saved.max)
+        self.backend.grad(x, one, saved, Upstream(lse=lse), x)
+        return x[0, :, 0] * spec.logit_scale
+
+
+def _blocks(
+    linear: Linear,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    rows: Rows,
+    kept: Tensor | None = None,
+) -> Iterator[Block]:
+    """The blocks in turn, those that `kept` has no room for all in the same memory."""
+    x, every = rows.operand(linear, spec.mask), slice(0, rows.count)
+    picked = select_rows(spec, rows.at(every))
+    parts = backend.new_parts(rows.count)
+    blocks, room = column_blocks(spec.valid_vocab, rows.cut.blocks, rows.cut.tile), None
+    stride = block_stride(max(map(width_of, blocks)), gpu=False)
+    for columns in blocks:
+        logits = rows.kept_logits(kept, every, columns)
+        if logits is None:
+            if room is None:
+                room = empty(backend, (rows.count, stride), linear.logits_dtype, x.device)
+            logits = room[:, : width_of(columns)]
+        _products.multiply(x, linear.weight[columns], logits)
+        bias = None if spec.bias is None else spec.bias[columns]
+        own = picked._replace(bias=bias, valid_vocab=width_of(columns))
+        values = backend.stats(logits[None], own, outputs, parts, columns.start)
+        yield Block(columns, own, logits, values)
