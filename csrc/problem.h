@@ -9,6 +9,10 @@ namespace em_kernels {
 
 enum class DType : int { f32, bf16, f16, f64 };
 
+EM_HOST_DEVICE constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 // Row i starts at element (i / inner) * outer_stride + (i % inner) * inner_stride.
 // `Real` below is double for f64 and float otherwise.
 struct Problem {
@@ -22,6 +26,12 @@ struct Problem {
   const void* temperature_rows = nullptr;  // Real (rows,), in place of `temperature`
   double temperature = 1, softcap = 0, logit_scale = 1;
 };
+
+// Whether z is a positive multiple of x. Then x itself is summed up, so that differences of
+// neighbours of the maximum are exact whatever the temperature.
+EM_HOST_DEVICE inline bool is_simple(const Problem& p) {
+  return !p.bias && p.softcap == 0 && p.logit_scale > 0;
+}
 
 // Per-row results, Real (rows,) each; null where not asked for.
 struct Results {

@@ -101,6 +101,12 @@ enum Output : int {
   kOutputs,
 };
 
+// Whether r and q alone tell it, and nothing of the logits besides: what the fastest kernels report.
+EM_HOST_DEVICE constexpr bool is_first_order(int output) {
+  return output <= kLse || output == kMaxProb;
+}
+static_assert(!is_first_order(kOutputs), "an output added at the end takes the other kernels");
+
 // Whether the row has a finite maximum and no NaN or +inf in it.
 template <class T>
 EM_HOST_DEVICE inline bool usable(const SoftmaxMoments<T>& x) {

@@ -89,8 +89,6 @@ float from_bf16(uint16_t half) {
   return x;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // An entry of a tensor of `dtype`, on the host.
 double load(const std::vector<char>& bytes, DType dtype, int64_t index) {
   const char* at = bytes.data() + index * size_of(dtype);

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cuda_emulator.load import COMPILER, H200, library
 
+from em_kernels._spec import OUTPUTS, Saved
+
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 # Compute capability: shared memory a block may have, and a multiprocessor has, in bytes.
@@ -177,12 +179,13 @@ def test_what_the_fast_sums_cannot_do_takes_the_general_kernels(change):
 
 
 def test_outputs_beyond_the_first_order_take_the_general_kernels():
-    first_order = [1] * 6 + [0, 0, 1]  # max, log1p_r, mean_d, logprob, entropy, lse, max_prob
-    assert plan("loss", columns=first_order).plain
-    for column in (6, 7, 9, 10, 11, 12, 13, 14):
-        columns = [1, 1, 1] + [0] * 12
-        columns[column] = 1
-        assert not plan("loss", columns=columns).plain, column
+    """Whatever is not named here does: also an output that is added later."""
+    fast = {*Saved._fields, "logprob", "entropy", "lse", "max_prob"}
+    names = (*Saved._fields, *OUTPUTS)
+    assert plan("loss", columns=[name in fast for name in names]).plain
+    for i, name in enumerate(names):
+        columns = [each in Saved._fields or each == name for each in names]
+        assert plan("loss", columns=columns).plain == (name in fast), (i, name)
 
 
 def test_rows_beyond_65535_and_numbers_beyond_2_to_the_31():

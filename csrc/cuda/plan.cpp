@@ -13,16 +13,11 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 constexpr int64_t kMaxVocab = int64_t(1) << 30;
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system, per block
 
-int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-bool is_first_order(const Results& results) {
-  for (const int name : {kVarentropy, kCollision, kIsTop1, kSelfCertainty, kLogitMean, kLogitVar,
-                         kLogitSkew, kEntropySlope})
-    if (results.column[name]) return false;
+bool all_first_order(const Results& results) {
+  for (int output = 0; output < kOutputs; ++output)
+    if (results.column[output] && !is_first_order(output)) return false;
   return true;
 }
 
@@ -105,8 +100,7 @@ Plan plan(
           "that of the logits, or of 16 bits where they are float32");
   const int64_t size = size_of(p.dtype);
   Plan plan;
-  plan.plain = p.dtype != DType::f64 && !p.bias && p.softcap == 0 && p.logit_scale > 0 &&
-               is_first_order(results);
+  plan.plain = p.dtype != DType::f64 && is_simple(p) && all_first_order(results);
   plan.aligned_logits = aligned_logits(p);
   plan.aligned_gradient = operation != Operation::statistics && aligned_gradient(p, g);
   plan.threads = threads_for(p.valid_vocab, 16 / size);

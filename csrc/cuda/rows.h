@@ -16,12 +16,6 @@ struct RealOf<double> {
 template <class In>
 using Real = typename RealOf<In>::Type;
 
-// Whether z is a positive multiple of x. Then x itself is summed up, so that differences of
-// neighbours of the maximum are exact whatever the temperature.
-EM_HOST_DEVICE inline bool is_simple(const Problem& p) {
-  return !p.bias && p.softcap == 0 && p.logit_scale > 0;
-}
-
 EM_DEVICE int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, int64_t stride) {
   const int64_t outer = inner == 1 ? row : row / inner;
   return outer * outer_stride + (row - outer * inner) * stride;
@@ -97,8 +91,6 @@ template <class T>
 struct Saved {
   T max, log1p_r, mean_d;
 };
-
-EM_DEVICE constexpr bool is_first_order(int name) { return name <= kLse || name == kMaxProb; }
 
 template <class T>
 EM_DEVICE void put(const Results& results, int name, int64_t row, T value) {
