@@ -54,7 +54,12 @@ template <class T>
 EM_HOST_DEVICE inline SoftmaxMoments<T> merge(
     const SoftmaxMoments<T>& x, const SoftmaxMoments<T>& y) {
   const bool x_leads = x.max > y.max || (x.max == y.max && x.argmax <= y.argmax);
-  return x_leads ? absorb(x, y) : absorb(y, x);
+  SoftmaxMoments<T> high = x, low = y;
+  if (!x_leads) {
+    high = y;
+    low = x;
+  }
+  return absorb(high, low);
 }
 
 // Population moments: count, mean, m2 = sum (z - mean)^2, m3 = sum (z - mean)^3.

@@ -3,7 +3,8 @@
 //
 //     launch CAPABILITY PTX CLUSTER    of the GPU, of the loaded code, the largest that can run
 //
-// Prints JSON: the device, then what loading it did, then each launch of a loss.
+// Prints JSON: the device, what loading it did, each launch of a loss, and those of statistics of a
+// few rows and of many.
 #include <cstdio>
 #include <cstdlib>
 #include <set>
@@ -32,18 +33,19 @@ const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-void launch_loss(int64_t vocab, const Device& device, bool first) {
+void launch_one(
+    Operation operation, int64_t vocab, int64_t rows, const Device& device, const char* before) {
   Problem problem;
   problem.dtype = DType::bf16;
-  problem.rows = 3;
+  problem.rows = rows;
   problem.vocab = problem.valid_vocab = vocab;
   Results results;
   for (const int name : {kMax, kLog1pR, kMeanD}) results.column[name] = &results;
   Gradient gradient;
   gradient.out_dtype = DType::bf16;
-  const Plan how = plan(Operation::loss, problem, results, gradient, device);
-  std::printf("%s{\"vocab\": %d, \"resident\": %d, \"cluster\": %d, ", first ? "" : ", ",
-              int(vocab), int(how.resident), how.cluster);
+  const Plan how = plan(operation, problem, results, gradient, device);
+  std::printf("%s{\"vocab\": %d, \"resident\": %d, \"cluster\": %d, ", before, int(vocab),
+              int(how.resident), how.cluster);
   if (how.resident) {
     launch(resident, how, &problem, problem, results, gradient, how.slice);
   } else {
@@ -80,6 +82,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const bool block = which == cudaDevAttrMaxSharedMemoryPerBlockOptin;
   *value = which == cudaDevAttrComputeCapabilityMajor   ? capability / 10
            : which == cudaDevAttrComputeCapabilityMinor ? capability % 10
+           : which == cudaDevAttrMultiProcessorCount    ? 132
            : block                                      ? 232448
                                                         : 233472;
   return cudaSuccess;
@@ -130,7 +133,10 @@ int main(int, char** words) {
       "\"mode_restored\": %d, \"error_left\": %d, \"launches\": [",
       d.compute_capability, d.largest_cluster, loaded, set_attributes, outside,
       mode == cudaStreamCaptureModeGlobal, last);
-  launch_loss(1000, d, true);
-  launch_loss(151936, d, false);
+  launch_one(Operation::loss, 1000, 3, d, "");
+  launch_one(Operation::loss, 151936, 3, d, ", ");
+  std::printf("], \"statistics\": [");
+  launch_one(Operation::statistics, 151936, 3, d, "");
+  launch_one(Operation::statistics, 151936, 1000, d, ", ");
   std::printf("], \"set_by_launches\": %d}\n", set_attributes);
 }

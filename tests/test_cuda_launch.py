@@ -49,6 +49,14 @@ def test_a_cluster_of_one_is_named_as_such(pretend):
     assert all(each["rows"] == 3 and each["slice"] > 0 for each in (short, long))
 
 
+def test_blocks_that_share_the_statistics_of_a_row_are_a_cluster(pretend):
+    few, many = pretend()["statistics"]
+    assert few["named_cluster"] == few["cluster"] == 4 and few["blocks"] == 12
+    assert many["named_cluster"] == 0 and many["cluster"] == 1 and many["blocks"] == 1000
+    assert all(each["blocks"] == each["rows"] for each in pretend(80, 80)["statistics"])
+    assert all(each["blocks"] == each["rows"] for each in pretend(cluster=2)["statistics"])
+
+
 @pytest.mark.parametrize(("capability", "code"), ((90, 80), (100, 80), (90, 86), (80, 80)))
 def test_code_that_was_written_for_less_is_not_launched_in_clusters(pretend, capability, code):
     """TORCH_CUDA_ARCH_LIST=8.0+PTX on a newer GPU: the driver makes its code of the PTX."""

@@ -22,13 +22,14 @@ RESERVED = 1024  # of shared memory per block, by the system
 MAX_BLOCKS = 2**31 - 1
 
 
-def device(capability=90, largest_cluster=8):
+def device(capability=90, largest_cluster=8, multiprocessors=132):
     block, multiprocessor = LIMITS[capability]
     return library().Device(
         compute_capability=capability,
         shared_per_block=block,
         shared_per_multiprocessor=multiprocessor,
         largest_cluster=largest_cluster,
+        multiprocessors=multiprocessors,
     )
 
 
@@ -39,6 +40,7 @@ def plan(
     out_dtype=None,
     columns=(1, 1, 1),
     largest_cluster=8,
+    multiprocessors=132,
     **problem,
 ):
     cuda = library()
@@ -56,7 +58,7 @@ def plan(
         cuda.Problem(**fields),
         cuda.Results(list(columns)),
         gradient,
-        device(capability, largest_cluster),
+        device(capability, largest_cluster, multiprocessors),
     )
 
 
@@ -69,6 +71,7 @@ def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capab
     block, multiprocessor = LIMITS[capability]
     assert p.threads in (32, 64, 128, 256)
     assert p.cluster in (1, 2, 4, 8)
+    assert p.row_blocks == p.cluster
     assert p.blocks == 70_001 * p.cluster <= MAX_BLOCKS
     assert p.shared_bytes <= block
     assert p.shared_bytes + RESERVED <= multiprocessor
@@ -79,7 +82,9 @@ def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capab
         assert slice_bytes % 16 == 0 and p.shared_bytes == slice_bytes + 656
         assert p.cluster * p.slice >= vocab > (p.cluster - 1) * p.slice
     else:
-        assert p.shared_bytes <= 1024
+        fields = 11 if dtype == 3 else 3
+        sums = 0 if operation == "gradient" else p.threads * fields * max(4, BYTES[dtype])
+        assert p.shared_bytes == 1024 + sums
 
 
 @pytest.mark.parametrize(
@@ -122,11 +127,76 @@ def test_a_plan_keeps_to_the_clusters_that_the_device_runs(vocab, dtype):
 
 @pytest.mark.parametrize("operation", ("statistics", "gradient", "loss"))
 @pytest.mark.parametrize("vocab", (7, 4097, 151936))
-def test_all_but_the_grid_is_the_same_whatever_the_number_of_rows(operation, vocab):
-    few, many = (plan(operation, vocab=vocab, rows=rows) for rows in (1, 100_000))
-    for field in ("plain", "resident", "cluster", "threads", "slice", "shared_bytes"):
+@pytest.mark.parametrize("multiprocessors", (0, 1, 108, 132, 148))
+def test_a_row_is_worked_through_alike_whatever_the_number_of_rows(
+    operation, vocab, multiprocessors
+):
+    """But for who writes which of its gradient, whose numbers do not depend on each other."""
+    few = plan(operation, vocab=vocab, rows=1, multiprocessors=multiprocessors)
+    many = plan(operation, vocab=vocab, rows=100_000)
+    fields = ("plain", "resident", "threads", "shared_bytes")
+    for field in fields if operation == "gradient" else (*fields, "slice"):
         assert getattr(few, field) == getattr(many, field), field
-    assert many.blocks == 100_000 * few.blocks
+    assert many.row_blocks == (4 if operation == "loss" and vocab == 151936 else 1)
+    assert many.blocks == 100_000 * many.row_blocks and few.blocks == few.row_blocks
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("multiprocessors", (20, 108, 132, 148))
+@pytest.mark.parametrize("dtype", BYTES)
+def test_blocks_share_a_row_where_rows_leave_multiprocessors_idle(
+    dtype, multiprocessors, capability
+):
+    full = 2 * multiprocessors
+    for vocab in (*VOCABS, 83_999, 84_000, 2**20, 2**30):
+        for rows in (1, 7, multiprocessors, full - 1, full, 10**6):
+            of = dict(dtype=dtype, vocab=vocab, rows=rows, multiprocessors=multiprocessors)
+            p = plan("statistics", capability, **of)
+            parts = -(-vocab // p.slice)
+            shared = capability >= 90 and parts > 1 and rows < full
+            assert p.row_blocks == p.cluster == (1 << (parts - 1).bit_length() if shared else 1)
+            assert parts <= 8 and (parts > 1) == (vocab >= 84_000)
+            p = plan("gradient", capability, **of)
+            chunk = 4 * p.threads * 16 // BYTES[dtype]
+            assert p.cluster == 1 and (p.row_blocks - 1) * p.slice < vocab <= p.row_blocks * p.slice
+            assert p.slice % chunk == 0 and (p.row_blocks == 1 or p.slice >= 2 * chunk)
+            assert p.row_blocks <= max(1, -(-full // rows))
+            assert p.row_blocks > 1 or rows >= full or vocab < 4 * chunk
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("vocab", (84_000, 128_256, 151_936, 262_144, 2**20))
+def test_parts_are_a_vector_a_thread_and_whole_chunks(vocab, dtype):
+    """So that what is read past the first vectors is whole but for the last part's end."""
+    p = plan("statistics", dtype=dtype, vocab=vocab)
+    stride = p.threads * 16 // BYTES[dtype]
+    assert p.slice % (4 * stride) == stride
+
+
+def test_statistics_are_shared_by_no_more_blocks_than_the_device_runs_as_one():
+    for largest in (0, 1, 2, 4, 8):
+        p = plan("statistics", vocab=262_144, rows=1, largest_cluster=largest)
+        assert p.row_blocks == p.cluster == (8 if largest == 8 else 1)
+
+
+def test_a_narrow_gradient_is_shared_by_no_blocks():
+    """It may lie on logits that another block has not read."""
+    assert plan("gradient", dtype=0, vocab=151_936, rows=1).row_blocks > 1
+    for narrow in (1, 2):
+        assert plan("gradient", dtype=0, out_dtype=narrow, vocab=151_936, rows=1).row_blocks == 1
+
+
+def test_a_loss_that_is_not_resident_has_the_plan_of_its_statistics():
+    fields = ("plain", "row_blocks", "cluster", "threads", "blocks", "slice", "shared_bytes")
+    for capability, change in ((80, {}), (90, {"softcap": 3.0}), (90, {"dtype": 3})):
+        loss, statistics = (
+            plan(operation, capability, vocab=151_936, rows=3, **change)
+            for operation in ("loss", "statistics")
+        )
+        assert not loss.resident
+        assert [getattr(loss, field) for field in fields] == [
+            getattr(statistics, field) for field in fields
+        ]
 
 
 def test_padded_vocabulary_and_strides_do_not_change_the_plan():

@@ -18,21 +18,26 @@ struct Any {
   static constexpr bool some = true, all = false;
 };
 
-// Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of the n numbers at
-// `x`; before(k) comes before chunk k is read. Which thread takes which number when depends on n
-// and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type in the loop
-// that has to be fast, where every vector is full.
-template <class Rows, class In, class Before, class Body>
-EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Body& body) {
+// Of the n numbers of a row, those from `begin` to `end`.
+struct Range {
+  int begin, end, n;
+};
+
+// Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of a range of the
+// numbers at `x`, `ahead` of which come before. Which thread takes which number when depends on the
+// range and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type in the
+// loop that has to be fast, where every vector is full.
+template <class Rows, class In, class Body>
+EM_DEVICE void for_each_chunk(const In* x, const Range& range, int ahead, const Body& body) {
   constexpr int width = Vector<In>::width;
-  const int stride = block_threads() * width, chunk = kLoads * stride;
+  const int stride = block_threads() * width, chunk = kLoads * stride, end = range.end;
   const int past = Rows::all ? 0 : numbers_past(x);
   const bool aligned = Rows::all || (Rows::some && past == 0);
-  const int whole = aligned ? n : n - width;
+  const int whole = aligned || end <= range.n - width ? end : range.n - width;
   Vector<In> v[kLoads];
-  int at[kLoads], k = 0, begin = thread_index() * width;
-  for (; (k + 1) * chunk <= whole; ++k, begin += chunk) {
-    before(k);
+  const int start = range.begin + ahead, count = whole - start, rest = end - start;
+  int at[kLoads], k = 0, begin = start + thread_index() * width;
+  for (; (k + 1) * chunk <= count; ++k, begin += chunk) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) at[i] = begin + i * stride;
     if (aligned) {
@@ -43,47 +48,48 @@ EM_DEVICE void for_each_chunk(const In* x, int n, const Before& before, const Bo
     }
     body(v, at, std::true_type());
   }
-  for (; k * chunk < n; ++k, begin += chunk) {
-    before(k);
+  for (; k * chunk < rest; ++k, begin += chunk) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       at[i] = begin + i * stride;
-      v[i] = load_guarded(x, n, past, at[i]);
+      v[i] = load_guarded(x, end, past, at[i]);
     }
     body(v, at, std::false_type());
   }
 }
 
-// This thread's share of the sums over the n numbers at `x`. kPlain: `transform` is simple and
+// This thread's share of the sums over a range of the numbers at `x`. Its first vector is what the
+// sums begin with; all others are compared with what they hold. kPlain: `transform` is simple and
 // nothing beyond the first order is wanted.
-template <class Rows, bool kPlain, class In, class Before>
+template <class Rows, bool kPlain, class In>
 EM_DEVICE Part<Real<In>> sum_up(
-    const In* x, int n, const Transform<Real<In>>& transform, const Extras& extras,
-    const Before& before) {
+    const In* x, const Range& range, const Transform<Real<In>>& transform,
+    const Scaling<Real<In>>& by, const Extras& extras) {
   using T = Real<In>;
   constexpr int width = Vector<In>::width;
-  const Scaling<T> by = transform.scaling();
-  if constexpr (kPlain) {
-    Sums<Vector<In>, false> sums;
-    const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
-      sums.add(v, at, by, extras);
-    };
-    for_each_chunk<Rows>(x, n, before, body);
-    return sums.total(by);
-  } else {
-    Sums<Lanes<T, width>, true> sums;
-    const auto body = [&](Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
-      Lanes<T, width> z[kLoads];
+  const auto summands = [&](const Vector<In>& v, int at) {
+    if constexpr (kPlain) {
+      return v;
+    } else {
+      Lanes<T, width> z;
 #pragma unroll
-      for (int k = 0; k < kLoads; ++k)
+      for (int i = 0; i < width; ++i)
+        z.lane[i] = at + i < range.end ? transform.summand(v.get(i), at + i) : T(-INFINITY);
+      return z;
+    }
+  };
+  using V = decltype(summands(Vector<In>(), 0));
+  const int first = range.begin + thread_index() * width;
+  const int past = Rows::all ? 0 : numbers_past(x);
+  Sums<V, !kPlain> sums(summands(load_guarded(x, range.end, past, first), first), first, extras);
+  const auto body = [&](const Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
+    V z[kLoads];
 #pragma unroll
-        for (int i = 0; i < width; ++i)
-          z[k].lane[i] = at[k] + i < n ? transform.summand(v[k].get(i), at[k] + i) : T(-INFINITY);
-      sums.add(z, at, by, extras);
-    };
-    for_each_chunk<Rows>(x, n, before, body);
-    return sums.total(by);
-  }
+    for (int k = 0; k < kLoads; ++k) z[k] = summands(v[k], at[k]);
+    sums.add(z, at, by, extras);
+  };
+  for_each_chunk<Rows>(x, range, block_threads() * width, body);
+  return sums.total(by);
 }
 
 }  // namespace em_kernels::cuda

@@ -77,7 +77,7 @@ EM_DEVICE void write_gradient(
       store_gradient<In, decltype(whole)::value>(g, out, dtype, first, n - first);
     }
   };
-  for_each_chunk<Rows>(x + head, n - head, Nothing(), body);
+  for_each_chunk<Rows>(x + head, {0, n - head, n - head}, 0, body);
 }
 
 }  // namespace em_kernels::cuda

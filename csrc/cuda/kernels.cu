@@ -1,4 +1,5 @@
-// The kernels. `stream_statistics` and `stream_gradient`: a block per row, read from global memory.
+// The kernels. `stream_statistics` and `stream_gradient`: rows read from global memory, each by a
+// block, or by several where there are few rows.
 // `resident_loss`: both at once, a cluster per row, which is brought into shared memory once.
 #include "kernels.h"
 
@@ -35,49 +36,94 @@ EM_DEVICE Extras wanted(const Results& results) {
   return out;
 }
 
+// Which row, and which of the blocks that it has.
+struct Place {
+  int64_t row;
+  int rank;
+};
+
+EM_DEVICE Place place_of(int blocks) {
+  const auto block = static_cast<unsigned>(block_index()), of_row = static_cast<unsigned>(blocks);
+  if (blocks == 1) return {block, 0};
+  return {block / of_row, static_cast<int>(block % of_row)};
+}
+
+// A row is summed up in parts of `slice` numbers: by one block, or, as a cluster, by a block a part.
+// Each thread joins its shares of them in their order either way, so the bits are the same.
 template <class In, class Rows, bool kPlain>
 EM_KERNEL(kMaxThreads, kPlain ? Rows::all ? 5 : 3 : 2)
-stream_statistics(const Problem p, EM_PARAMETER(Results) results) {
+stream_statistics(
+    const Problem p, EM_PARAMETER(Results) results, const int slice, const int blocks) {
   using T = Real<In>;
+  constexpr bool kExtras = !kPlain;
   static_assert(sizeof(BlockScratch<T>) <= kStreamScratchBytes);
   auto& scratch = *reinterpret_cast<BlockScratch<T>*>(shared_memory());
-  const int64_t row = block_index();
-  const int thread = thread_index();
+  const auto [row, rank] = place_of(blocks);
+  const int thread = thread_index(), n = static_cast<int>(p.valid_vocab);
+  T* const own = reinterpret_cast<T*>(shared_memory() + kStreamScratchBytes) + thread;
   if (p.mask && !p.mask[row]) {
-    put_zeros<T>(results, row, thread);
+    if (rank == 0) put_zeros<T>(results, row, thread);
     return;
   }
   const In* const x = row_of<In>(p, row);
   const Transform<T> transform(p, row);
+  const Scaling<T> by = transform.scaling();
+#pragma unroll 1
+  for (int begin = rank * slice; begin < n; begin += blocks * slice) {
+    const Range range = {begin, begin + slice < n ? begin + slice : n, n};
+    const Part<T> part = sum_up<Rows, kPlain>(x, range, transform, by, wanted(results));
+    join_own<kExtras>(part, begin == rank * slice, own);
+  }
+  if (blocks > 1 && !join_blocks<kExtras>(own, rank, (n + slice - 1) / slice)) return;
   Target<T> target;
-  Part<T> part = sum_up<Rows, kPlain>(x, p.valid_vocab, transform, wanted(results), Nothing());
   if (thread < 32) target.read(p, row, x, transform);
-  part = merge_block<!kPlain>(part, scratch);
-  if (thread < 32) put_row<!kPlain>(results, row, part, target, thread);
+  const Part<T> part = merge_block<kExtras>(get_part<kExtras>(own), scratch);
+  if (thread < 32) put_row<kExtras>(results, row, part, target, thread);
 }
 
+// What a block stores last. In shared memory it is out of the way until then.
+template <class T>
+struct Last {
+  char* target;  // null where the target is not the block's
+  T at_target;
+  char* zeros;
+  int64_t zero_bytes;
+};
+
+// Block `rank` takes the `slice` numbers from rank * slice on, and the last what is behind them.
 template <class In, class Rows, bool kPlain>
 EM_KERNEL(kMaxThreads, Rows::all ? 4 : 3)
-stream_gradient(const Problem p, const Gradient g) {
+stream_gradient(const Problem p, const Gradient g, const int slice, const int blocks) {
   using T = Real<In>;
-  const int64_t row = block_index();
-  const int thread = thread_index();
-  char* const out = gradient_row(p, g, row);
-  if (p.mask && !p.mask[row]) return zero_from(p, g, out, 0, thread, block_threads());
+  static_assert(sizeof(Last<T>) <= kStreamScratchBytes);
+  auto& last = *reinterpret_cast<Last<T>*>(shared_memory());
+  const auto [row, rank] = place_of(blocks);
+  const int thread = thread_index(), size = size_of(g.out_dtype);
+  char* out = gradient_row(p, g, row);
+  if (p.mask && !p.mask[row])
+    return zero_from(p, g, out, 0, rank * block_threads() + thread, blocks * block_threads());
   const In* const x = row_of<In>(p, row);
   const Transform<T> transform(p, row);
   const Saved<T> saved = {
       read_row<T>(g.max, row), read_row<T>(g.log1p_r, row), read_row<T>(g.mean_d, row)};
   const Upstream<T> upstream(g, row);
+  const Slice own(p, rank, slice);
   Target<T> target;
-  if (thread == 0 && g.g_logprob) target.read(p, row, x, transform);
+  if (thread == 0 && g.g_logprob && p.target && own.has(p.target[row]))
+    target.read(p, row, x, transform);
   sync_block();  // the target's logit is read before anything is overwritten
   const GradientTerms<T> terms(upstream, saved, target, transform);
-  write_gradient<Rows, kPlain>(x, p.valid_vocab, out, g.out_dtype, transform, terms);
+  if (thread == 0)
+    last = {
+        terms.has_target ? out + target.y * size : nullptr, terms.at_target,
+        out + p.valid_vocab * size, rank + 1 < blocks ? 0 : (p.vocab - p.valid_vocab) * size};
+  write_gradient<Rows, kPlain>(
+      x + own.begin, own.count, out + own.begin * size, g.out_dtype, transform.from(own.begin),
+      terms);
   sync_block();
-  if (thread == 0 && terms.has_target)
-    store_number<In>(terms.at_target, out, g.out_dtype, target.y);
-  zero_from(p, g, out, p.valid_vocab, thread, block_threads());
+  if (thread == 0 && last.target)
+    store_number<In>(last.at_target, last.target, g.out_dtype, 0);
+  store_zeros(last.zeros, last.zeros + last.zero_bytes, thread, block_threads());
 }
 
 #if defined(EM_HAS_CLUSTERS)
@@ -123,8 +169,9 @@ resident_loss(
     return;
   }
   const In* const x = row_of<In>(p, row);
-  const int64_t begin = rank * slice, rest = p.valid_vocab - begin;
-  const int n = static_cast<int>(rest < 0 ? 0 : rest < slice ? rest : slice);
+  const Slice part(p, rank, slice);
+  const int64_t begin = part.begin;
+  const int n = part.count;
   const int chunk = kLoads * Vector<In>::width * block_threads();
   In* const held =
       reinterpret_cast<In*>(shared_memory() + kScratchBytes) + numbers_past(x + begin);
@@ -143,9 +190,9 @@ resident_loss(
   cluster_arrive();
   cluster_wait();
   if (thread < 32) {
-    const Part<T> part = merge_cluster(scratch.sums, blocks, thread, by);
+    const Part<T> whole = merge_cluster(scratch.sums, blocks, thread, by);
     const Saved<T> saved =
-        put_row<false>(results, row, part, target, rank == 0 ? thread : int(kOutputs));
+        put_row<false>(results, row, whole, target, rank == 0 ? thread : int(kOutputs));
     if (thread == 0) scratch.saved = saved;
   }
   sync_block();
@@ -160,8 +207,8 @@ resident_loss(
     write_gradient<Unaligned, true>(held, n, own_out, g.out_dtype, transform, terms);
   }
   sync_block();
-  const bool has_target = terms.has_target && begin <= target.y && target.y < begin + n;
-  if (thread == 0 && has_target) store_number<In>(terms.at_target, out, g.out_dtype, target.y);
+  if (thread == 0 && terms.has_target && part.has(target.y))
+    store_number<In>(terms.at_target, out, g.out_dtype, target.y);
   zero_from(
       p, g, out, p.valid_vocab, rank * block_threads() + thread, blocks * block_threads());
   cluster_wait();  // the others may still be reading this block's shared memory
@@ -193,16 +240,12 @@ template <class In, bool kPlain>
 void stream(
     Operation operation, const Plan& plan, const Problem& p, const Results& results,
     const Gradient& g, void* queue) {
-  if (operation != Operation::gradient)
-    launch(statistics_of<In, kPlain>(plan.aligned_logits), plan, queue, p, results);
-  if (operation == Operation::statistics) return;
-  Gradient after = g;
-  if (operation == Operation::loss) {
-    after.max = results.column[kMax];
-    after.log1p_r = results.column[kLog1pR];
-    after.mean_d = results.column[kMeanD];
+  const int slice = static_cast<int>(plan.slice), blocks = plan.row_blocks;
+  if (operation == Operation::statistics) {
+    launch(statistics_of<In, kPlain>(plan.aligned_logits), plan, queue, p, results, slice, blocks);
+  } else {
+    launch(gradient_of<In, kPlain>(plan.aligned_gradient), plan, queue, p, g, slice, blocks);
   }
-  launch(gradient_of<In, kPlain>(plan.aligned_gradient), plan, queue, p, after);
 }
 
 template <class In>
@@ -260,11 +303,23 @@ void flatten(Problem& p, Gradient& g, bool has_out) {
   g.outer_stride = g.inner_stride;
 }
 
+// `loss` where the row is not held: its two halves.
+void run_halves(
+    const Problem& p, const Results& results, Gradient g, const Device& device, void* queue) {
+  run(Operation::statistics, p, results, {}, device, queue);
+  g.max = results.column[kMax];
+  g.log1p_r = results.column[kLog1pR];
+  g.mean_d = results.column[kMeanD];
+  run(Operation::gradient, p, {}, g, device, queue);
+}
+
 void run(
     Operation operation, const Problem& problem, const Results& results, const Gradient& gradient,
     const Device& device, void* queue) {
   const Plan how = plan(operation, problem, results, gradient, device);
   if (how.blocks == 0) return;
+  if (operation == Operation::loss && !how.resident)
+    return run_halves(problem, results, gradient, device, queue);
   Problem p = problem;
   Gradient g = gradient;
   flatten(p, g, operation != Operation::statistics);

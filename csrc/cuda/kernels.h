@@ -18,6 +18,7 @@ struct Device {
   int shared_per_block = 0;           // bytes a block may opt in to
   int shared_per_multiprocessor = 0;  // bytes
   int largest_cluster = 0;            // blocks that run as one, each with all it may opt in to
+  int multiprocessors = 0;
 };
 
 // What is known of the kernels once they are loaded for a device.
@@ -26,21 +27,26 @@ struct Loaded {
   int largest_cluster = 0;
 };
 
-// How a call is launched. It does not depend on the number of rows, save for `blocks`, so that a
-// row's bits do not either.
+// How a call is launched. Only how many blocks there are depends on the number of rows, so that a
+// row's bits do not.
 struct Plan {
   bool plain = false;     // positive scale, no bias, no softcap, first-order outputs: the fast sums
   bool aligned_logits = false;    // every row begins at a multiple of 16 bytes
   bool aligned_gradient = false;  // vectors of 16 bytes of the logits are vectors of the gradient
   bool resident = false;  // the row is held in shared memory, over the blocks of a cluster
-  int cluster = 1;        // blocks per row
+  int row_blocks = 1;     // blocks per row
+  int cluster = 1;        // blocks that run as one: row_blocks where they meet, else 1
   int threads = 0;        // per block
-  int64_t blocks = 0;     // in the grid, cluster * rows
-  int64_t slice = 0;      // logits of a row per block of its cluster, where resident
+  int64_t blocks = 0;     // in the grid, row_blocks * rows
+  int64_t slice = 0;      // logits of a row that a block takes at a time
   int shared_bytes = 0;   // dynamic, per block
 };
 
-// Pure: needs no device. Throws std::invalid_argument for what cannot be launched.
+// Pure: needs no device. Where there are fewer rows than two for each multiprocessor, statistics of a
+// long row are shared by the blocks of a cluster (compute capability 9.0), and its gradient by blocks
+// of their own, unless it is narrower than the logits, on which it may lie.
+//
+// The plan of a `loss` that is not resident is that of its statistics. Throws std::invalid_argument for what cannot be launched.
 Plan plan(Operation, const Problem&, const Results&, const Gradient&, const Device&);
 
 // Queues the kernel on `stream`, a cudaStream_t. Throws std::runtime_error if CUDA refuses.

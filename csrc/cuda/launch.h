@@ -89,7 +89,8 @@ void launch(
   config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
-  config.numAttrs = plan.resident ? 1 : 0;  // also for a cluster of one: the kernel asks its size
+  // Also for a cluster of one where the kernel asks its size.
+  config.numAttrs = plan.resident || plan.cluster > 1 ? 1 : 0;
   std::tuple<Parameters...> values(arguments...);
   std::apply(
       [&](auto&... value) {

@@ -84,18 +84,20 @@ PYBIND11_MODULE(EM_MODULE_NAME, m) {
           py::arg("out_dtype"));
   py::class_<Device>(m, "Device")
       .def(
-          py::init<int, int, int, int>(), py::kw_only(), py::arg("compute_capability"),
+          py::init<int, int, int, int, int>(), py::kw_only(), py::arg("compute_capability"),
           py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"),
-          py::arg("largest_cluster"))
+          py::arg("largest_cluster"), py::arg("multiprocessors"))
       .def_readonly("compute_capability", &Device::compute_capability)
       .def_readonly("shared_per_block", &Device::shared_per_block)
       .def_readonly("shared_per_multiprocessor", &Device::shared_per_multiprocessor)
-      .def_readonly("largest_cluster", &Device::largest_cluster);
+      .def_readonly("largest_cluster", &Device::largest_cluster)
+      .def_readonly("multiprocessors", &Device::multiprocessors);
   py::class_<Plan>(m, "Plan")
       .def_readonly("plain", &Plan::plain)
       .def_readonly("aligned_logits", &Plan::aligned_logits)
       .def_readonly("aligned_gradient", &Plan::aligned_gradient)
       .def_readonly("resident", &Plan::resident)
+      .def_readonly("row_blocks", &Plan::row_blocks)
       .def_readonly("cluster", &Plan::cluster)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("blocks", &Plan::blocks)

@@ -37,6 +37,40 @@ int cluster_for(int64_t bytes, int blocks, const Device& device) {
   return 0;
 }
 
+// How many blocks a row takes that give two to every multiprocessor: while one computes, the other
+// loads. 1 where there are as many rows.
+int64_t wanted_blocks(const Problem& p, const Device& device) {
+  const int64_t rows = std::max<int64_t>(p.rows, 1);
+  return std::max<int64_t>((2 * int64_t(device.multiprocessors) + rows - 1) / rows, 1);
+}
+
+// Statistics of a row are summed up in parts, of a vector a thread and whole chunks. Which parts
+// does not depend on the number of rows; where those are few, the blocks of a cluster have one each,
+// and those that a power of 2 has besides have none.
+void share_statistics(Plan& plan, const Problem& p, const Device& device) {
+  const int64_t stride = plan.threads * 16 / size_of(p.dtype);
+  const int64_t parts = std::clamp<int64_t>(p.valid_vocab / kPartNumbers, 1, kMaxCluster);
+  const int64_t rest = (p.valid_vocab + parts - 1) / parts - stride;
+  plan.slice = stride + round_up(std::max<int64_t>(rest, 0), kLoads * stride);
+  const int fields = plan.plain ? kSums : kAllSums, size = p.dtype == DType::f64 ? 8 : 4;
+  plan.shared_bytes = kStreamScratchBytes + fields * size * plan.threads;
+  int blocks = 1;
+  while (blocks * plan.slice < p.valid_vocab) blocks *= 2;
+  const bool meet = device.compute_capability >= 90 && blocks <= device.largest_cluster;
+  if (meet && wanted_blocks(p, device) > 1) plan.row_blocks = plan.cluster = blocks;
+}
+
+// Any blocks may share the gradient of a row, of two chunks at least. But where it is narrower than
+// the logits it may lie on what another block has not read.
+void share_gradient(Plan& plan, const Problem& p, bool narrow, const Device& device) {
+  const int64_t chunk = int64_t(kLoads) * plan.threads * 16 / size_of(p.dtype);
+  const int64_t most = narrow ? 1 : std::max<int64_t>(p.valid_vocab / (2 * chunk), 1);
+  const int64_t blocks = std::min(most, wanted_blocks(p, device));
+  plan.slice = round_up((p.valid_vocab + blocks - 1) / blocks, chunk);
+  plan.row_blocks = static_cast<int>((p.valid_vocab + plan.slice - 1) / plan.slice);
+  plan.shared_bytes = kStreamScratchBytes;
+}
+
 // While one block computes, others load: three on a multiprocessor if need be over more blocks per
 // row, else two, else one.
 void hold_row(Plan& plan, int64_t vocab, int64_t size, const Device& device) {
@@ -47,7 +81,7 @@ void hold_row(Plan& plan, int64_t vocab, int64_t size, const Device& device) {
     const int threads = threads_for(bytes / size, 16 / size);
     if (bytes > int64_t(kMaxChunks) * threads * kLoads * 16) continue;
     plan.resident = true;
-    plan.cluster = cluster;
+    plan.row_blocks = plan.cluster = cluster;
     plan.slice = bytes / size;
     plan.threads = threads;
     plan.shared_bytes = int(bytes) + kResidentBytes;
@@ -104,14 +138,18 @@ Plan plan(
   plan.aligned_logits = aligned_logits(p);
   plan.aligned_gradient = operation != Operation::statistics && aligned_gradient(p, g);
   plan.threads = threads_for(p.valid_vocab, 16 / size);
-  plan.shared_bytes = kStreamScratchBytes;
   const bool saves = results.column[kMax] && results.column[kLog1pR] && results.column[kMeanD];
   if (operation == Operation::loss)
     check("columns", saves, saves, "given for max, log1p_r and mean_d");
   if (operation == Operation::loss && plan.plain && device.compute_capability >= 90)
     hold_row(plan, p.valid_vocab, size, device);
-  check("rows", p.rows <= kMaxBlocks / plan.cluster, p.rows, "less than 2^31 / blocks per row");
-  plan.blocks = p.rows * plan.cluster;
+  if (operation == Operation::gradient) {
+    share_gradient(plan, p, narrow, device);
+  } else if (!plan.resident) {
+    share_statistics(plan, p, device);
+  }
+  check("rows", p.rows <= kMaxBlocks / plan.row_blocks, p.rows, "less than 2^31 / blocks per row");
+  plan.blocks = p.rows * plan.row_blocks;
   return plan;
 }
 

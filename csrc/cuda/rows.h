@@ -21,6 +21,18 @@ EM_DEVICE int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, i
   return outer * outer_stride + (row - outer * inner) * stride;
 }
 
+// The numbers of a row that block `rank` has, where each has `size` of them.
+struct Slice {
+  int64_t begin;
+  int count;
+
+  EM_DEVICE Slice(const Problem& p, int rank, int64_t size) : begin(rank * size) {
+    const int64_t rest = p.valid_vocab - begin;
+    count = static_cast<int>(rest < 0 ? 0 : rest < size ? rest : size);
+  }
+  EM_DEVICE bool has(int64_t y) const { return begin <= y && y < begin + count; }
+};
+
 template <class T>
 EM_DEVICE T read_row(const void* column, int64_t row) {
   return column ? static_cast<const T*>(column)[row] : T(0);
@@ -63,6 +75,13 @@ struct Transform {
     if (u == T(INFINITY) || u == T(-INFINITY)) return {multiply(u, inverse_t), 0};
     const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
     return {multiply(softcap * capped.z, inverse_t), capped.slope};
+  }
+
+  // That of the numbers from index `begin` on.
+  EM_DEVICE Transform from(int64_t begin) const {
+    Transform out = *this;
+    if (bias) out.bias += begin;
+    return out;
   }
 
   // What is summed up, and its unit.

@@ -40,6 +40,7 @@ Device device(int index) {
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index, "MaxSharedMemoryPerBlockOptin");
   out.shared_per_multiprocessor = attribute(
       cudaDevAttrMaxSharedMemoryPerMultiprocessor, index, "MaxSharedMemoryPerMultiprocessor");
+  out.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index, "MultiProcessorCount");
   const Loaded loaded = load_kernels(out.shared_per_block);
   out.compute_capability = std::min(10 * major + minor, loaded.compute_capability);
   out.largest_cluster = loaded.largest_cluster;

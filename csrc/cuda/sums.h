@@ -64,14 +64,18 @@ struct Part {
 template <class V, bool kExtras>
 struct Sums {
   using T = typename V::T;
-  V held = V::excluded();
-  T max = -INFINITY, r = 0, q = 0;
+  V held;
+  T max, r = 0, q = 0;
   T s = 0, c = 0, t = 0;
   PowerSums<T> powers;
   int index[V::width];
 
-  EM_DEVICE Sums() {
-    for (int i = 0; i < V::width; ++i) index[i] = -1;
+  // Of `first`, whose first number has index `at` in the row.
+  EM_DEVICE Sums(const V& first, int at, const Extras& extras) : held(first), max(first.top()) {
+    for (int i = 0; i < V::width; ++i) {
+      index[i] = at + i;
+      if (kExtras && extras.moments) powers.add(first.get(i));
+    }
   }
 
   // `at[k]` is the index in the row of the first number of x[k].
@@ -139,24 +143,49 @@ struct Sums {
   }
 };
 
+// A Part whose fields are move(those of `part`): kSums of them, or kAllSums.
+template <bool kExtras, class T, class Move>
+EM_DEVICE Part<T> move_part(const Part<T>& part, const Move& move) {
+  Part<T> out;
+  out.softmax.max = move(part.softmax.max);
+  out.softmax.r = move(part.softmax.r);
+  out.softmax.q = move(part.softmax.q);
+  if (kExtras) {
+    out.softmax.argmax = move(static_cast<int>(part.softmax.argmax));
+    out.softmax.s = move(part.softmax.s);
+    out.softmax.c = move(part.softmax.c);
+    out.softmax.t = move(part.softmax.t);
+    out.logits.count = move(part.logits.count);
+    out.logits.mean = move(part.logits.mean);
+    out.logits.m2 = move(part.logits.m2);
+    out.logits.m3 = move(part.logits.m3);
+  }
+  return out;
+}
+
 // `part` of the thread `lanes` further on.
 template <bool kExtras, class T>
 EM_DEVICE Part<T> shuffle_part(const Part<T>& part, int lanes) {
-  Part<T> out;
-  out.softmax.max = shuffle_down(part.softmax.max, lanes);
-  out.softmax.r = shuffle_down(part.softmax.r, lanes);
-  out.softmax.q = shuffle_down(part.softmax.q, lanes);
-  if (kExtras) {
-    out.softmax.argmax = shuffle_down(static_cast<int>(part.softmax.argmax), lanes);
-    out.softmax.s = shuffle_down(part.softmax.s, lanes);
-    out.softmax.c = shuffle_down(part.softmax.c, lanes);
-    out.softmax.t = shuffle_down(part.softmax.t, lanes);
-    out.logits.count = shuffle_down(part.logits.count, lanes);
-    out.logits.mean = shuffle_down(part.logits.mean, lanes);
-    out.logits.m2 = shuffle_down(part.logits.m2, lanes);
-    out.logits.m3 = shuffle_down(part.logits.m3, lanes);
-  }
-  return out;
+  return move_part<kExtras>(part, [&](auto field) { return shuffle_down(field, lanes); });
+}
+
+// A Part of every thread of a block, in shared memory, field by field. `own` is the first field of
+// this thread's.
+template <bool kExtras, class T>
+EM_DEVICE void put_part(const Part<T>& part, T* own) {
+  move_part<kExtras>(part, [&](auto field) {
+    *reinterpret_cast<decltype(field)*>(own) = field;
+    own += block_threads();
+    return field;
+  });
+}
+template <bool kExtras, class T>
+EM_DEVICE Part<T> get_part(const T* own) {
+  return move_part<kExtras>(Part<T>(), [&](auto field) {
+    field = *reinterpret_cast<const decltype(field)*>(own);
+    own += block_threads();
+    return field;
+  });
 }
 
 template <bool kExtras, class T>
@@ -165,6 +194,29 @@ EM_DEVICE Part<T> merge_parts(const Part<T>& x, const Part<T>& y) {
   out.softmax = merge(x.softmax, y.softmax);
   if (kExtras) out.logits = merge(x.logits, y.logits);
   return out;
+}
+
+// `part`, or what is at `own` and `part` joined, into `own`.
+template <bool kExtras, class T>
+EM_DEVICE void join_own(const Part<T>& part, bool first, T* own) {
+  put_part<kExtras>(first ? part : merge_parts<kExtras>(get_part<kExtras>(own), part), own);
+}
+
+// In a cluster whose blocks have one part of a row each: joins what the threads of the others have
+// at `own` to what those of block 0 have there, and tells whether this is block 0.
+template <bool kExtras, class T>
+EM_DEVICE bool join_blocks(T* own, int rank, int parts) {
+#if defined(EM_HAS_CLUSTERS)
+  sync_block();
+  if (thread_index() == 0) publish();
+  cluster_arrive();
+  cluster_wait();
+  for (int peer = 1; rank == 0 && peer < parts; ++peer)
+    join_own<kExtras>(get_part<kExtras>(of_peer(own, peer)), false, own);
+  cluster_arrive();
+  cluster_wait();  // block 0 may still be reading this block's shared memory
+#endif
+  return rank == 0;
 }
 
 // In lane 0: the parts of the 32 lanes, the lower lane always on the left.

@@ -197,7 +197,7 @@ int cluster_rank() { return machine.running->rank; }
 int cluster_blocks() { return machine.plan->cluster; }
 int64_t cluster_index() { return machine.first_block / machine.plan->cluster; }
 
-Device device(int) { return {90, 232448, 233472, kMaxCluster}; }
+Device device(int) { return {90, 232448, 233472, kMaxCluster, 132}; }
 std::string why_no_driver() { return ""; }
 int runtime_version() { return 0; }
 

@@ -39,6 +39,7 @@ H200 = {
     "shared_per_block": 232448,
     "shared_per_multiprocessor": 233472,
     "largest_cluster": 8,
+    "multiprocessors": 132,
 }
 
 
