@@ -106,7 +106,7 @@ enum Output : int {
   kOutputs,
 };
 
-// Whether r and q alone tell it, and nothing of the logits besides: what the fastest kernels report.
+// Whether r and q tell it, and nothing else of the logits: what the fastest kernels report.
 EM_HOST_DEVICE constexpr bool is_first_order(int output) {
   return output <= kLse || output == kMaxProb;
 }

@@ -4,9 +4,9 @@
     python tests/cuda_offline.py --write    also renews tests/cuda_resources.json
 
 Registers, stack, local memory (where spills go) and static shared memory are what the compiler
-recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses, bulk
-copies, fences of the device and what the loops over whole chunks issue are seen in the machine
-code, 64-bit offsets in the PTX.
+recorded; from sm_90 on 1024 bytes of shared memory are the system's own. 16-byte accesses, loads
+that take no place in L1, bulk copies, fences of the device and what the loops over whole chunks
+issue are seen in the machine code; 64-bit offsets and what leaves L2 first in the PTX.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ USAGE = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOC
 # Instructions of the machine code that are counted.
 CODE = {
     "wide_loads": r"LDG\.E\S*\.(?:128|256)\b",
+    "passing_loads": r"LDG\.E\.NA\.128\b",
     "wide_stores": r"STG\.E\S*\.(?:128|256)\b",
     "wide_shared_loads": r"LDS\.128\b",
     "bulk_copies": r"UBLKCP\b",
@@ -90,13 +91,21 @@ def wide_products(module: Path) -> dict[str, int]:
 
     Where a row begins takes three: row % inner, and each of the two indices times its stride.
     """
+    return in_ptx(module, r"\b(?:mul|mad)\.lo\.s64\b")
+
+
+def last_loads(module: Path) -> dict[str, int]:
+    """Kernel -> 16-byte loads whose line is the first to leave L2; empty as `wide_products`."""
+    return in_ptx(module, r"\bld\.global\.L1::no_allocate\.L2::cache_hint\.v4\.u32\b")
+
+
+def in_ptx(module: Path, pattern: str) -> dict[str, int]:
     parts = re.split(
         r"^\.visible \.entry (\w+)\(", _run(cuobjdump(), "-ptx", str(module)), flags=re.M
     )
     names, bodies = parts[1::2], parts[2::2]
     short = short_names(names) if names else {}
-    product = r"\b(?:mul|mad)\.lo\.s64\b"
-    return {short[name]: len(re.findall(product, body)) for name, body in zip(names, bodies)}
+    return {short[name]: len(re.findall(pattern, body)) for name, body in zip(names, bodies)}
 
 
 def short_names(symbols: list[str]) -> dict[str, str]:

@@ -406,7 +406,7 @@ def test_a_row_that_is_not_aligned_costs_few_instructions_more(kernels):
             if "Aligned" not in name:
                 continue
             unaligned = each[name.replace("Aligned", "Unaligned")]
-            assert unaligned["loop_instructions"] <= 1.25 * aligned["loop_instructions"], name
+            assert unaligned["loop_instructions"] <= 1.26 * aligned["loop_instructions"], name
             assert unaligned["loop_stores"] == aligned["loop_stores"], (arch, name)
             assert unaligned["loop_loads"] <= 2 * aligned["loop_loads"] + 8, (arch, name)
 
@@ -427,6 +427,25 @@ def test_kernels_read_and_write_16_bytes_at_a_time(kernels):
                 assert kernel["wide_loads"] >= 4, (arch, name)
             if name.startswith("stream_gradient"):
                 assert kernel["wide_stores"] >= 4, (arch, name)
+
+
+def test_what_no_other_thread_reads_takes_no_place_in_l1(kernels):
+    """The logits of whole chunks of aligned rows; of others, neighbours share 16 bytes."""
+    for arch, each in kernels.items():
+        for name, kernel in each.items():
+            passes = name.startswith("stream_") and "Unaligned" not in name
+            assert kernel["passing_loads"] >= 4 * passes, (arch, name)
+            assert passes or kernel["passing_loads"] == 0, (arch, name)
+
+
+def test_the_gradient_reads_the_logits_last(module):
+    """L2 gives them up first; those of statistics it may keep until the gradient reads them."""
+    loads = cuda_offline.last_loads(module)
+    if not loads:
+        pytest.skip("this build holds no PTX")
+    for name, count in loads.items():
+        last = name.startswith("stream_gradient") and "Unaligned" not in name
+        assert count >= 4 * last and (last or count == 0), name
 
 
 def test_the_loss_brings_a_row_into_shared_memory_by_bulk_copies(kernels):

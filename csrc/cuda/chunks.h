@@ -24,11 +24,12 @@ struct Range {
 };
 
 // Calls body(vectors, indices, whole) for chunks of kLoads vectors per thread of a range of the
-// numbers at `x`, `ahead` of which come before. Which thread takes which number when depends on the
-// range and the number of threads alone, not on how `x` is aligned. `whole` is std::true_type in the
-// loop that has to be fast, where every vector is full.
-template <class Rows, class In, class Body>
-EM_DEVICE void for_each_chunk(const In* x, const Range& range, int ahead, const Body& body) {
+// numbers at `x`, without the first `ahead` of them. Which thread takes which number when depends
+// on the range and the number of threads alone, not on how `x` is aligned. `whole` is
+// std::true_type in the loop that has to be fast, where every vector is full.
+template <class Rows, class In, class Load, class Body>
+EM_DEVICE void for_each_chunk(
+    const In* x, const Range& range, int ahead, const Load& load, const Body& body) {
   constexpr int width = Vector<In>::width;
   const int stride = block_threads() * width, chunk = kLoads * stride, end = range.end;
   const int past = Rows::all ? 0 : numbers_past(x);
@@ -37,12 +38,13 @@ EM_DEVICE void for_each_chunk(const In* x, const Range& range, int ahead, const 
   Vector<In> v[kLoads];
   const int start = range.begin + ahead, count = whole - start, rest = end - start;
   int at[kLoads], k = 0, begin = start + thread_index() * width;
+  const In* next = x + begin;
   for (; (k + 1) * chunk <= count; ++k, begin += chunk) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) at[i] = begin + i * stride;
     if (aligned) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) v[i] = load_aligned(x + at[i]);
+      for (int i = 0; i < kLoads; ++i, next += stride) v[i] = load(next);
     } else {
       load_past(x, past, at, v);
     }
@@ -88,7 +90,7 @@ EM_DEVICE Part<Real<In>> sum_up(
     for (int k = 0; k < kLoads; ++k) z[k] = summands(v[k], at[k]);
     sums.add(z, at, by, extras);
   };
-  for_each_chunk<Rows>(x, range, block_threads() * width, body);
+  for_each_chunk<Rows>(x, range, block_threads() * width, InGlobal(), body);
   return sums.total(by);
 }
 

@@ -119,6 +119,29 @@ EM_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int bits) {
   return __funnelshift_r(low, high, bits);
 }
 
+// Sixteen aligned bytes of global memory that no other thread reads: they take no place in L1.
+EM_DEVICE void read_global(const void* from, uint32_t (&to)[4]) {
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+
+// What nobody reads again is the first to leave the L2 cache, so that it drives out nothing of use.
+EM_DEVICE uint64_t never_again() {
+  uint64_t out;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(out));
+  return out;
+}
+
+// The same of bytes that nobody reads again.
+EM_DEVICE void read_global_last(const void* from, uint32_t (&to)[4]) {
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(__cvta_generic_to_global(from)), "l"(never_again())
+               : "memory");
+}
+
 // Threads of a warp and of a block. All of a warp must come.
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -199,13 +222,6 @@ EM_DEVICE void init_arrivals(Arrival* arrivals, int count) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// What is read once is the first to leave the L2 cache, so that it drives out nothing of use.
-EM_DEVICE uint64_t read_once() {
-  uint64_t out;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(out));
-  return out;
-}
-
 EM_DEVICE void start_copy(void* to, const void* from, uint32_t bytes, Arrival* arrival) {
   const uint32_t barrier = shared_address(arrival);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -216,7 +232,7 @@ EM_DEVICE void start_copy(void* to, const void* from, uint32_t bytes, Arrival* a
       " [%0], [%1], %2, [%3], %4;"
       :
       : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier),
-        "l"(read_once())
+        "l"(never_again())
       : "memory");
 }
 

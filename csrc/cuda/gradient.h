@@ -48,10 +48,12 @@ EM_DEVICE int numbers_before(const void* out, int n, DType dtype) {
 // A narrow `out` begins at the row's first byte, so number i is written to where number i / 2 was:
 // behind all that later chunks read, and within what the block has read once every thread has the
 // numbers of its chunk in registers. Hence the one barrier per chunk.
-template <class Rows, bool kPlain, class In>
+//
+// It is stored as usual: a product or the sum of a leaf's gradient is what reads it next.
+template <class Rows, bool kPlain, class In, class Load>
 EM_DEVICE void write_gradient(
     const In* x, int n, void* out, DType dtype, const Transform<Real<In>>& transform,
-    const GradientTerms<Real<In>>& terms) {
+    const GradientTerms<Real<In>>& terms, const Load& load) {
   using T = Real<In>;
   constexpr int width = Vector<In>::width;
   const Scaling<T> by(1);
@@ -77,7 +79,7 @@ EM_DEVICE void write_gradient(
       store_gradient<In, decltype(whole)::value>(g, out, dtype, first, n - first);
     }
   };
-  for_each_chunk<Rows>(x + head, {0, n - head, n - head}, 0, body);
+  for_each_chunk<Rows>(x + head, {0, n - head, n - head}, 0, load, body);
 }
 
 }  // namespace em_kernels::cuda

@@ -48,8 +48,8 @@ EM_DEVICE Place place_of(int blocks) {
   return {block / of_row, static_cast<int>(block % of_row)};
 }
 
-// A row is summed up in parts of `slice` numbers: by one block, or, as a cluster, by a block a part.
-// Each thread joins its shares of them in their order either way, so the bits are the same.
+// A row is summed up in parts of `slice` numbers, by one block or by a cluster that has a block for
+// each. A thread joins its shares of them in their order either way, so the bits are the same.
 template <class In, class Rows, bool kPlain>
 EM_KERNEL(kMaxThreads, kPlain ? Rows::all ? 5 : 3 : 2)
 stream_statistics(
@@ -119,7 +119,7 @@ stream_gradient(const Problem p, const Gradient g, const int slice, const int bl
         out + p.valid_vocab * size, rank + 1 < blocks ? 0 : (p.vocab - p.valid_vocab) * size};
   write_gradient<Rows, kPlain>(
       x + own.begin, own.count, out + own.begin * size, g.out_dtype, transform.from(own.begin),
-      terms);
+      terms, InGlobalLast());
   sync_block();
   if (thread == 0 && last.target)
     store_number<In>(last.at_target, last.target, g.out_dtype, 0);
@@ -202,9 +202,11 @@ resident_loss(
   const GradientTerms<T> terms(upstream, scratch.saved, target, transform);
   char* const own_out = out + begin * size_of(g.out_dtype);
   if (numbers_past(held + numbers_before<In>(own_out, n, g.out_dtype)) == 0) {
-    write_gradient<Aligned, true>(held, n, own_out, g.out_dtype, transform, terms);
+    write_gradient<Aligned, true>(
+        held, n, own_out, g.out_dtype, transform, terms, InShared());
   } else {
-    write_gradient<Unaligned, true>(held, n, own_out, g.out_dtype, transform, terms);
+    write_gradient<Unaligned, true>(
+        held, n, own_out, g.out_dtype, transform, terms, InShared());
   }
   sync_block();
   if (thread == 0 && terms.has_target && part.has(target.y))

@@ -42,11 +42,11 @@ struct Plan {
   int shared_bytes = 0;   // dynamic, per block
 };
 
-// Pure: needs no device. Where there are fewer rows than two for each multiprocessor, statistics of a
-// long row are shared by the blocks of a cluster (compute capability 9.0), and its gradient by blocks
-// of their own, unless it is narrower than the logits, on which it may lie.
-//
-// The plan of a `loss` that is not resident is that of its statistics. Throws std::invalid_argument for what cannot be launched.
+// Pure: needs no device. Where there are fewer rows than two for each multiprocessor, the blocks of
+// a cluster share the statistics of a long row (from compute capability 9.0 on), and blocks of
+// their own its gradient, unless it is narrower than the logits, on which it may lie. The plan of a
+// `loss` that is not resident is that of its statistics.
+// Throws std::invalid_argument for what cannot be launched.
 Plan plan(Operation, const Problem&, const Results&, const Gradient&, const Device&);
 
 // Queues the kernel on `stream`, a cudaStream_t. Throws std::runtime_error if CUDA refuses.

@@ -88,6 +88,13 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
+template <class In>
+EM_DEVICE Vector<In> as_vector(const uint32_t* word) {
+  Vector<In> out;
+  memcpy(&out, word, sizeof out);
+  return out;
+}
+
 // How many numbers lie between the last multiple of 16 bytes and `x`, which is aligned to them.
 template <class In>
 EM_DEVICE int numbers_past(const In* x) {
@@ -99,6 +106,32 @@ EM_DEVICE Vector<In> load_aligned(const In* x) {
   static_assert(sizeof(Vector<In>) == 16);
   return *reinterpret_cast<const Vector<In>*>(x);
 }
+
+// Where an aligned vector is loaded from: shared memory; global memory that the backward pass reads
+// again, so that L2 may keep it; global memory for the last time. A vector that is not aligned is
+// none of these: the 16 bytes around its ends are its neighbours' too, who find them in L1.
+struct InShared {
+  template <class In>
+  EM_DEVICE Vector<In> operator()(const In* x) const {
+    return load_aligned(x);
+  }
+};
+struct InGlobal {
+  template <class In>
+  EM_DEVICE Vector<In> operator()(const In* x) const {
+    uint32_t word[4];
+    read_global(x, word);
+    return as_vector<In>(word);
+  }
+};
+struct InGlobalLast {
+  template <class In>
+  EM_DEVICE Vector<In> operator()(const In* x) const {
+    uint32_t word[4];
+    read_global_last(x, word);
+    return as_vector<In>(word);
+  }
+};
 
 // The aligned 16 bytes in which the vector at `x` begins; it ends in those behind.
 template <class In>
@@ -119,9 +152,7 @@ EM_DEVICE Vector<In> between(Bytes16 low, Bytes16 high, int past, int words) {
   const int bits = sizeof(In) == 2 ? past % 2 * 16 : 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) from[i] = funnel(from[i], from[i + 1], bits);
-  Vector<In> out;
-  memcpy(&out, from, sizeof out);
-  return out;
+  return as_vector<In>(from);
 }
 
 EM_DEVICE uint32_t pair_at(const bf16* x, bool first, bool second) {

@@ -102,6 +102,9 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int bits) {
   return static_cast<uint32_t>((uint64_t(high) << 32 | low) >> bits);
 }
 
+void read_global(const void* from, uint32_t (&to)[4]);
+inline void read_global_last(const void* from, uint32_t (&to)[4]) { read_global(from, to); }
+
 void sync_block();
 void cluster_arrive();
 void cluster_wait();
