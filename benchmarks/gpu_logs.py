@@ -43,12 +43,14 @@ def read_left_out(text: str) -> dict[str, str]:
 
 
 CASE = re.compile(r"^(?:ok|FAILED) +\S.*?: ", re.M)
+PASSED_BY = re.compile(r"^skip +\S.*?: ", re.M)
 
 
 def cases_done(text: str) -> int | None:
-    """How many cases a process did that ended before its last one; None if it came to its end."""
+    """How many cases a process had behind it that ended before its last one, done or skipped; None
+    if it came to its end."""
     ended = re.search(r"^\d+ (?:cases|checks), \d+ failed$", text, re.M)
-    return None if ended else len(CASE.findall(text))
+    return None if ended else len(CASE.findall(text)) + len(PASSED_BY.findall(text))
 
 
 def says_lost(text: str) -> bool:
@@ -69,7 +71,8 @@ def read_cases(text: str, what: str = "cases") -> dict:
 
 def read_smoke(text: str) -> dict:
     """The checks of benchmarks.gpu_smoke; what each found is kept."""
-    return {**read_cases(text, "checks"), "said": re.findall(r"^(?:ok|FAILED) .*$", text, re.M)}
+    said = re.findall(r"^(?:ok|FAILED|skip) .*$", text, re.M)
+    return {**read_cases(text, "checks"), "said": said}
 
 
 def read_sanitizer(text: str) -> dict:

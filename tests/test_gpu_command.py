@@ -409,6 +409,26 @@ def test_a_smoke_check_that_costs_the_device_says_where_to_go_on(monkeypatch, ca
     assert capsys.readouterr().out.endswith("3 checks, 1 failed\n")
 
 
+def test_what_is_the_same_for_every_backend_is_checked_with_triton_alone(monkeypatch, capsys):
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    fused = "linear_softmax_stats fused"
+    assert fused in gpu_smoke.TRITON_ALONE and gpu_smoke.TRITON_ALONE.keys() < {*gpu_smoke.CHECKS}
+    checks = {fused: lambda impl: (True, "1e-7"), "other": lambda impl: (True, "0")}
+    monkeypatch.setattr(gpu_smoke, "CHECKS", checks)
+    assert gpu_smoke.main("triton") == 0
+    both = f"ok     triton {fused}: 1e-7\nok     triton other: 0\n2 checks, 0 failed\n"
+    assert capsys.readouterr().out == both
+    assert gpu_smoke.main("cuda") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"skip   cuda {fused}: ") and "checked with triton\n" in said
+    assert said.endswith("ok     cuda other: 0\n1 checks, 0 failed\n")
+    found = gpu_logs.read_smoke(said)
+    assert "problem" not in found and found["cases"] == 1 and len(found["said"]) == 2
+    begun = said.replace("1 checks, 0 failed\n", "")
+    assert gpu_logs.cases_done(begun) == 2  # it is where --from goes on
+
+
 # Reading logs
 
 LOG = """\
