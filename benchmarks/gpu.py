@@ -10,7 +10,8 @@ limits of its stages, with those they need, add up to no more than SECONDS:
     STAGES="bench"
     STAGES="tests profile"
 
-A call replaces the report and the logs of the one before in its folder: OUT=... is another.
+The calls of one day share the report and the logs in their folder, OUT=... is another: a stage
+that is run again takes the place of its own result, and each says when and on what it was run.
 --help lists the stages with their limits, and the groups that stand for several.
 Nothing is downloaded and nothing installed; the wheels that `make gpu-wheels` made are unpacked.
 CUDA is compiled for the GPU that is there, unless TORCH_CUDA_ARCH_LIST says otherwise. Each stage
@@ -41,6 +42,7 @@ SECONDS = 525.0  # for all stages together; with starting and reporting, under n
 LEAST_SECONDS = 5.0  # with less time left than this a stage is not begun
 MOST_ENDS = 5  # so often a stage that goes on is begun
 LOG_BYTES = 4 << 20  # of a stage's log are kept
+TIME = "%Y-%m-%d %H:%M:%S"
 BIG_MEMORY = 64 << 30  # a GPU with as much also runs the tests of more than 2^31 logits
 
 
@@ -161,8 +163,7 @@ GROUPS = {
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     results = run_all(chosen(options.only or names()), options.out, options.seconds)
-    paths = gpu_report.save(results, options.out)
-    print("saved", *paths)
+    print("saved", *gpu_report.save(results, options.out, names()))
     return 0 if all(result["status"] in ("passed", "unavailable") for result in results) else 1
 
 
@@ -214,19 +215,37 @@ def members(name: str) -> list[str]:
 
 
 def run_all(stages: list[Stage], folder: Path, seconds: float) -> list[dict]:
-    """One result per stage, each {stage, status, seconds, note, **what `read` found}."""
+    """One result per stage, each {stage, status, seconds, note, **what `read` found}, and where it
+    was begun also {when, device}."""
     end = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     for log in {stage.log for stage in stages}:
-        (folder / log).unlink(missing_ok=True)
+        begin_log(folder / log)
     results: list[dict] = []
     for stage in stages:
-        left = end - time.monotonic()
-        result = without_running(stage, left) or run(stage, folder / stage.log, left)
-        results.append({"stage": stage.name, **result})
-        print(gpu_report.stage_line(results[-1]), flush=True)
-        gpu_report.save(results, folder)
+        left, begun = end - time.monotonic(), time.strftime(TIME)
+        result = {"stage": stage.name}
+        results.append(result)
+        if found := without_running(stage, left):
+            result.update(found)
+        else:
+            result.update(when=begun, **run(stage, folder / stage.log, left))
+            result["device"] = gpu_report.device_of(results)
+        print(gpu_report.stage_line(result), flush=True)
+        gpu_report.save(results, folder, names())
     return results
+
+
+def begin_log(log: Path) -> None:
+    """Behind what the other calls of the day have left in it; anew on another day."""
+    if not log.exists():
+        return
+    before, now = time.localtime(log.stat().st_mtime), time.strftime(TIME)
+    if time.strftime(TIME, before).split()[0] != now.split()[0]:
+        log.unlink()
+        return
+    with log.open("a") as output:
+        print(f"\n--- a call of {now} ---", file=output)
 
 
 def without_running(stage: Stage, left: float) -> dict | None:

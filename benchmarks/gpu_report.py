@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -88,20 +89,61 @@ def said(command: list[str]) -> str | None:
 # The report
 
 
-def save(results: list[dict], folder: Path) -> list[Path]:
-    """Write gpu-<name>-<date>.json and .md of the results so far."""
+def save(results: list[dict], folder: Path, order: Sequence[str] = ()) -> list[Path]:
+    """Write gpu-<name>-<date>.json and .md of the results so far, together with what other calls
+    have written there; the stages as in `order`."""
     name = gpu_of(results).get("name", "none")
     date = time.strftime("%Y-%m-%d")
     stem = re.sub(r"[^a-z0-9.]+", "-", f"gpu-{name}-{date}".lower())
     paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
-    paths[0].write_text(json.dumps({"date": date, "stages": results}, indent=1) + "\n")
-    paths[1].write_text(markdown(results, date))
+    stages = merged(saved_stages(paths[0]), results, order)
+    write(paths[0], json.dumps({"date": date, "stages": stages}, indent=1) + "\n")
+    write(paths[1], markdown(stages, date))
     return paths
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: a call that is stopped leaves the file of before."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def saved_stages(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    try:
+        return [*json.loads(path.read_text())["stages"]]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        print(f"{path} is written anew, it cannot be read: {reason}", flush=True)
+        return []
+
+
+def merged(earlier: list[dict], results: list[dict], order: Sequence[str]) -> list[dict]:
+    """The last result of every stage; one that was not begun does not replace one that was."""
+    found = {result["stage"]: result for result in earlier}
+    for result in results:
+        if "when" in result or "when" not in found.get(result["stage"], {}):
+            found[result["stage"]] = result
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(found.values(), key=lambda result: places.get(result["stage"], len(places)))
 
 
 def gpu_of(results: list[dict]) -> dict:
     machines = [result["machine"] for result in results if "machine" in result]
     return machines[0].get("gpu", {}) if machines else {}
+
+
+def device_of(results: list[dict]) -> str | None:
+    """The GPU that a call runs on, with what a time depends on; None where none was found."""
+    machine = next((result["machine"] for result in results if "machine" in result), {})
+    if "gpu" not in machine:
+        return None
+    query = (machine.get("tools", {}).get("nvidia-smi") or "").splitlines()
+    said = dict(zip(GPU_FIELDS.split(","), query[1].split(", "))) if len(query) > 1 else {}
+    torch = machine.get("packages", {}).get("torch")
+    words = [f"driver {said['driver_version']}", said["power.limit"]] if len(said) > 3 else []
+    return ", ".join([machine["gpu"]["name"], *words, *([f"torch {torch}"] if torch else [])])
 
 
 def stage_line(result: dict) -> str:
@@ -111,8 +153,9 @@ def stage_line(result: dict) -> str:
 
 def markdown(results: list[dict], date: str) -> str:
     parts = [f"# {gpu_of(results).get('name', 'No GPU')}, {date}", versions(results)]
-    lines = ["| stage | result | time | note |", "| --- | --- | ---: | --- |"]
-    parts.append("\n".join(lines + [f"| {stage_line(result)} |" for result in results]))
+    lines = ["| stage | result | time | note | begun |", "| --- | --- | ---: | --- | --- |"]
+    lines += [f"| {stage_line(result)} | {result.get('when', '-')} |" for result in results]
+    parts += ["\n".join(lines), devices(results)]
     parts += [tests_part(result) for result in results if "counts" in result]
     left_out = {k: v for result in results for k, v in result.get("left_out", {}).items()}
     parts.append("\n".join(f"- {name} is left out: {why}" for name, why in left_out.items()))
@@ -137,6 +180,15 @@ def versions(results: list[dict]) -> str:
     missing = [name for name, number in facts["packages"].items() if not number]
     said = f"Python {facts['python']}, CUDA {facts['cuda']}, {', '.join(packages)}."
     return said + (f" Not installed: {', '.join(missing)}." if missing else "")
+
+
+def devices(results: list[dict]) -> str:
+    """Which stages were run on what, where it is known: a line a device."""
+    on: dict[str, list[str]] = {}
+    for result in results:
+        if result.get("device"):
+            on.setdefault(result["device"], []).append(result["stage"])
+    return "\n".join(f"- On {device}: {', '.join(names)}." for device, names in on.items())
 
 
 def tests_part(result: dict) -> str:

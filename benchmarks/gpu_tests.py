@@ -26,7 +26,7 @@ TAKES = re.compile(r"\b\w*IMPLS\b|\bdef \w+\([^)]*\b(?:impl|device)\b|cuda\.is_a
 ALSO = ("chunks", "chunk_memory", "cut", "inference", "triton", "triton_linear", "triton_narrow")
 CPU_ONLY = (  # builds and emulators, pretended GPUs, processes over gloo
     *("choice", "choice_faults", "cuda_build", "cuda_emulated", "gpu_command", "gpu_pretended"),
-    *("optional_parts", "vocab_parallel"),
+    *("gpu_report", "optional_parts", "vocab_parallel"),
 )
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_stages import row, saved, stage
 
 from benchmarks import common, gpu, gpu_logs, gpu_report, gpu_smoke, gpu_tests
 from benchmarks.__main__ import main as bench
 from benchmarks.common import Case, Sizes, measure, table
-from benchmarks.gpu import Stage
 from benchmarks.gpu_logs import (
     read_build,
     read_cases,
@@ -23,30 +23,7 @@ from benchmarks.gpu_logs import (
     read_sanitizer,
     read_tests,
 )
-from benchmarks.gpu_report import (
-    markdown,
-    measured,
-    readme_table,
-    with_gpu_table,
-)
-
-
-def stage(name, code="print('done')", seconds=20.0, **options):
-    options = {"log": f"{name}.log", "needs_gpu": False, **options}
-    return Stage(name, seconds, [sys.executable, "-c", code], **options)
-
-
-def row(**changes):
-    base = dict(op="softmax_stats forward", n=8, v=50, d=0, dtype="bfloat16", seconds=0.01)
-    base |= dict(implementation="em_kernels", faster_than={}, times_floor=1.1, error=1e-3)
-    base |= dict(gigabytes_per_second=900.0, of_copy_bandwidth=0.93, gigaflops=0.0)
-    base |= dict(peak_bytes=10, extra_bytes=1 << 30, failure=None)
-    return {**base, **changes}
-
-
-def saved(folder):
-    (path,) = folder.glob("gpu-*.json")
-    return json.loads(path.read_text())["stages"]
+from benchmarks.gpu_report import markdown
 
 
 @pytest.fixture
@@ -80,7 +57,7 @@ def test_all_stages_passed_is_exit_code_0(stages, tmp_path):
     stages(stage("one"), stage("two"))
     assert gpu.main(["--out", str(tmp_path)]) == 0
     assert gpu.main(["--out", str(tmp_path), "--only", "two"]) == 0
-    assert [result["stage"] for result in saved(tmp_path)] == ["two"]
+    assert [result["stage"] for result in saved(tmp_path)] == ["one", "two"]
 
 
 def test_the_deadline_stops_and_skips_and_says_so(stages, tmp_path, monkeypatch):
@@ -633,107 +610,6 @@ def test_every_gpu_backend_that_is_there_has_a_row(monkeypatch):
     assert common.our_impls("cuda") == names
     there.update(triton="no", cuda="no")
     assert common.our_impls("cuda") == {"em_kernels": "auto"}
-
-
-# Goals
-
-
-def test_goals_are_measured_on_their_own_rows():
-    rows = [row(), row(implementation="TRL", seconds=0.02), row(implementation="eager", seconds=9)]
-    assert measured(rows[0], gpu_report.COPY, rows) == 0.93
-    assert measured(rows[0], gpu_report.PEERS, rows) == 2.0
-    assert measured(rows[0], gpu_report.PEERS, [*rows[:1], row(n=9, implementation="TRL")]) is None
-    assert measured(rows[0], gpu_report.MEMORY, rows) is None
-    assert measured(row(n=32768), gpu_report.MEMORY, rows) == 1.0
-    assert measured(row(seconds=None), gpu_report.COPY, rows) is None
-    goals = gpu_report.goals_table(rows)
-    assert "| softmax_stats forward: >= 0.9 of copy bandwidth | auto | 0.930 |" in goals
-    assert goals.count("| met |") == 1 and "| missed |" not in goals
-    assert "| missed |" in gpu_report.goals_table([row(of_copy_bandwidth=0.4)])
-    assert "linear_softmax_stats backward: <= 1.15 x the bare products | - | not measured" in goals
-
-
-def test_goals_tell_the_backends_apart_and_leave_no_failure_out():
-    rows = [
-        row(implementation="em_kernels triton", of_copy_bandwidth=0.95),
-        row(implementation="em_kernels cuda", of_copy_bandwidth=0.85),
-        row(implementation="em_kernels cuda inplace, with a copy"),
-    ]
-    goals = gpu_report.goals_table(rows)
-    assert "| triton | 0.950 | bfloat16, N=8 V=50 | met |" in goals
-    assert "| cuda | 0.850 | bfloat16, N=8 V=50 | missed |" in goals
-    assert goals.count("N=8") == 2
-    wrong = row(implementation="em_kernels cuda", seconds=None, failure="wrong")
-    assert "| cuda | wrong | bfloat16, N=8 V=50 | missed |" in gpu_report.goals_table([wrong])
-
-
-def test_what_peers_have_published_is_beside_what_was_measured():
-    at = dict(n=8192, v=151936, d=0)
-    rows = [
-        row(**at, implementation="em_kernels triton", seconds=0.00061),
-        row(**at, implementation="TRL", seconds=0.0011),
-        row(**at, implementation="em_kernels cuda", seconds=None, failure="wrong"),
-    ]
-    said = markdown(
-        [{"stage": "b", "status": "passed", "seconds": 1, "note": "", "rows": rows}], ""
-    )
-    assert "## Published by the peers, on an H100" in said
-    first = "| softmax_stats forward, N=8192 V=151936 | TRL | 0.89 | 1.10 | 0.61 | - |"
-    assert first in said.splitlines()
-    assert "| Liger | 50.2 | - | - | - |" in said
-
-
-# The README's table
-
-
-def test_the_readme_says_what_the_results_say():
-    text = gpu_report.README.read_text()
-    assert with_gpu_table(text, gpu_report.RESULTS) == text, "run `make gpu-table`"
-
-
-def test_without_a_measurement_the_readme_says_so(tmp_path):
-    assert readme_table(tmp_path) == gpu_report.NOT_MEASURED
-    (tmp_path / "gpu-none.json").write_text('{"date": "2026-01-01", "stages": []}')
-    assert readme_table(tmp_path) == gpu_report.NOT_MEASURED
-
-
-def write_result(folder, date, *rows, name="NVIDIA H200"):
-    environment = {"stage": "environment", "status": "passed", "machine": {"gpu": {"name": name}}}
-    memcheck = {"stage": "memcheck", "status": "unavailable"}
-    stages = [environment, memcheck, {"stage": "bench", "status": "passed", "rows": [*rows]}]
-    path = folder / f"gpu-nvidia-h200-{date}.json"
-    path.write_text(json.dumps({"date": date, "stages": stages}))
-
-
-def test_the_readme_shows_the_newest_measurement_and_its_goals(tmp_path):
-    write_result(tmp_path, "2026-01-01", row(of_copy_bandwidth=0.5))
-    triton = row(implementation="em_kernels triton", seconds=0.002, times_floor=0.51)
-    triton |= dict(of_copy_bandwidth=0.912)
-    cuda = {**triton, "implementation": "em_kernels cuda", "of_copy_bandwidth": 0.85}
-    failed = {**cuda, "op": "softmax_stats backward", "seconds": None, "failure": "wrong"}
-    peers = row(implementation="TRL", seconds=0.022), row(implementation="eager", seconds=0.0145)
-    write_result(tmp_path, "2026-02-01", triton, cuda, failed, *peers)
-    lines = readme_table(tmp_path).splitlines()
-    assert lines[0].startswith("Measured on NVIDIA H200, 2026-02-01, bfloat16;")
-    assert "`benchmarks/results/gpu-nvidia-h200-2026-02-01.md`" in lines[0]
-    assert "did not pass: memcheck (unavailable)." in lines[0]
-    at = "softmax_stats forward, N=8 V=50"
-    assert f"| {at} | triton | 2.00 | 91% | 0.51 | 11.00 | - | 7.25 |" in lines
-    assert "| softmax_stats backward, N=8 V=50 | cuda | wrong | - | - | - | - | - |" in lines
-    goal = "softmax_stats forward: >= 0.9 of copy bandwidth"
-    assert f"| {goal} | triton | 0.912 | bfloat16, N=8 V=50 | met |" in lines
-    assert f"| {goal} | cuda | 0.850 | bfloat16, N=8 V=50 | missed |" in lines
-    assert not any("0.5" in line and "auto" in line for line in lines)
-
-
-def test_only_what_is_between_the_marks_is_made_anew(tmp_path):
-    write_result(tmp_path, "2026-01-01", row())
-    text = f"before\n{gpu_report.BEGIN}old\n{gpu_report.END}after\n"
-    made = with_gpu_table(text, tmp_path)
-    assert made.startswith(f"before\n{gpu_report.BEGIN}Measured on")
-    assert made.endswith(f"\n{gpu_report.END}after\n") and "old" not in made
-    with pytest.raises(ValueError, match="must hold the marks"):
-        with_gpu_table("no marks", tmp_path)
 
 
 def test_the_environment_stage_reports_this_machine(tmp_path):

@@ -1,0 +1,24 @@
+"""Stages, rows and reports made up for the tests of the GPU command."""
+
+import json
+import sys
+
+from benchmarks.gpu import Stage
+
+
+def stage(name, code="print('done')", seconds=20.0, **options):
+    options = {"log": f"{name}.log", "needs_gpu": False, **options}
+    return Stage(name, seconds, [sys.executable, "-c", code], **options)
+
+
+def row(**changes):
+    base = dict(op="softmax_stats forward", n=8, v=50, d=0, dtype="bfloat16", seconds=0.01)
+    base |= dict(implementation="em_kernels", faster_than={}, times_floor=1.1, error=1e-3)
+    base |= dict(gigabytes_per_second=900.0, of_copy_bandwidth=0.93, gigaflops=0.0)
+    base |= dict(peak_bytes=10, extra_bytes=1 << 30, failure=None)
+    return {**base, **changes}
+
+
+def saved(folder):
+    (path,) = folder.glob("gpu-*.json")
+    return json.loads(path.read_text())["stages"]
