@@ -27,6 +27,7 @@ from benchmarks.common import (
     save,
 )
 from em_kernels import backends
+from em_kernels._choice import why_no_gpu
 
 OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
 LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
@@ -60,6 +61,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     unknown = set(options.op) - set(OPERATORS)
     if unknown:
         parser.error(f"op must be among {', '.join(OPERATORS)}, got {', '.join(sorted(unknown))}")
+    reason = why_no_gpu() if torch.device(options.device).type == "cuda" else None
+    if reason is not None:
+        parser.error(f"--device {options.device} needs a GPU, and none is visible{reason}")
     return options
 
 

@@ -35,7 +35,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import gpu_logs, gpu_report, gpu_tests, gpu_wheels
+try:
+    from benchmarks import gpu_logs, gpu_report, gpu_tests, gpu_wheels
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise
+    sys.exit(f"{sys.executable} has no torch: make gpu GPU_PYTHON=... takes another Python")
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 525.0  # for all stages together; with starting and reporting, under nine minutes
@@ -121,9 +126,9 @@ BUILD_CASES = python("cuda_build.py", "cases")
 UNPACK = python("-m", "benchmarks.gpu_wheels", "--unpack", str(gpu_wheels.UNPACKED))
 # Limits are about twice what an H200 took: 29 s to build, 47 and 7 to smoke, 14 to 50 a benchmark.
 STAGES = (
-    Stage("environment", 20, REPORT, "build.log", gpu_logs.read_environment, False),
-    Stage("build", 90, BUILD, "build.log", gpu_logs.read_build, False, needs=("environment",)),
-    Stage("peers", 20, UNPACK, "build.log", gpu_logs.read_peers, False, needs=("environment",)),
+    Stage("environment", 20, REPORT, "build.log", gpu_logs.read_environment, needs_gpu=False),
+    Stage("build", 90, BUILD, "build.log", gpu_logs.read_build, needs=("environment",)),
+    Stage("peers", 20, UNPACK, "build.log", gpu_logs.read_peers, needs=("environment",)),
     smoke("triton", 90),
     smoke("cuda", 60),
     bench("logits-triton", 40, *LOGITS, *TRITON),
@@ -132,7 +137,7 @@ STAGES = (
     bench("hidden-triton", 40, *HIDDEN, *SHAPE_A, *TRITON),
     bench("hidden-cuda", 45, *HIDDEN, *SHAPE_A, *CUDA),
     bench("hidden-peers", 75, *HIDDEN, *SHAPE_A, *PEERS),
-    Stage("build-cases", 45, BUILD_CASES, "build.log", needs_gpu=False, needs=("environment",)),
+    Stage("build-cases", 45, BUILD_CASES, "build.log", needs=("environment",)),
     cases("cases", 20),
     sanitizer("memcheck", 30),
     sanitizer("racecheck", 30),

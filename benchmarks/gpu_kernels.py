@@ -5,10 +5,11 @@ python -m benchmarks.gpu_kernels triton        statistics, gradient and loss of 
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
+from benchmarks.gpu_truth import unusable
 from em_kernels import entropy_loss, softmax_stats
 
 N, V = 2048, 151936
@@ -24,4 +25,9 @@ def main(impl: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_kernels", allow_abbrev=False)
+    parser.add_argument("impl", choices=("triton", "cuda"))
+    chosen = parser.parse_args().impl
+    if reason := unusable(chosen):
+        parser.error(f"{chosen} cannot be used: {reason}")
+    main(chosen)

@@ -23,7 +23,8 @@ MOST_FAILURES, LONGEST_LINE = 40, 300
 
 def read_environment(text: str) -> dict:
     facts = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    return {"machine": facts} if "gpu" in facts else {"machine": facts, "problem": "no GPU"}
+    problem = {} if "gpu" in facts else {"problem": facts.get("no_gpu", "no GPU is visible")}
+    return {"machine": facts, **problem}
 
 
 def read_build(text: str) -> dict:
@@ -71,8 +72,10 @@ def read_cases(text: str, what: str = "cases") -> dict:
 
 def read_smoke(text: str) -> dict:
     """The checks of benchmarks.gpu_smoke; what each found is kept."""
-    said = re.findall(r"^(?:ok|FAILED|skip) .*$", text, re.M)
-    return {**read_cases(text, "checks"), "said": said}
+    found = {**read_cases(text, "checks")}
+    found["said"] = re.findall(r"^(?:ok|FAILED|skip) .*$", text, re.M)
+    unusable = re.search(r"^FAILED (\w+ cannot be used: .*)$", text, re.M)
+    return {**found, "problem": unusable[1]} if unusable else found
 
 
 def read_sanitizer(text: str) -> dict:

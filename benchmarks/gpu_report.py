@@ -50,13 +50,16 @@ def machine() -> dict:
     """The GPU and every version that a time depends on."""
     import torch
 
+    from em_kernels._choice import why_no_gpu
+
     facts = {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "packages": {name: version_of(name) for name in PACKAGES},
         "tools": {name: said(command) for name, command in TOOLS.items()},
     }
-    if torch.cuda.is_available():
+    reason = why_no_gpu()
+    if reason is None:
         gpu = torch.cuda.get_device_properties(0)
         facts["gpu"] = {
             "name": gpu.name,
@@ -65,6 +68,8 @@ def machine() -> dict:
             "multiprocessors": gpu.multi_processor_count,
             "l2_bytes": gpu.L2_cache_size,
         }
+    else:
+        facts["no_gpu"] = f"no GPU is visible{reason}"
     return facts
 
 

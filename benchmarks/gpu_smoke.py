@@ -18,7 +18,7 @@ import torch
 from benchmarks import gpu_checks as checks
 from benchmarks.common import is_lost
 from benchmarks.gpu_checks import ODD, V, certain, from_hidden, statistics
-from benchmarks.gpu_truth import DEVICE
+from benchmarks.gpu_truth import DEVICE, unusable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FIRST_ORDER = ("logprob", "entropy", "lse", "max_prob")
@@ -91,9 +91,19 @@ CHECKS = {
     "CUDA graph of hidden states": checks.graph_of_hidden,
 }
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu_smoke", allow_abbrev=False)
+
+def command(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu_smoke", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("impl", choices=("triton", "cuda"))
     parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help="check")
-    options = parser.parse_args()
-    sys.exit(main(options.impl, options.first))
+    options = parser.parse_args(arguments)
+    if reason := unusable(options.impl):
+        print(f"FAILED {options.impl} cannot be used: {reason}\n1 checks, 1 failed")
+        return 1
+    return main(options.impl, options.first)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -7,9 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from em_kernels._choice import why_no_gpu, why_not
+
 DEVICE = "cuda"
 # ||out - truth|| / ||truth|| of a gradient rounded to the dtype, with some room.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def unusable(impl: str) -> str | None:
+    """Why there is nothing to check of a backend here; None where there is."""
+    reason = why_no_gpu()
+    return why_not(impl, torch.device(DEVICE)) if reason is None else f"no GPU is visible{reason}"
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

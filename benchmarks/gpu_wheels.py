@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,9 @@ def prepare(folder: Path, python: str, most: float) -> dict[str, str]:
 
 
 def last_error(done: subprocess.CompletedProcess) -> str:
+    """The last that says something: pip ends with a link where versions do not go together."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    lines = [line for line in lines if "for help visit" not in line]
     return (lines or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
@@ -154,7 +157,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unpack", type=Path, metavar="FOLDER", help="make none, unpack them there, emptied first"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not re.fullmatch(r"3\.\d+", options.python):
+        parser.error(f"--python must be a version such as 3.12, got {options.python!r}")
+    return options
 
 
 if __name__ == "__main__":

@@ -124,13 +124,15 @@ def _left_out_because(module: str) -> str | None:
         return None
 
 
-def _no_gpu() -> str | None:
-    """None if torch sees a GPU, else what more it says of that, or ""."""
+def why_no_gpu() -> str | None:
+    """None if torch sees a GPU, else what more there is to say of that, or ""."""
     try:
         if torch.cuda.is_available():
             return None
         if torch.backends.cuda.is_built():
             torch.cuda.init()  # raises, and so tells of a driver that is missing or too old
+        elif torch.version.cuda is None:
+            return f": torch {torch.__version__} is built without CUDA"
     except Exception as error:
         return f": {_said(error)}"
     return ""
@@ -155,7 +157,7 @@ def _why_not_triton(device: torch.device | None) -> str | None:
     on_cpu = "TRITON_INTERPRET=1 runs it on the CPU"
     if device is not None and device.type == "cpu":
         return f"its tensors must be on a GPU ({on_cpu})"
-    if device is None and (said := _no_gpu()) is not None:
+    if device is None and (said := why_no_gpu()) is not None:
         return f"no GPU is visible{said} ({on_cpu})"
     return _no_launcher()
 
@@ -164,7 +166,7 @@ def _why_not_cuda(device: torch.device | None) -> str | None:
     module = _load("the CUDA part", "em_kernels._cuda", "install the CUDA toolkit")
     if isinstance(module, str):
         return module
-    said = _no_gpu()
+    said = why_no_gpu()
     if said is not None or torch.version.cuda is None:
         return f"no NVIDIA GPU is visible to torch{said or ''}"
     if device is not None and device.type != "cuda":

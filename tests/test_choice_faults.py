@@ -133,6 +133,15 @@ def test_a_driver_that_torch_finds_too_old(on_a_gpu, monkeypatch):
     assert said in em_kernels.backends()["triton"]
 
 
+def test_a_torch_without_cuda_is_told(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    said = f": torch {torch.__version__} is built without CUDA"
+    refused("cuda", f"no NVIDIA GPU is visible to torch{said}", GPU)
+    assert f"no GPU is visible{said} (TRITON" in em_kernels.backends()["triton"]
+
+
 @pytest.mark.parametrize("asked", ("get_device_capability", "why_no_driver"))
 def test_a_gpu_that_does_not_answer(asked, on_a_gpu, monkeypatch):
     error = RuntimeError("CUDA error: an illegal memory access was encountered")

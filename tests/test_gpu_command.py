@@ -13,7 +13,7 @@ import pytest
 import torch
 from gpu_stages import row, saved, stage
 
-from benchmarks import common, gpu, gpu_logs, gpu_report, gpu_smoke, gpu_tests
+from benchmarks import common, gpu, gpu_logs, gpu_report, gpu_smoke, gpu_tests, gpu_truth
 from benchmarks.__main__ import main as bench
 from benchmarks.common import Case, Sizes, measure, table
 from benchmarks.gpu_logs import (
@@ -163,7 +163,60 @@ def test_without_a_gpu_its_stages_are_skipped(stages, tmp_path, monkeypatch):
     assert [result["note"] for result in saved(tmp_path)] == ["", "no GPU is visible"]
 
 
-def test_stages_see_a_gpu_and_this_repository(monkeypatch):
+def test_without_a_gpu_nothing_is_built_for_one():
+    assert [made.name for made in gpu.STAGES if not made.needs_gpu] == ["environment"]
+
+
+def test_the_report_says_why_no_gpu_is_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = gpu_logs.read_environment(json.dumps(gpu_report.machine()))
+    assert found["problem"] == f"no GPU is visible: torch {torch.__version__} is built without CUDA"
+    for impl in ("triton", "cuda"):
+        assert found["problem"] == gpu_truth.unusable(impl)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    found = gpu_logs.read_environment(json.dumps(gpu_report.machine()))
+    assert found["problem"] == "no GPU is visible: RuntimeError: Found no NVIDIA driver"
+
+
+def refuse():
+    raise RuntimeError("Found no NVIDIA driver\nand so on")
+
+
+def test_a_python_without_torch_is_told_how_to_take_another():
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        "runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True
+    )
+    said = "has no torch: make gpu GPU_PYTHON=... takes another Python\n"
+    assert done.returncode == 1 and done.stderr == f"{sys.executable} {said}"
+
+
+def test_a_backend_that_cannot_be_used_is_one_failure_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_smoke, "unusable", lambda impl: "it was left out of this build")
+    assert gpu_smoke.command(["cuda"]) == 1
+    said = capsys.readouterr().out
+    found = gpu_logs.read_smoke(said)
+    assert found["problem"] == "cuda cannot be used: it was left out of this build"
+    assert gpu_logs.cases_done(said) is None  # it is not begun again
+
+
+def test_benchmarks_of_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        bench(["token_loss", "--device", "cuda"])
+    assert ended.value.code == 2
+    assert "--device cuda needs a GPU, and none is visible" in capsys.readouterr().err
+
+
+def test_stages_see_a_gpu_and_this_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu.gpu_wheels, "UNPACKED", tmp_path / "not made")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     variables = gpu.environment()

@@ -65,6 +65,20 @@ def test_no_wheel_at_all_is_exit_code_1(pip, tmp_path):
     assert gpu_wheels.main(["--folder", str(tmp_path), "--mib", "0.5"]) == 1
 
 
+@pytest.mark.parametrize("python", ("4.7", "3", "python3.12", "3.12.1"))
+def test_a_python_that_is_none_is_refused(python, capsys):
+    with pytest.raises(SystemExit):
+        gpu_wheels.main(["--python", python])
+    assert f"--python must be a version such as 3.12, got '{python}'" in capsys.readouterr().err
+
+
+def test_the_last_error_that_says_something():
+    link = "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/"
+    done = SimpleNamespace(returncode=1, stderr=f"ERROR: Cannot install trl\n{link}\n")
+    assert gpu_wheels.last_error(done) == "ERROR: Cannot install trl"
+    assert gpu_wheels.last_error(SimpleNamespace(returncode=3, stderr="")) == "exit code 3"
+
+
 def wheel(folder, name, **files):
     """A wheel of small modules."""
     about = f"{name}-1.0.dist-info"
