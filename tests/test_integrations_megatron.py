@@ -17,6 +17,7 @@ from megatron_mappings import Copy, Gather, Weights, backbone, draw_weights
 
 from em_kernels import linear_entropy_loss, linear_softmax_stats, linear_token_loss
 from em_kernels.integrations import verl as integration
+from em_kernels.integrations._arguments import HeadSettings
 
 TEMPERATURE = 0.7
 TP = (2, 4)
@@ -63,7 +64,8 @@ def summed(hidden, weight, labels, group):
 HEADS = {f.__name__: f for f in (by_verl, by_stats, by_token_loss, by_entropy_loss, summed)}
 CELLS = [f"{head}|{tp}|{sp}" for head in HEADS for tp in TP for sp in ("sp", "no sp")]
 CALLERS = [f"{name}|{tp}|sp" for name in ("hook", "legacy") for tp in TP] if HAS_VERL else []
-OTHERS = [f"{name}|{tp}|" for name in ("kernels", "collectives") for tp in TP]
+ALONE = ("kernels", "collectives", "frozen")
+OTHERS = [f"{name}|{tp}|" for name in ALONE for tp in TP]
 
 
 @functools.cache
@@ -84,8 +86,9 @@ def run_case(name):
     group = group_of(int(tp))
     if head in ("hook", "legacy"):
         return caller_case(head, group)
-    if head in ("kernels", "collectives"):
-        return {"kernels": kernels_case, "collectives": collectives_case}[head](group)
+    if head in ALONE:
+        cases = (kernels_case, collectives_case, frozen_case)
+        return dict(zip(ALONE, cases, strict=True))[head](group)
     weights, labels = problem()
     sp = mode == "sp"
     own = weights.own(group, sp)
@@ -181,6 +184,24 @@ def collectives_case(group):
     return counts
 
 
+def logprob_of_frozen(weight, labels, group):
+    """(log-probabilities, gradient of the hidden states), one label outside of the vocabulary."""
+    hidden = backbone(problem()[0]).detach().requires_grad_()
+    labels[3] = -7
+    logprob, _ = integration.linear_cross_entropy(
+        hidden, weight.detach(), labels, TEMPERATURE, "none", group
+    )
+    return logprob.detach(), *torch.autograd.grad(logprob, hidden, upstream()[0])
+
+
+def frozen_case(group):
+    """As with LoRA, and with a number as the entropy; the share of this rank."""
+    weights, labels = problem()
+    settings = HeadSettings(entropy_requires_grad=False)
+    with mock.patch.object(integration, "_settings", settings):
+        return logprob_of_frozen(weights.own(group, False).head, labels, group)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return run_on_ranks(4, run_case, CELLS + CALLERS + OTHERS, tmp_path_factory.mktemp("ranks"))
@@ -242,6 +263,15 @@ def test_each_ranks_gradients_are_those_of_verls_own_kernels(ranks, tp):
     shares = [ours[2] for ours, _ in results[:tp]]
     assert error(shares[0], shares[1]) > 0.1
     assert error(sum(shares), whole()[2]) < 1e-5
+
+
+@pytest.mark.parametrize("tp", TP)
+def test_a_frozen_head_and_an_entropy_that_is_a_number(ranks, tp):
+    weights, labels = problem()
+    logprob, grad = logprob_of_frozen(weights.head, labels, None)
+    results = results_of(ranks, f"frozen|{tp}|")
+    assert all(error(own, logprob) < 1e-12 for own, _ in results)
+    assert error(sum(share for _, share in results[:tp]), grad) < 1e-12
 
 
 @pytest.mark.parametrize("tp", TP)

@@ -244,6 +244,15 @@ def test_the_plugin_refuses_what_is_no_dtype(monkeypatch):
         plugged_in("fp32", monkeypatch)
 
 
+def test_the_plugin_hands_over_that_the_entropy_is_a_number(monkeypatch):
+    monkeypatch.setenv("EM_KERNELS_ENTROPY_REQUIRES_GRAD", "0")
+    expected = dict(logits_dtype=None, entropy_requires_grad=False)
+    assert plugged_in(None, monkeypatch) == [expected]
+    monkeypatch.setenv("EM_KERNELS_ENTROPY_REQUIRES_GRAD", "none")
+    with pytest.raises(ValueError, match=r"EM_KERNELS_ENTROPY_REQUIRES_GRAD must be one of"):
+        plugged_in(None, monkeypatch)
+
+
 def plugged_in(text, monkeypatch):
     """What importing the plugin calls `apply_to_verl` with."""
     seen = []

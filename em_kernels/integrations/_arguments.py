@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from em_kernels._checks import FLOAT_DTYPES
+from em_kernels._checks import FLOAT_DTYPES, check_entropy_requires_grad
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+_FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
-def check_logits_dtype(logits_dtype: torch.dtype | None) -> None:
-    """What `linear_softmax_stats` can take for some hidden states."""
+class HeadSettings(NamedTuple):
+    """What a switch was given for all calls from hidden states: `linear_softmax_stats`'s own."""
+
+    logits_dtype: torch.dtype | None = None
+    entropy_requires_grad: bool = True
+
+
+def head_settings(logits_dtype: torch.dtype | None, entropy_requires_grad: bool) -> HeadSettings:
+    """The settings, if `linear_softmax_stats` can take them for some hidden states."""
+    check_entropy_requires_grad(entropy_requires_grad)
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(
             f"logits_dtype must be a torch.dtype or None, got {type(logits_dtype).__name__}"
         )
     if logits_dtype not in (None, *FLOAT_DTYPES):
         raise ValueError(f"logits_dtype must be one of {FLOAT_DTYPES} or None, got {logits_dtype}")
+    return HeadSettings(logits_dtype, entropy_requires_grad)
 
 
 def logits_dtype_named(text: str, source: str) -> torch.dtype | None:
@@ -25,6 +37,13 @@ def logits_dtype_named(text: str, source: str) -> torch.dtype | None:
     if text and text not in _NAMES:
         raise ValueError(f"{source} must be one of {tuple(_NAMES)} or empty, got {text!r}")
     return _NAMES.get(text)
+
+
+def flag_named(text: str, source: str) -> bool:
+    """The bool that `text`, the value of `source`, names."""
+    if text.lower() not in _FLAGS:
+        raise ValueError(f"{source} must be one of {tuple(_FLAGS)} or empty, got {text!r}")
+    return _FLAGS[text.lower()]
 
 
 def temperature_of(temperature: float | Tensor, tokens: Tensor) -> float | Tensor:

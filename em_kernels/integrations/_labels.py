@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,58 @@ def known_labels(labels: Tensor, vocab: int, ignored: int) -> tuple[Tensor, Tens
     return labels.masked_fill(~known, 0), known
 
 
-def logprob_of_known(stats: TokenStats, known: Tensor) -> Tensor:
-    """Kernels that look for the label among the logits leave its logit 0 where it is not there, so
-    that -log sum exp z remains: finite, for the caller to mask."""
-    return torch.where(known, stats.logprob, -stats.lse)
+def stats_of_known(
+    call: Callable[..., TokenStats],
+    labels: Tensor,
+    known: Tensor,
+    outputs: tuple[str, ...],
+    few: bool,
+) -> TokenStats:
+    """`call(labels, outputs=outputs)`, with the logprob of an unknown label -log sum exp z.
+
+    Kernels that look for the label among the logits leave its logit 0 where it is not there, so
+    that this remains: finite, for the caller to mask.
+
+    Args:
+        call: `linear_softmax_stats` of some hidden states.
+        known: of `known_labels`, which gave the labels too.
+        few: whether no other output has a gradient, and no head: lse, which has one, is then asked
+            for by itself and where it counts alone, so that logprob takes two products. On a GPU
+            looking where that is waits for the device.
+    """
+    if few:
+        stats, lse = call(labels, outputs=outputs), call(None, outputs=("lse",), mask=~known).lse
+    else:
+        stats = call(labels, outputs=tuple(dict.fromkeys((*outputs, "lse"))))
+        lse = stats.lse
+    return stats._replace(logprob=torch.where(known, stats.logprob, -lse))
+
+
+def is_frozen(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a backward pass will want the gradient of the hidden states and not of the head."""
+    learned = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not learned
+
+
+class _Number(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entropy, _):
+        ctx.set_materialize_grads(False)
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is not None and grad.any():
+            raise RuntimeError(
+                "the loss differentiates the entropy, which entropy_requires_grad=False takes as a "
+                "number: switch over without it"
+            )
+        return None, None
+
+
+def as_number(entropy: Tensor | None, logprob: Tensor) -> Tensor | None:
+    """The entropy, which has no gradient, so that a gradient other than 0 that comes for it is an
+    error and not lost; the loss gets its gradient through `logprob`."""
+    if entropy is None or torch.compiler.is_compiling() or not logprob.requires_grad:
+        return entropy
+    return _Number.apply(entropy, logprob)

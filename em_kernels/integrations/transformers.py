@@ -105,6 +105,8 @@ def apply_em_kernels(model):
     A patched model takes, by name:
         em_outputs: names of `TokenStats`; None (default) leaves the call as it was before.
         em_temperature: as `temperature` of `softmax_stats`.
+        em_entropy_requires_grad: as in `linear_softmax_stats`: False saves a product where the head
+            is frozen and the entropy is a number only.
     With them it returns a `TokenStatsOutput`, differentiable in loss, logprob, entropy and lse. No
     cache is built unless `use_cache=True` is given. `logits_to_keep` cannot be combined with them.
 
@@ -251,15 +253,22 @@ class _Patch:
         """Of the model's own forward: generate and Trainer look at it."""
         return inspect.signature(functools.partial(type(self.model).forward, self.model))
 
-    def __call__(self, *args, em_outputs=None, em_temperature=1.0, **kwargs):
+    def __call__(
+        self,
+        *args,
+        em_outputs=None,
+        em_temperature=1.0,
+        em_entropy_requires_grad=True,
+        **kwargs,
+    ):
+        options = dict(temperature=em_temperature, entropy_requires_grad=em_entropy_requires_grad)
         model = self.model
         if args and isinstance(args[0], PreTrainedModel):  # accelerate has made a method of this
             model, *args = args
-            return _patch(model)(
-                *args, em_outputs=em_outputs, em_temperature=em_temperature, **kwargs
-            )
+            own = {f"em_{name}": value for name, value in options.items()}
+            return _patch(model)(*args, em_outputs=em_outputs, **own, **kwargs)
         if em_outputs is not None:
-            return _statistics(model, args, kwargs, em_outputs, em_temperature)
+            return _statistics(model, args, kwargs, em_outputs, options)
         deferred = self.deferred and model.training and not _wants_logits(kwargs)
         if deferred and not is_replaced(model):
             return _deferred(model, args, kwargs)
@@ -286,7 +295,7 @@ def _wants_logits(kwargs: dict) -> bool:
     return any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in names)
 
 
-def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
+def _statistics(model, args, kwargs, names, options) -> TokenStatsOutput:
     kwargs = dict(kwargs)
     labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     items = kwargs.pop("num_items_in_batch", None)
@@ -303,8 +312,8 @@ def _statistics(model, args, kwargs, names, temperature) -> TokenStatsOutput:
         target,
         mask=_attended(kwargs, hidden) if target is None else target != IGNORED,
         outputs=names if target is None else (*names, "logprob"),
-        temperature=temperature,
         ignore_index=IGNORED,
+        **options,
         **head.arguments,
     )
     loss = None if target is None else _loss(model, outputs, stats.logprob, target, items)

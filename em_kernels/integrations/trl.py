@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import trl.kernels
@@ -24,8 +25,14 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from em_kernels._checks import NEVER_IGNORED
-from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
-from em_kernels.integrations._labels import integer_labels, known_labels, logprob_of_known
+from em_kernels.integrations._arguments import HeadSettings, head_settings, temperature_of
+from em_kernels.integrations._labels import (
+    as_number,
+    integer_labels,
+    is_frozen,
+    known_labels,
+    stats_of_known,
+)
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.softmax_stats import softmax_stats
@@ -43,24 +50,31 @@ OUTPUTS = {
 }
 
 
-_logits_dtype: torch.dtype | None = None
+_settings = HeadSettings()
 
 
-def apply_to_trl(*, logits_dtype: torch.dtype | None = None) -> None:
-    """Switch TRL over, in this process; a second call changes nothing but `logits_dtype`.
+def apply_to_trl(
+    *, logits_dtype: torch.dtype | None = None, entropy_requires_grad: bool = True
+) -> None:
+    """Switch TRL over, in this process; a second call changes nothing but the settings.
 
     Under DeepSpeed ZeRO-3, where TRL's own backward gathers the head's weight, TRL's function goes
     on serving.
 
     Args:
         logits_dtype: as in `linear_softmax_stats`, for what is computed from hidden states.
+        entropy_requires_grad: as in `linear_softmax_stats`, for the same. TRL asks for the entropy
+            with gradient always, and does not say that it wants a number; of its own trainers only
+            GRPOTrainer with `entropy_coef` or `use_adaptive_entropy` differentiates it. False
+            saves a frozen head (LoRA) a product of three; a loss that does differentiate the
+            entropy then raises RuntimeError in its backward pass.
 
     Raises:
-        TypeError, ValueError: `logits_dtype` is none that hidden states can have.
+        TypeError, ValueError: `logits_dtype` is none that hidden states can have, or
+            `entropy_requires_grad` no bool.
     """
-    global _logits_dtype
-    check_logits_dtype(logits_dtype)
-    _logits_dtype = logits_dtype
+    global _settings
+    _settings = head_settings(logits_dtype, entropy_requires_grad)
     if not is_applied():
         trl.kernels.ChunkedLogProbFunction.apply = staticmethod(chunked_log_probs)
         rebind("trl", _REPLACEMENTS)
@@ -70,8 +84,8 @@ def apply_to_trl(*, logits_dtype: torch.dtype | None = None) -> None:
 
 def remove_from_trl() -> None:
     """Undo `apply_to_trl`; without it nothing happens."""
-    global _logits_dtype
-    _logits_dtype = None
+    global _settings
+    _settings = HeadSettings()
     if is_applied():
         del trl.kernels.ChunkedLogProbFunction.apply  # the inherited one shows again
         rebind("trl", {ours: theirs for theirs, ours in _REPLACEMENTS.items()})
@@ -85,15 +99,17 @@ def is_applied() -> bool:
 
 
 @contextmanager
-def patched(*, logits_dtype: torch.dtype | None = None) -> Iterator[None]:
+def patched(
+    *, logits_dtype: torch.dtype | None = None, entropy_requires_grad: bool = True
+) -> Iterator[None]:
     """`apply_to_trl(...)` inside the block; afterwards TRL is as it was before."""
-    before, dtype_before = is_applied(), _logits_dtype
-    apply_to_trl(logits_dtype=logits_dtype)
+    before, settings_before = is_applied(), _settings
+    apply_to_trl(logits_dtype=logits_dtype, entropy_requires_grad=entropy_requires_grad)
     try:
         yield
     finally:
         if before:
-            apply_to_trl(logits_dtype=dtype_before)
+            apply_to_trl(**settings_before._asdict())
         else:
             remove_from_trl()
 
@@ -122,26 +138,25 @@ def chunked_log_probs(
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     targets, known = known_labels(targets, len(weight), NEVER_IGNORED)
-    stats = linear_softmax_stats(
+    call = partial(
+        linear_softmax_stats,
         hidden,
         weight,
-        targets,
         bias=bias if bias is None else logit_scale * bias,
-        outputs=(
-            "logprob",
-            "lse",
-            *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs),
-        ),
         temperature=temperature_of(temperature, targets),
         softcap=final_logit_softcapping,
         logit_scale=logit_scale,
         ignore_index=NEVER_IGNORED,
-        logits_dtype=_logits_dtype,
+        **_settings._asdict(),
     )
+    asked = ("logprob", *(ours for theirs, ours in OUTPUTS.items() if theirs in outputs))
+    number = not _settings.entropy_requires_grad
+    few = ("entropy" not in asked or number) and is_frozen(hidden, weight, bias)
+    stats = stats_of_known(call, targets, known, asked, few)
+    entropy = as_number(stats.entropy, stats.logprob) if number else stats.entropy
     collision = None if stats.collision is None else stats.collision.log()
     is_top1 = None if stats.is_top1 is None else stats.is_top1 & known
-    logprob = logprob_of_known(stats, known)
-    return logprob, stats.entropy, collision, stats.logit_mean, is_top1
+    return stats.logprob, entropy, collision, stats.logit_mean, is_top1
 
 
 def _selective_log_softmax(

@@ -7,6 +7,7 @@ in every process, or for all of a run's workers, without a line of code:
 
     export VERL_USE_EXTERNAL_MODULES=em_kernels.integrations.verl_plugin
     export EM_KERNELS_LOGITS_DTYPE=float32    # if wanted: apply_to_verl(logits_dtype=torch.float32)
+    export EM_KERNELS_ENTROPY_REQUIRES_GRAD=0     # or (entropy_requires_grad=False)
 
 Then `use_fused_kernels` with the "triton" backend calls `linear_cross_entropy` of this module, on
 any device, and the policy losses "vanilla", "clip_cov" and "kl_cov" are those of
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -26,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels._checks import check_number, check_tensor
-from em_kernels.integrations._arguments import check_logits_dtype, temperature_of
-from em_kernels.integrations._labels import known_labels, logprob_of_known
+from em_kernels.integrations._arguments import HeadSettings, head_settings, temperature_of
+from em_kernels.integrations._labels import as_number, is_frozen, known_labels, stats_of_known
 from em_kernels.integrations._rebind import rebind
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
@@ -84,21 +86,24 @@ def linear_cross_entropy(
     # Over a group only the operator learns how large the whole vocabulary is.
     vocab = sys.maxsize if sharded else len(weight)
     labels, known = known_labels(labels.reshape(-1), vocab, IGNORED)
-    stats = linear_softmax_stats(
+    call = partial(
+        linear_softmax_stats,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        labels,
-        outputs=("logprob", "entropy", "lse"),
         temperature=temperature_of(temperature, labels),
         ignore_index=IGNORED,
         group=dist_process_group if sharded else None,
         allreduce_dgrad=False,
-        logits_dtype=_logits_dtype,
+        **_settings._asdict(),
     )
-    logprob = logprob_of_known(stats, known)
+    number = not _settings.entropy_requires_grad
+    few = number and is_frozen(hidden, weight)
+    stats = stats_of_known(call, labels, known, ("logprob", "entropy"), few)
+    logprob = stats.logprob
+    entropy = as_number(stats.entropy, logprob) if number else stats.entropy
     if reduction != "none":
         logprob = logprob.sum() if reduction == "sum" else logprob.mean()
-    return logprob, stats.entropy
+    return logprob, entropy
 
 
 def policy_loss_vanilla(
@@ -215,24 +220,31 @@ POLICY_LOSSES: dict[str, Callable] = {
     "kl_cov": policy_loss_kl_cov,
 }
 _replaced: dict[str, Callable] = {}  # verl's own, while this package's are in their place
-_logits_dtype: torch.dtype | None = None
+_settings = HeadSettings()
 
 
-def apply_to_verl(*, logits_dtype: torch.dtype | None = None) -> None:
-    """Switch verl over, in this process; a second call changes nothing but `logits_dtype`.
+def apply_to_verl(
+    *, logits_dtype: torch.dtype | None = None, entropy_requires_grad: bool = True
+) -> None:
+    """Switch verl over, in this process; a second call changes nothing but the settings.
 
     Args:
         logits_dtype: as in `linear_softmax_stats`, for the fused head.
+        entropy_requires_grad: as in `linear_softmax_stats`, for the same. verl's calls of its head
+            do not say what the entropy is for; it is differentiated where `entropy_coeff` is not 0.
+            False saves a frozen head (LoRA) a product of three; a loss that does differentiate the
+            entropy then raises RuntimeError in its backward pass.
 
     Raises:
         ImportError: verl, or one of its dependencies, is missing.
-        TypeError, ValueError: `logits_dtype` is none that hidden states can have.
+        TypeError, ValueError: `logits_dtype` is none that hidden states can have, or
+            `entropy_requires_grad` no bool.
     """
-    global _logits_dtype
-    check_logits_dtype(logits_dtype)
+    global _settings
+    settings = head_settings(logits_dtype, entropy_requires_grad)
     if not _replaced:
         _switch_over()
-    _logits_dtype = logits_dtype
+    _settings = settings
 
 
 def _switch_over() -> None:
@@ -246,8 +258,8 @@ def _switch_over() -> None:
 
 def remove_from_verl() -> None:
     """Undo `apply_to_verl`; without it nothing happens."""
-    global _logits_dtype
-    _logits_dtype = None
+    global _settings
+    _settings = HeadSettings()
     if not _replaced:
         return
     rebind("verl", {linear_cross_entropy: _replaced.pop("linear_cross_entropy")})
