@@ -2,7 +2,7 @@
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
-# make gpu     on a machine with a GPU, torch and nvcc: build, test and measure with its own Python;
+# make gpu     on a machine with a GPU, torch and nvcc: build, test and measure, with GPU_PYTHON=python3;
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
 # make gpu-wheels  the libraries it is compared with, as wheels in .whl/ for such a machine without a
 #              network: GPU_VERSION=3.12 its Python, MIB=64 the most in all

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import error, product_flops, random_target, truth
 
-from em_kernels.integrations import verl
+import em_kernels
+from em_kernels.integrations import _labels, verl
 from em_kernels.integrations._arguments import HeadSettings, flag_named
 from em_kernels.linear_softmax_stats import linear_softmax_stats
 
@@ -116,6 +117,22 @@ def test_labels_outside_the_vocabulary(trl, monkeypatch):
     check_values(verl_call, dict(temperature=0.8), ignored=-100)
 
 
+@pytest.mark.parametrize("unknown", (False, True))
+def test_labels_that_cannot_be_looked_at(unknown, trl, monkeypatch):
+    """As in a captured CUDA graph: the same numbers, whether there is an unknown one or not."""
+    trl.apply_to_trl(entropy_requires_grad=False)
+    hidden, weight, target = operands()
+    target[3] = V if unknown else 3
+
+    def run():
+        logprob, _ = trl_call(hidden, weight, target)
+        return logprob.detach(), torch.autograd.grad(logprob.sum(), hidden)[0]
+
+    seen = run()
+    monkeypatch.setattr(_labels, "can_look", lambda x: False)
+    assert all(map(torch.equal, seen, run()))
+
+
 def test_no_token_and_one_token(trl):
     trl.apply_to_trl(entropy_requires_grad=False)
     for n in (0, 1):
@@ -154,6 +171,16 @@ def test_the_setting_is_what_it_was_after_a_block(trl):
     assert not trl.is_applied()
 
 
+def test_trls_function_of_logits():
+    logits, index = torch.randn(5, 37, requires_grad=True), random_target(5, vocab=37)
+    full = em_kernels.selective_log_softmax_and_entropy(logits, index, 0.7)
+    number = em_kernels.selective_log_softmax_and_entropy(
+        logits, index, 0.7, entropy_requires_grad=False
+    )
+    assert full[1].requires_grad and number[0].requires_grad and not number[1].requires_grad
+    assert all(map(torch.equal, full, number))
+
+
 def test_flags_of_the_environment():
     assert [flag_named(text, "NAME") for text in ("0", "False", "1", "TRUE")] == [False] * 2 + [
         True
@@ -190,7 +217,7 @@ def test_trls_own_trainer_gets_there(trl, tmp_path, monkeypatch):
     theirs = train()
     with trl.patched(entropy_requires_grad=False):
         ours = train()
-        assert {*asked} == {(("logprob", "entropy"), False), (("lse",), False)}
+        assert {*asked} == {(("logprob", "entropy"), False)}
         with pytest.raises(RuntimeError, match=REFUSED):
             train(entropy_coef=0.01)
     for mine, other in zip(ours, theirs, strict=True):

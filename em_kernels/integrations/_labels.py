@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from em_kernels._rows import is_capturing
 from em_kernels._spec import TokenStats
 
 
@@ -40,14 +41,23 @@ def stats_of_known(
         known: of `known_labels`, which gave the labels too.
         few: whether no other output has a gradient, and no head: lse, which has one, is then asked
             for by itself and where it counts alone, so that logprob takes two products. On a GPU
-            looking where that is waits for the device.
+            looking whether that is anywhere waits for the device.
     """
     if few:
-        stats, lse = call(labels, outputs=outputs), call(None, outputs=("lse",), mask=~known).lse
+        stats = call(labels, outputs=outputs)
+        if can_look(known) and known.all():
+            return stats
+        lse = call(None, outputs=("lse",), mask=~known).lse
     else:
-        stats = call(labels, outputs=tuple(dict.fromkeys((*outputs, "lse"))))
+        stats = call(labels, outputs=(*outputs, "lse"))
         lse = stats.lse
     return stats._replace(logprob=torch.where(known, stats.logprob, -lse))
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether `x` has values, and may be waited for."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
+    return not (traced or is_capturing(x))
 
 
 def is_frozen(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
