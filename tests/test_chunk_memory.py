@@ -88,6 +88,8 @@ def beyond(linear, function):
         hidden.view_as(hidden), weight.view_as(weight)  # seen whole before any part of them
         if function == "loss":
             _chunks.loss(linear, spec, upstream, ("entropy",), needs, Kernels)
+        elif function == "stats":
+            _chunks.stats(linear, spec, ("entropy",), Kernels)
         else:
             _chunks.grad(linear, spec, Saved(rows, rows, rows), upstream, needs, Kernels)
             summed = {shape for shape, dtype in peak.seen if dtype == torch.float32}
@@ -115,3 +117,9 @@ def test_nearly_all_of_it_is_the_chunk(gpu, vocab, dim):
     chunk = Rows.counted(linear, None, Kernels, Needs(True, True, False)).cut.chunk
     rest = 2 * chunk * dim + min(4 * chunk * dim, _products.GPU_PIECE_BYTES) + (1 << 20)
     assert beyond(linear, "loss") < GIB + rest
+
+
+@EACH_SHAPE
+def test_memory_of_statistics_alone(gpu, gathered, vocab, dim):
+    """Under 0.3 GiB, rows that are copied and what is reported of them among it."""
+    assert 0.2 * GIB < beyond(operands(vocab, dim), "stats") < 0.3 * GIB

@@ -40,6 +40,24 @@ def test_default_chunks_on_a_gpu(count, vocab, size, rows):
     assert cut_rows(count, vocab, size, gpu=True) == Cut(rows, rows)
 
 
+# (rows, vocabulary, bytes a logit) -> rows per chunk on a GPU of a call without a gradient
+@pytest.mark.parametrize(
+    "count, vocab, size, rows",
+    (
+        (8192, 131072, 4, 512),  # a quarter of a GiB in full
+        (32768, 152064, 4, 384),
+        (32768, 152064, 8, 128),
+        (512, 131072, 4, 512),
+        (8192, 1 << 26, 4, 16),
+    ),
+)
+def test_chunks_of_statistics_alone_on_a_gpu(count, vocab, size, rows):
+    assert cut_rows(count, vocab, size, gpu=True, alone=True) == Cut(rows, rows)
+    assert rows * vocab * size <= 256 << 20 or rows == 16
+    on_cpu = [cut_rows(count, vocab, size, gpu=False, alone=alone) for alone in (False, True)]
+    assert on_cpu[0] == on_cpu[1]
+
+
 @pytest.mark.parametrize("gpu_rows", (True, False))
 @pytest.mark.parametrize("size", (2, 4, 6, 8))
 def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, size):
