@@ -1,5 +1,6 @@
 """Settings and fixtures every test shares."""
 
+import importlib.util
 import os
 import sys
 
@@ -9,6 +10,32 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+
+def _interpret_faster():
+    """Before every call of a function, also of one that a kernel calls, Triton's interpreter looks
+    through the whole language for what it is to replace: half its time. Here it does so once a
+    launch and module."""
+    from triton.runtime import interpreter
+
+    whole, done = interpreter._patch_lang, set()
+
+    def patch(function):
+        module = id(function.__globals__)
+        if module in done:
+            return interpreter._LangPatchScope()
+        scope = whole(function)
+        if not done:  # a launch, which puts back at its end what is replaced until then
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
+        done.add(module)
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    _interpret_faster()
 
 # One thread per test process: `pytest -n` is what uses the other cores.
 torch.set_num_threads(1)
@@ -41,6 +68,17 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n` all tests of a file are made by one process: what they share is made once. On a
+    GPU not, since such a process may end, and xdist gives the test it ended in to the next."""
+    if config.getvalue("dist") != "load" or torch.cuda.is_available():
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_runtest_logreport(report):

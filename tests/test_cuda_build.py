@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import cuda_offline
 import pytest
 import torch
+from cuda_emulator.load import COMPILER, built, compile_cpp
 
 import cuda_build
 from cuda_build import Architectures, CudaBuildError, parse_architectures
@@ -493,24 +494,28 @@ def test_the_cases_compile_against_cuda():
 @pytest.fixture(scope="module")
 def emulated_cases(tmp_path_factory):
     """The program of the cases on the emulated kernels."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    if COMPILER is None:
         pytest.skip("there is no C++ compiler")
-    emulator, program = ROOT / "tests/cuda_emulator", tmp_path_factory.mktemp("cases") / "cases"
-    flags = ["-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
-    flags += ["-DEM_EMULATED", "-iquote", str(emulator), "-iquote", str(cuda_build.SOURCES)]
-    sources = [cuda_build.CASES, emulator / "emulator.cpp", cuda_build.SOURCES / "plan.cpp"]
-    sources += sorted(cuda_build.SOURCES.glob("*.cu"))
-    command = [compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    program = tmp_path_factory.mktemp("cases") / "cases"
+    compile_cpp(program, "-x", "c++", cuda_build.CASES, "-x", "none", *built()[1])
     return program
 
 
-def test_the_cases_pass_on_the_emulated_kernels(emulated_cases):
-    done = subprocess.run([emulated_cases], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, [line for line in lines if not line.startswith("ok")]
+def run_cases(program, *arguments, **settings):
+    """What it returned, and the lines it wrote: one for each case, and a last one."""
+    command, environment = [program, *map(str, arguments)], {**os.environ, **settings}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(emulated_cases):
+    return run_cases(emulated_cases)
+
+
+def test_the_cases_pass_on_the_emulated_kernels(whole):
+    returned, lines = whole
+    assert returned == 0, [line for line in lines if not line.startswith("ok")]
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert lines[-1] == f"{len(lines) - 1} cases, 0 failed"
     for path in (
@@ -523,38 +528,25 @@ def test_the_cases_pass_on_the_emulated_kernels(emulated_cases):
         "apart",
         "to-float16",
     ):
-        assert path in done.stdout, path
+        assert path in "".join(lines), path
 
 
-def run_cases(program, *arguments, **settings):
-    environment = {**os.environ, **settings}
-    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+def test_a_refused_launch_fails_its_case_alone(emulated_cases, whole):
+    *cases, _ = whole[1]
+    first = len(cases) - 12
+    returned, lines = run_cases(emulated_cases, "--from", first, EM_REFUSED=str(first + 2))
+    assert returned == 1 and lines[2].startswith("FAILED ") and "refused" in lines[2]
+    cases[first + 2] = lines[2]
+    assert lines == [*cases[first:], "12 cases, 1 failed"]
 
 
-def test_a_refused_launch_fails_its_case_alone(emulated_cases):
-    whole = run_cases(emulated_cases, "--from", "3")
-    done = run_cases(emulated_cases, "--from", "3", EM_REFUSED="5")
-    changed = [
-        (number, line)
-        for number, (line, plain) in enumerate(
-            zip(done.stdout.splitlines(), whole.stdout.splitlines(), strict=True), 3
-        )
-        if line != plain
-    ]
-    assert changed[0][0] == 5
-    assert changed[0][1].startswith("FAILED stats-") and "refused" in changed[0][1]
-    assert len(changed) == 2 and changed[1][1].endswith(" cases, 1 failed")
-    assert done.returncode == 1 and whole.returncode == 0
-
-
-def test_after_a_lost_device_the_cases_end_and_another_process_goes_on(emulated_cases):
-    lost = run_cases(emulated_cases, EM_LOST="4")
-    lines = lost.stdout.splitlines()
-    assert lost.returncode == 1 and len(lines) == 6
-    assert all(line.startswith("ok ") for line in lines[:4]) and lines[4].startswith("FAILED ")
+def test_after_a_lost_device_the_cases_end_and_another_process_goes_on(emulated_cases, whole):
+    *cases, _ = whole[1]
+    returned, lines = run_cases(emulated_cases, EM_LOST="4")
+    assert returned == 1 and len(lines) == 6
+    assert lines[:4] == cases[:4] and lines[4].startswith("FAILED ")
     assert lines[5] == "the device is lost; --from 5 goes on"
-    rest = run_cases(emulated_cases, "--from", "5")
-    assert rest.returncode == 0 and rest.stdout.splitlines()[0] not in lines
-    assert run_cases(emulated_cases, "--form", "5").returncode == 2
-    none = run_cases(emulated_cases, "--from", "100000")
-    assert none.returncode == 0 and none.stdout == "0 cases, 0 failed\n"
+    rest = len(cases) - 12
+    assert run_cases(emulated_cases, "--from", rest) == (0, [*cases[rest:], "12 cases, 0 failed"])
+    assert run_cases(emulated_cases, "--form", 5)[0] == 2
+    assert run_cases(emulated_cases, "--from", 100000) == (0, ["0 cases, 0 failed"])

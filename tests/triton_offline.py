@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import triton
 from sass import inner_loops
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
@@ -181,6 +183,20 @@ def scaled(arch: int) -> Iterator[tuple[str, Callable]]:
         yield f"narrow-{name}", lambda s=s: backend.loss(logits, s, up, outputs, narrow)
         yield f"linear-{name}", lambda s=s: products_of(arch, hidden, weight, s, outputs)
     yield from controls()
+
+
+@contextmanager
+def only_ptx() -> Iterator[None]:
+    """What comes after it, much of the work, is left out, and nothing of it is kept."""
+
+    def hook(*compilation):
+        if not compilation:
+            return "ptx", "ptx"  # by which it is told from the whole
+        compilation[1]["cubin"] = lambda ptx, metadata: b""
+
+    with tempfile.TemporaryDirectory() as folder, knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook, knobs.cache.dir = hook, folder
+        yield
 
 
 def fusing() -> dict[str, list[str]]:
@@ -346,12 +362,15 @@ def main() -> None:
             for name, call in cases(arch)
             for i, kernel in enumerate(compiled(call))
         }
-        fused[f"sm_{arch}"] = {
-            name + "-finish" * i: [kernel.metadata.enable_fp_fusion, fused_differences(kernel)]
-            for name, call in scaled(arch)
-            for i, kernel in enumerate(compiled(call))
-        }
-    print(json.dumps({"kernels": found, "fused": fused, "fusing": fusing(), "amd": on_amd()}))
+        with only_ptx():
+            fused[f"sm_{arch}"] = {
+                name + "-finish" * i: [kernel.metadata.enable_fp_fusion, fused_differences(kernel)]
+                for name, call in scaled(arch)
+                for i, kernel in enumerate(compiled(call))
+            }
+    with only_ptx():
+        fuses = fusing()
+    print(json.dumps({"kernels": found, "fused": fused, "fusing": fuses, "amd": on_amd()}))
     if "--write" in sys.argv:
         table = {
             "registers, stack bytes": lambda r: [r["registers"], r["stack"]],

@@ -27,12 +27,8 @@ import em_kernels
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = HERE.parents[1] / "build" / "cuda_emulator"
-SOURCES = [
-    CSRC / "cuda/kernels.cu",
-    CSRC / "cuda/plan.cpp",
-    CSRC / "cuda/module.cpp",
-    HERE / "emulator.cpp",
-]
+SOURCES = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda/plan.cpp", HERE / "emulator.cpp"]
+MODULE = CSRC / "cuda/module.cpp"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 H200 = {
     "compute_capability": 90,
@@ -43,36 +39,48 @@ H200 = {
 }
 
 
-def command(to: Path) -> list[str]:
+def compile_cpp(to: Path, *arguments: str | Path) -> None:
+    """Sources and objects made into a library, a program or, with -c, an object."""
     pybind11 = Path(torch.__file__).parent / "include"
-    includes = ["-iquote", HERE, "-I", sysconfig.get_paths()["include"], "-I", pybind11]
-    flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off"]
+    includes = ["-iquote", HERE, "-iquote", CSRC / "cuda", "-I", sysconfig.get_paths()["include"]]
+    flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-ffp-contract=off"]
     flags += ["-fno-strict-aliasing", "-w"]  # rows are read as vectors, as nvcc allows
     defines = ["-DEM_EMULATED", "-DEM_MODULE_NAME=emulated_cuda"]
-    return [COMPILER, *flags, *defines, *map(str, [*includes, "-x", "c++", *SOURCES, "-o", to])]
+    command = [COMPILER, *flags, *defines, *includes, "-I", pybind11, *arguments, "-o", to]
+    subprocess.run([str(word) for word in command], check=True)
+
+
+@cache
+def built() -> tuple[Path, list[Path]]:
+    """The extension module, and the objects of its kernels, with which programs can be linked."""
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
+    made_of = sorted({*SOURCES, MODULE, *headers, Path(__file__)})
+    text = b"".join(path.read_bytes() for path in made_of)
+    key = hashlib.sha256(text + sys.version.encode() + torch.__version__.encode()).hexdigest()[:16]
+    folder = CACHE / key
+    folder.mkdir(parents=True, exist_ok=True)
+    module, objects = folder / "emulated_cuda.so", [folder / f"{s.stem}.o" for s in SOURCES]
+    with open(folder / "lock", "w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            _build(module, objects)
+    return module, objects
+
+
+def _build(module: Path, objects: list[Path]) -> None:
+    """An interrupted build leaves nothing at `module`."""
+    for source, to in zip(SOURCES, objects, strict=True):
+        compile_cpp(to, "-c", "-x", "c++", source)
+    with tempfile.TemporaryDirectory(dir=module.parent) as folder:
+        to = Path(folder) / module.name
+        compile_cpp(to, "-shared", "-x", "c++", MODULE, "-x", "none", *objects)
+        os.replace(to, module)
 
 
 @cache
 def library() -> ModuleType:
     """The extension module of the emulated kernels."""
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *HERE.glob("*.h")]
-    text = b"".join(path.read_bytes() for path in sorted({*SOURCES, *headers}))
-    key = hashlib.sha256(text + sys.version.encode() + torch.__version__.encode()).hexdigest()[:16]
-    path = CACHE / key / "emulated_cuda.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / "lock", "w") as lock:  # of several test processes one builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _build(path)
-    return _load("emulated_cuda", path)
-
-
-def _build(path: Path) -> None:
-    """An interrupted build leaves nothing at `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run(command(built), check=True)
-        os.replace(built, path)
+    return _load("emulated_cuda", built()[0])
 
 
 def backend(seed: int = 0, **limits: int) -> ModuleType:
