@@ -33,14 +33,18 @@ def compares_pairs(dtype):
 
 
 @triton.jit
+def of_pairs(x, y, instruction: tl.constexpr):
+    """`instruction` of two numbers of 16 bits at a time: it is "max" or "min", with its options."""
+    pair: tl.constexpr = ".bf16x2" if x.dtype == tl.bfloat16 else ".f16x2"
+    asm: tl.constexpr = instruction + pair + " $0, $1, $2;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
 def larger(x, y):
     """max(x, y), NaN if either is."""
-    if x.dtype == tl.bfloat16:
-        asm: tl.constexpr = "max.NaN.bf16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
-    elif x.dtype == tl.float16:
-        asm: tl.constexpr = "max.NaN.f16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    if x.dtype.primitive_bitwidth == 16:
+        value = of_pairs(x, y, "max.NaN")
     else:
         value = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
     return value
@@ -49,12 +53,8 @@ def larger(x, y):
 @triton.jit
 def smaller(x, y):
     """min(x, y), the other if one is NaN."""
-    if x.dtype == tl.bfloat16:
-        asm: tl.constexpr = "min.bf16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
-    elif x.dtype == tl.float16:
-        asm: tl.constexpr = "min.f16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(asm, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    if x.dtype.primitive_bitwidth == 16:
+        value = of_pairs(x, y, "min")
     else:
         value = tl.minimum(x, y)
     return value
