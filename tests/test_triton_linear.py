@@ -13,6 +13,7 @@ from triton_rows import DEVICE, DTYPES, NAMES, ROUNDINGS, assert_close, double, 
 from em_kernels import linear_softmax_stats, reference
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
 from em_kernels.triton import linear
+from em_kernels.triton.tiles import assignment
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -281,7 +282,7 @@ def test_one_output_needs_no_more_memory_than_its_own(monkeypatch):
 
 @triton.jit
 def count_assignments(counts, row_blocks, splits, group):
-    block, split = linear.assignment(tl.program_id(0), row_blocks, splits, group)
+    block, split = assignment(tl.program_id(0), row_blocks, splits, group)
     tl.atomic_add(counts + block * splits + split, 1)
 
 
