@@ -288,11 +288,11 @@ def dump(kernel, what: str) -> str:
     return done.stdout + done.stderr
 
 
-def cost(kernel, name: str) -> list[float]:
+def cost(sass: str, name: str) -> list[float]:
     """Of the loop over a row: instructions an entry of a thread, bytes its loads and stores take
     (stores: 0 where there are none). Left out is what a step may skip: the join of parts of a row,
     once in four to sixteen steps some 45 instructions."""
-    body = max(inner_loops(dump(kernel, "-sass"), skipped=False), key=len)
+    body = max(inner_loops(sass, skipped=False), key=len)
     size = {"float32": 4, "narrow": 4, "float64": 8}.get(name.split("-")[1], 2)
     entries = launch._LOAD_BYTES // size * (2 if "full" in name else 4)
     widths = {"U16": 2, "": 4, "64": 8, "128": 16}
@@ -302,22 +302,29 @@ def cost(kernel, name: str) -> list[float]:
     return [round(len(body) / entries, 2), *narrowest]
 
 
-def step(kernel) -> list[int]:
+def step(sass: str, shared: int) -> list[int]:
     """Of the loop along D on tensor cores: instructions and products, and the shared memory."""
-    bodies = inner_loops(dump(kernel, "-sass"))
+    bodies = inner_loops(sass)
     products = [sum("MMA" in i.split(".")[0].split()[0] for i in body) for body in bodies]
-    found = [[len(body), n, kernel.metadata.shared] for body, n in zip(bodies, products) if n]
+    found = [[len(body), n, shared] for body, n in zip(bodies, products) if n]
     return min(found, default=[])
+
+
+def spilled(sass: str) -> int:
+    """Loads and stores of the stack in inner loops. Some versions of Triton keep there, where
+    registers are short, what is read once a tile."""
+    return sum(bool(re.match(r"(LDL|STL)\b", i)) for body in inner_loops(sass) for i in body)
 
 
 def report(kernel, name: str) -> dict:
     ptx = kernel.asm["ptx"]
-    usage = dump(kernel, "-res-usage")
+    usage, sass = (dump(kernel, what) for what in ("-res-usage", "-sass"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     slow = r"\b(?:div|rem|rcp(?!\.approx\.ftz)|sqrt|mul\.lo\.s64|mad\.lo\.s64)\S*"
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "spilled": spilled(sass),
         "wide_loads": bool(
             re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|" + _COPIES, ptx)
         ),
@@ -327,9 +334,9 @@ def report(kernel, name: str) -> dict:
         ),
         "product": [name for name, word in PRODUCTS.items() if re.search(rf"\b{word}", ptx)],
         "shared": kernel.metadata.shared,
-        "step": step(kernel) if name.startswith("linear") else [],
+        "step": step(sass, kernel.metadata.shared) if name.startswith("linear") else [],
         "loop_exponentials": loops(ptx).count("ex2.approx"),
-        "cost": None if name.startswith("linear") else cost(kernel, name),
+        "cost": None if name.startswith("linear") else cost(sass, name),
         "reductions": reductions(kernel.asm["ttgir"]),
         "handover": handover(ptx) if name.endswith("shared") else None,
         "accesses": accesses(kernel.asm["ttgir"]),
