@@ -187,15 +187,16 @@ def scaled(arch: int) -> Iterator[tuple[str, Callable]]:
 
 @contextmanager
 def only_ptx() -> Iterator[None]:
-    """What comes after it, much of the work, is left out, and nothing of it is kept."""
+    """What comes after it is left out, and what is made is kept apart from whole kernels."""
 
     def hook(*compilation):
         if not compilation:
             return "ptx", "ptx"  # by which it is told from the whole
         compilation[1]["cubin"] = lambda ptx, metadata: b""
 
-    with tempfile.TemporaryDirectory() as folder, knobs.runtime.scope(), knobs.cache.scope():
-        knobs.runtime.add_stages_inspection_hook, knobs.cache.dir = hook, folder
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = hook
+        knobs.cache.dir = str(Path(knobs.cache.dir) / "only-ptx")
         yield
 
 
