@@ -18,6 +18,8 @@ def _interpret_faster():
     launch and module."""
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope")):
+        return  # another Triton, whose interpreter is as slow as it is
     whole, done = interpreter._patch_lang, set()
 
     def patch(function):
