@@ -93,21 +93,21 @@ def linear_softmax_stats(
             parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
             name is that of Megatron's ColumnParallelLinear.
         chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
-            160 MB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. The gradient
-            of several chunks is made for all rows and some columns of the vocabulary at a time, in
-            as much memory again, where that is faster: dW is then never summed in float32, but dX
-            is (N, D).
+            160 MB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
+            faster, all rows and some columns of the vocabulary take the place of several chunks, in
+            as much memory: for the gradient, for which dW is then never summed in float32, but dX
+            is (N, D); on a CPU, without a group and in float32 or float64, for the logits too.
         logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
             where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
             dtype of `hidden`.
         keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
             then need not multiply them again: where all N rows fit, N * V entries of the dtype of
             the logits (on a GPU, rows padded to 16 entries), three products in all instead of four.
-            Rows that count are kept from the first on, whole chunks of them; memory is taken for
-            as many rows as the bytes hold, and held until the graph is freed. None keeps as many as
-            a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a call without gradient,
-            one whose gradient is made in the forward pass, and an exported program. Whatever is
-            kept, the results have the same bits.
+            Kept are whole chunks of rows, or blocks of columns of all rows, from the first on;
+            memory is taken for as many rows as the bytes hold, and held until the graph is freed.
+            None keeps as many as a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a
+            call without gradient, one whose gradient is made in the forward pass, and an exported
+            program. Whatever is kept, the results have the same bits.
         filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
             the vocabulary are left out of the products of dX and dW, chunk by chunk, where
             |dz| < filter_eps w in every row of the chunk; dz is the gradient of
