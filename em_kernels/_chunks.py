@@ -78,9 +78,11 @@ def stats(
     if needs is not None:
         shape = kept_shape(linear, keep)
         kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
-    if rows.whole:
-        values = _vocab_forward.stats(linear, spec, outputs, backend, rows, kept)
-        _put(results, rows.at(slice(0, rows.count)), values)
+    if rows.in_parts:
+        x = rows.operand(linear, spec.mask)
+        for own in rows.spans():
+            values = _vocab_forward.stats(linear, spec, outputs, backend, rows, x, own, kept)
+            _put(results, rows.at(own), values)
         return results if kept is None else [*results, kept]
     for chunk in _chunks(linear, spec, rows, backend, kept=kept):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
@@ -128,7 +130,7 @@ def loss(
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     if needs[1:] == (False, False, None) and _vocab_forward.single_source(upstream):
         rows = Rows.counted(linear, index, backend, needs, True)
-        if rows.whole:
+        if rows.in_parts:
             return _loss_of_hidden(linear, spec, upstream, outputs, backend, rows)
     rows = Rows.counted(linear, index, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
@@ -150,13 +152,14 @@ def _loss_of_hidden(
     rows: Rows,
 ) -> list[Tensor]:
     """`loss` with the vocabulary outermost, of which only dX is wanted."""
-    hidden, every = linear.hidden, rows.at(slice(0, rows.count))
+    hidden, x = linear.hidden, rows.operand(linear, spec.mask)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     upstream = _counted(upstream, spec.mask)
-    values, grad = _vocab_forward.loss(linear, spec, upstream, outputs, backend, rows)
-    _put(results, every, values)
     out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
-    out[every] = grad.to(out.dtype)
+    for own in rows.spans():
+        part, options = rows.at(own), (outputs, backend, rows, x, own)
+        *values, out[part] = _vocab_forward.loss(linear, spec, upstream, *options)
+        _put(results, part, values)
     none = hidden.new_zeros(0)
     return [*results, out, none, none.clone()]
 

@@ -7,7 +7,8 @@ logits lie where dW will be rounded to 16 bits after the last chunk, if that has
 
 Where statistics are known, several chunks are gone through block by block of the vocabulary
 instead (`_vocab_blocks`): the gradient of all rows, but of C columns only. So is the forward pass
-where the backend can go through rows in parts (`_vocab_forward`): a single chunk of several blocks.
+where the backend can go through rows in parts (`_vocab_forward`): then a chunk is all rows, or as
+many as have blocks that are wide enough, and is finished before the next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Cut(NamedTuple):
     chunk: int
     logits: int
     blocks: int = 1
-    tile: int | None = None  # of `column_blocks`
+    tile: int | None = None  # of `column_blocks`; given where blocks are in forward too
 
 
 def cut_rows(
@@ -141,10 +142,14 @@ def count_blocks(
 
 
 def cut_columns(count: int, width: int, size: int, memory: int, tile: int) -> Cut | None:
-    """All rows in one chunk, and its logits, of `size` bytes, in as few blocks of whole tiles as
-    `memory` allows; None where it does not hold two tiles of every row."""
-    tiles = memory // (size * count * tile)
-    return Cut(count, count, _pieces(_pieces(width, tile), tiles), tile) if tiles > 1 else None
+    """All rows in one chunk, or as few as have two tiles in `memory`, and its logits, of `size`
+    bytes, in as few blocks of whole tiles as that allows; None where it does not hold even those of
+    CPU_TILE_ROWS."""
+    most = memory // (size * 2 * tile) // CPU_TILE_ROWS * CPU_TILE_ROWS
+    if most == 0:
+        return None
+    chunk = _evenly(count, most, CPU_TILE_ROWS) if count > most else count
+    return Cut(chunk, chunk, _pieces(_pieces(width, tile), memory // (size * chunk * tile)), tile)
 
 
 def column_blocks(vocab: int, blocks: int, tile: int | None = None) -> list[slice]:

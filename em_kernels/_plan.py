@@ -79,6 +79,11 @@ class Rows(NamedTuple):
         for start in range(0, self.count, self.cut.chunk):
             yield slice(start, min(start + self.cut.chunk, self.count))
 
+    def groups(self) -> list[list[slice]]:
+        """The chunks that take a block of the vocabulary together: each by itself, or all."""
+        spans = list(self.spans())
+        return [[own] for own in spans] if self.in_parts else [spans]
+
     def at(self, own: slice) -> Tensor | slice:
         """Those of the counted rows that stand at `own`."""
         return own if self.index is None else self.index[own]
@@ -91,18 +96,19 @@ class Rows(NamedTuple):
         return hidden if self.index is None else hidden[self.index]
 
     @property
-    def whole(self) -> bool:
-        """Whether all rows are multiplied with one block of the vocabulary after the other."""
-        return self.cut.blocks > 1 and self.cut.chunk >= self.count
+    def in_parts(self) -> bool:
+        """Whether a chunk is multiplied with a block of the vocabulary at a time, in both passes,
+        and the next one then."""
+        return self.cut.blocks > 1 and self.cut.tile is not None
 
     def kept_logits(self, kept: Tensor | None, own: slice, columns: slice) -> Tensor | None:
         """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
-        if not self.whole:
+        if not self.in_parts:
             return kept[own, columns] if own.stop <= self.held(kept) else None
         stride = 0 if kept is None else kept.numel() // self.count
         if columns.stop > stride:
             return None
-        return kept.view(-1)[: self.count * stride].view(self.count, stride)[:, columns]
+        return kept.view(-1)[: self.count * stride].view(self.count, stride)[own, columns]
 
     def held(self, kept: Tensor | None) -> int:
         """How many of the counted rows, the first ones, have their logits in `kept`: all, or whole
@@ -156,9 +162,9 @@ def _cut_columns_for(
     if not (gpu or operand == accumulate_dtype(operand)):
         return cut  # no product of a CPU adds 16-bit operands to a float32 dX
     if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
-        whole = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
-        if whole is not None:
-            return whole
+        parts = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
+        if parts is not None:
+            return parts
     if not (needs and needs.weight):
         return cut
     beside = 0 if own == operand else own.itemsize

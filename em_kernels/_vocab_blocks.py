@@ -8,6 +8,7 @@ are left out or multiplied as zeros, `hidden` is copied first.
 
 from __future__ import annotations
 
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -49,11 +50,12 @@ def grad(
     held = rows.held(kept)
     room = _Room(linear, backend, rows, held, max(map(width_of, blocks), default=0))
     rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
-    for columns in blocks:
+    for chunks, columns in product(rows.groups(), blocks):
+        first, count = chunks[0].start, chunks[-1].stop - chunks[0].start
         block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
-        gradient = room.gradient(width_of(columns))
-        for own in rows.spans():
-            part, out = rows.at(own), gradient[own]
+        gradient = room.gradient(count, width_of(columns))
+        for own in chunks:
+            part, out = rows.at(own), gradient[own.start - first : own.stop - first]
             logits = rows.kept_logits(kept, own, columns)
             if logits is None:
                 logits = room.logits(out)
@@ -63,7 +65,7 @@ def grad(
             rows_of.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
             if not room.narrow:
                 out.copy_(written)
-        sums.add(columns, gradient)
+        sums.add(slice(first, first + count), columns, gradient)
     return sums.finish()
 
 
@@ -73,8 +75,9 @@ class _Room:
     def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, held: int, widest: int):
         own, operand = linear.logits_dtype, linear.hidden.dtype
         device, self.gpu = linear.hidden.device, _products.is_gpu(linear.hidden)
-        self.count, stride = rows.count, self._stride(widest)
-        self.whole = empty(backend, (rows.count * stride,), operand, device)
+        stride = self._stride(widest)
+        count = rows.cut.chunk if rows.in_parts else rows.count
+        self.together = empty(backend, (count * stride,), operand, device)
         self.in_place = own == operand
         # Whether the gradient can be written where the products read it.
         self.narrow = self.in_place or narrows(operand, own, backend)
@@ -82,9 +85,9 @@ class _Room:
             chunk = 0 if self.narrow and held == rows.count else rows.cut.chunk
             self.scratch = empty(backend, (chunk * stride,), own, device)
 
-    def gradient(self, width: int) -> Tensor:
-        """(N, C)"""
-        return self._matrix(self.whole, self.count, width)
+    def gradient(self, count: int, width: int) -> Tensor:
+        """(N, C), of the rows that take a block together."""
+        return self._matrix(self.together, count, width)
 
     def logits(self, gradient: Tensor) -> Tensor:
         """Where those of a chunk go, whose gradient goes to `gradient`, (R, C)."""
@@ -111,7 +114,7 @@ class _Gradients:
         scale: Tensor | None,
     ):
         self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.rows, self.scale, self.started = rows, scale, False
+        self.rows, self.scale = rows, scale
         hidden, weight = linear.hidden, linear.weight
         self.x = rows.operand(linear, spec.mask)
         wide = accumulate_dtype(hidden.dtype)
@@ -124,21 +127,21 @@ class _Gradients:
         size = weight.shape[0] if needs.bias else 0
         self.bias = torch.zeros(size, dtype=wide, device=weight.device)
 
-    def add(self, columns: slice, gradient: Tensor) -> None:
+    def add(self, own: slice, columns: slice, gradient: Tensor) -> None:
+        """Those of the rows `own`, which come after all before them."""
         if self.needs.bias:
             total = gradient.sum(0, dtype=self.bias.dtype)
-            self.bias[columns] = total / self.spec.logit_scale
+            self.bias[columns] += total / self.spec.logit_scale
         if self.needs.hidden:
-            weight = self.linear.weight[columns]
-            _products.accumulate(self.hidden, gradient.T, weight, self.started, self.backend)
-            self.started = True
+            weight, add = self.linear.weight[columns], columns.start > 0
+            _products.accumulate(self.hidden[own], gradient.T, weight, add, self.backend)
         if self.needs.weight:
-            self._add_weight(self.weight[columns], gradient)
+            self._add_weight(self.weight[columns], own, gradient)
 
-    def _add_weight(self, out: Tensor, gradient: Tensor) -> None:
+    def _add_weight(self, out: Tensor, own: slice, gradient: Tensor) -> None:
         """The block of dW; in float16, which may not hold the scaled one, by way of float32."""
         if self.scale is None:
-            _products.accumulate(out, gradient, self.x, False, self.backend)
+            _products.accumulate(out, gradient, self.x[own], own.start > 0, self.backend)
             return
         for own in _products.pieces(gradient.T, self.x):
             part = torch.empty_like(out[own], dtype=torch.float32)

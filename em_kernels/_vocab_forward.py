@@ -1,7 +1,7 @@
-"""The forward pass with the vocabulary outermost: the logits of all rows, C columns at a time.
+"""The forward pass with the vocabulary outermost: the logits of a chunk, C columns at a time.
 
-For a backend that can go through rows in parts. A product of all rows reads the weight once; one
-for each chunk of rows would read it, and on a CPU rearrange it, once a chunk.
+For a backend that can go through rows in parts. A chunk is all rows, as a rule: their products read
+the weight once, and rearrange it once, where those of many small chunks would once a chunk.
 
 Where the loss of a row is w logprob_y or w lse, and only dX is wanted, that is made on the way,
 before the sums over the whole row are known. With m the largest z so far and s_v = dz_v / dx_v,
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
     columns: slice
     spec: RowSpec  # bias and size are those of the block, targets count from the first block
-    logits: Tensor  # (N, C)
+    logits: Tensor  # (R, C)
     values: list[Tensor]  # [max, log1p_r, mean_d, *outputs], of all columns so far
 
 
@@ -45,10 +45,15 @@ def stats(
     outputs: tuple[str, ...],
     backend: ModuleType,
     rows: Rows,
+    x: Tensor,
+    own: slice,
     kept: Tensor | None = None,
 ) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs] of the counted rows; `kept` keeps the first logits."""
-    for block in _blocks(linear, spec, outputs, backend, rows, kept):
+    """[max, log1p_r, mean_d, *outputs] of the chunk `own` of `x`, the rows that are counted.
+
+    Its first logits stay in `kept`, as far as that has room for them.
+    """
+    for block in _blocks(linear, spec, outputs, backend, rows, x, own, kept):
         values = block.values
     return values
 
@@ -66,21 +71,23 @@ def loss(
     outputs: tuple[str, ...],
     backend: ModuleType,
     rows: Rows,
-) -> tuple[list[Tensor], Tensor]:
-    """(`stats`, dX of the counted rows) where `upstream` has a `single_source`; two products."""
-    every = rows.at(slice(0, rows.count))
-    source = single_source(upstream)
+    x: Tensor,
+    own: slice,
+) -> list[Tensor]:
+    """[*`stats`, dX] of a chunk where `upstream` has a `single_source`; two products."""
+    part, source = rows.at(own), single_source(upstream)
+    row_spec = select_rows(spec, part)
     kind = _LogprobSum if source == "logprob" else _LseSum
-    total = kind(linear, select_rows(spec, every), backend, rows.count)
+    total = kind(linear, row_spec, backend, own.stop - own.start)
     asked = outputs if source in outputs else (*outputs, source)
-    for block in _blocks(linear, spec, asked, backend, rows):
+    for block in _blocks(linear, spec, asked, backend, rows, x, own):
         total.add(block)
-    values, own = block.values, len(Saved._fields) + asked.index(source)
-    grad = total.finish(values, values[own]) * getattr(upstream, source)[every][:, None]
+    values, place = block.values, len(Saved._fields) + asked.index(source)
+    grad = total.finish(values, values[place]) * getattr(upstream, source)[part][:, None]
     grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
-    if spec.mask is not None:
-        grad.masked_fill_(~spec.mask[:, None], 0)  # 0 times an inf of the weight
-    return values[: len(Saved._fields) + len(outputs)], grad
+    if row_spec.mask is not None:
+        grad.masked_fill_(~row_spec.mask[:, None], 0)  # 0 times an inf of the weight
+    return [*values[: len(Saved._fields) + len(outputs)], grad]
 
 
 class _LseSum:
@@ -151,22 +158,23 @@ def _blocks(
     outputs: tuple[str, ...],
     backend: ModuleType,
     rows: Rows,
+    x: Tensor,
+    own: slice,
     kept: Tensor | None = None,
 ) -> Iterator[Block]:
     """The blocks in turn, those that `kept` has no room for all in the same memory."""
-    x, every = rows.operand(linear, spec.mask), slice(0, rows.count)
-    picked = select_rows(spec, rows.at(every))
-    parts = backend.new_parts(rows.count)
+    count, x = own.stop - own.start, x[own]
+    picked, parts = select_rows(spec, rows.at(own)), backend.new_parts(count)
     blocks, room = column_blocks(spec.valid_vocab, rows.cut.blocks, rows.cut.tile), None
     stride = block_stride(max(map(width_of, blocks)), gpu=False)
     for columns in blocks:
-        logits = rows.kept_logits(kept, every, columns)
+        logits = rows.kept_logits(kept, own, columns)
         if logits is None:
             if room is None:
-                room = empty(backend, (rows.count, stride), linear.logits_dtype, x.device)
+                room = empty(backend, (count, stride), linear.logits_dtype, x.device)
             logits = room[:, : width_of(columns)]
         _products.multiply(x, linear.weight[columns], logits)
         bias = None if spec.bias is None else spec.bias[columns]
-        own = picked._replace(bias=bias, valid_vocab=width_of(columns))
-        values = backend.stats(logits[None], own, outputs, parts, columns.start)
-        yield Block(columns, own, logits, values)
+        block = picked._replace(bias=bias, valid_vocab=width_of(columns))
+        values = backend.stats(logits[None], block, outputs, parts, columns.start)
+        yield Block(columns, block, logits, values)

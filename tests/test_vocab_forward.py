@@ -47,8 +47,8 @@ def parts(monkeypatch):
     return shapes
 
 
-def leaves(dtype=torch.float32):
-    hidden, weight = make_linear(N, dim=D, vocab=V, dtype=dtype)
+def leaves(dtype=torch.float32, n=N):
+    hidden, weight = make_linear(n, dim=D, vocab=V, dtype=dtype)
     return hidden, weight, torch.randn(V).to(dtype).requires_grad_()
 
 
@@ -109,14 +109,16 @@ def test_the_bits_are_those_of_whole_rows(dtype, threads):
 
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
 @pytest.mark.parametrize("needs", ("both", "hidden", "weight"))
-def test_whatever_is_kept_the_bits_are_the_same(parts, masked, needs):
-    hidden, weight, bias = leaves()
-    target, mask = random_target(N, vocab=V), torch.arange(N) % 4 > 0 if masked else None
+@pytest.mark.parametrize("n, chunk", ((N, CHUNK), (40, 1)))
+def test_whatever_is_kept_the_bits_are_the_same(parts, masked, needs, n, chunk):
+    hidden, weight, bias = leaves(n=n)
+    target, mask = random_target(n, vocab=V), torch.arange(n) % 4 > 0 if masked else None
     inputs = {"both": (hidden, weight), "hidden": (hidden,), "weight": (weight,)}[needs]
     arguments = [x if any(x is y for y in inputs) else x.detach() for x in (hidden, weight)]
 
     def results(keep):
-        stats = stats_of(*arguments, target, bias=bias.detach(), mask=mask, keep_logits=keep)
+        options = dict(mask=mask, keep_logits=keep, chunk_tokens=chunk)
+        stats = stats_of(*arguments, target, bias=bias.detach(), **options)
         total = (stats.entropy + 2 * stats.logprob).sum()
         again = [torch.autograd.grad(total, inputs, retain_graph=True) for _ in range(2)]
         return stats.entropy.detach(), *again[0], *again[1]
@@ -124,7 +126,7 @@ def test_whatever_is_kept_the_bits_are_the_same(parts, masked, needs):
     want = results(0)
     forward, backward = parts[: len(parts) // 3], parts[len(parts) // 3 :]
     assert forward * 2 == backward and len(forward) >= 4
-    for keep in (None, 1, 6 * V * 4, N * V * 4, 1 << 40):
+    for keep in (None, 1, 6 * V * 4, n * V * 4, 1 << 40):
         assert all(map(same_bits, results(keep), want)), keep
 
 
@@ -239,6 +241,29 @@ def test_rows_that_begin_without_a_finite_logit(parts, source):
             assert error(a.nan_to_num(), b.nan_to_num()) < 1e-5
 
 
+@pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+def test_rows_too_many_for_wide_blocks_are_cut_into_chunks(parts, frozen, masked):
+    """Of 16 rows: each goes through all blocks, and dW is summed over them."""
+    n, outputs = 40, ("logprob",) if frozen else ("logprob", "entropy")
+    hidden, weight, bias = leaves(n=n)
+    target = random_target(n, vocab=V)
+    mask = torch.arange(n) % 8 > 0 if masked else torch.ones(n, dtype=torch.bool)
+    inputs = (hidden,) if frozen else (hidden, weight, bias)
+    head = [x.detach() if frozen else x for x in (weight, bias)]
+    options = dict(outputs=outputs, mask=mask, chunk_tokens=1)
+    stats = stats_of(hidden, head[0], target, bias=head[1], **options)
+    assert {count for count, _ in parts} == ({16, 3} if masked else {16, 8})
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    exact = truth(wide[0] @ wide[1].T, target, bias=wide[2])
+    given = {name: torch.where(mask, torch.randn(n), 0) for name in outputs}
+    for name in outputs:
+        assert error(getattr(stats, name), torch.where(mask, exact[name], 0)) < 1e-6
+    grads = gradient(stats._asdict(), given, *inputs)
+    for got, want in zip(grads, gradient(exact, given, *wide[: len(inputs)]), strict=True):
+        assert error(got, want) < 5e-6
+
+
 def test_losses_with_a_frozen_head(parts):
     """A weight of logprob alone is enough; one of the entropy needs the row first."""
     hidden, weight, _ = leaves()
@@ -281,13 +306,15 @@ def test_parts_of_rows():
 
 @pytest.mark.parametrize("vocab", (4096, 4097, 50257, 151936))
 @pytest.mark.parametrize("size", (4, 8))
-def test_blocks_of_all_rows_fit_the_memory(vocab, size):
-    memory = _cut.CPU_WORKSPACE_BYTES
-    for count in (1, 100, 1024, 5000, 10_000):
+@pytest.mark.parametrize("memory", (_cut.CPU_WORKSPACE_BYTES, 1 << 21, 1 << 18))
+def test_blocks_of_many_rows_fit_the_memory(vocab, size, memory):
+    for count in (1, 100, 1024, 5000, 10_000, 32_768):
         cut = _cut.cut_columns(count, vocab, size, memory, 4096)
-        if cut is None:
-            assert memory < size * count * 2 * 4096
+        if memory < 16 * size * 2 * 4096:
+            assert cut is None
             continue
         widths = [_cut.width_of(block) for block in _cut.column_blocks(vocab, cut.blocks, cut.tile)]
-        assert max(widths) * size * count <= memory and sum(widths) == vocab
+        assert max(widths) * size * cut.chunk <= memory and sum(widths) == vocab
         assert all(width % 4096 == 0 for width in widths[:-1])
+        most = memory // (size * 2 * 4096) // 16 * 16
+        assert cut.chunk == count or -(-count // cut.chunk) == -(-count // most)
