@@ -18,26 +18,15 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def selective_log_softmax_and_entropy(
-    logits: Tensor,
-    index: Tensor,
-    temperature: float = 1.0,
-    row_mask: Tensor | None = None,
-    *,
-    entropy_requires_grad: bool = True,
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log p_index, H) of softmax(logits / temperature), both (...) and differentiable, the entropy
-    unless `entropy_requires_grad` is False, an argument of TRL's function in `trl.trainer.utils`.
+    """(log p_index, H) of softmax(logits / temperature), both (...) and differentiable.
 
     As `trl.kernels.selective_log_softmax_and_entropy`: rows where `row_mask` is 0 are skipped and
     give zeros. Results are float32 (float64 for float64). Unlike there an index of -100 is an error
     unless its row is masked. Errors as in `softmax_stats`.
     """
     stats = softmax_stats(
-        logits,
-        index,
-        temperature=temperature,
-        mask=row_mask,
-        ignore_index=NEVER_IGNORED,
-        entropy_requires_grad=entropy_requires_grad,
+        logits, index, temperature=temperature, mask=row_mask, ignore_index=NEVER_IGNORED
     )
     return stats.logprob, stats.entropy

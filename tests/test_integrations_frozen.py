@@ -171,16 +171,6 @@ def test_the_setting_is_what_it_was_after_a_block(trl):
     assert not trl.is_applied()
 
 
-def test_trls_function_of_logits():
-    logits, index = torch.randn(5, 37, requires_grad=True), random_target(5, vocab=37)
-    full = em_kernels.selective_log_softmax_and_entropy(logits, index, 0.7)
-    number = em_kernels.selective_log_softmax_and_entropy(
-        logits, index, 0.7, entropy_requires_grad=False
-    )
-    assert full[1].requires_grad and number[0].requires_grad and not number[1].requires_grad
-    assert all(map(torch.equal, full, number))
-
-
 def test_flags_of_the_environment():
     assert [flag_named(text, "NAME") for text in ("0", "False", "1", "TRUE")] == [False] * 2 + [
         True

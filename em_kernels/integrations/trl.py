@@ -186,13 +186,10 @@ def _selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return selective_log_softmax_and_entropy(
-        logits,
-        integer_labels(index),
-        temperature_of(temperature, index),
-        row_mask,
-        entropy_requires_grad=bool(entropy_requires_grad),
+    logprob, entropy = selective_log_softmax_and_entropy(
+        logits, integer_labels(index), temperature_of(temperature, index), row_mask
     )
+    return logprob, entropy if entropy_requires_grad else entropy.detach()
 
 
 def _only_scored_positions(device: torch.device) -> bool:
