@@ -133,8 +133,9 @@ def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
     if keep is None and linear.chunk_tokens is not None:
         rows = linear.chunk_tokens
     else:
-        keep = workspace_bytes(_products.is_gpu(linear.hidden)) if keep is None else keep
-        rows = keep // row
+        memory = workspace_bytes(_products.is_gpu(linear.hidden))
+        # None rounds up: a block of columns may take all of the memory of a chunk.
+        rows = -(-memory // row) if keep is None else keep // row
     return torch.sym_min(linear.hidden.shape[0], rows), width
 
 

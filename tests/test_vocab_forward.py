@@ -143,6 +143,20 @@ def test_columns_that_are_kept_cost_no_product_again(parts, rows, columns):
     assert product_flops(run) == 4 * PRODUCT - 2 * N * D * columns
 
 
+def test_a_block_is_kept_by_default(parts, monkeypatch):
+    """Also where it takes the last byte of the memory of a chunk, which no whole row does."""
+    monkeypatch.setattr(_cut, "CPU_WORKSPACE_BYTES", 4 * N * 64 + 4)
+    monkeypatch.setattr(_cut, "CPU_TILE_ROWS", 1)
+    hidden, weight, _ = leaves()
+
+    def run():
+        stats = stats_of(hidden, weight, outputs=("entropy",), chunk_tokens=None)
+        stats.entropy.sum().backward()
+
+    assert product_flops(run) == 4 * PRODUCT - 2 * N * D * 64
+    assert {rows for rows, _ in parts} == {N}
+
+
 SOURCES = {
     "logprob": dict(outputs=("max_prob", "logprob")),
     "lse": dict(outputs=("lse", "collision")),
