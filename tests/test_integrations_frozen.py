@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import error, product_flops, random_target, truth
 
-import em_kernels
 from em_kernels.integrations import _labels, verl
 from em_kernels.integrations._arguments import HeadSettings, flag_named
 from em_kernels.linear_softmax_stats import linear_softmax_stats
