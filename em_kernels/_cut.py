@@ -142,9 +142,12 @@ def count_blocks(
 
 
 def cut_columns(count: int, width: int, size: int, memory: int, tile: int) -> Cut | None:
-    """All rows in one chunk, or as few as have two tiles in `memory`, and its logits, of `size`
-    bytes, in as few blocks of whole tiles as that allows; None where it does not hold even those of
-    CPU_TILE_ROWS."""
+    """All rows in one chunk, and its logits, of `size` bytes each, in as few blocks of whole tiles
+    as `memory` allows.
+
+    Where it does not hold two tiles of all rows, there are as few chunks as have two each; None
+    where it does not hold two tiles of CPU_TILE_ROWS.
+    """
     most = memory // (size * 2 * tile) // CPU_TILE_ROWS * CPU_TILE_ROWS
     if most == 0:
         return None
@@ -184,8 +187,8 @@ def row_stride(vocab: int) -> int:
 
 
 def block_stride(width: int, gpu: bool) -> int:
-    """The same of a block of columns; where as many rows of it as a product writes at once would
-    begin at the same place of a page, they would share a few lines of a CPU's cache."""
+    """The same of a block of columns. On a CPU no multiple of a page either: the rows that a
+    product writes at once would all begin at one place of a page, and share a few cache lines."""
     if gpu:
         return row_stride(width)
     return width if width % CPU_PAGE_ENTRIES else width + CPU_LINE_ENTRIES

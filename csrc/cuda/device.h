@@ -134,7 +134,7 @@ EM_DEVICE uint64_t never_again() {
   return out;
 }
 
-// The same of bytes that nobody reads again.
+// `read_global` of bytes that nobody reads again.
 EM_DEVICE void read_global_last(const void* from, uint32_t (&to)[4]) {
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -27,8 +27,8 @@ struct Loaded {
   int largest_cluster = 0;
 };
 
-// How a call is launched. Only how many blocks there are depends on the number of rows, so that a
-// row's bits do not.
+// How a call is launched. How many blocks share a row depends on the number of rows, and with that
+// which of its gradient a block writes; nothing else does, so that a row's bits do not.
 struct Plan {
   bool plain = false;     // positive scale, no bias, no softcap, first-order outputs: the fast sums
   bool aligned_logits = false;    // every row begins at a multiple of 16 bytes

@@ -45,8 +45,8 @@ int64_t wanted_blocks(const Problem& p, const Device& device) {
 }
 
 // Statistics of a row are summed up in parts, of a vector a thread and whole chunks. Which parts
-// does not depend on the number of rows; where those are few, each block of a cluster has one.
-// Those that a power of 2 has besides have none.
+// does not depend on the number of rows; where those are few, each block of a cluster has one. A
+// cluster is of a power of 2 blocks: those beyond the parts have none.
 void share_statistics(Plan& plan, const Problem& p, const Device& device) {
   const int64_t stride = plan.threads * 16 / size_of(p.dtype);
   const int64_t parts = std::clamp<int64_t>(p.valid_vocab / kPartNumbers, 1, kMaxCluster);

@@ -10,7 +10,7 @@ constexpr int kMaxChunks = 15;    // per thread, of a row held in shared memory
 constexpr int kScratchBytes = 640;         // of shared memory, before the row
 constexpr int kResidentBytes = kScratchBytes + 16;  // beside the row, which need not be aligned
 constexpr int kStreamScratchBytes = 1024;  // of shared memory, where the row is streamed
-constexpr int kPartNumbers = 42000;  // of a row, at least, that has more than one part
+constexpr int kPartNumbers = 42000;  // a row has a part for every so many, kMaxCluster at most
 constexpr int kSums = 3;             // fields of a Part that hold sums of the first order
 constexpr int kAllSums = 11;         // all its fields
 

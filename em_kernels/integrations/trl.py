@@ -66,8 +66,9 @@ def apply_to_trl(
         entropy_requires_grad: as in `linear_softmax_stats`, for the same. TRL asks for the entropy
             with gradient always, and does not say that it wants a number; of its own trainers only
             GRPOTrainer with `entropy_coef` or `use_adaptive_entropy` differentiates it. False
-            saves a frozen head (LoRA) a product of three; a loss that does differentiate the
-            entropy then raises RuntimeError in its backward pass.
+            saves a frozen head (LoRA) one of three products; a loss that does differentiate the
+            entropy then raises RuntimeError in its backward pass, but for one that is compiled,
+            where the gradient of the entropy is missing.
 
     Raises:
         TypeError, ValueError: `logits_dtype` is none that hidden states can have, or

@@ -232,8 +232,9 @@ def apply_to_verl(
         logits_dtype: as in `linear_softmax_stats`, for the fused head.
         entropy_requires_grad: as in `linear_softmax_stats`, for the same. verl's calls of its head
             do not say what the entropy is for; it is differentiated where `entropy_coeff` is not 0.
-            False saves a frozen head (LoRA) a product of three; a loss that does differentiate the
-            entropy then raises RuntimeError in its backward pass.
+            False saves a frozen head (LoRA) one of three products; a loss that does differentiate
+            the entropy then raises RuntimeError in its backward pass, but for one that is compiled,
+            where the gradient of the entropy is missing.
 
     Raises:
         ImportError: verl, or one of its dependencies, is missing.
