@@ -14,6 +14,11 @@ from torch import Tensor
 from em_kernels._spec import RowSpec
 
 
+def has_values(x: Tensor | None) -> bool:
+    """Whether `x` is a tensor whose values can be looked at: in a trace none can."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and not x.is_meta
+
+
 def is_free_to_look(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at without waiting for a device."""
     return x.device.type == "cpu"
@@ -41,7 +46,7 @@ def with_index(spec: RowSpec) -> RowSpec:
     A mask without values, as in a trace, is left to the operators. Rows that a captured forward
     pass has multiplied are multiplied in its backward pass too, which may not be captured.
     """
-    if torch.compiler.is_compiling() or type(spec.mask) is not Tensor or spec.mask.is_meta:
+    if not has_values(spec.mask):
         return spec
     compact = spec.compact and not is_capturing(spec.mask)
     return spec._replace(index=_find(spec), compact=compact)

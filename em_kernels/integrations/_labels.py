@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from em_kernels._rows import is_capturing
+from em_kernels._rows import has_values, is_capturing
 from em_kernels._spec import TokenStats
+from em_kernels.linear_softmax_stats import wanted_gradients
 
 
 def integer_labels(labels: Tensor) -> Tensor:
@@ -56,14 +57,12 @@ def stats_of_known(
 
 def can_look(x: Tensor) -> bool:
     """Whether `x` has values, and may be waited for."""
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
-    return not (traced or is_capturing(x))
+    return has_values(x) and not is_capturing(x)
 
 
 def is_frozen(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a backward pass will want the gradient of the hidden states and not of the head."""
-    learned = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return torch.is_grad_enabled() and hidden.requires_grad and not learned
+    return wanted_gradients(["logprob"], hidden, weight, bias) == (True, False, False)
 
 
 class _Number(torch.autograd.Function):
