@@ -368,6 +368,7 @@ def test_the_memory_of_three_freed_tensors_is_kept():
     places = [x.data_ptr() for x in held]
     while held:
         held.pop(0)
+    assert cpu.empty((30, 100_000), torch.float32).data_ptr() == places[1]
     assert cpu.empty((30, 190_000), torch.float32).data_ptr() == places[1]
     again = [cpu.empty((30, size), torch.float32) for size in (300_000, 240_000)]
     assert [x.data_ptr() for x in again] == [places[3], places[2]]
