@@ -150,8 +150,9 @@ def _cut_for(
     cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
     if needs is not None and (needs.filter_eps is not None or not again):
         return cut
-    chunk = linear.chunk_tokens and linear.chunk_tokens * width * size
-    return _cut_columns_for(linear, count, backend, needs, cut, chunk or workspace_bytes(gpu))
+    tokens = linear.chunk_tokens
+    memory = tokens * width * size if tokens else workspace_bytes(gpu)
+    return _cut_columns_for(linear, count, backend, needs, cut, memory)
 
 
 def _cut_columns_for(

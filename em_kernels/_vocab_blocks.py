@@ -143,10 +143,10 @@ class _Gradients:
         if self.scale is None:
             _products.accumulate(out, gradient, self.x[own], own.start > 0, self.backend)
             return
-        for own in _products.pieces(gradient.T, self.x):
-            part = torch.empty_like(out[own], dtype=torch.float32)
-            _products.accumulate(part, gradient[:, own], self.x, False, self.backend)
-            torch.mul(part, self.scale.reciprocal(), out=out[own])
+        for piece in _products.pieces(gradient.T, self.x):
+            part = torch.empty_like(out[piece], dtype=torch.float32)
+            _products.accumulate(part, gradient[:, piece], self.x, False, self.backend)
+            torch.mul(part, self.scale.reciprocal(), out=out[piece])
 
     def finish(self) -> list[Tensor]:
         self.hidden = unscaled(self.hidden, self.scale)
