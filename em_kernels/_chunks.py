@@ -83,10 +83,10 @@ def stats(
         for own in rows.spans():
             values = _vocab_forward.stats(linear, spec, outputs, backend, rows, x, own, kept)
             _put(results, rows.at(own), values)
-        return results if kept is None else [*results, kept]
-    for chunk in _chunks(linear, spec, rows, backend, kept=kept):
-        for part, logits, row_spec, _ in chunk.parts(linear, spec):
-            _put(results, part, backend.stats(logits[None], row_spec, outputs))
+    else:
+        for chunk in _chunks(linear, spec, rows, backend, kept=kept):
+            for part, logits, row_spec, _ in chunk.parts(linear, spec):
+                _put(results, part, backend.stats(logits[None], row_spec, outputs))
     return results if kept is None else [*results, kept]
 
 
@@ -123,12 +123,13 @@ def loss(
     needs: Needs,
     backend: ModuleType,
 ) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products.
+    """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products, two
+    where dX alone is wanted.
 
     A gradient of float16 is float32 here: backward multiplies it by the loss scale and rounds it.
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
-    if needs[1:] == (False, False, None) and _vocab_forward.single_source(upstream):
+    if needs == Needs(hidden=True) and _vocab_forward.single_source(upstream):
         rows = Rows.counted(linear, index, backend, needs, True)
         if rows.in_parts:
             return _loss_of_hidden(linear, spec, upstream, outputs, backend, rows)
@@ -154,7 +155,6 @@ def _loss_of_hidden(
     """`loss` with the vocabulary outermost, of which only dX is wanted."""
     hidden, x = linear.hidden, rows.operand(linear, spec.mask)
     results = _empty_rows(linear, rows, 3 + len(outputs))
-    upstream = _counted(upstream, spec.mask)
     out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
     for own in rows.spans():
         part, options = rows.at(own), (outputs, backend, rows, x, own)

@@ -76,17 +76,14 @@ def loss(
 ) -> list[Tensor]:
     """[*`stats`, dX] of a chunk where `upstream` has a `single_source`; two products."""
     part, source = rows.at(own), single_source(upstream)
-    row_spec = select_rows(spec, part)
     kind = _LogprobSum if source == "logprob" else _LseSum
-    total = kind(linear, row_spec, backend, own.stop - own.start)
+    total = kind(linear, select_rows(spec, part), backend, own.stop - own.start)
     asked = outputs if source in outputs else (*outputs, source)
     for block in _blocks(linear, spec, asked, backend, rows, x, own):
         total.add(block)
     values, place = block.values, len(Saved._fields) + asked.index(source)
     grad = total.finish(values, values[place]) * getattr(upstream, source)[part][:, None]
     grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
-    if row_spec.mask is not None:
-        grad.masked_fill_(~row_spec.mask[:, None], 0)  # 0 times an inf of the weight
     return [*values[: len(Saved._fields) + len(outputs)], grad]
 
 
@@ -144,7 +141,8 @@ class _LogprobSum(_LseSum):
         spec, x = self.spec, self.x_target * self.spec.logit_scale
         if spec.bias is not None:
             x = x + spec.bias[spec.target].to(x.dtype)
-        x = x.to(self.total.dtype)[None, :, None].clamp(min=torch.finfo(self.total.dtype).min)
+        least = -(torch.finfo(self.total.dtype).max ** 0.5)  # of -inf, and finite over any T
+        x = x.to(self.total.dtype)[None, :, None].clamp(min=least)
         one = spec._replace(bias=None, target=None, logit_scale=1.0, valid_vocab=1)
         saved = Saved(*self.backend.stats(x, one, ()))
         lse = torch.ones_like(saved.max)

@@ -16,8 +16,9 @@ from helpers import (
     truth,
 )
 
-from em_kernels import _cut, _products, linear_softmax_stats, linear_token_loss
-from em_kernels._spec import OUTPUTS, RowSpec
+from em_kernels import _chunks, _cut, _products, linear_softmax_stats, linear_token_loss
+from em_kernels._plan import Linear, Needs
+from em_kernels._spec import OUTPUTS, RowSpec, Upstream
 
 cpu = pytest.importorskip("em_kernels.cpu")
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -253,6 +254,33 @@ def test_rows_that_begin_without_a_finite_logit(parts, source):
         for a, b in zip(got, want):
             assert torch.equal(a.isnan(), b.isnan()) and b.isnan().any() == (i in (2, 3, 4))
             assert error(a.nan_to_num(), b.nan_to_num()) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", (None, 4.0))
+@pytest.mark.parametrize("temperature", (1.0, 0.7, 1e-3))
+def test_a_target_that_is_excluded(parts, temperature, softcap):
+    """Its logprob is -inf; the gradient is what it is of whole rows: that of the target's x, and
+    less a mean."""
+    hidden, weight, bias = leaves(torch.float64)
+    target, bias = random_target(N, vocab=V), bias.detach()
+    bias[target[0]] = -torch.inf
+    options = dict(bias=bias, outputs=("logprob",), temperature=temperature, softcap=softcap)
+
+    def run(chunk):
+        stats = stats_of(hidden, weight.detach(), target, chunk_tokens=chunk, **options)
+        assert stats.logprob[0] == -torch.inf
+        return torch.autograd.grad(stats.logprob, hidden, torch.ones_like(stats.logprob))[0]
+
+    want, got = run(N), run(CHUNK)
+    assert want.isfinite().all() and len(parts) > 2
+    assert error(got, want) < 1e-9
+
+
+def test_a_loss_without_a_gradient_makes_none(parts):
+    hidden, weight, _ = (x.detach() for x in leaves())
+    linear, spec = Linear.cut(hidden, weight, CHUNK, None), RowSpec(valid_vocab=V)
+    *rows, grad, _, _ = _chunks.loss(linear, spec, Upstream(lse=torch.ones(N)), (), Needs(), cpu)
+    assert grad.numel() == 0 and all(len(row) == N for row in rows)
 
 
 @pytest.mark.parametrize("frozen", (False, True))
