@@ -49,7 +49,8 @@ EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
   return high;
 }
 
-// On ties the lower index is the argmax.
+// On ties the lower index is the argmax. Which is `high` is selected, not branched on: a GPU takes
+// 60 instructions for it where two calls of `absorb` take 85.
 template <class T>
 EM_HOST_DEVICE inline SoftmaxMoments<T> merge(
     const SoftmaxMoments<T>& x, const SoftmaxMoments<T>& y) {
