@@ -330,6 +330,10 @@ def test_calls_that_make_no_sense_are_refused():
         model(**inputs, em_outputs="entropy")
     with pytest.raises(ValueError, match=r"em_outputs must be among .*got 'perplexity'"):
         model(**inputs, em_outputs=("perplexity",))
+    # transformers would take it for its own, and ignore it.
+    for given in (dict(em_outputs=("entropy",), em_entropy_require_grad=False), dict(em_output=())):
+        with pytest.raises(TypeError, match=f"a patched model takes em_.*, got {[*given][-1]}$"):
+            model(**inputs, **given)
     with pytest.raises(ValueError, match="em_outputs: 'logprob' needs labels, got labels=None"):
         model(inputs["input_ids"], em_outputs=("logprob",))
     with pytest.raises(ValueError, match="logits_to_keep cannot be combined"):

@@ -32,6 +32,16 @@ def head_settings(logits_dtype: torch.dtype | None, entropy_requires_grad: bool)
     return HeadSettings(logits_dtype, entropy_requires_grad)
 
 
+def check_none_of_ours(kwargs: dict) -> None:
+    """What a patched model leaves to its own forward, which takes any name and says nothing."""
+    for name in kwargs:
+        if name.startswith("em_"):
+            raise TypeError(
+                "a patched model takes em_outputs, em_temperature and em_entropy_requires_grad, "
+                f"got {name}"
+            )
+
+
 def logits_dtype_named(text: str, source: str) -> torch.dtype | None:
     """The dtype that `text`, the value of `source`, names; None for ""."""
     if text and text not in _NAMES:

@@ -31,6 +31,7 @@ from em_kernels._head_call import (
 )
 from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.heads import causal_lm, read_head
+from em_kernels.integrations._arguments import check_none_of_ours
 from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
 from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
 from em_kernels.linear_softmax_stats import linear_softmax_stats
@@ -267,6 +268,7 @@ class _Patch:
             model, *args = args
             own = {f"em_{name}": value for name, value in options.items()}
             return _patch(model)(*args, em_outputs=em_outputs, **own, **kwargs)
+        check_none_of_ours(kwargs)
         if em_outputs is not None:
             return _statistics(model, args, kwargs, em_outputs, options)
         deferred = self.deferred and model.training and not _wants_logits(kwargs)
