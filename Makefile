@@ -47,7 +47,7 @@ gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(STAGES),--only $(STAGES)) $(ARGS)
 
 gpu-wheels:
-	$(PYTHON) -m benchmarks.gpu_wheels --python $(GPU_VERSION) --mib $(MIB)
+	$(PYTHON) -m benchmarks.gpu_wheels --python $(GPU_VERSION) --mib $(MIB) $(ARGS)
 
 gpu-table: setup
 	$(BIN)/python -m benchmarks.gpu_report --readme

@@ -61,7 +61,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     unknown = set(options.op) - set(OPERATORS)
     if unknown:
         parser.error(f"op must be among {', '.join(OPERATORS)}, got {', '.join(sorted(unknown))}")
-    reason = why_no_gpu() if torch.device(options.device).type == "cuda" else None
+    for name in ("n", "v", "d", "threads"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
+    try:
+        kind = torch.device(options.device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {options.device}")
+    reason = why_no_gpu() if kind == "cuda" else None
     if reason is not None:
         parser.error(f"--device {options.device} needs a GPU, and none is visible{reason}")
     return options

@@ -97,7 +97,8 @@ def command(arguments: list[str] | None = None) -> int:
         "python -m benchmarks.gpu_smoke", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("impl", choices=("triton", "cuda"))
-    parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help="check")
+    said = "leave out the first N checks"
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="N", help=said)
     options = parser.parse_args(arguments)
     if reason := unusable(options.impl):
         print(f"FAILED {options.impl} cannot be used: {reason}\n1 checks, 1 failed")

@@ -215,6 +215,15 @@ def test_benchmarks_of_a_device_that_is_not_there(monkeypatch, capsys):
     assert "--device cuda needs a GPU, and none is visible" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", (("--device", "gpu"), ("--n", "0"), ("--threads", "-1")))
+def test_benchmarks_that_cannot_be(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench(["token_loss", *given])
+    name, value = given
+    assert ended.value.code == 2
+    assert re.search(f"{name} must be .*, got {value}\n", capsys.readouterr().err)
+
+
 def test_stages_see_a_gpu_and_this_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.gpu_wheels, "UNPACKED", tmp_path / "not made")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -308,6 +317,10 @@ def test_make_hands_the_stages_over():
     command = [make, "-n", "gpu", "STAGES=smoke cases bench-triton", "GPU_PYTHON=py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
     said = 'py -m benchmarks.gpu --out "gpu-output" --only smoke cases bench-triton'
+    assert said in done.stdout, done.stderr
+    command = [make, "-n", "gpu-wheels", "PYTHON=py", "ARGS=--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
+    said = "py -m benchmarks.gpu_wheels --python 3.12 --mib 64 --help"
     assert said in done.stdout, done.stderr
 
 
