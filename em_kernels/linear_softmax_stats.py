@@ -93,7 +93,7 @@ def linear_softmax_stats(
             parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
             name is that of Megatron's ColumnParallelLinear.
         chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
-            160 MB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
+            160 MiB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
             faster, all rows and some columns of the vocabulary take the place of several chunks, in
             as much memory: for the gradient, for which dW is then never summed in float32, but dX
             is (N, D); on a CPU, without a group and in float32 or float64, for the logits too.
