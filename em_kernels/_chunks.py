@@ -28,9 +28,9 @@ from torch import Tensor
 
 from em_kernels import _products, _rows, _vocab_blocks, _vocab_forward
 from em_kernels._columns import BLOCK, kept_columns
-from em_kernels._cut import LOGIT_BYTES, column_blocks
+from em_kernels._cut import LOGIT_BYTES, column_blocks, row_stride
 from em_kernels._half import ready_dtype, rows_scale, scale_rows, unscaled
-from em_kernels._plan import Linear, Needs, Rows, kept_shape, row_width
+from em_kernels._plan import Linear, Needs, Rows, kept_shape
 from em_kernels._rows import kept_rows
 from em_kernels._spec import RowSpec, Saved, Upstream, accumulate_dtype, pick, select_rows
 from em_kernels._workspace import empty, lie_in, room_for_gradient
@@ -284,7 +284,7 @@ def _chunks(
     """The chunks in turn, all in the same memory; that of `spare` may be used. The logits of the
     first rows are in `kept`: they go there, or `again` have gone there."""
     hidden, vocab, cut, held = linear.hidden, spec.valid_vocab, rows.cut, rows.held(kept)
-    width, blocks = row_width(linear, vocab), column_blocks(vocab, cut.blocks, cut.tile)
+    width, blocks = row_stride(vocab), column_blocks(vocab, cut.blocks, cut.tile)
     least = 0 if held == rows.count and not again else rows.count
     shape = (min(cut.logits, least), width)
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:

@@ -19,8 +19,10 @@ CPU_WORKSPACE_BYTES = 160 << 20
 GPU_WORKSPACE_BYTES = 1 << 30
 GPU_STATISTICS_BYTES = 256 << 20  # of a call without a gradient
 CPU_TILE_ROWS, GPU_TILE_ROWS = 16, 128
-CPU_PAGE_ENTRIES, CPU_LINE_ENTRIES = 512, 16  # of 8 bytes, of 4
-GPU_ROW_ALIGN = 16  # entries: Triton loads 16 bytes at once where a stride is a multiple of 16
+CPU_PAGE_ENTRIES = 512  # of 8 bytes
+# Entries: a CPU's cache line of 4 bytes each; Triton loads 16 bytes at once where a stride is a
+# multiple of 16.
+ROW_ALIGN = 16
 GPU_LOGITS_ROWS = 512  # the least that deferred chunks multiply at once
 LOGIT_BYTES, GRADIENT_BYTES = 4, 2  # where they are deferred
 COLUMN_TILE, LEAST_COLUMNS = 128, 1024
@@ -182,16 +184,22 @@ def spare_rows(vocab: int, dim: int) -> int:
 
 
 def row_stride(vocab: int) -> int:
-    """Products and kernels on a GPU are slow where rows do not start at 16 bytes."""
-    return -(-vocab // GPU_ROW_ALIGN) * GPU_ROW_ALIGN
+    """Products and kernels on a GPU are slow where rows do not start at 16 bytes; those of a CPU
+    may give other bits where rows start elsewhere in a cache line."""
+    return -(-vocab // ROW_ALIGN) * ROW_ALIGN
+
+
+def kept_stride(entries: int, vocab: int) -> int:
+    """The same of as many entries at most; all of them where only so the vocabulary has room."""
+    lines = entries // ROW_ALIGN * ROW_ALIGN
+    return entries if lines < vocab <= entries else lines
 
 
 def block_stride(width: int, gpu: bool) -> int:
     """The same of a block of columns. On a CPU no multiple of a page either: the rows that a
     product writes at once would all begin at one place of a page, and share a few cache lines."""
-    if gpu:
-        return row_stride(width)
-    return width if width % CPU_PAGE_ENTRIES else width + CPU_LINE_ENTRIES
+    stride = row_stride(width)
+    return stride if gpu or stride % CPU_PAGE_ENTRIES else stride + ROW_ALIGN
 
 
 def _part_of(chunk: int, limit: int) -> int:

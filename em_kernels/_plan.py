@@ -15,6 +15,7 @@ from em_kernels._cut import (
     count_blocks,
     cut_columns,
     cut_rows,
+    kept_stride,
     row_stride,
     spare_rows,
     workspace_bytes,
@@ -105,7 +106,7 @@ class Rows(NamedTuple):
         """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
         if not self.in_parts:
             return kept[own, columns] if own.stop <= self.held(kept) else None
-        stride = 0 if kept is None else kept.numel() // self.count
+        stride = 0 if kept is None else kept_stride(kept.numel() // self.count, kept.shape[1])
         if columns.stop > stride:
             return None
         return kept.view(-1)[: self.count * stride].view(self.count, stride)[own, columns]
@@ -165,7 +166,7 @@ def _cut_columns_for(
         return cut  # no product of a CPU adds 16-bit operands to a float32 dX
     if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
         parts = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
-        if parts is not None:
+        if parts is not None and parts.blocks > 1:
             return parts
     if not (needs and needs.weight):
         return cut

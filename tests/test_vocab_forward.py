@@ -283,6 +283,30 @@ def test_a_loss_without_a_gradient_makes_none(parts):
     assert grad.numel() == 0 and all(len(row) == N for row in rows)
 
 
+def test_a_vocabulary_of_a_single_block_is_cut_into_chunks_of_rows(parts, monkeypatch):
+    """As many as are asked for, where blocks of two tiles would hold fewer."""
+    monkeypatch.setattr(cpu, "part_entries", 256)
+    hidden, weight, _ = leaves(n=250)
+    stats_of(hidden, weight, outputs=("entropy",), chunk_tokens=100).entropy.sum().backward()
+    assert set(parts) == {(100, V), (50, V)}
+
+
+@pytest.mark.parametrize("tile, keep", ((16, 0), (16, 6 * V * 4), (1 << 20, 0)))
+def test_rows_of_logits_begin_with_a_cache_line(monkeypatch, tile, keep):
+    """Or a product, of a weight (V, D) stored as (D, V), could have other bits in backward."""
+    monkeypatch.setattr(cpu, "part_entries", tile)
+    places, multiply = [], _products.multiply
+
+    def seen(x, weight, out):
+        places.append(out.data_ptr() % 64 + out.stride(0) * out.itemsize % 64)
+        multiply(x, weight, out)
+
+    monkeypatch.setattr(_products, "multiply", seen)
+    hidden, weight, _ = leaves()
+    stats_of(hidden, weight, outputs=("entropy",), keep_logits=keep).entropy.sum().backward()
+    assert len(places) > 3 and not any(places)
+
+
 @pytest.mark.parametrize("frozen", (False, True))
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
 def test_rows_too_many_for_wide_blocks_are_cut_into_chunks(parts, frozen, masked):
