@@ -78,6 +78,7 @@ def stats(
     if needs is not None:
         shape = kept_shape(linear, keep)
         kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
+        kept[:, linear.weight.shape[0] :] = 0
     if rows.in_parts:
         x = rows.operand(linear, spec.mask)
         for own in rows.spans():

@@ -189,12 +189,6 @@ def row_stride(vocab: int) -> int:
     return -(-vocab // ROW_ALIGN) * ROW_ALIGN
 
 
-def kept_stride(entries: int, vocab: int) -> int:
-    """The same of as many entries at most; all of them where only so the vocabulary has room."""
-    lines = entries // ROW_ALIGN * ROW_ALIGN
-    return entries if lines < vocab <= entries else lines
-
-
 def block_stride(width: int, gpu: bool) -> int:
     """The same of a block of columns. On a CPU no multiple of a page either: the rows that a
     product writes at once would all begin at one place of a page, and share a few cache lines."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from em_kernels import _products
 from em_kernels._cut import (
+    ROW_ALIGN,
     Cut,
     count_blocks,
     cut_columns,
     cut_rows,
-    kept_stride,
     row_stride,
     spare_rows,
     workspace_bytes,
@@ -106,7 +106,7 @@ class Rows(NamedTuple):
         """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
         if not self.in_parts:
             return kept[own, columns] if own.stop <= self.held(kept) else None
-        stride = 0 if kept is None else kept_stride(kept.numel() // self.count, kept.shape[1])
+        stride = 0 if kept is None else kept.numel() // self.count // ROW_ALIGN * ROW_ALIGN
         if columns.stop > stride:
             return None
         return kept.view(-1)[: self.count * stride].view(self.count, stride)[own, columns]
@@ -129,7 +129,7 @@ def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
 
     From sizes alone, any of which may be symbolic: rows that are left out are not known here.
     """
-    width = row_width(linear, linear.weight.shape[0])
+    width = row_stride(linear.weight.shape[0])
     row = torch.sym_max(width * linear.logits_dtype.itemsize, 1)
     if keep is None and linear.chunk_tokens is not None:
         rows = linear.chunk_tokens
@@ -143,7 +143,7 @@ def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
 def _cut_for(
     linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
 ) -> Cut:
-    width, gpu = row_width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
+    width, gpu = row_stride(_widest(linear, backend)), _products.is_gpu(linear.hidden)
     alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
     size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
@@ -161,7 +161,7 @@ def _cut_columns_for(
 ) -> Cut:
     """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
-    width, gpu = row_width(linear, _widest(linear, backend)), _products.is_gpu(linear.hidden)
+    width, gpu = row_stride(_widest(linear, backend)), _products.is_gpu(linear.hidden)
     if not (gpu or operand == accumulate_dtype(operand)):
         return cut  # no product of a CPU adds 16-bit operands to a float32 dX
     if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
@@ -173,11 +173,6 @@ def _cut_columns_for(
     beside = 0 if own == operand else own.itemsize
     blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
     return cut._replace(blocks=blocks)
-
-
-def row_width(linear: Linear, vocab: int) -> int:
-    """Entries from one row of logits to the next."""
-    return row_stride(vocab) if _products.is_gpu(linear.hidden) else vocab
 
 
 def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:

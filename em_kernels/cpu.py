@@ -55,7 +55,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     The memory of a large one is kept, when the tensor is freed, for the next: pages that were in
     use before need no page faults. At most three blocks are kept, until `release_memory`: as
-    many as a step has, of logits kept for the backward pass, of a chunk and of dW.
+    many as a step has, of logits kept for the backward pass, of a chunk and of dW; each until
+    sixteen others have been freed after it.
     """
     return _C.empty(shape, dtype)
 

@@ -102,7 +102,7 @@ def linear_softmax_stats(
             dtype of `hidden`.
         keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
             then need not multiply them again: where all N rows fit, N * V entries of the dtype of
-            the logits (on a GPU, rows padded to 16 entries), three products in all instead of four.
+            the logits, rows padded to 16 entries, three products in all instead of four.
             Kept are whole chunks of rows, or blocks of columns of all rows, from the first on;
             memory is taken for as many rows as the bytes hold, and held until the graph is freed.
             None keeps as many as a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a

@@ -271,7 +271,7 @@ def test_default_chunks_are_cut_for_the_widest_shard(deferring, monkeypatch):
 
 def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
     """They meet once a chunk. 4 bytes of a logit are 48 rows; the cast of a gradient leaves 32."""
-    monkeypatch.setattr(_cut, "CPU_WORKSPACE_BYTES", 192 * V)
+    monkeypatch.setattr(_cut, "CPU_WORKSPACE_BYTES", 192 * _cut.row_stride(V))
     hidden, weight = torch.empty(100, D).bfloat16(), torch.empty(V, D).bfloat16()
     linear = Linear.cut(hidden, weight, None, torch.float32)
     each = (None, Needs(False, True, False), Needs(True, False, False))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from em_kernels import cpu, entropy_loss, reference
 from em_kernels._spec import OUTPUTS, RowSpec, Saved, Upstream
 
 LEVELS = cpu.isa_levels()
+STATM = Path("/proc/self/statm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Tolerance of per-row results, and of a gradient rounded to the input dtype: ||a - b|| / ||b||.
 ROW_TOLERANCE = {torch.float64: 1e-11}
@@ -373,6 +376,28 @@ def test_the_memory_of_three_freed_tensors_is_kept():
     again = [cpu.empty((30, size), torch.float32) for size in (300_000, 240_000)]
     assert [x.data_ptr() for x in again] == [places[3], places[2]]
     del again
+    cpu.release_memory()
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="the system does not say what is resident")
+def test_memory_that_no_step_wants_is_given_up():
+    """A block is kept until sixteen others have been freed after it."""
+
+    def resident():
+        return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
+
+    def steps(count):
+        for _ in range(count):
+            cpu.empty((30, 100_000), torch.float32)  # and frees it
+
+    cpu.release_memory()
+    steps(1)
+    cpu.empty((30, 900_000), torch.float32).fill_(0)  # 108 MB
+    kept = resident()
+    steps(16)
+    assert kept - resident() < 50e6
+    steps(1)
+    assert kept - resident() > 80e6
     cpu.release_memory()
 
 

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 N, D, V = 13, 16, 301
 FAST = tuple(name for name in ON_CPU if name != "triton")  # its interpreter is slow
 PRODUCT = 2 * N * D * V
-ROW = 4 * V
+WIDTH = 304  # of a row of V entries
+ROW = 4 * WIDTH
 
 
 def call(keep, dtype=torch.float32, frozen=(), masked=False, seed=0, **options):
@@ -70,7 +71,7 @@ def test_and_so_they_are_on_a_gpu(monkeypatch, impl, logits_dtype, blocks):
         block_small_vocabularies(monkeypatch)
     options = dict(dtype=torch.bfloat16, chunk_tokens=4, logits_dtype=logits_dtype, impl=impl)
     expected = call(0, **options)
-    for keep in (None, 9 * 304 * 4, 1 << 40):
+    for keep in (None, 9 * ROW, 1 << 40):
         for got, want in zip(call(keep, **options), expected, strict=True):
             assert all(map(same_bits, got, want)), keep
 
@@ -114,13 +115,13 @@ def kept_by(monkeypatch, **options):
 
 
 def test_how_many_rows_are_kept(monkeypatch):
-    assert kept_by(monkeypatch) == (N, V), "they fit one chunk"
-    assert kept_by(monkeypatch, chunk_tokens=5) == (5, V)
-    assert kept_by(monkeypatch, chunk_tokens=5, keep_logits=0) == (0, V)
-    assert kept_by(monkeypatch, keep_logits=7 * ROW + 3) == (7, V)
-    assert kept_by(monkeypatch, keep_logits=1 << 50) == (N, V)
+    assert kept_by(monkeypatch) == (N, WIDTH), "they fit one chunk"
+    assert kept_by(monkeypatch, chunk_tokens=5) == (5, WIDTH)
+    assert kept_by(monkeypatch, chunk_tokens=5, keep_logits=0) == (0, WIDTH)
+    assert kept_by(monkeypatch, keep_logits=7 * ROW + 3) == (7, WIDTH)
+    assert kept_by(monkeypatch, keep_logits=1 << 50) == (N, WIDTH)
     monkeypatch.setattr("em_kernels._cut.CPU_WORKSPACE_BYTES", 6 * ROW)
-    assert kept_by(monkeypatch) == (6, V)
+    assert kept_by(monkeypatch) == (6, WIDTH)
 
 
 def test_without_a_gradient_nothing_is_kept(monkeypatch):

@@ -138,7 +138,7 @@ def test_columns_that_are_kept_cost_no_product_again(parts, rows, columns):
 
     def run():
         stats_of(
-            hidden, weight, keep_logits=rows * V * 4, outputs=("entropy",)
+            hidden, weight, keep_logits=rows * 304 * 4, outputs=("entropy",)
         ).entropy.sum().backward()
 
     assert product_flops(run) == 4 * PRODUCT - 2 * N * D * columns
@@ -291,7 +291,9 @@ def test_a_vocabulary_of_a_single_block_is_cut_into_chunks_of_rows(parts, monkey
     assert set(parts) == {(100, V), (50, V)}
 
 
-@pytest.mark.parametrize("tile, keep", ((16, 0), (16, 6 * V * 4), (1 << 20, 0)))
+@pytest.mark.parametrize(
+    "tile, keep", ((16, 0), (16, 6 * V * 4), (16, 1 << 40), (1 << 20, 0), (1 << 20, 1 << 40))
+)
 def test_rows_of_logits_begin_with_a_cache_line(monkeypatch, tile, keep):
     """Or a product, of a weight (V, D) stored as (D, V), could have other bits in backward."""
     monkeypatch.setattr(cpu, "part_entries", tile)

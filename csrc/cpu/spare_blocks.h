@@ -21,6 +21,7 @@ class SpareBlocks {
   struct Block {
     void* start = nullptr;
     size_t bytes = 0;
+    int passed = 0;  // how many blocks have been given since this one was
   };
 
   // A block of at least `bytes`, its contents unspecified. Throws std::bad_alloc.
@@ -41,7 +42,8 @@ class SpareBlocks {
     return allocate((bytes + kPage - 1) / kPage * kPage);
   }
 
-  // Takes a block back, in place of the one in store for longest where there are enough.
+  // Takes a block back, in place of the one in store for longest where there are enough. One that
+  // was not wanted for many steps is given up.
   void give(Block block) { keep(block, kMostBlocks); }
 
   // Gives the blocks in store back to the system.
@@ -51,6 +53,7 @@ class SpareBlocks {
   static constexpr size_t kPage = 2 << 20;
   static constexpr size_t kMostTimes = 4;  // a block this many times too large is not given out
   static constexpr size_t kMostBlocks = 3;
+  static constexpr int kMostPassed = 16;
 
   static Block allocate(size_t bytes) {
     const Block block{::operator new(bytes, std::align_val_t{kPage}), bytes};
@@ -64,8 +67,13 @@ class SpareBlocks {
     std::vector<Block> released;
     {
       std::lock_guard<std::mutex> guard(lock_);
+      for (Block& spare : spare_) ++spare.passed;
+      block.passed = 0;
       if (block.start) spare_.push_back(block);
-      for (; spare_.size() > most; spare_.erase(spare_.begin())) released.push_back(spare_.front());
+      // The oldest come first, and have been passed most often.
+      for (; spare_.size() > most || (!spare_.empty() && spare_.front().passed > kMostPassed);
+           spare_.erase(spare_.begin()))
+        released.push_back(spare_.front());
     }
     for (const Block& old : released) ::operator delete(old.start, std::align_val_t{kPage});
   }
