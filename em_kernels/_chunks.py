@@ -80,10 +80,9 @@ def stats(
         kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
         kept[:, linear.weight.shape[0] :] = 0
     if rows.in_parts:
-        x = rows.operand(linear, spec.mask)
+        forward = _vocab_forward.Pass.over(linear, spec, backend, rows)
         for own in rows.spans():
-            values = _vocab_forward.stats(linear, spec, outputs, backend, rows, x, own, kept)
-            _put(results, rows.at(own), values)
+            _put(results, rows.at(own), forward.stats(own, outputs, kept))
     else:
         for chunk in _chunks(linear, spec, rows, backend, kept=kept):
             for part, logits, row_spec, _ in chunk.parts(linear, spec):
@@ -133,7 +132,8 @@ def loss(
     if needs == Needs(hidden=True) and _vocab_forward.single_source(upstream):
         rows = Rows.counted(linear, index, backend, needs, True)
         if rows.in_parts:
-            return _loss_of_hidden(linear, spec, upstream, outputs, backend, rows)
+            forward = _vocab_forward.Pass.over(linear, spec, backend, rows)
+            return _loss_of_hidden(forward, upstream, outputs)
     rows = Rows.counted(linear, index, backend, needs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
     sums = _Gradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
@@ -146,20 +146,15 @@ def loss(
 
 
 def _loss_of_hidden(
-    linear: Linear,
-    spec: RowSpec,
-    upstream: Upstream,
-    outputs: tuple[str, ...],
-    backend: ModuleType,
-    rows: Rows,
+    forward: _vocab_forward.Pass, upstream: Upstream, outputs: tuple[str, ...]
 ) -> list[Tensor]:
     """`loss` with the vocabulary outermost, of which only dX is wanted."""
-    hidden, x = linear.hidden, rows.operand(linear, spec.mask)
-    results = _empty_rows(linear, rows, 3 + len(outputs))
+    hidden, rows = forward.linear.hidden, forward.rows
+    results = _empty_rows(forward.linear, rows, 3 + len(outputs))
     out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
     for own in rows.spans():
-        part, options = rows.at(own), (outputs, backend, rows, x, own)
-        *values, out[part] = _vocab_forward.loss(linear, spec, upstream, *options)
+        part = rows.at(own)
+        *values, out[part] = forward.loss(own, upstream, outputs)
         _put(results, part, values)
     none = hidden.new_zeros(0)
     return [*results, out, none, none.clone()]

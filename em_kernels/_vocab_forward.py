@@ -39,52 +39,68 @@ class Block(NamedTuple):
     values: list[Tensor]  # [max, log1p_r, mean_d, *outputs], of all columns so far
 
 
-def stats(
-    linear: Linear,
-    spec: RowSpec,
-    outputs: tuple[str, ...],
-    backend: ModuleType,
-    rows: Rows,
-    x: Tensor,
-    own: slice,
-    kept: Tensor | None = None,
-) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs] of the chunk `own` of `x`, the rows that are counted.
+class Pass(NamedTuple):
+    """What goes through the blocks, a chunk of the counted rows at a time."""
 
-    Its first logits stay in `kept`, as far as that has room for them.
-    """
-    for block in _blocks(linear, spec, outputs, backend, rows, x, own, kept):
-        values = block.values
-    return values
+    linear: Linear
+    spec: RowSpec  # of all rows
+    backend: ModuleType
+    rows: Rows
+    x: Tensor  # the hidden rows that are counted
+
+    @classmethod
+    def over(cls, linear: Linear, spec: RowSpec, backend: ModuleType, rows: Rows) -> Pass:
+        return cls(linear, spec, backend, rows, rows.operand(linear, spec.mask))
+
+    def blocks(
+        self, own: slice, outputs: tuple[str, ...], kept: Tensor | None = None
+    ) -> Iterator[Block]:
+        """The blocks of a chunk in turn, those `kept` has no room for all in the same memory."""
+        linear, cut, backend = self.linear, self.rows.cut, self.backend
+        count, x = own.stop - own.start, self.x[own]
+        picked, parts = select_rows(self.spec, self.rows.at(own)), backend.new_parts(count)
+        blocks, room = column_blocks(self.spec.valid_vocab, cut.blocks, cut.tile), None
+        stride = block_stride(max(map(width_of, blocks)), gpu=False)
+        for columns in blocks:
+            logits = self.rows.kept_logits(kept, own, columns)
+            if logits is None:
+                if room is None:
+                    room = empty(backend, (count, stride), linear.logits_dtype, x.device)
+                logits = room[:, : width_of(columns)]
+            _products.multiply(x, linear.weight[columns], logits)
+            bias = None if self.spec.bias is None else self.spec.bias[columns]
+            spec = picked._replace(bias=bias, valid_vocab=width_of(columns))
+            values = backend.stats(logits[None], spec, outputs, parts, columns.start)
+            yield Block(columns, spec, logits, values)
+
+    def stats(
+        self, own: slice, outputs: tuple[str, ...], kept: Tensor | None = None
+    ) -> list[Tensor]:
+        """[max, log1p_r, mean_d, *outputs] of a chunk, whose first logits stay in `kept`, as far
+        as that has room for them."""
+        for block in self.blocks(own, outputs, kept):
+            values = block.values
+        return values
+
+    def loss(self, own: slice, upstream: Upstream, outputs: tuple[str, ...]) -> list[Tensor]:
+        """[*`stats`, dX] of a chunk where `upstream` has a `single_source`; two products."""
+        part, source = self.rows.at(own), single_source(upstream)
+        kind = _LogprobSum if source == "logprob" else _LseSum
+        row_spec = select_rows(self.spec, part)
+        total = kind(self.linear, row_spec, self.backend, own.stop - own.start)
+        asked = outputs if source in outputs else (*outputs, source)
+        for block in self.blocks(own, asked):
+            total.add(block)
+        values, place = block.values, len(Saved._fields) + asked.index(source)
+        grad = total.finish(values, values[place]) * getattr(upstream, source)[part][:, None]
+        grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
+        return [*values[: len(Saved._fields) + len(outputs)], grad]
 
 
 def single_source(upstream: Upstream) -> str | None:
-    """The output that brings the whole gradient of a loss, if `loss` can make that."""
+    """The output that brings the whole gradient of a loss, if `Pass.loss` can make that."""
     given = [name for name, g in upstream._asdict().items() if g is not None]
     return given[0] if given in (["logprob"], ["lse"]) else None
-
-
-def loss(
-    linear: Linear,
-    spec: RowSpec,
-    upstream: Upstream,
-    outputs: tuple[str, ...],
-    backend: ModuleType,
-    rows: Rows,
-    x: Tensor,
-    own: slice,
-) -> list[Tensor]:
-    """[*`stats`, dX] of a chunk where `upstream` has a `single_source`; two products."""
-    part, source = rows.at(own), single_source(upstream)
-    kind = _LogprobSum if source == "logprob" else _LseSum
-    total = kind(linear, select_rows(spec, part), backend, own.stop - own.start)
-    asked = outputs if source in outputs else (*outputs, source)
-    for block in _blocks(linear, spec, asked, backend, rows, x, own):
-        total.add(block)
-    values, place = block.values, len(Saved._fields) + asked.index(source)
-    grad = total.finish(values, values[place]) * getattr(upstream, source)[part][:, None]
-    grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
-    return [*values[: len(Saved._fields) + len(outputs)], grad]
 
 
 class _LseSum:
@@ -148,31 +164,3 @@ class _LogprobSum(_LseSum):
         lse = torch.ones_like(saved.max)
         self.backend.grad(x, one, saved, Upstream(lse=lse), x)
         return x[0, :, 0] * spec.logit_scale
-
-
-def _blocks(
-    linear: Linear,
-    spec: RowSpec,
-    outputs: tuple[str, ...],
-    backend: ModuleType,
-    rows: Rows,
-    x: Tensor,
-    own: slice,
-    kept: Tensor | None = None,
-) -> Iterator[Block]:
-    """The blocks in turn, those that `kept` has no room for all in the same memory."""
-    count, x = own.stop - own.start, x[own]
-    picked, parts = select_rows(spec, rows.at(own)), backend.new_parts(count)
-    blocks, room = column_blocks(spec.valid_vocab, rows.cut.blocks, rows.cut.tile), None
-    stride = block_stride(max(map(width_of, blocks)), gpu=False)
-    for columns in blocks:
-        logits = rows.kept_logits(kept, own, columns)
-        if logits is None:
-            if room is None:
-                room = empty(backend, (count, stride), linear.logits_dtype, x.device)
-            logits = room[:, : width_of(columns)]
-        _products.multiply(x, linear.weight[columns], logits)
-        bias = None if spec.bias is None else spec.bias[columns]
-        block = picked._replace(bias=bias, valid_vocab=width_of(columns))
-        values = backend.stats(logits[None], block, outputs, parts, columns.start)
-        yield Block(columns, block, logits, values)
