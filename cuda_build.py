@@ -179,7 +179,9 @@ def build_module(target: Path) -> None:
 
 def build_cases(target: Path = OBJECTS / "cases") -> None:
     """tests/cuda_cases.cpp with the kernels, as a program."""
-    _build(Plan.make(), [CASES, *(path for path in sources() if path.name != "module.cpp")], target)
+    _build(
+        Plan.make(), [CASES, *(path for path in sources() if path.name != "bindings.cpp")], target
+    )
 
 
 def sources() -> list[Path]:

@@ -101,7 +101,7 @@ class OptionalBuild(cpp_extension.BuildExtension if cpp_extension else build_ext
 def cpu_part() -> Extension | None:
     if cpp_extension is None:
         return leave_out(CPU, f"built without torch, as under pip's build isolation: {no_torch}")
-    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h")]
     return cpp_extension.CppExtension(
         CPU,

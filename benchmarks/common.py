@@ -216,7 +216,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         if backends()["cpu"] == "available":
-            import_module("em_kernels.cpu").release_memory()  # what it kept counts as well
+            import_module("em_kernels.backends.cpu").release_memory()  # what it kept counts as well
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     except (OSError, AttributeError):

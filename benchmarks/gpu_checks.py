@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from torch import Tensor
 
 from benchmarks.gpu_truth import (
@@ -28,9 +29,8 @@ from em_kernels import (
     softmax_stats,
     token_loss,
 )
-from em_kernels._products import addmm_wide, adds_to_float32, mm_wide
-from em_kernels._spec import DIFFERENTIABLE, OUTPUTS
-from em_kernels.inference import AdaptiveTemperature, EntropyDescent
+from em_kernels.backends.interface import DIFFERENTIABLE, OUTPUTS
+from em_kernels.linear.products import addmm_wide, adds_to_float32, mm_wide
 
 N, V = 8192, 151936
 ODD = 151665  # no multiple of anything a vector load wants

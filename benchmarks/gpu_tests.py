@@ -12,11 +12,8 @@ from benchmarks import gpu_logs, gpu_report
 
 # Tests of the trainer, not of a kernel: left out where a package or its version is missing.
 NEEDED = {
-    ("matplotlib", 3): ("test_demo.py",),
-    ("transformers", 5): (
-        *("test_cli.py", "test_demo.py", "test_evaluator.py"),
-        *("test_tiny_math.py", "test_trainer*.py"),
-    ),
+    ("matplotlib", 3): ("tiny_math/test_demo.py",),
+    ("transformers", 5): ("cli", "evaluator", "tiny_math", "trainer"),
 }
 
 
@@ -32,10 +29,13 @@ CPU_ONLY = (  # builds and emulators, pretended GPUs, processes over gloo
 
 def gpu_tests(folder: Path = TESTS) -> list[str]:
     """The files of tests that say something about a GPU."""
-    found = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("test_*.py")}
-    taking = {name for name, text in found.items() if TAKES.search(text)}
     also, left_out = ({f"test_{name}" for name in names} for names in (ALSO, CPU_ONLY))
-    return [f"tests/{name}.py" for name in sorted((taking | also & found.keys()) - left_out)]
+    found = sorted(path for path in folder.rglob("test_*.py") if path.stem not in left_out)
+    return [
+        f"tests/{path.relative_to(folder).as_posix()}"
+        for path in found
+        if path.stem in also or TAKES.search(path.read_text(encoding="utf-8"))
+    ]
 
 
 GPU_TESTS = gpu_tests()
@@ -65,5 +65,5 @@ def command(*which: str) -> list[str]:
         arguments += ["-n", str(min(12, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", "60", "--timeout-method", "thread"]  # signals do not end a wait
-    arguments += [f"--ignore-glob=tests/{name}" for name in left_out_tests()]
+    arguments += [f"--ignore=tests/{name}" for name in left_out_tests()]
     return [*arguments, *which]

@@ -1,17 +1,17 @@
 """Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
 
-from em_kernels._choice import backends
-from em_kernels._spec import TokenStats
-from em_kernels.covariance import (
+from em_kernels.backends.choice import backends
+from em_kernels.backends.interface import TokenStats
+from em_kernels.ops.covariance import (
     clip_cov_mask,
     high_entropy_mask,
     kl_cov_mask,
     linear_token_covariance,
     token_covariance,
 )
-from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.softmax_stats import softmax_stats
-from em_kernels.token_loss import (
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.softmax_stats import softmax_stats
+from em_kernels.ops.token_loss import (
     EntropyLoss,
     LinearEntropyLoss,
     TokenLoss,
@@ -20,7 +20,7 @@ from em_kernels.token_loss import (
     linear_token_loss,
     token_loss,
 )
-from em_kernels.trl_api import entropy_from_logits, selective_log_softmax_and_entropy
+from em_kernels.ops.trl import entropy_from_logits, selective_log_softmax_and_entropy
 
 __version__ = "0.1.0"
 __all__ = [

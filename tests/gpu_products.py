@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from em_kernels import _cut, _products
+from em_kernels.linear import cut, products
 
 
 class Product(NamedTuple):
@@ -31,10 +31,10 @@ def play_gpu(patch) -> list[Product]:
         assert a.dtype == b.dtype != total.dtype
         total += a.to(total.dtype) @ b.to(total.dtype)
 
-    patch.setattr(_products, "is_gpu", lambda x: True)
-    patch.setattr(_products, "mm_wide", mm_wide)
-    patch.setattr(_products, "addmm_wide", addmm_wide)
-    patch.setattr(_products, "adds_to_float32", lambda device, dtype: True)
+    patch.setattr(products, "is_gpu", lambda x: True)
+    patch.setattr(products, "mm_wide", mm_wide)
+    patch.setattr(products, "addmm_wide", addmm_wide)
+    patch.setattr(products, "adds_to_float32", lambda device, dtype: True)
     return calls
 
 
@@ -42,20 +42,20 @@ def need_shapes_of_addmm() -> None:
     """Skip where torch, as 2.11, cannot run `addmm` with an `out_dtype` on the meta device."""
     a = torch.empty(2, 2, dtype=torch.bfloat16, device="meta")
     try:
-        _products.addmm_wide(a.float(), a, a)
+        products.addmm_wide(a.float(), a, a)
     except TypeError as reason:
         pytest.skip(f"this torch has no addmm to float32 on the meta device: {reason}")
 
 
 def defer_small_chunks(patch, logits_rows: int = 2) -> None:
     """Chunks of more than 2 * logits_rows rows are worth deferring their gradient."""
-    patch.setattr(_cut, "GPU_LOGITS_ROWS", logits_rows)
-    patch.setattr(_cut, "single_cut", lambda count, width, spare: None)
-    patch.setattr(_cut, "GPU_TILE_ROWS", 1)
-    patch.setattr(_cut, "CPU_TILE_ROWS", 1)
+    patch.setattr(cut, "GPU_LOGITS_ROWS", logits_rows)
+    patch.setattr(cut, "single_cut", lambda count, width, spare: None)
+    patch.setattr(cut, "GPU_TILE_ROWS", 1)
+    patch.setattr(cut, "CPU_TILE_ROWS", 1)
 
 
 def block_small_vocabularies(patch) -> None:
     """A backward pass of several chunks has the vocabulary outermost from 8 columns a block on."""
-    patch.setattr(_cut, "COLUMN_TILE", 4)
-    patch.setattr(_cut, "LEAST_COLUMNS", 8)
+    patch.setattr(cut, "COLUMN_TILE", 4)
+    patch.setattr(cut, "LEAST_COLUMNS", 8)

@@ -7,11 +7,11 @@ import torch
 from helpers import error, truth
 from tiny_qwen2 import make_model
 
-from em_kernels._head_call import check_head
-from em_kernels.heads import read_head
 from em_kernels.integrations.transformers import apply_em_kernels
-from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.trainer.models import hidden_states
+from em_kernels.lm.head_call import check_head
+from em_kernels.lm.heads import read_head
+from em_kernels.lm.models import hidden_states
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 WHEN = pytest.mark.parametrize("when", ["before", "after"])

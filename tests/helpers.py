@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import em_kernels
-from em_kernels._choice import why_not
-from em_kernels._spec import OUTPUTS
+from em_kernels.backends.choice import why_not
+from em_kernels.backends.interface import OUTPUTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -35,7 +35,7 @@ torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
     **dict(L2_cache_size=50 << 20, regs_per_multiprocessor=65536, warp_size=32),
 )
 
-from em_kernels import _choice  # noqa: E402
+from em_kernels.backends import choice  # noqa: E402
 
 ON_GPU, BARE = ("triton", "cuda"), torch.device("cuda")
 TWO_DEVICES = ("two different devices", "on the same device", "must be on a GPU")
@@ -46,7 +46,7 @@ def _on_a_gpu(device):
     return "its tensors must be on a GPU" if on_cpu else None
 
 
-_choice.WHY_NOT.update(dict.fromkeys(ON_GPU, _on_a_gpu))
+choice.WHY_NOT.update(dict.fromkeys(ON_GPU, _on_a_gpu))
 
 
 def _grad(outputs, inputs, grad_outputs=None, *args, **kwargs):

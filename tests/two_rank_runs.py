@@ -15,8 +15,8 @@ import transformers
 from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels import tiny_math
+from em_kernels.lm.ranks import joined_ranks
 from em_kernels.trainer import Rollout, TrainConfig, load_model, loop, train
-from em_kernels.trainer.distributed import joined_ranks
 from em_kernels.trainer.run import start_run
 
 SECOND_PROMPT = "Tom has 5 apples and buys 3 more. How many apples does Tom have?"

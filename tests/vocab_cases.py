@@ -17,7 +17,6 @@ from helpers import DIFFERENTIABLE, rows_of_entropy
 from torch import Tensor
 
 from em_kernels import (
-    _vocab_blocks,
     entropy_loss,
     linear_entropy_loss,
     linear_softmax_stats,
@@ -27,10 +26,11 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
-from em_kernels._checks import check_group
-from em_kernels._spec import OUTPUTS
+from em_kernels.backends.interface import OUTPUTS
 from em_kernels.integrations import verl
-from em_kernels.linear_softmax_stats import copy_to_ranks
+from em_kernels.linear import vocab_blocks
+from em_kernels.ops.arguments import check_group
+from em_kernels.ops.linear_softmax_stats import copy_to_ranks
 
 VOCAB = 63
 SIZES = {2: (40, 23), 3: (30, 5, 28)}
@@ -245,9 +245,9 @@ def linear_stats_in_blocks(dtype, **options):
         with pytest.MonkeyPatch.context() as patch:
             block_small_vocabularies(patch)
             products = play_gpu(patch) if dtype == torch.bfloat16 else []
-            blocks, column_blocks = [], _vocab_blocks.column_blocks
+            blocks, column_blocks = [], vocab_blocks.column_blocks
             patch.setattr(
-                _vocab_blocks,
+                vocab_blocks,
                 "column_blocks",
                 lambda *sizes: blocks.append(column_blocks(*sizes)) or blocks[-1],
             )

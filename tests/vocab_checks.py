@@ -20,8 +20,6 @@ from vocab_cases import (
 )
 
 from em_kernels import (
-    _chunks,
-    _cut,
     linear_entropy_loss,
     linear_softmax_stats,
     linear_token_loss,
@@ -29,7 +27,8 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
-from em_kernels._spec import RowSpec, Upstream
+from em_kernels.backends.interface import RowSpec, Upstream
+from em_kernels.linear import chunks, cut
 
 
 def message(call) -> str:
@@ -149,13 +148,13 @@ def uneven_chunks():
     """Collectives of a call whose smallest shard would fit in one chunk, the largest in two."""
     sizes = OTHER_SIZES[dist.get_world_size()][0]
     head, _ = draw_head(own_cut(sizes))
-    budget, _cut.CPU_WORKSPACE_BYTES = _cut.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
+    budget, cut.CPU_WORKSPACE_BYTES = cut.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
     try:
         return count_collectives(
             lambda: linear_softmax_stats(head.hidden, head.weight, group=dist.group.WORLD)
         )
     finally:
-        _cut.CPU_WORKSPACE_BYTES = budget
+        cut.CPU_WORKSPACE_BYTES = budget
 
 
 def opcheck():
@@ -170,7 +169,7 @@ def opcheck():
             head.weight.detach(),
             *RowSpec(head.bias.detach(), target.view(-1), group=dist.group.WORLD.group_name),
             *Upstream(entropy=torch.ones(18)),
-            *_chunks.Needs(True, True, True),
+            *chunks.Needs(True, True, True),
             ("entropy",),
             7,
             None,

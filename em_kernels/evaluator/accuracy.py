@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from em_kernels.evaluator.asking import Asked, default_batch_size
-from em_kernels.evaluator.judge import Judge, judge_name, make_judge
-from em_kernels.evaluator.problems import Problem
 from em_kernels.evaluator.records import Answer, write_json
-from em_kernels.trainer.data import encode_prompt, read_jsonl, text_field
-from em_kernels.trainer.random_state import RandomState
-from em_kernels.trainer.rollout import Sampling
+from em_kernels.lm.data import encode_prompt, read_jsonl, text_field
+from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
+from em_kernels.lm.problems import Problem
+from em_kernels.lm.random_state import RandomState
+from em_kernels.lm.rollout import Sampling
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels._modes import eval_mode
-from em_kernels.evaluator.judge import Judge, final_answer
 from em_kernels.evaluator.records import Answer
-from em_kernels.heads import Head
-from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.trainer.adapters import adapter_settings, is_adapted
-from em_kernels.trainer.fingerprint import digest
-from em_kernels.trainer.models import hidden_states
-from em_kernels.trainer.rollout import Rollout, Sampling, aligned_mask, sample
+from em_kernels.lm.adapters import adapter_settings, is_adapted
+from em_kernels.lm.fingerprint import digest
+from em_kernels.lm.heads import Head
+from em_kernels.lm.judge.judges import Judge, final_answer
+from em_kernels.lm.models import hidden_states
+from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.rollout import Rollout, Sampling, aligned_mask, sample
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 _SIGNAL_TOKENS = 16_384  # that go through the backbone at once

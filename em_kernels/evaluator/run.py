@@ -21,8 +21,6 @@ from em_kernels.evaluator.asking import (
     longest_prompt,
     weights_digest,
 )
-from em_kernels.evaluator.judge import JUDGES, judge_name, make_judge
-from em_kernels.evaluator.problems import Problems, Source, find_source, load_problems
 from em_kernels.evaluator.records import (
     RECORDS,
     SETTINGS,
@@ -35,12 +33,14 @@ from em_kernels.evaluator.records import (
     write_json,
 )
 from em_kernels.evaluator.summary import summarise
-from em_kernels.heads import Head, ModelError, read_head
+from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.heads import Head, ModelError, read_head
+from em_kernels.lm.judge.judges import JUDGES, judge_name, make_judge
+from em_kernels.lm.models import check_causal, load_model
+from em_kernels.lm.problems import Problems, Source, find_source, load_problems
+from em_kernels.lm.random_state import RandomState
+from em_kernels.lm.rollout import Sampling
 from em_kernels.trainer.config import DTYPES, check_choice, check_float, check_int
-from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.models import check_causal, load_model
-from em_kernels.trainer.random_state import RandomState
-from em_kernels.trainer.rollout import Sampling
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from em_kernels.evaluator.judge import Judge, recorded_judge
 from em_kernels.evaluator.records import RECORDS, UTF8, EvalError, Records, read_settings
 from em_kernels.evaluator.statistics import cluster_entropy, vote_margin
 from em_kernels.evaluator.summary import Light, clusters, read_answers
+from em_kernels.lm.judge.judges import Judge, recorded_judge
 
 SIGNALS = {"variance": -1, "entropy": -1, "semantic_entropy": -1, "margin": 1}
 """Signal -> the sign that sorts the most uncertain prompt first."""

@@ -7,13 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from em_kernels.evaluator.judge import (
-    Judge,
-    final_answer,
-    number_answers,
-    recorded_judge,
-    same_answer,
-)
 from em_kernels.evaluator.records import RECORDS, Answer, Record, Records, read_settings
 from em_kernels.evaluator.statistics import (
     bootstrap,
@@ -21,6 +14,13 @@ from em_kernels.evaluator.statistics import (
     compare,
     majority_at_k,
     pass_at_k,
+)
+from em_kernels.lm.judge.judges import (
+    Judge,
+    final_answer,
+    number_answers,
+    recorded_judge,
+    same_answer,
 )
 
 

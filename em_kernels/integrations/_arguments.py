@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels._checks import FLOAT_DTYPES, check_entropy_requires_grad
+from em_kernels.ops.arguments import FLOAT_DTYPES, check_entropy_requires_grad
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._dtensor import is_dtensor, local_operands
-from em_kernels._forward_gradient import ready_gradients, scaled
-from em_kernels._head_call import Taken, check_dtypes
-from em_kernels._ops import call
-from em_kernels.heads import Head, read_head
-from em_kernels.token_loss import linear_token_loss
+from em_kernels.lm.head_call import Taken, check_dtypes
+from em_kernels.lm.heads import Head, read_head
+from em_kernels.ops.dtensor import is_dtensor, local_operands
+from em_kernels.ops.forward_gradient import ready_gradients, scaled
+from em_kernels.ops.registry import call
+from em_kernels.ops.token_loss import linear_token_loss
 
 
 def gathered_as(head: Head, dtype: torch.dtype) -> Head:

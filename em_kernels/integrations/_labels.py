@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from em_kernels._rows import has_values, is_capturing
-from em_kernels._spec import TokenStats
-from em_kernels.linear_softmax_stats import wanted_gradients
+from em_kernels.backends.interface import TokenStats
+from em_kernels.backends.row_index import has_values, is_capturing
+from em_kernels.ops.linear_softmax_stats import wanted_gradients
 
 
 def integer_labels(labels: Tensor) -> Tensor:

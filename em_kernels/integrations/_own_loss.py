@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from em_kernels._head_call import call_probed
-from em_kernels._spec import accumulate_dtype
-from em_kernels.heads import ModelError, read_head
+from em_kernels.backends.interface import accumulate_dtype
+from em_kernels.lm.head_call import call_probed
+from em_kernels.lm.heads import ModelError, read_head
 
 _SWITCHES = ("output_router_logits", "z_loss_coefficient")  # in configs, may be turned on later
 

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from em_kernels._checks import check_number
-from em_kernels._head_call import (
+from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
+from em_kernels.integrations._arguments import check_none_of_ours
+from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
+from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
+from em_kernels.lm.head_call import (
     Taken,
     check_dtypes,
     check_head,
@@ -29,13 +32,10 @@ from em_kernels._head_call import (
     is_replaced,
     taken_of,
 )
-from em_kernels._spec import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
-from em_kernels.heads import causal_lm, read_head
-from em_kernels.integrations._arguments import check_none_of_ours
-from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
-from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
-from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.token_loss import token_loss
+from em_kernels.lm.heads import causal_lm, read_head
+from em_kernels.ops.arguments import check_number
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.token_loss import token_loss
 
 IGNORED = -100
 

@@ -24,7 +24,6 @@ import trl.kernels
 import trl.trainer.utils as trl_utils
 from torch import Tensor
 
-from em_kernels._checks import NEVER_IGNORED
 from em_kernels.integrations._arguments import HeadSettings, head_settings, temperature_of
 from em_kernels.integrations._labels import (
     as_number,
@@ -34,9 +33,10 @@ from em_kernels.integrations._labels import (
     stats_of_known,
 )
 from em_kernels.integrations._rebind import rebind
-from em_kernels.linear_softmax_stats import linear_softmax_stats
-from em_kernels.softmax_stats import softmax_stats
-from em_kernels.trl_api import selective_log_softmax_and_entropy
+from em_kernels.ops.arguments import NEVER_IGNORED
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.softmax_stats import softmax_stats
+from em_kernels.ops.trl import selective_log_softmax_and_entropy
 
 if not hasattr(trl.kernels, "ChunkedLogProbFunction"):
     raise ImportError(f"trl must be 1.16 or newer, got {trl.__version__}")

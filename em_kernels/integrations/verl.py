@@ -27,11 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from em_kernels._checks import check_number, check_tensor
 from em_kernels.integrations._arguments import HeadSettings, head_settings, temperature_of
 from em_kernels.integrations._labels import as_number, is_frozen, known_labels, stats_of_known
 from em_kernels.integrations._rebind import rebind
-from em_kernels.linear_softmax_stats import linear_softmax_stats
 from em_kernels.objectives import (
     clip_cov_loss,
     clip_cov_selection,
@@ -40,6 +38,8 @@ from em_kernels.objectives import (
     kl_cov_selection,
 )
 from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
+from em_kernels.ops.arguments import check_number, check_tensor
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 REDUCTIONS = ("none", "sum", "mean")
 IGNORED = -100

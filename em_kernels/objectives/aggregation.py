@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_number, count_mask
-from em_kernels._spec import accumulate_dtype
+from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import masked
+from em_kernels.ops.arguments import check_floating, check_number, count_mask
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum")
 

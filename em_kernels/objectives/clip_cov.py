@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import count_mask
-from em_kernels.covariance import clip_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
     MAX_EXPONENT,
     PolicyLoss,
@@ -16,6 +14,8 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.grpo import clipped_surrogate
+from em_kernels.ops.arguments import count_mask
+from em_kernels.ops.covariance import clip_cov_mask, token_covariance
 
 
 @torch.no_grad()

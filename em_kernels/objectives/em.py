@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import count_mask
-from em_kernels.token_loss import reduction_weight
+from em_kernels.ops.arguments import count_mask
+from em_kernels.ops.token_loss import reduction_weight
 
 
 def token_mean_weights(mask: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number, check_tensor
 from em_kernels.objectives._inputs import Groups
+from em_kernels.ops.arguments import check_number, check_tensor
 
 NO_ANSWER = -1
 """The cluster of a response without a final answer: it agrees with nothing, itself included."""
@@ -53,7 +53,7 @@ def answer_clusters(
     if same is not None and judge is not None:
         raise ValueError("same and judge both say which responses are alike; give one of them")
     # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
-    from em_kernels.evaluator.judge import final_answer, number_answers, same_answer
+    from em_kernels.lm.judge.judges import final_answer, number_answers, same_answer
 
     texts: Sequence[str | None] = responses
     if same is None:

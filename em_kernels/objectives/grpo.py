@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_number
 from em_kernels.objectives._inputs import (
     PolicyLoss,
     log_ratio,
@@ -15,6 +14,7 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.kl import kl_estimate
+from em_kernels.ops.arguments import check_floating, check_number
 
 
 def grpo_loss(

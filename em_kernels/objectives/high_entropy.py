@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import count_mask
 from em_kernels.objectives._inputs import PolicyLoss, masked_mean
 from em_kernels.objectives.grpo import grpo_loss
+from em_kernels.ops.arguments import count_mask
 
 
 def high_entropy_loss(

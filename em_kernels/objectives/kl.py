@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from em_kernels._checks import check_floating
-from em_kernels._spec import accumulate_dtype
+from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import k3
+from em_kernels.ops.arguments import check_floating
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_number, count_mask
-from em_kernels.covariance import kl_cov_mask, token_covariance
 from em_kernels.objectives._inputs import (
     MAX_EXPONENT,
     PolicyLoss,
@@ -15,6 +13,8 @@ from em_kernels.objectives._inputs import (
     policy_kl,
     policy_tokens,
 )
+from em_kernels.ops.arguments import check_number, count_mask
+from em_kernels.ops.covariance import kl_cov_mask, token_covariance
 
 
 @torch.no_grad()

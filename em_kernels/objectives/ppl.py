@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from em_kernels._checks import check_floating, check_number, check_shape, count_mask
-from em_kernels._spec import accumulate_dtype, serializable
+from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
-from em_kernels.softmax_stats import softmax_stats
+from em_kernels.ops.arguments import check_floating, check_number, check_shape, count_mask
+from em_kernels.ops.softmax_stats import softmax_stats
 
 
 @serializable

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels._checks import check_floating, check_number, check_tensor, count_mask
 from em_kernels.objectives._inputs import Groups, masked
 from em_kernels.objectives.empo import NO_ANSWER, empo_reward
 from em_kernels.objectives.l_grpo import length_term
+from em_kernels.ops.arguments import check_floating, check_number, check_tensor, count_mask
 
 
 def verified_reward(
@@ -32,7 +32,7 @@ def verified_reward(
     Source: Lambert et al., "Tulu 3" (2024), verifiable rewards.
     """
     # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
-    from em_kernels.evaluator.judge import make_judge
+    from em_kernels.lm.judge.judges import make_judge
 
     if len(answers) != len(responses):
         raise ValueError(
@@ -157,6 +157,6 @@ def format_reward(responses: Sequence[str]) -> Tensor:
 
     Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025).
     """
-    from em_kernels.evaluator.judge import marked_answer
+    from em_kernels.lm.judge.judges import marked_answer
 
     return torch.tensor([float(bool(marked_answer(response))) for response in responses])

@@ -1,14 +1,14 @@
 """One-shot entropy minimisation and its kin on any transformers causal language model."""
 
-from em_kernels.heads import ModelError
+from em_kernels.lm.data import ONE_SHOT_PROMPT, read_prompts
+from em_kernels.lm.heads import ModelError
+from em_kernels.lm.models import load_model
+from em_kernels.lm.ranks import RankError
+from em_kernels.lm.rollout import Rollout, Sampling, sample
 from em_kernels.trainer.checkpoint import CheckpointError, read_config
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.data import ONE_SHOT_PROMPT, read_prompts
-from em_kernels.trainer.distributed import RankError
 from em_kernels.trainer.loop import Objective, TrainResult, train
-from em_kernels.trainer.models import load_model
 from em_kernels.trainer.rl_config import RLConfig
-from em_kernels.trainer.rollout import Rollout, Sampling, sample
 from em_kernels.trainer.sharded_checkpoint import merge_checkpoint
 
 __all__ = [

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from em_kernels._text import one_line
-from em_kernels.trainer.adapters import MERGED, has_adapter, write_model
+from em_kernels.lm.adapters import MERGED, has_adapter, write_model
+from em_kernels.lm.data import read_jsonl
+from em_kernels.lm.models import SHARDS, list_checkpoints, newest_checkpoint
+from em_kernels.lm.text import one_line
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.data import read_jsonl
-from em_kernels.trainer.models import SHARDS, list_checkpoints, newest_checkpoint
 from em_kernels.trainer.rl_config import RLConfig
 
 CONFIG_FILE = "train_config.json"

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 
-from em_kernels.trainer.data import ONE_SHOT_PROMPT, check_text
+from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
 from em_kernels.trainer.schedule import Stage
 
 DTYPES = ("float32", "bfloat16")

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from em_kernels._modes import modes_kept
+from em_kernels.lm.modes import modes_kept
+from em_kernels.lm.ranks import joined_ranks
+from em_kernels.lm.rollout import Rollout, aligned_mask, official_masks
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
     token_mean_weights,
 )
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.distributed import joined_ranks
 from em_kernels.trainer.loss import Batch, micro_batch_loss
 from em_kernels.trainer.rl import Learner, initial_model
-from em_kernels.trainer.rollout import Rollout, aligned_mask, official_masks
 from em_kernels.trainer.run import Run, save_run, start_run
 from em_kernels.trainer.schedule import Stage, current_stage
 from em_kernels.trainer.step import draw, set_learning_rate, take_step

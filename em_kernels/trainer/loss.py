@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from em_kernels.heads import Head, read_head
-from em_kernels.token_loss import TokenLoss, linear_token_loss
-from em_kernels.trainer.models import hidden_states
+from em_kernels.lm.heads import Head, read_head
+from em_kernels.lm.models import hidden_states
+from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 
 
 class Batch(NamedTuple):

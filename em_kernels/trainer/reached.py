@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from em_kernels._modes import eval_mode
-from em_kernels.heads import Head, ModelError
-from em_kernels.trainer.models import hidden_states
+from em_kernels.lm.heads import Head, ModelError
+from em_kernels.lm.models import hidden_states
+from em_kernels.lm.modes import eval_mode
 
 
 @torch.enable_grad()

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels._modes import eval_mode
-from em_kernels.covariance import token_covariance
-from em_kernels.trainer.adapters import is_adapted
-from em_kernels.trainer.distributed import Ranks, Whole
-from em_kernels.trainer.models import load_model
+from em_kernels.lm.adapters import is_adapted
+from em_kernels.lm.models import load_model
+from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.rollout import Rollout, aligned_mask
+from em_kernels.ops.covariance import token_covariance
+from em_kernels.trainer.distributed import Whole
 from em_kernels.trainer.rl_collect import Collected, Practice, collect
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.rl_loss import (
@@ -33,7 +35,6 @@ from em_kernels.trainer.rl_rewards import (
     preference_pairs,
     score,
 )
-from em_kernels.trainer.rollout import Rollout, aligned_mask
 from em_kernels.trainer.run import Run
 from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
 from em_kernels.trainer.step import draw, take_step

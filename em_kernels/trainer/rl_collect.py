@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from em_kernels.evaluator.judge import make_judge
+from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.judge.judges import make_judge
+from em_kernels.lm.rollout import Rollout
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
-from em_kernels.trainer.data import encode_prompt
 from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
 from em_kernels.trainer.rl_rewards import Answers, describe, text_reward
-from em_kernels.trainer.rollout import Rollout
 
 
 class Practice:

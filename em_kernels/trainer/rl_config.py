@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from em_kernels.lm.data import check_unicode, read_jsonl, text_field
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer.config import TrainConfig, check_choice, check_float, check_int
-from em_kernels.trainer.data import check_unicode, read_jsonl, text_field
 from em_kernels.trainer.schedule import Stage, parse_schedule
 
 PPL_LABELS = ("pseudo", "none")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.covariance import high_entropy_mask
-from em_kernels.linear_softmax_stats import linear_softmax_stats
+from em_kernels.lm.models import hidden_states
 from em_kernels.objectives.aggregation import aggregate_loss, aggregation_denominator
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
 from em_kernels.objectives.entropy_bonus import entropy_bonus
@@ -20,7 +19,8 @@ from em_kernels.objectives.grpo import grpo_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
 from em_kernels.objectives.ppl import ppl_loss, pseudo_label_kl
-from em_kernels.trainer.models import hidden_states
+from em_kernels.ops.covariance import high_entropy_mask
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.trainer.rl_config import RLConfig
 
 SELECTING = ("clip_cov", "kl_cov", "high_entropy")

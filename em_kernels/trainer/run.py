@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from em_kernels.heads import ModelError, causal_lm, read_head
-from em_kernels.trainer import checkpoint as checkpoints
-from em_kernels.trainer.adapters import (
+from em_kernels.lm.adapters import (
     adapter_settings,
     base_dtype,
     check_adapted,
@@ -19,19 +17,22 @@ from em_kernels.trainer.adapters import (
     is_quantised,
     load_weights,
 )
-from em_kernels.trainer.config import TrainConfig, check_resume
-from em_kernels.trainer.data import encode_prompt
-from em_kernels.trainer.distributed import Ranks, Sharded, Whole, place
-from em_kernels.trainer.models import (
+from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.heads import ModelError, causal_lm, read_head
+from em_kernels.lm.models import (
     check_causal,
     enable_gradient_checkpointing,
     load_architecture,
     load_model,
     newest_checkpoint,
 )
-from em_kernels.trainer.random_state import RandomState
+from em_kernels.lm.random_state import RandomState
+from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.rollout import end_tokens, pad_token
+from em_kernels.trainer import checkpoint as checkpoints
+from em_kernels.trainer.config import TrainConfig, check_resume
+from em_kernels.trainer.distributed import Sharded, Whole, place
 from em_kernels.trainer.reached import check_reached
-from em_kernels.trainer.rollout import end_tokens, pad_token
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.sharded_checkpoint import (
     has_shards,

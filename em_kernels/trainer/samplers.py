@@ -14,11 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from em_kernels.heads import causal_lm
-from em_kernels.trainer.adapters import check_same_head, is_adapted, merged_copy
-from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.distributed import Ranks
-from em_kernels.trainer.rollout import (
+from em_kernels.lm.adapters import check_same_head, is_adapted, merged_copy
+from em_kernels.lm.heads import causal_lm
+from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.rollout import (
     Rollout,
     Sampling,
     end_tokens,
@@ -28,6 +27,7 @@ from em_kernels.trainer.rollout import (
     room_for_answers,
     sample,
 )
+from em_kernels.trainer.config import TrainConfig
 
 Sampler = Callable[[torch.nn.Module, list[list[int]], int], Rollout]
 

@@ -13,11 +13,11 @@ from warnings import catch_warnings, filterwarnings
 
 import torch
 
-from em_kernels._text import one_line
-from em_kernels.trainer.adapters import has_adapter, is_adapted, merged_copy
+from em_kernels.lm.adapters import has_adapter, is_adapted, merged_copy
+from em_kernels.lm.models import SHARDS, load_architecture, load_model
+from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.text import one_line
 from em_kernels.trainer.checkpoint import CheckpointError
-from em_kernels.trainer.distributed import Ranks
-from em_kernels.trainer.models import SHARDS, load_architecture, load_model
 
 
 def has_shards(checkpoint: Path) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from em_kernels.trainer.rollout import Rollout
+from em_kernels.lm.rollout import Rollout
 from em_kernels.trainer.run import Run
 
 

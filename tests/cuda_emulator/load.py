@@ -1,4 +1,4 @@
-"""Builds the emulated CUDA kernels and binds `em_kernels.cuda` to them.
+"""Builds the emulated CUDA kernels and binds `em_kernels.backends.cuda` to them.
 
 The kernels of csrc/cuda are compiled by the C++ compiler against emulated_device.h and run on CPU
 tensors. The build is kept in build/cuda_emulator under a hash of its sources.
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = HERE.parents[1] / "build" / "cuda_emulator"
 SOURCES = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda/plan.cpp", HERE / "emulator.cpp"]
-MODULE = CSRC / "cuda/module.cpp"
+MODULE = CSRC / "cuda/bindings.cpp"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 H200 = {
     "compute_capability": 90,
@@ -84,7 +84,7 @@ def library() -> ModuleType:
 
 
 def backend(seed: int = 0, **limits: int) -> ModuleType:
-    """A copy of `em_kernels.cuda` on emulated kernels, whose threads take turns by `seed`.
+    """A copy of `em_kernels.backends.cuda` on emulated kernels, whose threads take turns by `seed`.
 
     `limits` replaces what the emulated device, an H200, says of itself.
     """
@@ -93,7 +93,9 @@ def backend(seed: int = 0, **limits: int) -> ModuleType:
         patch.dict(sys.modules, {"em_kernels._cuda": emulated}),
         patch.object(em_kernels, "_cuda", emulated, create=True),
     ):
-        module = _load("emulated_backend", Path(em_kernels.__file__).with_name("cuda.py"))
+        module = _load(
+            "emulated_backend", Path(em_kernels.__file__).with_name("backends") / "cuda.py"
+        )
     device = emulated.Device(**{**H200, **limits})
     module._where = lambda _: (device, seed)
     return module

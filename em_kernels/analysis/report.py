@@ -1,0 +1,97 @@
+"""report.html of a folder: a training run, an evaluation, or what an analysis wrote.
+
+A folder holds NAME.json for each thing that was found; the report has a section for each and writes
+its plots beside it as NAME.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from em_kernels.analysis import sections
+from em_kernels.analysis.page import Section, page
+from em_kernels.evaluator.records import SETTINGS, UTF8, EvalError, write_json
+from em_kernels.evaluator.summary import summarise
+from em_kernels.trainer.checkpoint import CONFIG_FILE
+
+REPORT = "report.html"
+FOUND: dict[str, Callable[[dict], Section]] = {
+    "compare": sections.comparison,
+    "selection": sections.selection,
+    "run": sections.run_curve,
+    "law": sections.law,
+    "shift": sections.shift,
+    "forks": sections.forks,
+    "temperature": sections.temperature,
+}
+"""NAME of NAME.json -> what makes its section, in the order of the report."""
+
+
+def save(folder: str | Path, name: str, result: dict) -> None:
+    """Write `result` as NAME.json, where `write_report` finds it; `name` is a key of `FOUND`."""
+    write_json(Path(folder) / f"{name}.json", result)
+
+
+class Report(NamedTuple):
+    """Where it is, and its sections by name."""
+
+    path: Path
+    sections: dict[str, Section]
+
+
+def write_report(folder: str | Path) -> Report:
+    """Write report.html, and the plots as PNG, of what the folder holds.
+
+    Raises:
+        EvalError: the folder holds nothing to report.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise EvalError(f"no such folder: {folder}")
+    found = dict(_sections(folder))
+    if not found:
+        raise EvalError(f"{folder} holds no run, no evaluation and no analysis")
+    for name, section in found.items():
+        _write_plots(folder, name, section)
+    path = folder / REPORT
+    aside = path.with_name(f"{REPORT}.new")
+    aside.write_text(page(_title(folder), list(found.values())), **UTF8)
+    aside.replace(path)
+    return Report(path, found)
+
+
+def _title(folder: Path) -> str:
+    kinds = {CONFIG_FILE: "Training run", SETTINGS: "Evaluation"}
+    kind = next((kind for file, kind in kinds.items() if (folder / file).is_file()), "Analysis")
+    return f"{kind}: {folder.resolve().name}"
+
+
+def _sections(folder: Path) -> Iterator[tuple[str, Section]]:
+    """(name, section) of all there is."""
+    if (folder / SETTINGS).is_file():
+        summary = summarise(folder)
+        yield "summary", sections.evaluation(summary)
+    for name, section in FOUND.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            yield name, section(_read(path))
+    if (folder / CONFIG_FILE).is_file():
+        yield "metrics", sections.metrics(folder)
+    if (folder / SETTINGS).is_file():
+        yield "examples", sections.examples(folder)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvalError(f"{path} cannot be read: {error}") from None
+
+
+def _write_plots(folder: Path, name: str, section: Section) -> None:
+    for i, figure in enumerate(section.figures):
+        suffix = f"-{i + 1}" if i else ""
+        (folder / f"{name}{suffix}.png").write_bytes(figure.png)

@@ -1,0 +1,249 @@
+"""The parts of a report: each takes what was found, as a dict, and tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+from em_kernels.analysis import plots
+from em_kernels.analysis.metrics import read_metrics
+from em_kernels.analysis.page import Figure, Section, coloured, folded
+from em_kernels.analysis.summary_tables import (
+    comparison_table,
+    eval_tables,
+    law_table,
+    metrics_table,
+    run_table,
+    selection_table,
+    settings_table,
+    shift_table,
+    temperature_table,
+    types_table,
+)
+from em_kernels.analysis.tables import number, p_value, percent
+from em_kernels.analysis.tables import temperature as named
+from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
+from em_kernels.trainer.checkpoint import read_config
+
+NO_PLOTS = "Without plots: matplotlib is not installed."
+EXAMPLES = 3  # of each kind
+FIRST = (
+    "loss",
+    "mean_entropy",
+    "accuracy",
+    "reward_mean",
+    "response_length",
+    "truncated",
+    "grad_norm",
+)
+UNITS = {
+    "mean_entropy": "nats per token",
+    "response_length": "tokens",
+    "response_tokens": "tokens",
+    "truncated": "share of answers",
+    "tokens_per_second": "tokens / s",
+    "sample_seconds": "s",
+    "loss_seconds": "s",
+}
+
+
+def _plot(alt: str, draw: Callable[..., bytes], *arguments) -> tuple[list[Figure], list[str]]:
+    """The plot and no remark, or no plot and why not."""
+    try:
+        return [Figure(draw(*arguments), alt)], []
+    except ImportError:
+        return [], [NO_PLOTS]
+
+
+def evaluation(summary: dict) -> Section:
+    tables = eval_tables(summary)
+    if not summary["temperatures"]:
+        return Section("Accuracy", ["No answers yet."], tables)
+    figures, notes = [], []
+    if summary["labelled"]:
+        figures, notes = _plot("accuracy at every temperature", plots.accuracy, summary)
+        if any(t["calibration"] for t in summary["temperatures"]):
+            alt = "accuracy against confidence"
+            more, _ = _plot(alt, plots.reliability, summary)
+            figures += more
+    if summary["missing_answers"]:
+        notes.append(f"Not finished: {summary['missing_answers']} answers are missing.")
+    return Section("Accuracy", notes, tables, figures)
+
+
+def examples(folder: str | Path) -> Section:
+    """The settings, and the first answers that are right, wrong, and without a final answer.
+
+    At most one of each kind to a problem.
+    """
+    settings = read_settings(folder)
+    kinds: dict[str, list[Record]] = {"right": [], "wrong": [], "without a final answer": []}
+    for record in Records(Path(folder) / RECORDS):
+        answer = record.answer
+        kind = "wrong" if answer.parsed else "without a final answer"
+        of_kind = kinds["right" if answer.correct else kind]
+        asked = {other.problem for other in of_kind}
+        if answer.tokens and len(of_kind) < EXAMPLES and record.problem not in asked:
+            of_kind.append(record)
+    if not settings["config"]["labelled"]:
+        kinds = {"some": [record for records in kinds.values() for record in records][:EXAMPLES]}
+    html = folded("Settings", settings_table(settings["config"]))
+    html += "".join(_examples(settings, kind, records) for kind, records in kinds.items())
+    return Section("Settings and examples", html=html)
+
+
+def _examples(settings: dict, kind: str, records: list[Record]) -> str:
+    html = f"<h3>Answers: {escape(kind)}</h3>" if records else ""
+    for record in records:
+        problem = settings["problems"][record.problem]
+        right = f"; the answer is {problem['answer']}" if problem["answer"] else ""
+        head = f"Problem {record.problem}, {named(record.temperature)}{right}"
+        said = f"{problem['problem']}\n→ {record.answer.text}"
+        html += f'<p class="key">{escape(head)}</p><div class="text">{escape(said)}</div>'
+    return html
+
+
+def comparison(result: dict) -> Section:
+    rows, names = result["temperatures"], (result["a"], result["b"])
+    figures, notes = _plot("B - A at every temperature", plots.comparison, *names, rows)
+    return Section("B against A, pair by pair", notes, [comparison_table(*names, rows)], figures)
+
+
+def selection(result: dict) -> Section:
+    rows, by = result["rows"], result["by"]
+    figures, notes = _plot("prompts by rank", plots.selection, rows, result["chosen"], by)
+    return Section("Selected prompts", notes, [selection_table(rows, by)], figures)
+
+
+def shift(result: dict) -> Section:
+    notes = [
+        "Moments of the logits over the full vocabulary, per token, then averaged over the tokens "
+        "of the same texts. Pooled: of all logits of all tokens at once; its skewness is also "
+        "given as compat, the reading closest to a histogram of all logits. The published "
+        "script's exact definition could not be verified.",
+        f"{_texts(result)} Tokens left out, not finite: "
+        + ", ".join(str(model["not_finite"]) for model in result["models"]),
+    ]
+    figures, more = _plot("skewness per token", plots.shift, result)
+    return Section("Logits shift", notes + more, [shift_table(result)], figures)
+
+
+def forks(result: dict) -> Section:
+    share = percent(result["share_of_entropy"])
+    notes = [
+        f"Forks are the tokens with H ≥ {result['tau']:.4g} nats, the top {result['ratio']:.0%} of "
+        f"{result['tokens']} tokens by entropy; they carry {share} of all entropy. "
+        f"Mean entropy {result['mean']:.4f} nats. Model: {result['model']}. "
+        f"{_texts(result)} Tokens left out, not finite: {result['not_finite']}.",
+    ]
+    figures, more = _plot("entropies and forks", plots.forks, result)
+    top = result["quantiles"]["0.99"]
+    html = (
+        f'<h3>Texts, coloured by entropy</h3><p class="note">From white (0) to orange '
+        f"({top:.3g} nats and above); hold the pointer over a token for its entropy.</p>"
+    )
+    html += "".join(_coloured_text(text, top) for text in result["texts"])
+    return Section("Forks", notes + more, [types_table(result)], figures, html)
+
+
+def _texts(result: dict) -> str:
+    """Where the texts are from, and which were left out."""
+    return f"Texts: {result['source']}; left out: {_counted(result['left_out']) or 'none'}."
+
+
+def _counted(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} ({why})" for why, count in left_out.items())
+
+
+def _coloured_text(text: dict, top: float) -> str:
+    left = f"<em> … and {text['not_shown']} tokens more</em>" if text["not_shown"] else ""
+    body = coloured(text["pieces"], text["entropy"], top)
+    head = f'<p class="key">{escape(text["key"])}</p>'
+    return f'{head}<div class="text">{body}{left}</div>'
+
+
+def temperature(result: dict) -> Section:
+    notes = [
+        "The texts are fixed: only the temperature of the distributions changes, so this is not "
+        "the entropy along texts drawn at T.",
+        f"Model: {result['model']}. {_texts(result)}",
+    ]
+    figures, more = _plot("entropy by temperature", plots.entropy_at_temperatures, result)
+    return Section(
+        "Entropy against temperature", notes + more, [temperature_table(result)], figures
+    )
+
+
+def law(result: dict) -> Section:
+    title = "Entropy and performance"
+    notes = ["The ceiling b - a is R extrapolated to H = 0."]
+    if not result["fit"]:
+        notes = [f"No fit: {result['reason']}."]
+    if result["left_out"]:
+        notes.append(f"Left out: {_counted(result['left_out'])}.")
+    if not result["points"]:
+        return Section(title, notes)
+    figures, more = _plot("performance against entropy", plots.law, result)
+    return Section(title, notes + more, [law_table(result)], figures)
+
+
+def run_curve(result: dict) -> Section:
+    figures, more = _plot("accuracy, entropy and loss by update", plots.run_curve, result)
+    fitted = law(result["law"])
+    notes = [verdict(result), *more]
+    if result["broken_lines"]:
+        notes.append("Not read of the metrics: " + "; ".join(result["broken_lines"]) + ".")
+    return Section(
+        "Accuracy and entropy by update",
+        [*notes, *fitted.notes],
+        [run_table(result), *fitted.tables],
+        [*figures, *fitted.figures],
+    )
+
+
+def verdict(result: dict) -> str:
+    """Over-confidence in words."""
+    peak, after = result["peak"], result["after_peak"]
+    if after is None:
+        return f"Accuracy is best at the last update that was evaluated, {peak}: no decline."
+    p = p_value(after["p_value"])
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    change = f"{after['difference']:+.3f} [{after['low']:+.3f}, {after['high']:+.3f}]"
+    text = (
+        f"Accuracy peaks at update {peak}; from there to the last update it changes by {change}, "
+        f"{p} (the peak was chosen by looking, so p is too small)."
+    )
+    if result["over_confident"]:
+        return text + " Entropy in training went on falling: over-confidence."
+    return text + " No over-confidence: that would be p < 0.05 with entropy in training falling."
+
+
+def metrics(folder: str | Path) -> Section:
+    """The settings of a run, and every number of its metrics by update."""
+    lines, broken = read_metrics(folder)
+    settings = folded("Settings", settings_table(read_config(folder).to_dict()))
+    notes = ["Not read: " + "; ".join(broken) + "."] if broken else []
+    found = {name for line in lines for name, value in line.items() if _is_number(value)}
+    names = sorted(found - {"update", "step"}, key=_importance)
+    if not lines or not names:
+        return Section("Training", [*notes, "No updates yet."], html=settings)
+    lines = [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
+    unit = UNITS.get
+    figures, more = _plot("metrics by update", plots.metrics, lines, names, lambda n: unit(n, ""))
+    notes.append(f"{len(lines)} updates; mean entropy in the last: {_last(lines)} nats per token.")
+    return Section("Training", notes + more, [metrics_table(lines, names)], figures, settings)
+
+
+def _importance(name: str) -> tuple[int, str]:
+    """What is asked about first comes first, how long it took last."""
+    place = FIRST.index(name) if name in FIRST else len(FIRST)
+    return place + (name.endswith(("seconds", "second"))), name
+
+
+def _last(lines: list[dict]) -> str:
+    return number(lines[-1].get("mean_entropy"), 4)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

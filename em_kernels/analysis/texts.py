@@ -1,0 +1,124 @@
+"""The texts an analysis reads: answers of an evaluation, or a file of given ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from em_kernels.analysis.tables import temperature
+from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
+from em_kernels.lm.data import encode_prompt, not_unicode
+from em_kernels.lm.problems import json_rows
+
+
+class Text(NamedTuple):
+    """Token ids of a prompt and of what followed it; `key` tells which text of the source it is."""
+
+    key: str
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def digest(self) -> str:
+        """Tells texts of the same key apart."""
+        return hashlib.sha256(repr((self.prompt, self.answer)).encode()).hexdigest()[:16]
+
+
+class Texts:
+    """Streams the texts of a source, and counts in `left_out` those that cannot be used.
+
+    Args:
+        source: a folder of `run_eval`, whose answers are taken as the tokens they were; or JSON
+            lines with "response" (or "text") and perhaps "prompt".
+        tokenizer: for prompts, and for answers that are only there as text.
+        longest: the most tokens of a text; None is no limit.
+        limit: only the first so many.
+        drawn_at: only answers of an evaluation at this temperature.
+
+    Raises:
+        FileNotFoundError, ValueError: no such source.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        tokenizer,
+        longest: int | None = None,
+        limit: int | None = None,
+        drawn_at: float | None = None,
+    ):
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be 1 or more, got {limit}")
+        self.source, self.tokenizer = Path(source), tokenizer
+        self.longest, self.limit, self.drawn_at = longest, limit, drawn_at
+        self.left_out: Counter[str] = Counter()
+        self.is_evaluation = (self.source / SETTINGS).is_file()
+        if not self.is_evaluation and not self.source.is_file():
+            raise FileNotFoundError(f"no evaluation and no file of texts: {source}")
+
+    def __iter__(self) -> Iterator[Text]:
+        self.left_out.clear()
+        found = self._answers() if self.is_evaluation else self._lines()
+        count = 0
+        for text in found:
+            if count == self.limit:
+                return
+            reason = self._unusable(text)
+            if reason:
+                self.left_out[reason] += 1
+                continue
+            count += 1
+            yield text
+
+    def _unusable(self, text: Text) -> str | None:
+        if not text.answer:
+            return "no tokens in the answer"
+        if self.longest is not None and len(text.prompt) + len(text.answer) > self.longest:
+            return "too long for the model"
+        return None if text.prompt or len(text.answer) > 1 else "one token and no prompt"
+
+    def _answers(self) -> Iterator[Text]:
+        settings = read_settings(self.source)
+        template = settings["config"]["template"]
+        prompts: dict[int, list[int]] = {}
+        checked = False
+        for record in Records(self.source / RECORDS):
+            if record.answer.ids and not checked:
+                self._check_tokenizer(record.answer)
+                checked = True
+            i = record.problem
+            if i not in prompts:
+                prompt = template.format(problem=settings["problems"][i]["problem"])
+                prompts = {i: encode_prompt(self.tokenizer, prompt)}
+            if self.drawn_at not in (None, record.temperature):
+                continue
+            key = f"problem {i}, {temperature(record.temperature)}, sample {record.sample}"
+            yield Text(key, prompts[i], record.answer.ids or [])
+
+    def _check_tokenizer(self, answer: Answer) -> None:
+        if self.tokenizer.decode(answer.ids, skip_special_tokens=True) != answer.text:
+            raise ValueError(f"the answers of {self.source} are of a model with other tokens")
+
+    def _lines(self) -> Iterator[Text]:
+        for number, row in json_rows(self.source):
+            text = self._text(number, row) if isinstance(row, dict) else row
+            if isinstance(text, str):
+                self.left_out[text] += 1
+            else:
+                yield text
+
+    def _text(self, number: int, row: dict) -> Text | str:
+        """What a row holds, or why it holds none."""
+        answer = next((row[name] for name in ("response", "text") if name in row), None)
+        prompt = row.get("prompt")
+        if not isinstance(answer, str) or not isinstance(prompt, (str, type(None))):
+            return "no text in 'response' or 'text'"
+        if not_unicode(answer) or not_unicode(prompt or ""):
+            return "half of a surrogate pair"
+        before = encode_prompt(self.tokenizer, prompt) if prompt and prompt.strip() else []
+        return Text(
+            f"line {number}", before, self.tokenizer(answer, add_special_tokens=False).input_ids
+        )

@@ -1,0 +1,192 @@
+"""The definition: every statistic and gradient of a row of logits, in plain PyTorch.
+
+Per row, with everything after loading in float32 (float64 inputs stay float64):
+
+    z   = softcap(logit_scale * x + bias) / T        softcap(u) = c * tanh(u / c)
+    m   = max_v z_v        a = first argmax          d_v = z_v - m
+    r   = sum_{v != a} exp(d_v)                      q = sum_{v != a} exp(d_v) d_v
+    lse = m + log1p(r)                               E = q / (1 + r)
+    entropy H = log1p(r) - E                         logprob_y = d_y - log1p(r)
+    dH/dz_v = p_v (E - d_v)    dlogprob_y/dz_v = 1[v=y] - p_v    dlse/dz_v = p_v
+
+Leaving the maximum out of `r` keeps relative accuracy when the model is nearly certain: at
+H = 1e-9 the textbook `lse - sum_v p_v z_v` has no correct digit left in float32.
+
+A -inf logit has probability 0 and adds 0 to every sum; a row holding NaN or +inf, or no finite
+logit, is NaN in all its outputs; a row that is masked is exactly 0 in all of them.
+
+`stats` is differentiable by autograd (that is how the closed forms in `grad` are tested); `stats`,
+`grad` and `loss` together are what every other backend provides too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import (
+    NEEDS_LOGIT_MOMENTS,
+    NEEDS_SECOND_ORDER,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+)
+
+narrows = True  # `grad` and `loss` write 16 bits over float32 logits
+
+
+def transform(logits: Tensor, spec: RowSpec) -> Tensor:
+    """z = softcap(logit_scale * x + bias) / T over the valid vocabulary: (N, valid_vocab)."""
+    x = logits.reshape(-1, logits.shape[-1])[:, : spec.valid_vocab]
+    u = x.to(accumulate_dtype(x.dtype)) * spec.logit_scale
+    if spec.bias is not None:
+        u = u + spec.bias[: spec.valid_vocab].to(u.dtype)
+    excluded = u == -math.inf
+    if spec.softcap:
+        infinite = u == math.inf
+        u = torch.where(infinite, u, spec.softcap * torch.tanh(u / spec.softcap))
+    z = u / _temperature(spec, u)
+    return z.masked_fill(excluded, -math.inf)
+
+
+def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs], each (N,); see the module's docstring."""
+    z = transform(logits, spec)
+    usable = torch.isfinite(z.detach().amax(-1)) & ~z.detach().isnan().any(-1)
+    usable = usable & _good_arguments(spec)
+    z = torch.where(usable[:, None], z, 0)
+    argmax = z.argmax(-1, keepdim=True)
+    m = z.gather(1, argmax)
+    d = z - m
+    excluded = d == -math.inf
+    d = d.masked_fill(excluded, 0)
+    weight = d.exp().masked_fill(excluded, 0)
+    others = weight.scatter(1, argmax, 0)
+    r = others.sum(-1)
+    log1p_r = torch.log1p(r)
+    mean_d = (others * d).sum(-1) / (1 + r)
+
+    values = {"entropy": log1p_r - mean_d, "lse": m[:, 0] + log1p_r, "max_prob": 1 / (1 + r)}
+    if spec.target is not None:
+        target = _safe_target(spec)
+        d_target = torch.where(excluded, -math.inf, d).gather(1, target[:, None])[:, 0]
+        values["logprob"] = d_target - log1p_r
+        values["is_top1"] = (target == argmax[:, 0]).to(z.dtype)
+    if NEEDS_SECOND_ORDER.intersection(outputs):
+        values.update(_second_order(weight / (1 + r)[:, None], d, log1p_r, mean_d, values))
+    if NEEDS_LOGIT_MOMENTS.intersection(outputs):
+        values.update(_logit_moments(z, z == -math.inf, values["lse"]))
+
+    rows = [m[:, 0], log1p_r, mean_d, *(values[name] for name in outputs)]
+    return [_apply_row_rules(row, usable, spec.mask) for row in rows]
+
+
+def _second_order(
+    p: Tensor, d: Tensor, log1p_r: Tensor, mean_d: Tensor, values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """varentropy = sum p l^2 - H^2; collision = sum p^2; entropy_slope (see `softmax_stats`)."""
+    centred = d - mean_d[:, None]
+    collision = (p * p).sum(-1)
+    out = {"varentropy": (p * centred * centred).sum(-1), "collision": collision}
+    if "logprob" in values:
+        logprob, entropy = values["logprob"], values["entropy"]
+        p_target = logprob.exp()
+        own = torch.where(p_target > 0, p_target * (logprob + entropy), 0)
+        mean_square = (p * p * (d - log1p_r[:, None])).sum(-1)
+        out["entropy_slope"] = -(own - (mean_square + entropy * collision))
+    return out
+
+
+def _logit_moments(z: Tensor, excluded: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """Population mean, variance and skewness of the finite logits, and KL(uniform || p)."""
+    count = (~excluded).sum(-1).to(z.dtype)
+    mean = z.masked_fill(excluded, 0).sum(-1) / count
+    centred = (z - mean[:, None]).masked_fill(excluded, 0)
+    var = (centred**2).sum(-1) / count
+    third = (centred**3).sum(-1) / count
+    skew = torch.where(var > 0, third / var.clamp(min=torch.finfo(z.dtype).tiny) ** 1.5, 0)
+    certainty = lse - mean - count.log()
+    return {"logit_mean": mean, "logit_var": var, "logit_skew": skew, "self_certainty": certainty}
+
+
+def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
+    """Write d loss / d logits into `out`, which has the shape of `logits` and may be their memory.
+
+    `out` may be narrower than `logits`; row i of both may then begin at the same byte.
+    """
+    z = transform(logits, spec)
+    d = z - saved.max[:, None]
+    excluded = d == -math.inf
+    d = d.masked_fill(excluded, 0)
+    p = (d - saved.log1p_r[:, None]).exp().masked_fill(excluded, 0)
+    gz = torch.zeros_like(z)
+    if upstream.entropy is not None:
+        gz += upstream.entropy[:, None] * p * (saved.mean_d[:, None] - d)
+    if upstream.lse is not None:
+        gz += upstream.lse[:, None] * p
+    if upstream.logprob is not None:
+        gz += upstream.logprob[:, None] * _logprob_grad(p, d, excluded, spec, saved)
+    gx = gz * _slope(z, excluded, spec)
+    # 0 * NaN would leak a masked row's NaN, and exp() forgets that a saved maximum was NaN.
+    gx = torch.where(saved.max.isnan()[:, None], math.nan, gx)
+    if spec.mask is not None:
+        gx = torch.where(spec.mask[:, None], gx, 0)
+    full = torch.zeros(gx.shape[0], logits.shape[-1], dtype=gx.dtype, device=gx.device)
+    full[:, : spec.valid_vocab] = gx
+    out.copy_(full.view(out.shape))
+
+
+def loss(
+    logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
+) -> list[Tensor]:
+    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
+    rows = stats(logits, spec, outputs)
+    grad(logits, spec, Saved(*rows[:3]), upstream, out)
+    return rows
+
+
+def _logprob_grad(p: Tensor, d: Tensor, excluded: Tensor, spec: RowSpec, saved: Saved) -> Tensor:
+    """1[v=y] - p_v, with 1 - p_y taken as -expm1(log p_y): exact as p_y -> 1."""
+    target = _safe_target(spec)[:, None]
+    log_p = torch.where(excluded, -math.inf, d - saved.log1p_r[:, None])
+    return (-p).scatter(1, target, -torch.expm1(log_p.gather(1, target)))
+
+
+def _slope(z: Tensor, excluded: Tensor, spec: RowSpec) -> Tensor | float:
+    """dz/dx = logit_scale * (1 - tanh^2) / T."""
+    temperature = _temperature(spec, z)
+    if not spec.softcap:
+        return spec.logit_scale / temperature
+    tanh = (z * temperature / spec.softcap).masked_fill(excluded, -1)
+    return spec.logit_scale * (1 - tanh * tanh) / temperature
+
+
+def _temperature(spec: RowSpec, like: Tensor) -> Tensor | float:
+    if spec.temperature_rows is None:
+        return spec.temperature
+    return spec.temperature_rows.to(like.dtype)[:, None]
+
+
+def _safe_target(spec: RowSpec) -> Tensor:
+    """Targets out of range, as those of rows that are not computed may be, read index 0."""
+    return torch.where(_in_range(spec), spec.target, 0)
+
+
+def _in_range(spec: RowSpec) -> Tensor:
+    return (spec.target >= 0) & (spec.target < spec.valid_vocab)
+
+
+def _good_arguments(spec: RowSpec) -> Tensor | bool:
+    """False in rows of a target out of range or a temperature not positive and finite."""
+    good = True if spec.target is None else _in_range(spec)
+    if spec.temperature_rows is None:
+        return good
+    return good & (spec.temperature_rows > 0) & spec.temperature_rows.isfinite()
+
+
+def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor:
+    row = torch.where(usable, row, math.nan)
+    return row if mask is None else torch.where(mask, row, 0)

@@ -1,0 +1,365 @@
+"""The kernels, one program per row: `statistics`, `gradient`, and `loss`, which is both in turn.
+
+Arguments that go together travel as NamedTuples (`launch` defines them): `view`, where the rows
+lie; `rows`, the tensors of a RowSpec; `up`, those of an Upstream; `outs`, the results asked for;
+`how`, what is fixed when a kernel is compiled. An absent tensor is None and costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from em_kernels.backends.interface import OUTPUTS, Saved
+from em_kernels.backends.triton.elementary import exp, expm1, log1p
+from em_kernels.backends.triton.moments import distance, join_lanes, merge, merge_shifted
+from em_kernels.backends.triton.reads import (
+    last_to_arrive,
+    load_state,
+    load_z,
+    nothing_read,
+    numbers_of_a_lane,
+    per_thread,
+    put_state,
+    read_row,
+    row_constants,
+    row_of,
+    transform,
+    whole_vectors,
+)
+
+RESULTS = tl.constexpr(len(Saved._fields) + len(OUTPUTS))
+
+
+@triton.jit
+def is_counted(row, rows):
+    counted = row >= 0
+    if rows.mask is not None:
+        counted = tl.load(rows.mask + row) != 0
+    return counted
+
+
+@triton.jit
+def load_target(x, row, rows, valid, constants, how):
+    """y, whether it is in range, and z and d softcap / du there."""
+    y = tl.load(rows.target + row)
+    known = (y >= 0) & (y < valid)
+    y = tl.where(known, y, 0).to(tl.int32)
+    bias = None if rows.bias is None else tl.load(rows.bias + y)
+    z, slope = transform(tl.load(x + y), bias, constants, how)
+    return y, known, z, slope
+
+
+@triton.jit
+def put(pointer, row, value):
+    if pointer is not None:
+        tl.store(pointer + row, value)
+
+
+@triton.jit
+def put_zeros(outs, row):
+    for i in tl.static_range(RESULTS):
+        put(outs[i], row, 0.0)
+
+
+@triton.jit
+def put_second_order(outs, row, r, q, t, c, b, d_target):
+    """varentropy, collision, entropy_slope; the last is grouped so that nothing cancels when the
+    target is the maximum."""
+    norm = 1 + r
+    mean_d = q / norm
+    put(outs.varentropy, row, t / norm)
+    put(outs.collision, row, (1 + c) / (norm * norm))
+    if outs.entropy_slope is not None:
+        d = distance(d_target, 0.0)
+        e = exp(d)
+        value = mean_d * ((e - 1) + e * r - c) + b - e * d * norm
+        put(outs.entropy_slope, row, value / (norm * norm))
+
+
+@triton.jit
+def put_moments(outs, row, moments, m, log1p_r):
+    """Mean, variance and skewness of the finite z, and KL(uniform || p)."""
+    count, mean, second, third = merge_shifted(moments, m)
+    var = second / count
+    put(outs.logit_mean, row, m + mean)
+    put(outs.logit_var, row, var)
+    put(outs.logit_skew, row, tl.where(var == 0, 0, third / count / (var * tl.sqrt(var))))
+    put(outs.self_certainty, row, log1p_r - mean - tl.log(count))
+
+
+@triton.jit
+def put_row(outs, row, state, y, known, z_target, how):
+    """Merge the lanes, store what was asked for, return (max, log1p(r), E)."""
+    hi, sums, moments, first = state
+    m, r, q, t, c, b = merge(hi, sums, how)
+    if y is not None:
+        m = tl.where(known, m, float("nan"))
+    r = tl.where(m == m, r, float("nan"))
+    log1p_r = log1p(r)
+    mean_d = q / (1 + r)
+    put(outs.max, row, m)
+    put(outs.log1p_r, row, log1p_r)
+    put(outs.mean_d, row, mean_d)
+    put(outs.entropy, row, log1p_r - mean_d)
+    put(outs.lse, row, m + log1p_r)
+    put(outs.max_prob, row, 1 / (1 + r))
+    if y is not None:
+        put(outs.logprob, row, z_target - m - log1p_r)
+    if how.top1:
+        index = tl.min(tl.where(hi == m, first, 2147483647), 0)
+        put(outs.is_top1, row, tl.where(m == m, tl.where(index == y, 1.0, 0.0), float("nan")))
+    if how.second:
+        put_second_order(outs, row, r, q, t, c, b, m if y is None else z_target - m)
+    if how.moments:
+        put_moments(outs, row, moments, m, log1p_r)
+    return m, log1p_r, mean_d
+
+
+@triton.jit
+def gradient_terms(row, up, m, log1p_r, mean_d, constants):
+    """dz/dx before the softcap, and a, b of the gradient exp(d) (a - b d) of all entries."""
+    scale, _, inverse_t = constants
+    factor = tl.where(m == m, scale * inverse_t, float("nan"))
+    a = factor * 0
+    b = factor * 0
+    if up.entropy is not None:
+        b = tl.load(up.entropy + row).to(m.dtype)
+        a += b * mean_d
+    if up.lse is not None:
+        a += tl.load(up.lse + row)
+    if up.logprob is not None:
+        a -= tl.load(up.logprob + row)
+    norm = factor * exp(-log1p_r)
+    return factor, a * norm, b * norm
+
+
+@triton.jit
+def target_gradient(row, up, d, slope, factor, log1p_r, mean_d):
+    """The gradient at the target, where 1 - p_y is -expm1(log p_y): exact as p_y -> 1."""
+    p = exp(distance(d, 0.0) - log1p_r)
+    g = -expm1(d - log1p_r) * tl.load(up.logprob + row)
+    if up.entropy is not None:
+        g += tl.load(up.entropy + row) * p * (mean_d - distance(d, 0.0))
+    if up.lse is not None:
+        g += tl.load(up.lse + row) * p
+    return g * factor * slope
+
+
+@triton.jit
+def entry_gradient(z, slope, is_target, terms, up, how):
+    """exp(d) (a - b d) softcap', or at the target what `target_gradient` says."""
+    m, a, b, _, g_target = terms
+    d = distance(z, m)
+    g = exp(d)
+    if up.entropy is None:
+        g = g * a
+    else:
+        g = g * tl.fma(-b, d, a)
+    if how.capped:
+        g = g * slope
+    if up.logprob is not None:
+        g = tl.where(is_target, g_target, g)
+    return g
+
+
+@triton.jit
+def outruns_reads(start, step):
+    """Whether the stores of a narrowing step may reach entries no barrier says are read.
+
+    Step k = start / step writes the bytes of steps up to k / 2, so a barrier between the loads and
+    the stores of steps 0, 1, 3, 7, 15, ... covers every step up to the next of them.
+    """
+    return ((start + step) & start) == 0
+
+
+@triton.jit
+def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
+    """The gradient of a row; 0 beyond `valid`.
+
+    `out` may lie over `x`. If both are equally wide, a lane rereads only its own entries. If `out`
+    is half as wide, entry j is written over entry j // 2: all lanes must have read it.
+    """
+    narrows = out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth
+    each: tl.constexpr = per_thread(out.dtype.element_ty)
+    lanes = tl.arange(0, how.block)
+    step: tl.constexpr = how.block * how.slices
+    vectors, first, last = whole_vectors(out, vocab, how)
+    write_edge(x, out, 0, first, rows, up, valid, constants, terms, how)
+    y = terms[3] - first
+    size, count = last - first, tl.minimum(valid, last) - first
+    whole = tl.maximum(count, 0) // step * step
+    for start in range(0, whole, step):
+        slices = ()
+        for k in tl.static_range(how.slices):
+            block = load_z(x, rows, first, start + k * how.block, None, constants, how)
+            slices = slices + (block,)
+        if narrows and outruns_reads(start, step):
+            tl.debug_barrier()
+        for k in tl.static_range(how.slices):
+            base = start + k * how.block
+            z, slope = slices[k]
+            g = entry_gradient(z, slope, lanes == y - base, terms, up, how)
+            tl.store(vectors + base + lanes, g)
+    for start in range(whole, size, how.block):
+        z, slope = load_z(x, rows, first, start, count - start, constants, how)
+        if narrows:
+            tl.debug_barrier()
+        g = entry_gradient(z, slope, lanes == y - start, terms, up, how)
+        g = tl.where(lanes < count - start, g, 0)
+        tl.store(vectors + start + lanes, g, mask=lanes // each < (size - start) // each)
+    write_edge(x, out, last, vocab, rows, up, valid, constants, terms, how)
+
+
+@triton.jit
+def write_edge(x, out, begin, end, rows, up, valid, constants, terms, how):
+    """The gradient of the entries [begin, end), fewer than 16 bytes."""
+    at = begin + tl.arange(0, 8)
+    mask = at < tl.minimum(end, valid)
+    bias = None
+    if rows.bias is not None:
+        bias = tl.load(rows.bias + at, mask=mask)
+    z, slope = transform(tl.load(x + at, mask=mask), bias, constants, how)
+    if out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth:
+        tl.debug_barrier()
+    g = entry_gradient(z, slope, at == terms[3], terms, up, how)
+    tl.store(out + at, tl.where(mask, g, 0), mask=at < end)
+
+
+@triton.jit
+def write_zeros(out, vocab, how):
+    vectors, first, last = whole_vectors(out, vocab, how)
+    each: tl.constexpr = per_thread(out.dtype.element_ty)
+    lanes, edge = tl.arange(0, how.block), tl.arange(0, 8)
+    zero = tl.zeros((how.block,), how.wide)
+    for start in range(0, last - first, how.block):
+        inside = lanes // each < (last - first - start) // each
+        tl.store(vectors + start + lanes, zero, mask=inside)
+    tl.store(out + edge, tl.zeros((8,), how.wide), mask=edge < first)
+    tl.store(out + last + edge, tl.zeros((8,), how.wide), mask=last + edge < vocab)
+
+
+@triton.jit
+def statistics(
+    logits,
+    view,
+    rows,
+    outs,
+    shared,
+    vocab,
+    valid,
+    scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    how,
+):
+    """One program a row; with `shared`, one for each part of a row, the last of which merges."""
+    row = tl.program_id(0)
+    parts = tl.cdiv(valid, how.part)
+    part = 0
+    if shared is not None:
+        part = row % parts
+        row = row // parts
+    if is_counted(row, rows):
+        x = row_of(logits, row, view, how)
+        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        if shared is None:
+            state = read_row(x, rows, 0, valid, constants, how)
+            finish_row(x, row, state, rows, outs, valid, constants, how)
+        else:
+            begin = part * how.part
+            end = tl.minimum(begin + how.part, valid)
+            state = read_row(x, rows, begin, end, constants, how)
+            pairs: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
+            numbers: tl.constexpr = numbers_of_a_lane(how.second, how.moments, how.top1)
+            size: tl.constexpr = numbers * (how.block // 4)
+            states = shared.states + row.to(tl.int64) * parts * size
+            put_state(states + part * size, state, how)
+            if last_to_arrive(shared.arrived + row, parts):
+                state = nothing_read(how.wide, pairs, how)
+                for i in range(parts):
+                    state = join_lanes(state, load_state(states + i * size, pairs, how), how)
+                finish_row(x, row, state, rows, outs, valid, constants, how)
+    else:
+        put_zeros(outs, row)
+
+
+@triton.jit
+def finish_row(x, row, state, rows, outs, valid, constants, how):
+    y, known, z_target = None, None, None
+    if rows.target is not None:
+        y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
+    put_row(outs, row, state, y, known, z_target, how)
+
+
+@triton.jit
+def gradient(
+    logits,
+    view,
+    out,
+    out_view,
+    rows,
+    saved,
+    up,
+    vocab,
+    valid,
+    scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    how,
+):
+    row = tl.program_id(0)
+    out = row_of(out, row, out_view, how)
+    if is_counted(row, rows):
+        x = row_of(logits, row, view, how)
+        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        m = tl.load(saved.max + row)
+        log1p_r = tl.load(saved.log1p_r + row)
+        mean_d = tl.load(saved.mean_d + row)
+        factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
+        terms = (m, a, b, -1, 0.0)
+        if up.logprob is not None:
+            y, _, z, slope = load_target(x, row, rows, valid, constants, how)
+            # No thread may overwrite the target's logit, in place, before all have read it.
+            tl.debug_barrier()
+            g = target_gradient(row, up, z - m, slope, factor, log1p_r, mean_d)
+            terms = (m, a, b, y, g)
+        write_gradient(x, out, rows, up, vocab, valid, constants, terms, how)
+    else:
+        write_zeros(out, vocab, how)
+
+
+@triton.jit
+def loss(
+    logits,
+    view,
+    out,
+    out_view,
+    rows,
+    outs,
+    up,
+    vocab,
+    valid,
+    scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    how,
+):
+    row = tl.program_id(0)
+    if is_counted(row, rows):
+        x = row_of(logits, row, view, how)
+        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        y, known, z_target, slope = None, None, None, None
+        if rows.target is not None:
+            y, known, z_target, slope = load_target(x, row, rows, valid, constants, how)
+        state = read_row(x, rows, 0, valid, constants, how)
+        m, log1p_r, mean_d = put_row(outs, row, state, y, known, z_target, how)
+        out = row_of(out, row, out_view, how)
+        factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
+        terms = (m, a, b, -1, 0.0)
+        if up.logprob is not None:
+            d = z_target - m
+            g = target_gradient(row, up, d, slope, factor, log1p_r, mean_d)
+            terms = (m, a, b, y, g)
+        write_gradient(x, out, rows, up, vocab, valid, constants, terms, how)
+    else:
+        put_zeros(outs, row)
+        write_zeros(row_of(out, row, out_view, how), vocab, how)

@@ -1,0 +1,233 @@
+"""A vocabulary cut between the ranks of a process group: a backend made out of another one.
+
+Every rank holds a slice of the vocabulary, in the order of the group's ranks. The wrapped backend
+sees only that slice. Its statistics are exchanged in one collective per call (per chunk, from
+hidden states) and merged by `_merge`; its gradient is that of the whole rows' `Saved`. What that
+leaves of the gradient of hidden states is this rank's share; autograd sums it (`all_reduce`).
+
+All ranks must make the same calls with the same arguments, and with them the same collectives.
+What can be told apart cheaply is compared before anything else is done, so that a mismatch is an
+error on every rank and not a wait without end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from em_kernels.backends import reference
+from em_kernels.backends.choice import serves
+from em_kernels.backends.interface import (
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    select_rows,
+    spec_of_slice,
+    upstream_of_slice,
+)
+from em_kernels.backends.merge import merge, parts_of
+
+_BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
+_SHARED = (
+    "number of tokens",
+    "mask and ignored targets",
+    "target",
+    "options (dtype, impl, outputs, temperature, chunk_tokens, whether hidden is frozen, ...)",
+)
+
+
+class Shards(NamedTuple):
+    """How the real entries of a vocabulary lie on the ranks of a group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    ends: list[int]  # of each rank's entries; entries from `valid_vocab` on are left out
+    widest: int
+
+    @property
+    def start(self) -> int:
+        return self.ends[self.rank - 1] if self.rank else 0
+
+    @property
+    def size(self) -> int:
+        return self.ends[self.rank] - self.start
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The process group that torch.distributed registered under `name`."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks; 16-bit numbers are added in float32 and rounded once."""
+    total = x.to(accumulate_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
+    if total.numel():
+        dist.all_reduce(total, group=resolve(group))
+    return total.to(x.dtype)
+
+
+def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple) -> Shards:
+    """Exchange the sizes of the shards; ValueError on every rank if they were called differently.
+
+    `options` is whatever else must be the same; `like` has the rows and the device.
+    """
+    group = resolve(spec.group)
+    tokens = like.shape[:-1].numel()
+    common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
+    own = torch.tensor([vocab, tokens, 0, 0, zlib.crc32(repr(common).encode())])
+    own = own.to(like.device)
+    place = torch.arange(1, tokens + 1, device=like.device)
+    if spec.mask is not None:
+        own[2] = (place * spec.mask).sum()
+    if spec.target is not None:
+        counted = spec.target if spec.mask is None else spec.target * spec.mask
+        own[3] = (place * counted).sum()
+    sizes, *shared = _gather(own, group).T.tolist()
+    for name, values in zip(_SHARED, shared, strict=True):
+        if len(set(values)) > 1:
+            got = values if name == _SHARED[0] else f"checksums {values}"
+            raise ValueError(f"group: every rank must be given the same {name}, got {got}")
+    return _lay_out(group, sizes, spec.valid_vocab)
+
+
+def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Shards:
+    total = sum(sizes)
+    valid = valid_vocab or total
+    if valid > total:
+        raise ValueError(
+            f"valid_vocab must be in [1, {total}], the entries of all ranks, got {valid}"
+        )
+    if total == 0:
+        raise ValueError("group: no rank has an entry of the vocabulary")
+    ends = torch.tensor(sizes).cumsum(0).clamp(max=valid).tolist()
+    return Shards(group, dist.get_rank(group), ends, max(sizes))
+
+
+class VocabParallel:
+    """The functions of a backend over whole rows, of which `logits` are this rank's entries.
+
+    In the `RowSpec` they are given, target is global, valid_vocab the number of real entries here.
+    """
+
+    def __init__(self, inner: ModuleType, shards: Shards):
+        self.inner, self.shards = inner, shards
+        self.first_entry = shards.start
+        self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
+        self.widest_shard = shards.widest  # memory is planned, and so rows are cut, for it
+        for name in ("empty", "add_product", "narrows"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
+        names = parts_of(outputs)
+        own = self._parts(logits, spec, names)
+        every = _gather(own, self.shards.group).to(torch.float64)
+        parts = dict(zip(names, every.unbind(1)))
+        owner = None
+        if spec.target is not None:
+            owner, known = self._owner(spec)
+            parts["max"] = parts["max"].masked_fill(~known, torch.nan)
+        rows = merge(parts, owner, outputs)
+        if spec.mask is not None:
+            rows = rows.masked_fill(~spec.mask, 0)
+        return [row.to(own.dtype, copy=True) for row in rows.unbind()]
+
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        """This rank's part of d loss / d logits into `out`."""
+        if spec.valid_vocab == 0:
+            out.zero_()
+            return
+        upstream = upstream_of_slice(spec, upstream, self.first_entry, self.shards.size)
+        self.inner.grad(logits, self._own_spec(spec), saved, upstream, out)
+
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        """`stats`, then `grad`: of the whole rows, the logits still in memory."""
+        rows = self.stats(logits, spec, outputs)
+        self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
+        return rows
+
+    def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> Tensor:
+        """What this rank reports, (P, N): the inner backend's statistics; where it has no finite
+        logit, max -inf and all else 0."""
+        rows = logits.shape[:-1].numel()
+        wide = accumulate_dtype(logits.dtype)
+        if spec.valid_vocab == 0:
+            own = torch.zeros(len(names), rows, dtype=wide, device=logits.device)
+            own[0] = -torch.inf
+            return own
+        spec = self._own_spec(spec)
+        counting = "count" in names
+        asked = names[len(Saved._fields) : len(names) - counting]
+        parts = self.inner.stats(logits, spec, asked)
+        # A row without a finite logit is NaN here, as one with a NaN is: look which it was.
+        present = count_present(self.inner, logits, spec, None if counting else parts[0])
+        own = torch.stack([*parts, present.to(wide)] if counting else parts)
+        nothing = present == 0
+        own.masked_fill_(nothing, 0)
+        own[0].masked_fill_(nothing, -torch.inf)
+        return own
+
+    def _own_spec(self, spec: RowSpec) -> RowSpec:
+        return spec_of_slice(spec, self.first_entry, self.shards.size)
+
+    def _owner(self, spec: RowSpec) -> tuple[Tensor, Tensor]:
+        """(the rank that has the target, whether there is one)"""
+        if self._ends is None:
+            self._ends = torch.tensor(self.shards.ends, device=spec.target.device)
+        owner = torch.searchsorted(self._ends, spec.target, right=True)
+        known = (spec.target >= 0) & (spec.target < self.shards.ends[-1])
+        return owner.clamp_(max=len(self.shards.ends) - 1), known
+
+
+def count_present(backend: ModuleType, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
+    """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
+
+    Triton's kernel, where there is one for the device, waits for nothing.
+    """
+    device = logits.device
+    if not hasattr(backend, "count_present") and device.type != "cpu" and serves("triton", device):
+        backend = importlib.import_module("em_kernels.backends.triton")
+    if hasattr(backend, "count_present"):
+        return backend.count_present(logits, spec, top)
+    rows = logits.shape[:-1].numel()
+    suspect = torch.arange(rows, device=device) if top is None else top.isnan().nonzero()[:, 0]
+    counts = torch.full((rows,), -1, device=device)
+    return counts.index_copy_(0, suspect, _count_rows(logits, spec, suspect))
+
+
+def _count_rows(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
+    """The counts of `rows`; some at a time, to bound the copies."""
+    inner, vocab = logits.shape[1:]
+    counts = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    step = max(1, _BLOCK_ENTRIES // vocab)
+    for begin in range(0, len(rows), step):
+        block = rows[begin : begin + step]
+        z = reference.transform(logits[block // inner, block % inner], select_rows(spec, block))
+        counts[begin : begin + step] = (z != -torch.inf).sum(-1)
+    return counts
+
+
+def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, in their order, stacked."""
+    world = dist.get_world_size(group)
+    every = own.new_empty(world, *own.shape)
+    if own.numel():
+        dist.all_gather(list(every.unbind()), own, group)
+    return every

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from em_kernels.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,180 @@
+"""The commands analyze tokens, analyze run, analyze law."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from em_kernels.analysis.law import entropy_law, points_of
+from em_kernels.analysis.report import save, write_report
+from em_kernels.analysis.run_curve import evaluate_run
+from em_kernels.analysis.temperature import entropy_at_temperatures
+from em_kernels.analysis.texts import Texts
+from em_kernels.analysis.tokens import TokenFile, read_tokens
+from em_kernels.cli.options import (
+    GO_ON,
+    AddCommon,
+    add_asking,
+    add_model_options,
+    asking,
+    quiet_transformers,
+    temperatures_of,
+)
+from em_kernels.evaluator.asking import longest_prompt
+from em_kernels.evaluator.records import SETTINGS, read_settings
+from em_kernels.evaluator.run import run_eval
+from em_kernels.lm.models import load_model
+
+TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def add_analyze(commands, add_common: AddCommon) -> None:
+    parser = commands.add_parser(
+        "analyze",
+        help="entropies and logits of texts, of a run, of evaluations",
+        description="What entropies and logits say about a model, beyond its accuracy.",
+    )
+    kinds = parser.add_subparsers(required=True, metavar="tokens | run | law")
+    _add_tokens(kinds, add_common)
+    _add_run(kinds, add_common)
+    _add_law(kinds, add_common)
+
+
+def _add_tokens(kinds, add_common: AddCommon) -> None:
+    parser = kinds.add_parser(
+        "tokens",
+        help="forks, entropy against temperature, logits shift",
+        description="Read texts once through a model: entropy by token and the forks, entropy "
+        "against temperature, moments of the logits; with --after, how these shift.",
+    )
+    parser.add_argument(
+        "source", help='folder of an evaluation, or JSON lines {"prompt", "response"}'
+    )
+    parser.add_argument("--model", help="default: the evaluation's")
+    parser.add_argument("--after", metavar="MODEL", help="a second model, to compare the logits")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="above 0"
+    )
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of tokens that are forks")
+    parser.add_argument("--limit", type=int, help="only the first so many texts")
+    parser.add_argument(
+        "--drawn-at", type=float, metavar="T", help="only answers of this temperature, 0 is greedy"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
+    add_model_options(parser)
+    add_common(parser, _tokens)
+
+
+def _tokens(arguments: argparse.Namespace) -> int:
+    # Imported where they are used: the command line starts without NumPy.
+    from em_kernels.analysis.forks import forks
+    from em_kernels.analysis.shift import logits_shift
+
+    quiet_transformers()
+    arguments.go_on = GO_ON
+    is_evaluation = (Path(arguments.source) / SETTINGS).is_file()
+    output, model = arguments.output, arguments.model
+    if is_evaluation:
+        output = output or arguments.source
+        model = model or read_settings(arguments.source)["config"]["model"]
+    for name, value in (("output", output), ("model", model)):
+        if value is None:
+            raise ValueError(f"--{name} must be given where the texts are not an evaluation's")
+    before, texts = _read(arguments, model, Path(output) / "tokens.jsonl", arguments.temperatures)
+    results = {
+        "forks": forks(before, texts.tokenizer, ratio=arguments.ratio),
+        "temperature": entropy_at_temperatures(before),
+    }
+    after = None
+    if arguments.after:
+        path = Path(output) / "tokens-after.jsonl"
+        after, _ = _read(arguments, arguments.after, path, (), texts.tokenizer)
+    results["shift"] = logits_shift(before, after)
+    return _done(output, {n: {**r, "left_out": dict(texts.left_out)} for n, r in results.items()})
+
+
+def _read(
+    arguments: argparse.Namespace, name: str, path: Path, temperatures, tokenizer=None
+) -> tuple[TokenFile, Texts]:
+    """Read the texts through the model called `name`; `tokenizer` is that of the model before."""
+    model, own = load_model(name, arguments.device, getattr(torch, arguments.dtype))
+    if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
+        raise ValueError(f"--after {name} has another vocabulary than the model before")
+    longest = longest_prompt(model)
+    texts = Texts(
+        arguments.source,
+        tokenizer or own,
+        longest=None if longest is None else longest + 1,
+        limit=arguments.limit,
+        drawn_at=arguments.drawn_at,
+    )
+    options = dict(name=name, temperatures=temperatures, progress=not arguments.quiet)
+    return read_tokens(model, texts, path, **options), texts
+
+
+def _add_run(kinds, add_common: AddCommon) -> None:
+    parser = kinds.add_parser(
+        "run",
+        help="accuracy and entropy of every checkpoint of a training run",
+        description="Evaluate the model a run began with and each of its checkpoints: accuracy and "
+        "entropy by update, over-confidence, and the fit R = -a exp(H) + b.",
+    )
+    parser.add_argument("run", help="folder of the run; evaluations go into it")
+    parser.add_argument("--problems", required=True, metavar="FILE|PRESET", help="as in eval")
+    parser.add_argument("--samples", type=int, help="answers a problem (default 1)")
+    parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="as in eval")
+    parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
+    add_asking(parser)
+    add_common(parser, _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    quiet_transformers()
+    arguments.go_on = GO_ON
+    temperatures = temperatures_of(arguments)
+
+    def evaluate(model: str, folder: Path) -> dict:
+        if not arguments.quiet:
+            print(f"{folder.name}: {model}", flush=True)
+        config = asking(arguments, model=model, output=folder, temperatures=temperatures)
+        return run_eval(config, progress=not arguments.quiet)
+
+    return _done(arguments.run, {"run": evaluate_run(arguments.run, evaluate)})
+
+
+def _add_law(kinds, add_common: AddCommon) -> None:
+    parser = kinds.add_parser(
+        "law",
+        help="fit R = -a exp(H) + b over evaluations or the updates of a run",
+        description="Fit R = -a exp(H) + b: accuracy against mean entropy, a point for each "
+        "evaluation and temperature above 0; or, of a training run, accuracy or reward against "
+        "mean entropy, a point for each update.",
+    )
+    parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
+    parser.add_argument("--output", metavar="DIR", help="default: the first folder")
+    add_common(parser, _law)
+
+
+def _law(arguments: argparse.Namespace) -> int:
+    points, left_out = [], Counter()
+    for folder in arguments.folders:
+        found = points_of(folder)
+        points += found.points
+        left_out.update(found.left_out)
+    output = arguments.output or arguments.folders[0]
+    return _done(output, {"law": entropy_law(points, dict(left_out))})
+
+
+def _done(folder: str | Path, results: dict[str, dict]) -> int:
+    """Write and print what was found."""
+    for name, result in results.items():
+        save(folder, name, result)
+    report = write_report(folder)
+    for name in results:
+        section = report.sections[name]
+        print(*(table.text() for table in section.tables), *section.notes, sep="\n")
+    print(f"report: {report.path}")
+    return 0

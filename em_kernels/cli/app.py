@@ -1,0 +1,366 @@
+"""The command line: em-kernels train | merge | eval | compare | select | analyze |
+report | info."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import em_kernels
+from em_kernels.cli.evaluate import add_commands
+from em_kernels.cli.options import quiet_transformers
+from em_kernels.lm.judge.judges import JUDGES
+from em_kernels.lm.models import newest_checkpoint
+from em_kernels.lm.text import one_line
+from em_kernels.objectives.kl import KL_ESTIMATORS
+from em_kernels.trainer import (
+    CheckpointError,
+    RankError,
+    RLConfig,
+    TrainConfig,
+    TrainResult,
+    merge_checkpoint,
+    read_config,
+    read_prompts,
+    train,
+)
+from em_kernels.trainer.config import DTYPES, SAMPLERS
+from em_kernels.trainer.rl_config import OBJECTIVES, PPL_LABELS, REWARDS
+
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    CheckpointError,
+    torch.OutOfMemoryError,
+)
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an error is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except RankError:  # the rank that failed says why
+        return FAILED
+    except USER_ERRORS as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        message = one_line(error, None)
+        print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\nem-kernels: interrupted{_where_it_stopped(arguments)}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="em-kernels", description="Entropy minimisation of language models."
+    )
+    parser.add_argument("--version", action="version", version=em_kernels.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_merge(commands)
+    add_commands(commands, _add_common)
+    info = commands.add_parser("info", help="versions, backends, CPU and GPUs")
+    _add_common(info, _info)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, command) -> None:
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.set_defaults(command=command)
+
+
+def _add_train(commands) -> None:
+    """The options are the fields of TrainConfig; one that is not given stays out."""
+    parser = commands.add_parser(
+        "train",
+        help="one-shot entropy minimisation, or reinforcement learning by name",
+        description="Minimise the entropy of a model's answers to one prompt, without labels; or, "
+        "with --objective, train it on problems by GRPO and its kin.",
+        argument_default=argparse.SUPPRESS,
+    )
+    setting = partial(_add_setting, parser, TrainConfig())
+    parser.add_argument("--model", help="a model folder or a hub name")
+    parser.add_argument("--output", help="folder of the run: metrics.jsonl and checkpoints")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with the run in this folder, with its settings"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="the prompt (default: the published one); may be repeated"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help='JSON lines {"prompt": ...}')
+    setting("--updates", "optimiser updates")
+    setting("--responses", "sampled answers an update")
+    setting("--micro-batch", "answers that go through the loss at once")
+    setting("--sample-batch", "answers sampled at once")
+    setting("--loss-temperature", "temperature of the loss")
+    setting("--sampling-temperature", "temperature of the sampling")
+    setting("--top-p", "nucleus of the sampling")
+    setting("--top-k", "likeliest tokens to sample from, 0 for all")
+    setting("--repetition-penalty", "of the sampling")
+    setting("--max-new-tokens", "longest answer")
+    setting("--sampler", "vllm: an engine of it on each GPU", choices=SAMPLERS)
+    setting("--vllm-memory", "share of a GPU's memory that vLLM may take")
+    setting("--reduction", "of the loss", choices=("token_mean", "sequence_mean"))
+    setting("--learning-rate", "of AdamW, constant")
+    setting("--weight-decay", "of AdamW")
+    setting("--clip", "largest gradient norm")
+    setting("--dtype", "bfloat16 is autocast around float32 parameters", choices=DTYPES)
+    setting("--device", "auto, cpu, cuda, cuda:1, ...")
+    setting("--gradient-checkpointing", "recompute layers to spare memory", action="store_true")
+    setting("--compat", "count as the published script does", choices=("official",))
+    setting("--seed", "of the sampling")
+    setting("--save-every", "updates between checkpoints, 0: only at the end")
+    setting("--keep-checkpoints", "how many to keep, 0: all")
+    setting("--shards-only", "under torchrun: no merged weights", action="store_true")
+    setting("--save-merged", "of an adapter: also the whole model", action="store_true")
+    setting("--stop-entropy", "stop below this mean entropy, nats", type=float)
+    setting("--stop-skew", "stop above this skewness of the logits", type=float)
+    setting("--stop-patience", "after so many such updates in a row")
+    _add_rl(parser)
+    parser.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+    _add_common(parser, _train)
+    parser.set_defaults(traceback=False)
+
+
+def _add_rl(parser: argparse.ArgumentParser) -> None:
+    """The options are the fields that RLConfig adds."""
+    group = parser.add_argument_group(
+        "reinforcement learning (with --objective or --schedule; temperatures, top-p, repetition "
+        "penalty and learning rate have other defaults: 1, 1, 1, 1e-6)"
+    )
+    setting = partial(_add_setting, group, RLConfig(problems=((".", "0"),)))
+    group.add_argument("--objective", help="what to train for (default em)", choices=OBJECTIVES)
+    setting("--schedule", "stages instead, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov")
+    group.add_argument("--problems", metavar="FILE", help='JSON lines {"problem", "answer"}')
+    setting("--template", "the user's turn around a problem")
+    setting("--group-size", "answers to each problem of an update, 2 or more")
+    setting("--reward", "instead of the objective's own", choices=REWARDS)
+    setting("--judge", "what decides an answer", choices=JUDGES)
+    setting("--epochs", "passes over the answers of an update")
+    setting("--minibatches", "optimiser steps each pass")
+    group.add_argument(
+        "--no-normalize-std",
+        dest="normalize_std",
+        action="store_false",
+        help="do not divide advantages by the standard deviation of the group",
+    )
+    for flag, text in (
+        ("--clip-low", "clip bound of the ratio below 1, instead of the objective's own"),
+        ("--clip-high", "and above 1"),
+        ("--ratio", "fraction of the tokens that are selected, instead of the objective's own"),
+        ("--entropy-coef", "weight of the entropy bonus, instead of the objective's own"),
+        ("--entropy-target", "steer the entropy bonus toward this mean entropy, nats"),
+    ):
+        setting(flag, text, type=float)
+    setting("--entropy-step", "by so much an update")
+    setting("--em-coef", "weight of the mean entropy in stages em+NAME")
+    setting("--cov-lower", "clip_cov: least covariance")
+    setting("--cov-upper", "clip_cov: largest covariance")
+    setting("--kl-cov-coef", "kl_cov: weight of the penalty")
+    setting("--ref-kl", "weight of a KL penalty to the initial model")
+    setting("--kl-estimator", "of that penalty", choices=KL_ESTIMATORS)
+    setting("--empo-low", "empo: least semantic entropy of a problem, nats")
+    setting("--empo-high", "empo: largest")
+    setting("--max-length", "L_max of the length rewards, tokens", type=int)
+    setting("--sampling-rounds", "grpo++: draws an update, the first included")
+    setting("--gamma", "ppl: discount")
+    setting("--alpha", "ppl: scale of the regret")
+    setting("--ppl-label", "ppl: label of the segments", choices=PPL_LABELS)
+    group.add_argument(
+        "--no-measure-change",
+        dest="measure_change",
+        action="store_false",
+        help="do not read the entropy again after each update",
+    )
+
+
+def _add_setting(parser, default: TrainConfig, flag: str, text: str, **kwargs) -> None:
+    value = getattr(default, flag[2:].replace("-", "_"))
+    kind = {} if {"action", "choices", "type"} & set(kwargs) else {"type": _type_of(value)}
+    shown = "none" if value is None else str(value).replace("%", "%%")
+    parser.add_argument(flag, help=f"{text} (default {shown})", **{**kind, **kwargs})
+
+
+def _type_of(value) -> type:
+    return str if value is None else type(value)
+
+
+def _add_merge(commands) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="a model folder of a sharded checkpoint, or of an adapter",
+        description="Make a model folder for transformers of what several ranks wrote, or of an "
+        "adapter and the model below it.",
+    )
+    parser.add_argument("checkpoint", help="checkpoint-<update> of a run")
+    parser.add_argument("--output", required=True, help="the folder to make")
+    _add_common(parser, _merge)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    quiet_transformers()
+    resumed = getattr(arguments, "resume", None)
+    config = _resumed_config(arguments) if resumed else _new_config(arguments)
+    result = train(config, resume=bool(resumed), progress=not arguments.quiet)
+    if os.environ.get("RANK", "0") == "0":
+        _print_training(result)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    quiet_transformers()
+    print(f"model: {merge_checkpoint(arguments.checkpoint, arguments.output)}")
+    return 0
+
+
+def _new_config(arguments: argparse.Namespace) -> TrainConfig:
+    given = _settings(arguments)
+    for name in ("model", "output"):
+        if name not in given:
+            raise ValueError(f"--{name} must be given")
+    return _config_class(given)(**given)
+
+
+def _config_class(given: dict) -> type[TrainConfig]:
+    """RLConfig where an objective with rewards, or a schedule, is asked for."""
+    if given.get("schedule") or given.get("objective", "em") != "em":
+        return RLConfig
+    given.pop("objective", None)
+    others = sorted(set(given) - set(TrainConfig.__dataclass_fields__))
+    if others:
+        flag = others[0].replace("_", "-")
+        raise ValueError(f"--{flag} needs an --objective other than em, or a --schedule")
+    return TrainConfig
+
+
+def _resumed_config(arguments: argparse.Namespace) -> TrainConfig:
+    """The run's own settings, with those given on top; `train` refuses what cannot change."""
+    given = _settings(arguments)
+    if "output" in given:
+        raise ValueError("--output cannot be given with --resume: a run goes on in its folder")
+    config = read_config(arguments.resume)
+    unknown = sorted(set(given) - set(type(config).__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"--{unknown[0].replace('_', '-')} is no setting of the run to resume")
+    return replace(config, output=arguments.resume, **given)
+
+
+def _settings(arguments: argparse.Namespace) -> dict:
+    """The fields of RLConfig, those of TrainConfig among them, that the command line gives."""
+    given = dict(vars(arguments))
+    prompt, file = given.pop("prompt", None), given.pop("prompts", None)
+    if prompt is not None and file is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    if prompt is not None:
+        given["prompts"] = tuple(prompt)
+    if file is not None:
+        given["prompts"] = read_prompts(file)
+    return {name: given[name] for name in RLConfig.__dataclass_fields__ if name in given}
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(f"em_kernels    {em_kernels.__version__}")
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "transformers", "math-verify"):
+        print(f"{package:13} {_version(package)}")
+    print("backends")
+    for name, state in em_kernels.backends().items():
+        print(f"  {name:11} {state}")
+    print(f"CPU           {_cpu()}; {torch.get_num_threads()} threads")
+    print(f"CUDA          {_cuda()}")
+    for gpu in _gpus():
+        print(f"GPU           {gpu}")
+    return 0
+
+
+def _gpus() -> list[str]:
+    """What torch says of each, of there being none, or of not being able to look."""
+    try:
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:
+        return [f"torch cannot look: {type(error).__name__}: {error}"]
+    return [
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
+        f"compute capability {gpu.major}.{gpu.minor}"
+        for gpu in gpus
+    ] or ["none visible to torch"]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    """The instruction set of the compiled kernels, or of torch where they are not built."""
+    try:
+        built = importlib.import_module("em_kernels.backends.cpu").build_info()
+    except Exception:  # the backends above say why
+        return f"{torch.backends.cpu.get_cpu_capability().lower()}, torch's choice"
+    levels = ", ".join(built["isa_levels"])
+    return f"{built['isa']} in use out of {levels}; built by {built['compiler']}"
+
+
+def _cuda() -> str:
+    """What the CUDA kernels were compiled for; from sm_90 on, `loss` keeps a row in a cluster."""
+    try:
+        built = importlib.import_module("em_kernels._cuda")
+    except ModuleNotFoundError:
+        return "not built"
+    except Exception:  # the backends above say why
+        return "cannot be loaded"
+    numbers = [int(number) for number in re.findall(r"_(\d+)", built.architectures)]
+    clusters = "with" if max(numbers) >= 90 else "without"
+    return f"{built.architectures}, {clusters} thread-block clusters; built by nvcc {built.nvcc}"
+
+
+def _print_training(result: TrainResult) -> None:
+    for line in result.metrics[:1] + result.metrics[1:][-1:]:
+        print(
+            f"update {line['update']:>4}: loss {line['loss']:.4f}, mean entropy "
+            f"{line['mean_entropy']:.4f}, response length {line['response_length']:.1f}"
+            + (f", reward {line['reward_mean']:.3f}" if "reward_mean" in line else "")
+        )
+    print(f"checkpoint: {result.checkpoint}")
+
+
+def _rank_name() -> str:
+    """Under torchrun, which of several processes speaks."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"rank {os.environ.get('RANK')}: " if several else ""
+
+
+def _where_it_stopped(arguments: argparse.Namespace) -> str:
+    if hasattr(arguments, "go_on"):
+        return arguments.go_on
+    folder = getattr(arguments, "resume", None) or getattr(arguments, "output", None)
+    if folder is None:
+        return ""
+    last = newest_checkpoint(Path(folder))
+    state = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return f"; {state}; go on with: em-kernels train --resume {folder}"

@@ -1,0 +1,1 @@
+"""Rows of logits out of hidden states, a chunk at a time."""

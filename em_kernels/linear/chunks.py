@@ -1,0 +1,333 @@
+"""The chunk driver: row kernels over `hidden @ weight.T`, a bounded number of rows at a time.
+
+Forward is one matrix product, backward three (the logits again, dX, dW); where the loss weights
+are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
+out before the first product, or multiplied as zeros where finding them would wait (`_rows`). The
+gradient of a chunk takes the place of its logits: float32 logits of 16-bit operands are narrowed
+there where the backend can, and the products read it from there. Where it makes fewer chunks
+(`_cut`), the narrow gradient of a chunk of `loss` has memory of its own, and the logits of some of
+its rows at a time lie where dW will be. dW and db are summed over chunks in float32 (float64 for
+float64) and rounded once; the terms of both are the gradient rounded to the dtype of `hidden`. A
+backward pass of several chunks has blocks of the vocabulary outermost where that pays, and sums dX
+instead: `_vocab_blocks`. So has the forward pass of a backend that goes through rows in parts:
+`_vocab_forward`.
+
+The backward pass multiplies logits in the same pieces as the forward pass, since a matrix library
+gives the same bits only for the same shapes: the maximum of a row must be found again to the last
+bit, or the gradient of an entropy of 1e-9 is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends import row_index
+from em_kernels.backends.interface import (
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    pick,
+    select_rows,
+)
+from em_kernels.backends.row_index import kept_rows
+from em_kernels.linear import products, vocab_blocks, vocab_forward
+from em_kernels.linear.columns import BLOCK, kept_columns
+from em_kernels.linear.cut import LOGIT_BYTES, column_blocks, row_stride
+from em_kernels.linear.half import ready_dtype, rows_scale, scale_rows, unscaled
+from em_kernels.linear.plan import Linear, Needs, Rows, kept_shape
+from em_kernels.linear.workspace import empty, lie_in, room_for_gradient
+
+
+class Chunk(NamedTuple):
+    """The rows whose gradient is multiplied at once, and the memory they go through."""
+
+    rows: Tensor | slice
+    x: Tensor  # (R, D), the hidden rows
+    logits: Tensor  # (S, V), of some of the rows at a time
+    gradient: Tensor  # (R, V), beside the logits or over them
+    blocks: list[slice]  # of the vocabulary, one product for each; none where logits are there
+
+    def parts(
+        self, linear: Linear, spec: RowSpec
+    ) -> Iterator[tuple[Tensor | slice, Tensor, RowSpec, Tensor]]:
+        """(rows, their logits, their spec, where their gradient goes), S rows at a time."""
+        weight, count = linear.weight[: spec.valid_vocab], self.x.shape[0]
+        for start in range(0, count, self.logits.shape[0]):
+            own = slice(start, min(start + self.logits.shape[0], count))
+            logits = self.logits[: own.stop - start]
+            for columns in self.blocks:
+                products.multiply(self.x[own], weight[columns], logits[:, columns])
+            rows = _pick_rows(self.rows, own)
+            yield rows, logits, select_rows(spec, rows), self.gradient[own]
+
+
+def stats(
+    linear: Linear,
+    spec: RowSpec,
+    outputs: tuple[str, ...],
+    backend: ModuleType,
+    needs: Needs | None = None,
+    keep: int | None = 0,
+) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs], each (N,); one matrix product.
+
+    `needs` are those of the `grad` that will follow, None where none will. Where one will, the last
+    result is the logits that it need not multiply again, as many rows as `keep` bytes hold.
+    """
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    rows = Rows.counted(linear, index, backend, needs, True)
+    results, kept = _empty_rows(linear, rows, 3 + len(outputs)), None
+    if needs is not None:
+        shape = kept_shape(linear, keep)
+        kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
+        kept[:, linear.weight.shape[0] :] = 0
+    if rows.in_parts:
+        forward = vocab_forward.Pass.over(linear, spec, backend, rows)
+        for own in rows.spans():
+            _put(results, rows.at(own), forward.stats(own, outputs, kept))
+    else:
+        for chunk in _chunks(linear, spec, rows, backend, kept=kept):
+            for part, logits, row_spec, _ in chunk.parts(linear, spec):
+                _put(results, part, backend.stats(logits[None], row_spec, outputs))
+    return results if kept is None else [*results, kept]
+
+
+def grad(
+    linear: Linear,
+    spec: RowSpec,
+    saved: Saved,
+    upstream: Upstream,
+    needs: Needs,
+    backend: ModuleType,
+    kept: Tensor | None = None,
+) -> list[Tensor]:
+    """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products, or two
+    for rows whose logits are in `kept`, which stays as it is."""
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    rows = Rows.counted(linear, index, backend, needs, True)
+    if rows.cut.blocks > 1:
+        return vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept)
+    sums = _Gradients(linear, spec, upstream, needs, backend, rows)
+    for chunk in _chunks(linear, spec, rows, backend, kept=kept, again=True):
+        for part, logits, row_spec, out in chunk.parts(linear, spec):
+            part_saved = Saved(*(s[part] for s in saved))
+            weights = pick(sums.upstream, part)
+            backend.grad(logits[None], row_spec, part_saved, weights, out[None])
+        sums.add(chunk)
+    return sums.finish()
+
+
+def loss(
+    linear: Linear,
+    spec: RowSpec,
+    upstream: Upstream,
+    outputs: tuple[str, ...],
+    needs: Needs,
+    backend: ModuleType,
+) -> list[Tensor]:
+    """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products, two
+    where dX alone is wanted.
+
+    A gradient of float16 is float32 here: backward multiplies it by the loss scale and rounds it.
+    """
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    if needs == Needs(hidden=True) and vocab_forward.single_source(upstream):
+        rows = Rows.counted(linear, index, backend, needs, True)
+        if rows.in_parts:
+            forward = vocab_forward.Pass.over(linear, spec, backend, rows)
+            return _loss_of_hidden(forward, upstream, outputs)
+    rows = Rows.counted(linear, index, backend, needs)
+    results = _empty_rows(linear, rows, 3 + len(outputs))
+    sums = _Gradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
+    for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
+        for part, logits, row_spec, out in chunk.parts(linear, spec):
+            weights = pick(sums.upstream, part)
+            _put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
+        sums.add(chunk)
+    return [*results, *sums.finish()]
+
+
+def _loss_of_hidden(
+    forward: vocab_forward.Pass, upstream: Upstream, outputs: tuple[str, ...]
+) -> list[Tensor]:
+    """`loss` with the vocabulary outermost, of which only dX is wanted."""
+    hidden, rows = forward.linear.hidden, forward.rows
+    results = _empty_rows(forward.linear, rows, 3 + len(outputs))
+    out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
+    for own in rows.spans():
+        part = rows.at(own)
+        *values, out[part] = forward.loss(own, upstream, outputs)
+        _put(results, part, values)
+    none = hidden.new_zeros(0)
+    return [*results, out, none, none.clone()]
+
+
+def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> None:
+    for result, value in zip(results, values, strict=True):
+        result[rows] = value
+
+
+class _Gradients:
+    """dX, dW and db, summed over chunks.
+
+    `result` says which dtype the gradient of a tensor of a dtype has. Those of float16 operands are
+    made of `upstream`, scaled as `_half` says, summed in float32 and divided by `scale`.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        spec: RowSpec,
+        upstream: Upstream,
+        needs: Needs,
+        backend: ModuleType,
+        rows: Rows,
+        result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    ):
+        self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
+        self.scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
+        self.upstream = scale_rows(_counted(upstream, spec.mask), self.scale)
+        self.result = result
+        # Finding the columns waits for the device: a captured graph multiplies them all.
+        self.filter_eps = None if row_index.is_capturing(linear.hidden) else needs.filter_eps
+        hidden, weight = linear.hidden, linear.weight
+        wide = accumulate_dtype(hidden.dtype)
+        several, half = rows.count > rows.cut.chunk, self.scale is not None
+        early = several and needs.weight and rows.cut.logits < rows.cut.chunk
+        # Until `finish` the logits lie there.
+        self.rounded = weight.new_empty(weight.shape) if early else None
+        # The first chunk overwrites it: zeros would only cost the page faults.
+        self.started = self.filter_eps is not None
+        # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
+        shape = hidden.shape if needs.hidden else 0
+        self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
+        shape = weight.shape if needs.weight else (0,)
+        dtype = wide if several or half else weight.dtype
+        self.weight = empty(backend, shape, dtype, weight.device)
+        self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
+        self.bias = torch.zeros(
+            weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
+        )
+
+    def add(self, chunk: Chunk) -> None:
+        gradient, kept = chunk.gradient, None
+        valid = self.spec.valid_vocab
+        if self.needs.bias:
+            self.bias[:valid] += gradient.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
+        if self.filter_eps is not None:
+            upstream = pick(self.upstream, chunk.rows)
+            kept = kept_columns(gradient, upstream, self.filter_eps)
+        if kept is None:
+            self._add_all(chunk, gradient.to(chunk.x.dtype), self.linear.weight[:valid])
+        elif len(kept):
+            self._add_columns(chunk, kept)
+
+    def _add_all(self, chunk: Chunk, gradient: Tensor, weight: Tensor) -> None:
+        if self.needs.hidden:
+            for own in products.pieces(gradient, weight):
+                rows = _pick_rows(chunk.rows, own)
+                product = unscaled(products.back_multiply(gradient[own], weight), self.scale)
+                self.hidden[rows] = product.to(self.hidden.dtype)
+        if self.needs.weight:
+            total = self.weight[: weight.shape[0]]
+            products.accumulate(total, gradient, chunk.x, self.started, self.backend)
+            self.started = True
+
+    def _add_columns(self, chunk: Chunk, kept: Tensor) -> None:
+        """The same for some of the columns, gathered a block at a time."""
+        x = chunk.x
+        wide = x.new_zeros(x.shape, dtype=accumulate_dtype(x.dtype))
+        for columns in kept.split(BLOCK):
+            part = chunk.gradient[:, columns].to(x.dtype)
+            if self.needs.hidden:
+                weight = self.linear.weight[columns]
+                products.accumulate(wide, part.T, weight, True, self.backend)
+            if self.needs.weight:
+                product = self.weight.new_empty(len(columns), x.shape[1])
+                products.accumulate(product, part, x, False, self.backend)
+                self.weight.index_add_(0, columns, product)
+        if self.needs.hidden:
+            self.hidden[chunk.rows] = unscaled(wide, self.scale).to(self.hidden.dtype)
+
+    def finish(self) -> list[Tensor]:
+        if self.spec.mask is not None and self.needs.hidden:
+            self.hidden.masked_fill_(~self.spec.mask[:, None], 0)  # 0 times an inf of the weight
+        weight = self._rounded()
+        bias = unscaled(self.bias, self.scale)
+        if self.spec.bias is not None:
+            bias = bias.to(self.result(self.spec.bias.dtype))
+        return [self.hidden, weight, bias]
+
+    def _rounded(self) -> Tensor:
+        """dW in the dtype that is asked for; to 16 bits in one pass, from `rounded` on if given."""
+        dtype = self.result(self.linear.weight.dtype)
+        if self.scale is None:
+            rounded = self.rounded
+            return self.weight.to(dtype) if rounded is None else rounded.copy_(self.weight)
+        out = self.weight
+        if out.dtype != dtype:
+            out = torch.empty_like(out, dtype=dtype) if self.rounded is None else self.rounded
+        return torch.mul(self.weight, self.scale.reciprocal(), out=out)
+
+
+def _chunks(
+    linear: Linear,
+    spec: RowSpec,
+    rows: Rows,
+    backend: ModuleType,
+    spare: Tensor | None = None,
+    kept: Tensor | None = None,
+    again: bool = False,
+) -> Iterator[Chunk]:
+    """The chunks in turn, all in the same memory; that of `spare` may be used. The logits of the
+    first rows are in `kept`: they go there, or `again` have gone there."""
+    hidden, vocab, cut, held = linear.hidden, spec.valid_vocab, rows.cut, rows.held(kept)
+    width, blocks = row_stride(vocab), column_blocks(vocab, cut.blocks, cut.tile)
+    least = 0 if held == rows.count and not again else rows.count
+    shape = (min(cut.logits, least), width)
+    if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
+        logits = lie_in(spare, shape)
+    else:
+        logits = empty(backend, shape, linear.logits_dtype, hidden.device)
+    logits = logits[:, :vocab]
+    if cut.logits < cut.chunk:
+        shape = (min(cut.chunk, rows.count), width)
+        gradient = empty(backend, shape, hidden.dtype, hidden.device)[:, :vocab]
+    else:
+        gradient = room_for_gradient(logits, hidden.dtype, backend)
+    for own in rows.spans():
+        part, is_kept = rows.at(own), own.stop <= held
+        x = hidden[part]
+        if spec.mask is not None:
+            x = torch.where(spec.mask[part, None], x, 0)
+        room = kept[own, :vocab] if is_kept else logits
+        unread = [] if is_kept and again else blocks
+        yield Chunk(part, x, room, gradient[: x.shape[0]], unread)
+
+
+def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:
+    """Zeros where a row is left out: what a masked row reports."""
+    hidden = linear.hidden
+    dtype = accumulate_dtype(hidden.dtype)
+    make = torch.empty if rows.index is None else torch.zeros
+    return [make(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(count)]
+
+
+def _pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
+    """Those of `rows` that stand at `own`."""
+    if isinstance(rows, slice):
+        return slice(rows.start + own.start, rows.start + own.stop)
+    return rows[own]
+
+
+def _counted(upstream: Upstream, mask: Tensor | None) -> Upstream:
+    """0 where the mask is."""
+    if mask is None:
+        return upstream
+    return Upstream(*(None if g is None else torch.where(mask, g, 0) for g in upstream))

@@ -1,0 +1,200 @@
+"""What the chunk driver is asked for, and how it cuts rows, vocabulary and memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import accumulate_dtype
+from em_kernels.linear import products
+from em_kernels.linear.cut import (
+    ROW_ALIGN,
+    Cut,
+    count_blocks,
+    cut_columns,
+    cut_rows,
+    row_stride,
+    spare_rows,
+    workspace_bytes,
+)
+from em_kernels.linear.workspace import narrows
+
+
+class Needs(NamedTuple):
+    """Which of the three gradients are wanted: a frozen input costs neither time nor memory.
+
+    With `filter_eps`, columns of the vocabulary are left out of their products where every entry
+    of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
+    """
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    filter_eps: float | None = None
+
+
+class Linear(NamedTuple):
+    """The product's operands and what the caller fixed of how it is cut."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    chunk_tokens: int | None
+    logits_dtype: torch.dtype
+
+    @classmethod
+    def cut(
+        cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
+    ) -> Linear:
+        """Flatten the leading dimensions and fill in the dtype of the logits."""
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden))
+
+
+class Rows(NamedTuple):
+    """Which rows are computed, and how many at a time."""
+
+    index: Tensor | None  # None is all of them
+    count: int
+    cut: Cut
+
+    @classmethod
+    def counted(
+        cls,
+        linear: Linear,
+        index: Tensor | None,
+        backend: ModuleType,
+        needs: Needs | None = None,
+        again: bool = False,
+    ) -> Rows:
+        """The rows of `index`, cut into chunks; `needs` is None for statistics alone. `again`: they
+        come first and the gradient later."""
+        count = linear.hidden.shape[0] if index is None else index.shape[0]
+        return cls(index, count, _cut_for(linear, count, backend, needs, again))
+
+    def spans(self) -> Iterator[slice]:
+        """Where the chunks stand among the counted rows."""
+        for start in range(0, self.count, self.cut.chunk):
+            yield slice(start, min(start + self.cut.chunk, self.count))
+
+    def groups(self) -> list[list[slice]]:
+        """The chunks that take a block of the vocabulary together: each by itself, or all."""
+        spans = list(self.spans())
+        return [[own] for own in spans] if self.in_parts else [spans]
+
+    def at(self, own: slice) -> Tensor | slice:
+        """Those of the counted rows that stand at `own`."""
+        return own if self.index is None else self.index[own]
+
+    def operand(self, linear: Linear, mask: Tensor | None) -> Tensor:
+        """The hidden rows that are counted, 0 where `mask` leaves one out nevertheless."""
+        hidden = linear.hidden
+        if mask is not None:
+            return torch.where(mask[:, None], hidden, 0)
+        return hidden if self.index is None else hidden[self.index]
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a chunk is multiplied with a block of the vocabulary at a time, in both passes,
+        and the next one then."""
+        return self.cut.blocks > 1 and self.cut.tile is not None
+
+    def kept_logits(self, kept: Tensor | None, own: slice, columns: slice) -> Tensor | None:
+        """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
+        if not self.in_parts:
+            return kept[own, columns] if own.stop <= self.held(kept) else None
+        stride = 0 if kept is None else kept.numel() // self.count // ROW_ALIGN * ROW_ALIGN
+        if columns.stop > stride:
+            return None
+        return kept.view(-1)[: self.count * stride].view(self.count, stride)[own, columns]
+
+    def held(self, kept: Tensor | None) -> int:
+        """How many of the counted rows, the first ones, have their logits in `kept`: all, or whole
+        chunks of them, since part of a chunk would be multiplied again with the rest of it."""
+        room = 0 if kept is None else kept.shape[0]
+        return self.count if room >= self.count else room // self.cut.chunk * self.cut.chunk
+
+
+def default_logits_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 where the matrix product gives it at full speed, else the dtype of `hidden`."""
+    wide = products.is_gpu(hidden) and hidden.dtype != torch.float64
+    return torch.float32 if wide else hidden.dtype
+
+
+def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
+    """Rows and row length of the logits that `keep` bytes hold; None is what a chunk takes.
+
+    From sizes alone, any of which may be symbolic: rows that are left out are not known here.
+    """
+    width = row_stride(linear.weight.shape[0])
+    row = torch.sym_max(width * linear.logits_dtype.itemsize, 1)
+    if keep is None and linear.chunk_tokens is not None:
+        rows = linear.chunk_tokens
+    else:
+        memory = workspace_bytes(products.is_gpu(linear.hidden))
+        # None rounds up: a block of columns may take all of the memory of a chunk.
+        rows = -(-memory // row) if keep is None else keep // row
+    return torch.sym_min(linear.hidden.shape[0], rows), width
+
+
+def _cut_for(
+    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
+) -> Cut:
+    width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
+    alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
+    size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
+    spare = None if needs is None or again else _spare_rows(linear, backend, needs)
+    half = linear.hidden.dtype == torch.float16
+    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
+    if needs is not None and (needs.filter_eps is not None or not again):
+        return cut
+    tokens = linear.chunk_tokens
+    memory = tokens * width * size if tokens else workspace_bytes(gpu)
+    return _cut_columns_for(linear, count, backend, needs, cut, memory)
+
+
+def _cut_columns_for(
+    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, cut: Cut, memory: int
+) -> Cut:
+    """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
+    own, operand = linear.logits_dtype, linear.hidden.dtype
+    width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
+    if not (gpu or operand == accumulate_dtype(operand)):
+        return cut  # no product of a CPU adds 16-bit operands to a float32 dX
+    if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
+        parts = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
+        if parts is not None and parts.blocks > 1:
+            return parts
+    if not (needs and needs.weight):
+        return cut
+    beside = 0 if own == operand else own.itemsize
+    blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
+    return cut._replace(blocks=blocks)
+
+
+def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
+    """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
+    own, operand = linear.logits_dtype, linear.hidden.dtype
+    cast = own != operand and not narrows(operand, own, backend)
+    return own.itemsize + (operand.itemsize if cast else 0)
+
+
+def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
+    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
+    fewer chunks would save no trips of dW.
+
+    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
+    """
+    narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
+    trips = needs.weight or hasattr(backend, "widest_shard")
+    if not (narrow and trips and products.is_gpu(linear.hidden)):
+        return None
+    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
+
+
+def _widest(linear: Linear, backend: ModuleType) -> int:
+    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
+    return getattr(backend, "widest_shard", linear.weight.shape[0])

@@ -1,0 +1,1 @@
+"""What the rooms above share about language models: heads, prompts, samples, answers."""

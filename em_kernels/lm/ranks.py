@@ -1,0 +1,154 @@
+"""The processes that work together: how they talk, and that they fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from em_kernels.lm.random_state import RandomState
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # how long ranks wait for one that evaluates or writes a checkpoint
+
+
+class RankError(RuntimeError):
+    """Another rank failed; that rank raises the error itself."""
+
+
+class Ranks:
+    """The processes that train together; one that is alone exchanges nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None):
+        self.rank, self.size, self.device = rank, size, device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, make: Callable[[], T]) -> list[T]:
+        """What make() gives on every rank, in order.
+
+        An error on one rank ends all: the lowest rank that has one raises it, the others a
+        `RankError` that says which rank and why.
+        """
+        if self.size == 1:
+            return [make()]
+        value, error = None, None
+        try:
+            value = make()
+        except BaseException as raised:
+            error = raised
+        said = [None] * self.size
+        reason = None if error is None else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(said, (value, reason))
+        failed = [rank for rank, (_, reason) in enumerate(said) if reason is not None]
+        if failed and failed[0] == self.rank:
+            raise error
+        if failed:
+            raise RankError(f"rank {failed[0]} failed: {said[failed[0]][1]}") from error
+        return [value for value, _ in said]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What make() gives on rank 0, on every rank; it is called there only."""
+        return self.gather(make if self.is_first else lambda: None)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ranks leave the block together, or all with an error."""
+        error = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        self.gather(outcome)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_tensor(self, values: torch.Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def deal(self, parts: Iterable[T]) -> Iterator[T]:
+        """This rank's micro-batches: every size-th of them, and as many on every rank.
+
+        A rank that has none left takes part with one that has no weight.
+        """
+        parts = iter(parts)
+        while group := list(islice(parts, self.size)):
+            yield group[self.rank] if self.rank < len(group) else group[-1].without_weight()
+
+    @contextmanager
+    def apart(self, seed: int) -> Iterator[None]:
+        """Random numbers of this rank's own (dropout), then the shared state again."""
+        if self.size == 1:
+            yield
+            return
+        with RandomState(seed * self.size + self.rank):
+            yield
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks of the process group there is, or of torchrun; else this process alone.
+
+    A group made here ends with the block. After an error it is left to the end of the process:
+    other ranks may still wait in it.
+    """
+    own = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    own = own and not (dist.is_available() and dist.is_initialized())
+    if own:
+        cuda = _rank_device(device).type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        with _lost_ranks_named():
+            yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device))
+    else:
+        yield Ranks()
+    if own:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    """A rank that ends in the middle of a backward pass shows elsewhere as a lost connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
+            raise RankError(f"another rank has ended: {error}") from error
+        raise
+
+
+def _rank_device(name: str) -> torch.device:
+    """The CPU, or this rank's GPU of those of its machine."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' with several ranks, got {name!r}")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r}: local rank {index} needs a GPU of its own, "
+            f"this machine has {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -1,0 +1,246 @@
+"""Sampling answers with transformers' generate, and the masks of what was generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from em_kernels.lm.heads import causal_lm
+from em_kernels.lm.models import require_transformers
+from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.shared_sampling import SharedDraw, generate_share
+
+NO_TOKEN = -1  # beside an answer, until padding takes its place, which may be an end token's id
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; temperature 0 takes the likeliest token each time."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 2048
+
+
+class Rollout(NamedTuple):
+    """B prompts and their sampled answers: [PAD ... prompt | answer ... PAD], T columns.
+
+    All are (B, T). `response_mask` is 1 at the generated tokens, the end token included, whether
+    or not PAD and the end token are the same id. `finished` (B,) tells which answers ended by
+    themselves.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    finished: Tensor
+
+    @property
+    def prompt_width(self) -> int:
+        """Columns before the first generated token, which is in the same column in every row.
+
+        Answers may have no token; where none has one, all columns are prompt.
+        """
+        generated = self.response_mask.any(0)
+        return int(generated.long().argmax()) if generated.any() else len(generated)
+
+    def answers(self) -> list[Tensor]:
+        """The generated tokens of each row, without padding."""
+        return [ids[mask] for ids, mask in zip(self.input_ids, self.response_mask)]
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The ids that end an answer: the checkpoint's generation settings, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    if configured is None:
+        return []
+    return [configured] if isinstance(configured, int) else list(configured)
+
+
+def pad_token(tokenizer, ends: Sequence[int]) -> int:
+    """The tokenizer's PAD, else an end token, else 0: padding is masked, whatever it is."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return ends[0] if ends else 0
+
+
+def room_for_answers(model, prompt_length: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, or fewer where the model has no positions for so many."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return max_new_tokens
+    if prompt_length >= positions:
+        raise ValueError(
+            f"prompt must be shorter than the model's {positions} positions, "
+            f"got {prompt_length} tokens"
+        )
+    return min(max_new_tokens, positions - prompt_length)
+
+
+@torch.no_grad()
+def sample(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch: int,
+    ranks: Ranks | None = None,
+) -> Rollout:
+    """One answer to each prompt (token ids), `batch` at a time, from the global random state.
+
+    Several ranks, in the same random state, share the rows of each batch: every rank is given all
+    the answers, which are those that one process would draw.
+    """
+    ends = end_tokens(model, tokenizer)
+    filler = pad_token(tokenizer, ends)
+    ids, mask = left_pad(prompts, filler)
+    room = room_for_answers(model, ids.shape[1], sampling.max_new_tokens)
+    sampling = replace(sampling, max_new_tokens=room)
+    answers = []
+    with eval_mode(model), _checkpoint_settings_put_aside(model):
+        for part_ids, part_mask in zip(ids.split(batch), mask.split(batch)):
+            part = (part_ids.to(model.device), part_mask.to(model.device).long())
+            if ranks is None or ranks.size == 1:
+                answers.append(_generate(model, *part, sampling, ends, filler))
+            else:
+                answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
+    return join_answers(ids.to(model.device), mask.to(model.device), answers, ends, filler)
+
+
+def _generate(
+    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, **options
+) -> Tensor:
+    """The answers (B, longest) to prompts (B, T)."""
+    settings = _generation_config(sampling, ends, filler)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=settings, **options
+    )
+    return output[:, ids.shape[1] :]
+
+
+def _generate_share(
+    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, ranks: Ranks
+) -> Tensor:
+    """The same, where this rank generates its share of the rows."""
+    drawn = sampling.temperature > 0
+    likeliest = replace(sampling, temperature=0)
+
+    def generate(rows: Tensor, draw: SharedDraw) -> Tensor:
+        options = {"logits_processor": [draw]} if drawn else {}
+        return _generate(model, ids[rows], mask[rows], likeliest, ends, filler, **options)
+
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    warpers = _warpers(sampling) if drawn else None
+    return generate_share(ranks, generate, warpers, ids.shape[0], vocabulary, filler)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, longest prompt)."""
+    width = max(map(len, prompts))
+    ids = [[filler] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
+
+
+def answer_mask(answers: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(mask, finished): 1 up to and including each row's first end token; whether it has one."""
+    is_end = torch.isin(answers, torch.tensor(list(ends), device=answers.device))
+    before = is_end.long().cumsum(1) - is_end.long()
+    return before == 0, is_end.any(1)
+
+
+def aligned_mask(rollout: Rollout) -> Tensor:
+    """1 at the positions whose distribution a generated token was drawn from: one to its left."""
+    return pad(rollout.response_mask[:, 1:], (0, 1))
+
+
+def official_masks(rollout: Rollout, filler: int) -> tuple[Tensor, Tensor]:
+    """(attention mask, loss mask) of the published script; see `TrainConfig`, compat."""
+    kept = rollout.input_ids != filler
+    prompt_tokens = kept[:, : rollout.prompt_width].sum(1, keepdim=True)
+    position = torch.arange(kept.shape[1], device=kept.device)
+    return kept, kept & (position >= prompt_tokens)
+
+
+def _generation_config(sampling: Sampling, ends: list[int], filler: int):
+    GenerationConfig = require_transformers().GenerationConfig
+    common = dict(
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=ends or None,
+        pad_token_id=filler,
+        use_cache=True,
+    )
+    if sampling.temperature == 0:
+        return GenerationConfig(do_sample=False, **common)
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        **common,
+    )
+
+
+def _warpers(sampling: Sampling):
+    """The logits processors that generate samples with, in its order."""
+    transformers = require_transformers()
+    warpers = transformers.LogitsProcessorList()
+    if sampling.temperature != 1:
+        warpers.append(transformers.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+@contextmanager
+def _checkpoint_settings_put_aside(model) -> Iterator[None]:
+    """generate fills what a call leaves open from `model.generation_config`: keep it out.
+
+    A PEFT model has it from the model inside, whose generate it calls, or besides that one.
+    """
+    holders = [causal_lm(model)]
+    if model is not holders[0] and "generation_config" in vars(model):
+        holders.append(model)
+    kept = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = require_transformers().GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, kept):
+            holder.generation_config = settings
+
+
+def join_answers(
+    ids: Tensor, mask: Tensor, answers: list[Tensor], ends: list[int], filler: int
+) -> Rollout:
+    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each.
+
+    An answer may have width 0: what a request gives that was given up before its first token.
+    """
+    width = max(a.shape[1] for a in answers)
+    joined = torch.cat([pad(a.to(ids), (0, width - a.shape[1]), value=NO_TOKEN) for a in answers])
+    inside = joined != NO_TOKEN
+    generated, finished = answer_mask(joined, ends)
+    generated &= inside
+    return Rollout(
+        torch.cat([ids, joined.where(inside, filler)], 1),
+        torch.cat([mask, generated], 1),
+        torch.cat([torch.zeros_like(mask), generated], 1),
+        finished,
+    )

@@ -1,0 +1,1 @@
+"""The public functions, the operators below them and their derivatives."""

@@ -1,0 +1,307 @@
+"""Argument checks of the public functions, and their translation to a `RowSpec`.
+
+Only shapes, dtypes, devices and Python numbers are looked at here, so the checks are free and can
+be traced by torch.compile; the values of CPU tensors are checked inside the operators.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from em_kernels.backends.choice import IMPLS
+from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
+from em_kernels.ops.dtensor import is_dtensor
+from em_kernels.ops.masks import nonzero
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST = 1 << 63
+NEVER_IGNORED = -(1 << 62)  # an `ignore_index` that no target is
+DEFAULT_OUTPUTS = ("logprob", "entropy")
+
+
+def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> None:
+    """`empty`: a rank of a group may hold no entry of the vocabulary."""
+    check_tensor(name, logits)
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not empty):
+        raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False) -> None:
+    check_logits(hidden, "hidden")
+    check_logits(weight, "weight")
+    none = weight.shape[:1] == (0,) and not empty
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or none:
+        raise ValueError(
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    check_device("weight", weight, hidden)
+    if bias is not None:
+        check_logits(bias, "bias", empty)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
+        check_device("bias", bias, hidden)
+
+
+def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
+    if chunk_tokens is not None and not _is_int(chunk_tokens, 1):
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {_got(chunk_tokens)}")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
+            f"got {logits_dtype!r}"
+        )
+
+
+def check_entropy_requires_grad(value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"entropy_requires_grad must be a bool, got {type(value).__name__}")
+
+
+def check_keep_logits(keep_logits: int | None) -> None:
+    if keep_logits is not None and not _is_int(keep_logits, 0):
+        raise ValueError(
+            "keep_logits must be a number of bytes, an int from 0 on, or None for as many as a "
+            f"chunk takes, got {_got(keep_logits)}"
+        )
+
+
+def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
+    if not isinstance(allreduce_dgrad, bool):
+        raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")
+    if not allreduce_dgrad and torch.compiler.is_exporting():
+        raise ValueError("allreduce_dgrad must be True where a program is exported, got False")
+    if not allreduce_dgrad and is_dtensor(hidden):
+        raise ValueError(
+            "allreduce_dgrad must be True for a hidden that is a DTensor, got False: "
+            "give hidden.full_tensor(grad_placements=[Partial()])"
+        )
+
+
+def check_filter_eps(eps: float | None) -> None:
+    if eps is not None:
+        check_number("filter_eps", eps, lambda v: 0 < v < 1, "in (0, 1) or None")
+
+
+def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
+    """The outputs in their canonical order, each once."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs must be a tuple of names, got {type(outputs).__name__}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {OUTPUTS}, got {unknown[0]!r}")
+    if target is None:
+        if tuple(outputs) == DEFAULT_OUTPUTS:
+            outputs = ("entropy",)
+        for name in outputs:
+            if name in NEEDS_TARGET:
+                raise ValueError(f"outputs: {name!r} needs a target, got target=None")
+    return tuple(name for name in OUTPUTS if name in outputs)
+
+
+def make_spec(
+    x: Tensor,
+    vocab: int,
+    target: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    group,
+    impl: str,
+    bias: Tensor | None = None,
+    filter_eps: float | None = None,
+) -> RowSpec:
+    """Check the arguments that every public function shares; `x` gives leading shape and device."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    per_row, scalar = _temperature(temperature, x)
+    if softcap is not None:
+        check_number("softcap", softcap, lambda v: v > 0, "positive or None")
+    check_number("logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
+    if not _is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not _is_int(ignore_index, -_MOST):
+        raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
+    numbers = Numbers(scalar, softcap or 0.0, logit_scale, filter_eps or 0.0)
+    row_numbers = graph_inputs(numbers)
+    if row_numbers is not None:
+        numbers = Numbers()
+    return RowSpec(
+        bias=bias,
+        target=_target(target, x),
+        mask=row_mask(x, target, ignore_index, mask),
+        temperature_rows=per_row,
+        temperature=float(numbers.temperature),
+        softcap=float(numbers.softcap),
+        logit_scale=float(numbers.logit_scale),
+        valid_vocab=_valid_vocab(valid_vocab, vocab, group),
+        group=check_group(group),
+        numbers=row_numbers,
+        # The ranks of a group wait for each other anyway.
+        compact=mask is not None or group is not None,
+    )
+
+
+def graph_inputs(numbers: Numbers) -> Tensor | None:
+    """`RowSpec.numbers`: an operator's float argument would be a constant of torch.compile's graph,
+    and every value another graph. None where they are constants."""
+    if not torch.compiler.is_compiling() or not any(map(is_graph_input, numbers)):
+        return None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in numbers])
+
+
+def check_group(group) -> str | None:
+    """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
+    if group is None:
+        return None
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+        got = "a group that this rank is not in" if outside else type(group).__name__
+        raise TypeError(f"group must be a torch.distributed process group or None, got {got}")
+    return group.group_name
+
+
+def row_mask(
+    x: Tensor, target: Tensor | None, ignore_index: int, mask: Tensor | None
+) -> Tensor | None:
+    """Which rows count: `mask` is not 0 and `target` not `ignore_index`; None means all."""
+    if mask is not None:
+        check_rows("mask", mask, x)
+        mask = nonzero("mask", mask)
+    if target is None or ignore_index == NEVER_IGNORED:
+        return mask
+    counted = target != ignore_index
+    return counted if mask is None else mask & counted
+
+
+def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
+    """`rows` is a tensor of the leading shape of `x`, on its device."""
+    check_tensor(name, rows)
+    if rows.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape {tuple(x.shape[:-1])}, "
+            f"got shape {tuple(rows.shape)}"
+        )
+    check_device(name, rows, x)
+
+
+def count_mask(mask: Tensor, like: Tensor | None = None, name: str = "mask") -> Tensor:
+    check_tensor(name, mask)
+    if like is not None:
+        check_shape(name, mask, like)
+    return nonzero(name, mask)
+
+
+def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if like is not None:
+        check_shape(name, value, like)
+
+
+def check_shape(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(value.shape)}"
+        )
+    check_device(name, value, like)
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def is_graph_input(value: float) -> bool:
+    """Whether the number can change from call to call of the graph that torch.compile is making."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(value)
+
+
+def shown(value: float) -> str:
+    """What an error message says was received; torch.compile cannot print an input of its graph."""
+    return "another value" if is_graph_input(value) else repr(value)
+
+
+def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
+    if not (good(value) and abs(value) <= sys.float_info.max):
+        raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
+
+
+def _target(target: Tensor | None, x: Tensor) -> Tensor | None:
+    if target is None:
+        return None
+    check_rows("target", target, x)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    return target
+
+
+def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(temperature, Tensor):
+        if isinstance(temperature, (int, float)):
+            check_number("temperature", temperature, lambda v: v > 0, "positive")
+            return None, temperature
+        raise TypeError(
+            f"temperature must be a float or a tensor, got {type(temperature).__name__}"
+        )
+    check_rows("temperature", temperature, x)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require grad: it is treated as a constant")
+    return temperature.to(accumulate_dtype(x.dtype)), 1.0
+
+
+def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
+    """With a group the size of the whole vocabulary is only known in the operator; 0 is all."""
+    if valid_vocab is None:
+        return vocab if group is None else 0
+    if not _is_int(valid_vocab):
+        raise TypeError(f"valid_vocab must be an int or None, got {type(valid_vocab).__name__}")
+    if valid_vocab < 1 or (group is None and valid_vocab > vocab):
+        rule = "positive" if group is not None else f"in [1, {shown(vocab)}]"
+        raise ValueError(f"valid_vocab must be {rule} or None, got {shown(valid_vocab)}")
+    return valid_vocab
+
+
+def _is_int(value, least: int | None = None) -> bool:
+    """With `least`: from it on, and of 64 bits as all that an operator takes."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return least is None or least <= value < _MOST
+
+
+def _got(value) -> str:
+    """What an argument that `_is_int` refuses is."""
+    if not _is_int(value):
+        return repr(value)
+    return shown(value) if -_MOST <= value < _MOST else f"{value}, which 64 bits do not hold"
+
+
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, got {value.device}")

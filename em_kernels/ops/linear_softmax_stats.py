@@ -1,0 +1,323 @@
+"""Per-token statistics of softmax(hidden @ weight.T) without holding all the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import (
+    RowSpec,
+    Saved,
+    TokenStats,
+    Upstream,
+    accumulate_dtype,
+    row_tensors,
+)
+from em_kernels.backends.row_index import with_index
+from em_kernels.ops.arguments import (
+    check_allreduce_dgrad,
+    check_cut,
+    check_entropy_requires_grad,
+    check_filter_eps,
+    check_keep_logits,
+    check_linear,
+    check_outputs,
+    make_spec,
+)
+from em_kernels.ops.dtensor import local_operands
+from em_kernels.ops.registry import call, differentiate
+from em_kernels.ops.second_order import differentiable, statistic_sum
+from em_kernels.ops.softmax_stats import (
+    differentiable_outputs,
+    mark_rows,
+    pack_stats,
+    save_call,
+    saved_call,
+    upstream_of,
+)
+
+_SPEC_LENGTH = len(RowSpec._fields)
+
+
+def linear_softmax_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    allreduce_dgrad: bool = True,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
+    keep_logits: int | None = None,
+    fuse_product: bool = False,
+    entropy_requires_grad: bool = True,
+) -> TokenStats:
+    """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
+
+    z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
+    the arguments not named here as in `softmax_stats`. Forward costs one matrix product, backward
+    up to three more (the logits again, dX, dW); a frozen `hidden` or `weight` (requires_grad=False)
+    costs neither its product nor memory. Where `hidden` alone has a gradient, and one output alone
+    brings it (one of logprob, entropy and lse is asked for, or logprob or lse and an entropy
+    without gradient), the row's gradient is its upstream gradient times a vector that is known in
+    the forward pass: that makes it, in two products in all, and keeps it, (N, D).
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
+        bias: (V,) or None; added in float32.
+        mask: as in `softmax_stats`. On a GPU rows are left out of the products only where a mask
+            is given: finding them waits for the device, once for forward and backward. Rows left
+            out by `ignore_index` alone (or, in a loss, by a weight of 0) are multiplied, and
+            answered with zeros: mask=target != ignore_index leaves them out. While a CUDA graph is
+            captured all rows are multiplied. On a CPU, and with `group`, all that do not count are
+            left out.
+        group: as in `softmax_stats`: `weight` and `bias` are this rank's rows of the vocabulary,
+            `hidden` is the same on every rank and its gradient is summed over the ranks, once. A
+            weight that is a DTensor sharded on dimension 0 brings its own group if its mesh
+            dimension is named "tp", "tensor", "tensor_parallel" or "vocab" or is that of `group`;
+            sharded over another mesh (FSDP2) it is gathered, its gradient averaged.
+        allreduce_dgrad: with a group, whether the gradient of `hidden` is summed over the ranks
+            here. False leaves it partial, this rank's share, for a `hidden` whose own backward
+            sums it, as that of Megatron's gather_from_sequence_parallel_region (sequence
+            parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
+            name is that of Megatron's ColumnParallelLinear.
+        chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
+            160 MiB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
+            faster, all rows and some columns of the vocabulary take the place of several chunks, in
+            as much memory: for the gradient, for which dW is then never summed in float32, but dX
+            is (N, D); on a CPU, without a group and in float32 or float64, for the logits too.
+        logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
+            where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
+            dtype of `hidden`.
+        keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
+            then need not multiply them again: where all N rows fit, N * V entries of the dtype of
+            the logits, rows padded to 16 entries, three products in all instead of four.
+            Kept are whole chunks of rows, or blocks of columns of all rows, from the first on;
+            memory is taken for as many rows as the bytes hold, and held until the graph is freed.
+            None keeps as many as a chunk takes anyway, or `chunk_tokens` rows; 0 keeps none, as a
+            call without gradient, one whose gradient is made in the forward pass, and an exported
+            program. Whatever is kept, the results have the same bits.
+        filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
+            the vocabulary are left out of the products of dX and dW, chunk by chunk, where
+            |dz| < filter_eps w in every row of the chunk; dz is the gradient of
+            hidden @ weight.T, w the largest upstream gradient by magnitude in the chunk. With L
+            the columns left out,
+                |dX_i - exact| <= filter_eps w sum_{v in L} |weight_v|       for every token i
+                |dW_v - exact| <= filter_eps sum_chunks w sum_i |hidden_i|   for every column v
+            entry by entry and to rounding; statistics and the gradient of `bias` stay exact.
+            Finding the columns waits for the device, once a chunk, and is left out while a CUDA
+            graph is captured. It pays where rows are peaked; a row spread over many more than 1 /
+            filter_eps words can lose its whole gradient.
+        fuse_product: True multiplies and reduces in one Triton kernel, which keeps no logits at
+            all, only about 12 bytes a token for every 1024 entries of the vocabulary and, where
+            rows are left out, a copy of the others; the logits are never rounded. Without
+            gradients only, and without `group`, `chunk_tokens` and another `impl`.
+        entropy_requires_grad: False takes `entropy` as a number only: it has no gradient, which
+            with a frozen `weight` and `bias` saves a product (see above). The same on every rank of
+            a group, and so is what is frozen. With `filter_eps` no gradient is made in the forward
+            pass.
+
+    Returns, raises: as `softmax_stats`. Gradients of `weight` and `bias` are summed in float32
+    (float64 for float64) and rounded once.
+    """
+    check_allreduce_dgrad(allreduce_dgrad, hidden)
+    check_entropy_requires_grad(entropy_requires_grad)
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
+    hidden, weight = autocast_inputs(hidden, weight)
+    check_linear(hidden, weight, bias, empty=group is not None)
+    check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
+    check_keep_logits(keep_logits)
+    if fuse_product:
+        _check_fused((hidden, weight, bias), group, chunk_tokens, logits_dtype, impl)
+    spec = make_spec(
+        hidden,
+        weight.shape[0],
+        target,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+        bias=bias,
+        filter_eps=filter_eps,
+    )
+    outputs = check_outputs(outputs, target)
+    arguments = (hidden, weight, *spec, outputs, chunk_tokens, logits_dtype, impl)
+    if torch.compiler.is_exporting() and not fuse_product:
+        rows = torch.ops.em_kernels.linear_stats(*arguments)[3:]
+        return pack_stats(outputs, rows, entropy_requires_grad)
+    hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
+    sources = differentiable_outputs(outputs, entropy_requires_grad)
+    needs = wanted_gradients(sources, hidden, weight, bias)
+    if needs == (True, False, False) and len(sources) == 1 and filter_eps is None:
+        rows = _LinearStatsOfHidden.apply(hidden, *arguments[1:], sources[0])
+    else:
+        filter_eps = filter_eps if spec.numbers is None else None
+        later = (*needs, filter_eps, keep_logits)
+        rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
+    return pack_stats(outputs, rows[3:], entropy_requires_grad)
+
+
+def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
+    """What `fuse_product=True` cannot be combined with."""
+    names = ("hidden", "weight", "bias")
+    if torch.is_grad_enabled():
+        for name, x in zip(names, tensors):
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"fuse_product=True has no gradient, got {name} that requires grad: "
+                    "call it under torch.no_grad()"
+                )
+    wide = accumulate_dtype(tensors[0].dtype)
+    refused = {
+        "group": (group, (None,)),
+        "chunk_tokens": (chunk_tokens, (None,)),
+        "logits_dtype": (logits_dtype, (None, wide)),
+        "impl": (impl, ("auto", "triton")),
+    }
+    for name, (value, allowed) in refused.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed} with fuse_product, got {value!r}")
+
+
+def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autocast does to the operands of a matrix product."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        return hidden, weight
+    device = hidden.device.type
+    if device == "meta":  # which torch.is_autocast_enabled does not know
+        return hidden, weight
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def copy_to_ranks(hidden: Tensor, group: str | None) -> Tensor:
+    """`hidden`, the same on every rank of the group; backward sums its gradient over them."""
+    return hidden if group is None else _CopyToRanks.apply(hidden, group)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, group):
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, group):
+        ctx.group = group
+        (total,) = call("all_reduce", grad, group)
+        return total
+
+    @staticmethod
+    def backward(ctx, again):
+        return copy_to_ranks(again, ctx.group), None
+
+
+class _LinearStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, later = args
+        spec = with_index(RowSpec(*spec))
+        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), later[:-1]
+        if fused:
+            rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
+        else:
+            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *later)
+        mark_rows(ctx, outputs, rows)
+        kept = rows[-1] if any(later[:3]) else None
+        save_call(ctx, (hidden, weight, kept), spec, rows)
+        ctx.outputs = outputs
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (hidden, weight, kept), spec, saved = saved_call(ctx)
+        upstream = upstream_of(ctx.outputs, grads)
+        none = [None] * (len(RowSpec._fields) + 5)
+        if all(g is None for g in upstream):
+            return None, None, None, *none
+
+        def compute():
+            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut, kept)
+            grads = call("linear_grad", *arguments)
+            return tuple(g if need else None for g, need in zip(grads, ctx.needs))
+
+        inputs, rest = (hidden, weight, spec.bias), (*upstream, *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
+
+
+class _LinearStatsOfHidden(torch.autograd.Function):
+    """dX_i = g_i u_i, g_i the upstream gradient of the one `source`, u_i that of a loss in which it
+    has the weight 1: made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, *args):
+        *spec, outputs, chunk_tokens, logits_dtype, impl, source = args
+        spec = with_index(RowSpec(*spec))
+        one = hidden.new_ones(hidden.shape[:-1], dtype=accumulate_dtype(hidden.dtype))
+        upstream, needs = Upstream(**{source: one}), (True, False, False, None)
+        options = (*upstream, *needs, outputs, chunk_tokens, logits_dtype, impl)
+        *rows, unit, _, _ = call("linear_loss", hidden, weight, *spec, *options)
+        ctx.place = len(Saved._fields) + outputs.index(source)
+        ctx.mark_non_differentiable(*rows[: ctx.place], *rows[ctx.place + 1 :])
+        ctx.set_materialize_grads(False)
+        save_call(ctx, (hidden, weight, unit), spec, rows)
+        ctx.source = source
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (hidden, weight, unit), spec, _ = saved_call(ctx)
+        none, given = [None] * (len(RowSpec._fields) + 4), grads[ctx.place]
+        if given is None:
+            return None, None, None, *none
+
+        def compute():
+            counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
+            return (unit * counted[..., None]).to(hidden.dtype), None, None
+
+        inputs = (hidden, weight, spec.bias)
+        rest = (*Upstream(**{ctx.source: given}), *row_tensors(spec))
+        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
+
+
+def wanted_gradients(sources: list[str], *inputs: Tensor | None) -> tuple[bool, ...]:
+    """Which of the inputs a backward pass will want the gradient of."""
+    recording = torch.is_grad_enabled() and bool(sources)
+    return tuple(recording and x is not None and x.requires_grad for x in inputs)
+
+
+def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
+    spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
+    hidden = copy_to_ranks(hidden, spec.group)
+    sources = differentiable_outputs(cut[0], True)
+    later = (*wanted_gradients(sources, hidden, weight, spec.bias), None, 0)
+    rows = list(_LinearStats.apply(hidden, weight, *spec, *cut, False, later))
+    return rows[: len(Saved._fields) + len(cut[0])]
+
+
+differentiate("linear_stats", _derive)

@@ -1,0 +1,322 @@
+"""Losses whose per-token weights are known in advance: the gradient is made in the forward pass.
+
+From hidden states that takes three matrix products instead of four, and nothing of the size of the
+vocabulary is kept or computed twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from em_kernels.backends.interface import (
+    RowSpec,
+    TokenStats,
+    accumulate_dtype,
+    serializable,
+)
+from em_kernels.linear.plan import Needs
+from em_kernels.ops.arguments import (
+    check_allreduce_dgrad,
+    check_cut,
+    check_filter_eps,
+    check_linear,
+    check_logits,
+    check_number,
+    check_outputs,
+    check_rows,
+    make_spec,
+    row_mask,
+)
+from em_kernels.ops.dtensor import local_logits, local_operands
+from em_kernels.ops.forward_gradient import (
+    LinearLoss,
+    SoftmaxLoss,
+    all_outputs,
+    remember,
+    with_loss,
+)
+from em_kernels.ops.linear_softmax_stats import autocast_inputs, copy_to_ranks
+from em_kernels.ops.softmax_stats import pack_stats
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+
+
+@serializable
+class TokenLoss(NamedTuple):
+    """A scalar loss with its gradient ready, and the detached statistics of the same pass."""
+
+    loss: Tensor
+    stats: TokenStats
+
+
+def token_loss(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    entropy_weight: Tensor | None = None,
+    logprob_weight: Tensor | None = None,
+    inplace: bool = False,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    impl: str = "auto",
+) -> TokenLoss:
+    """loss = sum_i entropy_weight_i H_i + logprob_weight_i logprob_i, gradient included.
+
+    With weights w_i = mask_i / sum(mask) on H it is entropy minimisation; with logprob_weight
+    = -1/n and entropy_weight = lambda/n it is SFT + lambda H; with logprob_weight = -A_i / n the
+    on-policy policy gradient.
+
+    Args:
+        logits, target, outputs and all others: as in `softmax_stats`.
+        entropy_weight, logprob_weight: (...) constants (no gradient), at least one of them;
+            `logprob_weight` needs a target. A token with no weight is treated as masked: it is
+            not computed and its statistics are 0.
+        inplace: may overwrite the memory of `logits` with their gradient.
+
+    Returns:
+        TokenLoss(loss, stats): a float32 (float64) scalar, and the detached `TokenStats` asked
+        for in `outputs`. Its second derivative is as that of `softmax_stats`; since a loss keeps
+        nothing for it, it needs the tensors it was given still in memory and as they were, and is
+        a RuntimeError without them.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
+    logits, group = local_logits(logits, group)
+    check_logits(logits, empty=group is not None)
+    arguments = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+    )
+    spec = make_spec(logits, logits.shape[-1], target, **arguments)
+    weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
+    outputs = check_outputs(outputs, target)
+    if torch.compiler.is_exporting():
+        names = all_outputs(outputs, weights)
+        rows = torch.ops.em_kernels.softmax_stats(logits, *spec, names, impl)
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
+    need = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace and not torch.compiler.is_compiling()
+    memory = remember((logits,), spec, weights, logits.dtype)
+    results = SoftmaxLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace, memory)
+    return _pack_loss(outputs, results)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    logprob_weight: Tensor | None = None,
+    outputs: tuple[str, ...] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    valid_vocab: int | None = None,
+    group=None,
+    allreduce_dgrad: bool = True,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    filter_eps: float | None = None,
+) -> TokenLoss:
+    """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
+
+    Args: as in `token_loss` and `linear_softmax_stats` (the upstream gradients of `filter_eps` are
+    the weights here). On a GPU rows are left out of the products only where a `mask` is given,
+    which waits for the device, once; `mask=target != ignore_index` leaves out the ignored. Memory
+    beyond inputs and gradients: the logits of `chunk_tokens` rows and, for 16-bit weights cut into
+    several chunks, one float32 accumulator of the weight's shape. Gradients of float16 operands are
+    float32 until backward has multiplied them by the loss scale, and rounded once.
+
+    Returns, raises: as `token_loss`.
+    """
+    check_allreduce_dgrad(allreduce_dgrad, hidden)
+    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
+    given = hidden, weight, bias
+    hidden, weight = autocast_inputs(hidden, weight)
+    check_linear(hidden, weight, bias, empty=group is not None)
+    check_cut(chunk_tokens, logits_dtype, hidden)
+    check_filter_eps(filter_eps)
+    arguments = dict(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        mask=mask,
+        valid_vocab=valid_vocab,
+        group=group,
+        impl=impl,
+        bias=bias,
+    )
+    spec = make_spec(hidden, weight.shape[0], target, filter_eps=filter_eps, **arguments)
+    weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
+    outputs = check_outputs(outputs, target)
+    cut = (chunk_tokens, logits_dtype, impl)
+    if torch.compiler.is_exporting():
+        names = all_outputs(outputs, weights)
+        rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, names, *cut)
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = Needs(*needs, filter_eps if spec.numbers is None else None)
+    hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
+    memory = remember(given, spec, weights, hidden.dtype)
+    results = LinearLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut, memory)
+    return _pack_loss(outputs, results)
+
+
+def entropy_loss(
+    logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str | float = "token_mean",
+    temperature: float | Tensor = 1.0,
+    **kwargs,
+) -> Tensor:
+    """The entropy-minimisation loss: the reduced entropy of softmax(z / T) over masked tokens.
+
+    token_mean:     sum_t mask_t H_t / sum_t mask_t
+    sequence_mean:  the mean over each row of the mask (its last dimension), then over the rows
+                    that have a token
+    sum:            sum_t mask_t H_t;  a float c: sum_t mask_t H_t / c
+
+    No token at all gives 0. Further arguments (softcap, logit_scale, valid_vocab, inplace, group,
+    impl) as in `token_loss`.
+
+    Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
+    """
+    check_logits(logits, empty=kwargs.get("group") is not None)
+    kwargs = dict(temperature=temperature, outputs=(), **kwargs)
+    return token_loss(logits, **_reduced(logits, mask, reduction), **kwargs).loss
+
+
+def linear_entropy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    reduction: str | float = "token_mean",
+    temperature: float | Tensor = 1.0,
+    **kwargs,
+) -> Tensor:
+    """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
+
+    Rows where a `mask` is 0 are left out of them; on a GPU finding the others waits for the device.
+    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
+    group, allreduce_dgrad, impl) as in `linear_token_loss`.
+    """
+    check_logits(hidden, "hidden")
+    kwargs = dict(bias=bias, temperature=temperature, outputs=(), **kwargs)
+    return linear_token_loss(hidden, weight, **_reduced(hidden, mask, reduction), **kwargs).loss
+
+
+class EntropyLoss(nn.Module):
+    """`entropy_loss` with its options fixed; call it with (logits, mask=None)."""
+
+    def __init__(
+        self, *, reduction: str | float = "token_mean", temperature: float = 1.0, **kwargs
+    ):
+        super().__init__()
+        self.options = dict(reduction=reduction, temperature=temperature, **kwargs)
+
+    def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        return entropy_loss(logits, mask, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearEntropyLoss(EntropyLoss):
+    """`linear_entropy_loss` with its options fixed; call it with (hidden, weight, mask, bias)."""
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        return linear_entropy_loss(hidden, weight, mask, bias=bias, **self.options)
+
+
+def _weigh(
+    x: Tensor, spec: RowSpec, entropy_weight: Tensor | None, logprob_weight: Tensor | None
+) -> tuple[list[Tensor | None], RowSpec]:
+    """Check the weights; return them in Upstream order, with weightless rows masked out.
+
+    The weight of a `_Reduction` is 0 in no row of the mask.
+    """
+    if entropy_weight is None and logprob_weight is None:
+        raise ValueError("entropy_weight or logprob_weight must be given, got None for both")
+    if logprob_weight is not None and spec.target is None:
+        raise ValueError("logprob_weight needs a target, got target=None")
+    reduced = isinstance(entropy_weight, _Reduction)
+    if reduced:
+        (entropy_weight,) = entropy_weight
+    weights, mask = [], spec.mask
+    for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
+        if weight is not None:
+            check_rows(name, weight, x)
+            if weight.requires_grad:
+                raise ValueError(f"{name} must not require grad: it is a constant; detach it")
+            weight = weight.to(accumulate_dtype(x.dtype))
+        weights.append(weight)
+    if not reduced:
+        weighted = functools.reduce(torch.logical_or, (w != 0 for w in weights if w is not None))
+        mask = weighted if mask is None else mask & weighted
+    return [*weights, None], spec._replace(mask=mask)
+
+
+class _Reduction(NamedTuple):
+    """The weight of every token in a reduced loss."""
+
+    weight: Tensor
+
+
+def _reduced(x: Tensor, mask: Tensor | None, reduction: str | float) -> dict:
+    """The arguments of `token_loss` that make it the reduced entropy."""
+    mask = row_mask(x, None, 0, mask)
+    counted = torch.ones(x.shape[:-1], device=x.device) if mask is None else mask
+    weight = reduction_weight(counted.to(accumulate_dtype(x.dtype)), reduction)
+    return {"entropy_weight": _Reduction(weight), "mask": mask}
+
+
+def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:
+    """What `entropy_loss` multiplies H with: `counted` (1 or 0 per token) over its normaliser."""
+    match reduction:
+        case "sum":
+            return counted
+        case "token_mean":
+            return counted / counted.sum().clamp(min=1)
+        case "sequence_mean":
+            if counted.dim() == 0:
+                return counted
+            lengths = counted.sum(-1, keepdim=True)
+            return counted / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+        case str():
+            raise ValueError(f"reduction must be one of {REDUCTIONS} or a float, got {reduction!r}")
+        case _:
+            check_number("reduction", reduction, lambda v: v > 0, "positive")
+            return counted / reduction
+
+
+def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
+    return TokenLoss(results[0], pack_stats(outputs, results[1:]))

@@ -1,0 +1,137 @@
+"""Which backend "auto" takes, and that it is looked up once."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import random_logits, random_target
+
+from em_kernels import (
+    entropy_loss,
+    linear_entropy_loss,
+    linear_softmax_stats,
+    softmax_stats,
+    token_loss,
+)
+from em_kernels.backends import choice
+from em_kernels.ops import registry
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+EVERYTHING = ("reference", "cpu", "triton", "cuda")
+ROWS, LOSS, ALIGNED_LOSS = ("rows", False), ("loss", False), ("loss", True)
+
+
+@pytest.fixture
+def can_serve(monkeypatch):
+    """As if those backends, and a GPU of that capability, were there."""
+
+    def pretend(names, capability=(9, 0), cuda="13.0"):
+        choice.backend.cache_clear()
+        choice.serves.cache_clear()
+        monkeypatch.setattr(
+            choice, "why_not", lambda name, device=None: None if name in names else "it is gone"
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        found = SimpleNamespace(import_module=lambda name: name.rpartition(".")[2])
+        monkeypatch.setattr(choice, "importlib", found)
+        monkeypatch.setattr(choice, "reference", "reference")
+
+    yield pretend
+    choice.backend.cache_clear()
+    choice.serves.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, call, names, taken",
+    (
+        ((9, 0), ALIGNED_LOSS, EVERYTHING, "cuda"),
+        ((10, 0), ALIGNED_LOSS, EVERYTHING, "cuda"),
+        ((8, 9), ALIGNED_LOSS, EVERYTHING, "triton"),
+        ((9, 0), LOSS, EVERYTHING, "triton"),
+        ((9, 0), ROWS, EVERYTHING, "triton"),
+        ((9, 0), ALIGNED_LOSS, ("reference", "triton"), "triton"),
+        ((9, 0), ALIGNED_LOSS, ("reference",), "reference"),
+        ((9, 0), LOSS, ("reference", "cuda"), "cuda"),
+        ((9, 0), ROWS, ("reference", "cuda"), "cuda"),
+        ((8, 0), ROWS, ("reference",), "reference"),
+    ),
+)
+def test_auto_on_a_gpu(can_serve, capability, call, names, taken):
+    can_serve(names, capability)
+    assert choice.backend("auto", GPU, *call) == taken
+
+
+def test_auto_elsewhere(can_serve):
+    can_serve(EVERYTHING)
+    assert {choice.backend("auto", CPU, *call) for call in (ROWS, LOSS, ALIGNED_LOSS)} == {"cpu"}
+    can_serve(EVERYTHING, cuda=None)  # the device of a build for AMD is called cuda too
+    assert choice.backend("auto", GPU, *ALIGNED_LOSS) == "triton"
+
+
+@pytest.mark.parametrize("call", (ROWS, LOSS, ALIGNED_LOSS))
+def test_a_backend_by_name_is_that_one_or_an_error(can_serve, call):
+    can_serve(("reference", "triton"))
+    assert choice.backend("triton", GPU, *call) == "triton"
+    for _ in range(2):  # that it cannot serve is not remembered either
+        with pytest.raises(ValueError, match="impl='cuda' cannot be used: it is gone"):
+            choice.backend("cuda", GPU, *call)
+
+
+def test_what_can_serve_is_looked_up_once(can_serve, monkeypatch):
+    can_serve(EVERYTHING)
+    asked, why_not = [], choice.why_not
+    monkeypatch.setattr(choice, "why_not", lambda *a: asked.append(a) or why_not(*a))
+    for _ in range(3):
+        choice.backend("auto", GPU, "loss", True)
+        assert choice.serves("triton", GPU)
+    assert [name for name, _ in asked] == ["cuda", "triton"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The choices that the operators ask for."""
+    calls = []
+
+    def record(impl, device, *call):
+        calls.append(call)
+        return real(impl, device, *call)
+
+    real = registry.backend
+    monkeypatch.setattr(registry, "backend", record)
+    return calls
+
+
+def test_statistics_and_their_gradient_are_one_choice(asked):
+    logits = random_logits(4, 64).requires_grad_()
+    stats = softmax_stats(logits, random_target(4, vocab=64))
+    stats.entropy.sum().backward()
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(64, 8)
+    linear_softmax_stats(hidden, weight, random_target(4, vocab=64)).logprob.sum().backward()
+    linear_entropy_loss(hidden, weight)
+    assert len(asked) == 5 and set(asked) == {("rows",)}
+
+
+STORAGE = torch.zeros(4, 3, 72, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "logits, aligned",
+    (
+        (STORAGE, True),
+        (STORAGE[:, :-1], True),
+        (STORAGE[..., :64], True),
+        (STORAGE[..., 8:], True),
+        (STORAGE[..., 4:68], False),  # begins at 8 bytes
+        (STORAGE[..., :71], False),  # so does no row of a gradient
+        (STORAGE.view(4, 2, 108)[..., :104], False),
+        (STORAGE.view(4, 2, 108)[:, 0, :104], True),
+        (STORAGE.view(3, 4, 72).double(), True),
+        (torch.zeros(2, 3), False),
+    ),
+)
+def test_a_loss_says_whether_rows_begin_at_16_bytes(asked, logits, aligned):
+    logits = logits.detach().requires_grad_()
+    entropy_loss(logits)
+    token_loss(logits, entropy_weight=torch.ones(logits.shape[:-1]), inplace=True)
+    assert asked == [("loss", aligned)] * 2
