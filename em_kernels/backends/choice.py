@@ -67,7 +67,7 @@ def backend(
         case "cpu":
             return importlib.import_module("em_kernels.backends.cpu")
         case "triton" | "cuda":
-            return importlib.import_module(f"em_kernels.{impl}")
+            return importlib.import_module(f"em_kernels.backends.{impl}")
         case _:
             return reference
 
