@@ -26,7 +26,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel ninja pybind11
-	$(PIP) --no-build-isolation -e ".[triton,train,test]" datasets accelerate peft
+	$(PIP) --no-build-isolation -e ".[triton,test,examples]"
 	$(PIP) --no-deps trl liger-kernel verl torchao
 	rm -rf $(VENV)/newest
 	$(BIN)/pip install -q --no-deps --target $(VENV)/newest -r constraints-newest.txt

@@ -182,7 +182,7 @@ def test_trls_own_trainer_gets_there(trl, tmp_path, monkeypatch):
     """GRPO without an entropy bonus: the same numbers, and no loss asks for more than one output
     with a gradient; with a bonus the setting is refused."""
     pytest.importorskip("datasets")
-    from test_integrations_trl import grpo
+    from test_trl import grpo
 
     from em_kernels import tiny_math
     from em_kernels.trainer import load_model
