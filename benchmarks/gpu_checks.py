@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from torch import Tensor
 
 from benchmarks.gpu_truth import (
@@ -30,6 +29,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels.backends.interface import DIFFERENTIABLE, OUTPUTS
+from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from em_kernels.linear.products import addmm_wide, adds_to_float32, mm_wide
 
 N, V = 8192, 151936

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from em_kernels._spec import OUTPUTS
-from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from helpers import FAST_IMPLS, IMPLS, random_logits, random_target, same_bits
 
 import em_kernels
@@ -20,6 +18,8 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
+from em_kernels.backends.interface import OUTPUTS
+from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 
 VOCAB, DIM = 11, 7
 LEADS = ((3,), (1, 2, 2), ())
