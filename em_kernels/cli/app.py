@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +21,9 @@ import torch
 import em_kernels
 from em_kernels.cli.evaluate import add_commands
 from em_kernels.cli.options import quiet_transformers
-from em_kernels.lm.judge.judges import JUDGES
 from em_kernels.lm.models import newest_checkpoint
+from em_kernels.lm.settings import add_flags, given_settings
 from em_kernels.lm.text import one_line
-from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer import (
     CheckpointError,
     RankError,
@@ -37,8 +35,6 @@ from em_kernels.trainer import (
     read_prompts,
     train,
 )
-from em_kernels.trainer.config import DTYPES, SAMPLERS
-from em_kernels.trainer.rl_config import OBJECTIVES, PPL_LABELS, REWARDS
 
 USER_ERRORS = (
     ValueError,
@@ -93,119 +89,21 @@ def _add_common(parser: argparse.ArgumentParser, command) -> None:
 
 
 def _add_train(commands) -> None:
-    """The options are the fields of TrainConfig; one that is not given stays out."""
+    """The options are the settings of TrainConfig and RLConfig; one that is not given stays out."""
     parser = commands.add_parser(
         "train",
         help="one-shot entropy minimisation, or reinforcement learning by name",
         description="Minimise the entropy of a model's answers to one prompt, without labels; or, "
         "with --objective, train it on problems by GRPO and its kin.",
-        argument_default=argparse.SUPPRESS,
     )
-    setting = partial(_add_setting, parser, TrainConfig())
-    parser.add_argument("--model", help="a model folder or a hub name")
-    parser.add_argument("--output", help="folder of the run: metrics.jsonl and checkpoints")
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, with its settings"
     )
-    parser.add_argument(
-        "--prompt", action="append", help="the prompt (default: the published one); may be repeated"
-    )
+    parser.add_argument("--prompt", action="append", help="a prompt to train on; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help='JSON lines {"prompt": ...}')
-    setting("--updates", "optimiser updates")
-    setting("--responses", "sampled answers an update")
-    setting("--micro-batch", "answers that go through the loss at once")
-    setting("--sample-batch", "answers sampled at once")
-    setting("--loss-temperature", "temperature of the loss")
-    setting("--sampling-temperature", "temperature of the sampling")
-    setting("--top-p", "nucleus of the sampling")
-    setting("--top-k", "likeliest tokens to sample from, 0 for all")
-    setting("--repetition-penalty", "of the sampling")
-    setting("--max-new-tokens", "longest answer")
-    setting("--sampler", "vllm: an engine of it on each GPU", choices=SAMPLERS)
-    setting("--vllm-memory", "share of a GPU's memory that vLLM may take")
-    setting("--reduction", "of the loss", choices=("token_mean", "sequence_mean"))
-    setting("--learning-rate", "of AdamW, constant")
-    setting("--weight-decay", "of AdamW")
-    setting("--clip", "largest gradient norm")
-    setting("--dtype", "bfloat16 is autocast around float32 parameters", choices=DTYPES)
-    setting("--device", "auto, cpu, cuda, cuda:1, ...")
-    setting("--gradient-checkpointing", "recompute layers to spare memory", action="store_true")
-    setting("--compat", "count as the published script does", choices=("official",))
-    setting("--seed", "of the sampling")
-    setting("--save-every", "updates between checkpoints, 0: only at the end")
-    setting("--keep-checkpoints", "how many to keep, 0: all")
-    setting("--shards-only", "under torchrun: no merged weights", action="store_true")
-    setting("--save-merged", "of an adapter: also the whole model", action="store_true")
-    setting("--stop-entropy", "stop below this mean entropy, nats", type=float)
-    setting("--stop-skew", "stop above this skewness of the logits", type=float)
-    setting("--stop-patience", "after so many such updates in a row")
-    _add_rl(parser)
-    parser.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+    add_flags(parser, TrainConfig, others={"with --objective": RLConfig})
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_common(parser, _train)
-    parser.set_defaults(traceback=False)
-
-
-def _add_rl(parser: argparse.ArgumentParser) -> None:
-    """The options are the fields that RLConfig adds."""
-    group = parser.add_argument_group(
-        "reinforcement learning (with --objective or --schedule; temperatures, top-p, repetition "
-        "penalty and learning rate have other defaults: 1, 1, 1, 1e-6)"
-    )
-    setting = partial(_add_setting, group, RLConfig(problems=((".", "0"),)))
-    group.add_argument("--objective", help="what to train for (default em)", choices=OBJECTIVES)
-    setting("--schedule", "stages instead, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov")
-    group.add_argument("--problems", metavar="FILE", help='JSON lines {"problem", "answer"}')
-    setting("--template", "the user's turn around a problem")
-    setting("--group-size", "answers to each problem of an update, 2 or more")
-    setting("--reward", "instead of the objective's own", choices=REWARDS)
-    setting("--judge", "what decides an answer", choices=JUDGES)
-    setting("--epochs", "passes over the answers of an update")
-    setting("--minibatches", "optimiser steps each pass")
-    group.add_argument(
-        "--no-normalize-std",
-        dest="normalize_std",
-        action="store_false",
-        help="do not divide advantages by the standard deviation of the group",
-    )
-    for flag, text in (
-        ("--clip-low", "clip bound of the ratio below 1, instead of the objective's own"),
-        ("--clip-high", "and above 1"),
-        ("--ratio", "fraction of the tokens that are selected, instead of the objective's own"),
-        ("--entropy-coef", "weight of the entropy bonus, instead of the objective's own"),
-        ("--entropy-target", "steer the entropy bonus toward this mean entropy, nats"),
-    ):
-        setting(flag, text, type=float)
-    setting("--entropy-step", "by so much an update")
-    setting("--em-coef", "weight of the mean entropy in stages em+NAME")
-    setting("--cov-lower", "clip_cov: least covariance")
-    setting("--cov-upper", "clip_cov: largest covariance")
-    setting("--kl-cov-coef", "kl_cov: weight of the penalty")
-    setting("--ref-kl", "weight of a KL penalty to the initial model")
-    setting("--kl-estimator", "of that penalty", choices=KL_ESTIMATORS)
-    setting("--empo-low", "empo: least semantic entropy of a problem, nats")
-    setting("--empo-high", "empo: largest")
-    setting("--max-length", "L_max of the length rewards, tokens", type=int)
-    setting("--sampling-rounds", "grpo++: draws an update, the first included")
-    setting("--gamma", "ppl: discount")
-    setting("--alpha", "ppl: scale of the regret")
-    setting("--ppl-label", "ppl: label of the segments", choices=PPL_LABELS)
-    group.add_argument(
-        "--no-measure-change",
-        dest="measure_change",
-        action="store_false",
-        help="do not read the entropy again after each update",
-    )
-
-
-def _add_setting(parser, default: TrainConfig, flag: str, text: str, **kwargs) -> None:
-    value = getattr(default, flag[2:].replace("-", "_"))
-    kind = {} if {"action", "choices", "type"} & set(kwargs) else {"type": _type_of(value)}
-    shown = "none" if value is None else str(value).replace("%", "%%")
-    parser.add_argument(flag, help=f"{text} (default {shown})", **{**kind, **kwargs})
-
-
-def _type_of(value) -> type:
-    return str if value is None else type(value)
 
 
 def _add_merge(commands) -> None:
@@ -222,9 +120,8 @@ def _add_merge(commands) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     quiet_transformers()
-    resumed = getattr(arguments, "resume", None)
-    config = _resumed_config(arguments) if resumed else _new_config(arguments)
-    result = train(config, resume=bool(resumed), progress=not arguments.quiet)
+    config = _resumed_config(arguments) if arguments.resume else _new_config(arguments)
+    result = train(config, resume=bool(arguments.resume), progress=not arguments.quiet)
     if os.environ.get("RANK", "0") == "0":
         _print_training(result)
     return 0
@@ -270,15 +167,15 @@ def _resumed_config(arguments: argparse.Namespace) -> TrainConfig:
 
 def _settings(arguments: argparse.Namespace) -> dict:
     """The fields of RLConfig, those of TrainConfig among them, that the command line gives."""
-    given = dict(vars(arguments))
-    prompt, file = given.pop("prompt", None), given.pop("prompts", None)
-    if prompt is not None and file is not None:
+    given = given_settings(arguments, RLConfig)
+    file = given.pop("prompts")
+    if arguments.prompt is not None and file is not None:
         raise ValueError("give --prompt or --prompts, not both")
-    if prompt is not None:
-        given["prompts"] = tuple(prompt)
+    if arguments.prompt is not None:
+        given["prompts"] = tuple(arguments.prompt)
     if file is not None:
         given["prompts"] = read_prompts(file)
-    return {name: given[name] for name in RLConfig.__dataclass_fields__ if name in given}
+    return given
 
 
 def _info(arguments: argparse.Namespace) -> int:

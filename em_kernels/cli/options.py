@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from em_kernels.evaluator.run import EvalConfig
 from em_kernels.lm.judge.judges import JUDGES
-from em_kernels.lm.models import require_transformers
+from em_kernels.lm.models import DTYPES, require_transformers
 from em_kernels.lm.problems import find_source
-from em_kernels.trainer.config import DTYPES
 
 AddCommon = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], int]], None]
 GO_ON = "; what was done is kept, the same command goes on"

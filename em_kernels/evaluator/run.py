@@ -36,11 +36,11 @@ from em_kernels.evaluator.summary import summarise
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.heads import Head, ModelError, read_head
 from em_kernels.lm.judge.judges import JUDGES, judge_name, make_judge
-from em_kernels.lm.models import check_causal, load_model
+from em_kernels.lm.models import DTYPES, check_causal, load_model
 from em_kernels.lm.problems import Problems, Source, find_source, load_problems
 from em_kernels.lm.random_state import RandomState
 from em_kernels.lm.rollout import Sampling
-from em_kernels.trainer.config import DTYPES, check_choice, check_float, check_int
+from em_kernels.lm.settings import check_choice, check_float, check_int
 
 
 @dataclass(frozen=True)

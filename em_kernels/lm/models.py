@@ -17,6 +17,7 @@ from em_kernels.lm.heads import Head, ModelError, causal_lm
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.text import one_line
 
+DTYPES = ("float32", "bfloat16")  # that a model may be asked to compute in
 SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
 
 

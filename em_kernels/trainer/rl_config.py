@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from em_kernels.lm.data import check_unicode, read_jsonl, text_field
+from em_kernels.lm.judge.judges import JUDGES
+from em_kernels.lm.settings import (
+    at_least,
+    documented,
+    finite,
+    fraction,
+    not_negative,
+    positive,
+    redefined,
+    setting,
+)
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
-from em_kernels.trainer.config import TrainConfig, check_choice, check_float, check_int
+from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.schedule import Stage, parse_schedule
 
 PPL_LABELS = ("pseudo", "none")
@@ -43,6 +53,7 @@ DEFAULTS = {
     "ppl": Defaults(clip_low=None, clip_high=None),
 }
 OBJECTIVES = ("em", *DEFAULTS)
+OWN = "the objective's own"
 
 
 class Task(NamedTuple):
@@ -52,6 +63,10 @@ class Task(NamedTuple):
     answer: str | None
 
 
+rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
+
+
+@documented
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
     """Group-relative policy optimisation and its kin, by name.
@@ -61,83 +76,117 @@ class RLConfig(TrainConfig):
     optimiser steps on the loss of the objective. See `em_kernels.objectives` for formulas and
     sources. The settings of `TrainConfig` keep their meaning; sampling and loss are at temperature
     1 and untruncated by default, so that the policy that samples is the one that is trained.
-
-    Args:
-        objective: one of `OBJECTIVES`.
-        schedule: stages instead of one objective, e.g. "em:10,grpo" (see `parse_schedule`).
-        problems: a file of lines {"problem": ..., "answer": ...}, or (problem, answer) pairs. The
-            answer may be missing (None) where the reward does not look at it.
-        prompts: what EM stages sample from; none takes the problems.
-        template: the user's turn, with {problem} where the problem goes.
-        group_size: G >= 2, answers to each problem of an update, which the advantage (for ppl: the
-            preference) compares; `responses` is a multiple of it.
-        reward: one of `REWARDS`; None is the objective's own (verified, or empo, or l-grpo).
-        judge: what decides an answer: "auto", "math-verify" or "exact".
-        epochs, minibatches: passes over the answers of an update; optimiser steps each pass.
-        normalize_std: divide the advantage by the standard deviation of the group.
-        reduction: "token_mean", "sequence_mean" or "sequence_mean_token_sum".
-        clip_low, clip_high: of the ratio to the policy that sampled; None is the objective's own.
-        ratio: fraction of the tokens that clip_cov, kl_cov and high_entropy select; None is the
-            published one (2e-4, 2e-3, 0.2). The first two are tuned to batches of a million tokens:
-            with fewer tokens, raise them.
-        cov_lower, cov_upper: of clip_cov.
-        kl_cov_coef: beta of kl_cov.
-        ref_kl, kl_estimator: weight and form of a KL penalty to the initial model, for objectives
-            built on `grpo_loss`; > 0 keeps a copy of that model.
-        entropy_coef: weight of the entropy bonus, loss units per nat; None is the objective's own.
-        entropy_target, entropy_step: nats; with a target the coefficient moves by a step an update
-            toward it, whatever the objective.
-        em_coef: weight of the mean entropy in mixed stages (em+NAME).
-        empo_low, empo_high: bounds of the semantic entropy of the problems that empo keeps, nats.
-        max_length: L_max of the length rewards, tokens; None is max_new_tokens.
-        sampling_rounds: how often grpo++ draws new problems in the place of those whose answers
-            are all right or all wrong, the first draw included.
-        gamma, alpha, ppl_label: of `ppl_loss` (normalised by length); "pseudo" or "none".
-        measure_change: read the entropy again after the update: one more forward pass.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what was received.
     """
 
-    objective: str = "grpo"
-    schedule: str | None = None
-    problems: str | tuple = ()
-    prompts: tuple[str, ...] = ()
-    template: str = "{problem}"
-    group_size: int = 8
-    reward: str | None = None
-    judge: str = "auto"
-    epochs: int = 1
-    minibatches: int = 2
-    normalize_std: bool = True
-    clip_low: float | None = None
-    clip_high: float | None = None
-    ratio: float | None = None
-    cov_lower: float = 1.0
-    cov_upper: float = 5.0
-    kl_cov_coef: float = 1.0
-    ref_kl: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float | None = None
-    entropy_target: float | None = None
-    entropy_step: float = 0.005
-    em_coef: float = 0.1
-    empo_low: float = 0.0
-    empo_high: float = 10.0
-    max_length: int | None = None
-    sampling_rounds: int = 3
-    gamma: float = 0.9
-    alpha: float = 1.0
-    ppl_label: str = "pseudo"
-    measure_change: bool = True
-    updates: int = 100
-    learning_rate: float = 1e-6
-    loss_temperature: float = 1.0
-    sampling_temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    REDUCTIONS = AGGREGATIONS
+    objective: str = rl_setting(
+        "grpo", "what to train for", choices=OBJECTIVES, shown="grpo; em on the command line"
+    )
+    schedule: str | None = rl_setting(
+        None,
+        "stages instead of one objective, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov",
+    )
+    problems: str | tuple = rl_setting(
+        (),
+        'a file of lines {"problem": ..., "answer": ...}, or (problem, answer) pairs; the answer '
+        "may be missing (None) where the reward does not look at it",
+        metavar="FILE",
+        shown="none",
+    )
+    prompts: tuple[str, ...] = redefined(
+        TrainConfig, "prompts", (), help="what EM stages sample from", shown="the problems"
+    )
+    template: str = rl_setting(
+        "{problem}", "the user's turn, with {problem} where the problem goes"
+    )
+    group_size: int = rl_setting(
+        8,
+        "answers to each problem of an update, 2 or more, which the advantage (for ppl: the "
+        "preference) compares; `responses` is a multiple of it",
+        check=at_least(1),
+    )
+    reward: str | None = rl_setting(
+        None, "what an answer is worth", choices=(None, *REWARDS), shown=OWN
+    )
+    judge: str = rl_setting("auto", "what decides whether an answer is right", choices=JUDGES)
+    epochs: int = rl_setting(1, "passes over the answers of an update", check=at_least(1))
+    minibatches: int = rl_setting(2, "optimiser steps each pass", check=at_least(1))
+    normalize_std: bool = rl_setting(
+        True, "divide advantages by the standard deviation of the group"
+    )
+    reduction: str = redefined(
+        TrainConfig,
+        "reduction",
+        help="of the loss: mean over all tokens; over each answer and then over answers; or sum "
+        "over each answer and then mean over answers",
+        choices=AGGREGATIONS,
+    )
+    clip_low: float | None = rl_setting(
+        None,
+        "clip bound below 1 of the ratio to the policy that sampled",
+        check=not_negative,
+        shown=OWN,
+    )
+    clip_high: float | None = rl_setting(None, "and above 1", check=not_negative, shown=OWN)
+    ratio: float | None = rl_setting(
+        None,
+        "fraction of the tokens that clip_cov, kl_cov and high_entropy select (published: 2e-4, "
+        "2e-3, 0.2; the first two for batches of a million tokens: with fewer, raise them)",
+        check=fraction,
+        shown=OWN,
+    )
+    cov_lower: float = rl_setting(1.0, "clip_cov: least covariance", check=finite)
+    cov_upper: float = rl_setting(5.0, "clip_cov: largest covariance", check=finite)
+    kl_cov_coef: float = rl_setting(1.0, "kl_cov: weight of the penalty", check=not_negative)
+    ref_kl: float = rl_setting(
+        0.0,
+        "weight of a KL penalty to the initial model, for objectives built on `grpo_loss`; above 0 "
+        "a copy of that model is kept",
+        check=not_negative,
+    )
+    kl_estimator: str = rl_setting("k3", "form of that penalty", choices=KL_ESTIMATORS)
+    entropy_coef: float | None = rl_setting(
+        None, "weight of the entropy bonus, loss units per nat", check=finite, shown=OWN
+    )
+    entropy_target: float | None = rl_setting(
+        None,
+        "steer the entropy bonus toward this mean entropy (nats), whatever the objective",
+        check=not_negative,
+    )
+    entropy_step: float = rl_setting(
+        0.005, "how far the weight of the bonus moves in an update, with a target", check=positive
+    )
+    em_coef: float = rl_setting(
+        0.1, "weight of the mean entropy in mixed stages (em+NAME)", check=not_negative
+    )
+    empo_low: float = rl_setting(
+        0.0, "empo: least semantic entropy of a problem that is kept, nats", check=finite
+    )
+    empo_high: float = rl_setting(10.0, "empo: largest, nats", check=finite)
+    max_length: int | None = rl_setting(
+        None,
+        "L_max of the length rewards, tokens",
+        check=at_least(1),
+        shown="max_new_tokens",
+    )
+    sampling_rounds: int = rl_setting(
+        3,
+        "how often grpo++ draws new problems in the place of those whose answers are all right or "
+        "all wrong, the first draw included",
+        check=at_least(1),
+    )
+    gamma: float = rl_setting(0.9, "ppl: discount", check=fraction)
+    alpha: float = rl_setting(1.0, "ppl: scale of the regret", check=positive)
+    ppl_label: str = rl_setting("pseudo", "ppl: label of the segments", choices=PPL_LABELS)
+    measure_change: bool = rl_setting(
+        True, "read the entropy again after each update: one more forward pass"
+    )
+    updates: int = redefined(TrainConfig, "updates", 100)
+    learning_rate: float = redefined(TrainConfig, "learning_rate", 1e-6)
+    loss_temperature: float = redefined(TrainConfig, "loss_temperature", 1.0)
+    sampling_temperature: float = redefined(TrainConfig, "sampling_temperature", 1.0)
+    top_p: float = redefined(TrainConfig, "top_p", 1.0)
+    repetition_penalty: float = redefined(TrainConfig, "repetition_penalty", 1.0)
+    compat: str | None = redefined(TrainConfig, "compat", help="of em alone", choices=(None,))
 
     def __post_init__(self):
         self._settle_problems()
@@ -145,20 +194,17 @@ class RLConfig(TrainConfig):
             raise ValueError(f"problems must be given for {self.objective!r}, got none")
         check_unicode("template", self.template)
         super().__post_init__()
-        for name in ("group_size", "epochs", "minibatches", "sampling_rounds"):
-            check_int(name, getattr(self, name), 1)
-        if self.max_length is not None:
-            check_int("max_length", self.max_length, 1)
         if self.responses % self.group_size:
             raise ValueError(
                 f"responses must be a multiple of group_size={self.group_size}, "
                 f"got {self.responses}"
             )
-        self._check_numbers()
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        check_choice("ppl_label", self.ppl_label, PPL_LABELS)
-        check_choice("reward", self.reward, (None, *REWARDS))
-        check_choice("compat", self.compat, (None,))
+        for low, high in (("cov_lower", "cov_upper"), ("empo_low", "empo_high")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"{low} must be below {high}, got {getattr(self, low)!r} and "
+                    f"{getattr(self, high)!r}"
+                )
         if "{problem}" not in self.template:
             raise ValueError(f"template must have {{problem}} in it, got {self.template!r}")
         for stage in self.stages:
@@ -178,25 +224,6 @@ class RLConfig(TrainConfig):
             check_unicode("problems", task.problem)
             check_unicode("answers of problems", task.answer or "")
         object.__setattr__(self, "problems", tasks)
-
-    def _check_numbers(self) -> None:
-        for name in ("clip_low", "clip_high", "entropy_target", "ref_kl", "kl_cov_coef", "em_coef"):
-            if getattr(self, name) is not None:
-                check_float(name, getattr(self, name), lambda v: v >= 0, "0 or more")
-        for name in ("cov_lower", "cov_upper", "empo_low", "empo_high", "entropy_coef"):
-            if getattr(self, name) is not None:
-                check_float(name, getattr(self, name), math.isfinite, "a number")
-        for name in ("entropy_step", "alpha"):
-            check_float(name, getattr(self, name), lambda v: v > 0, "positive")
-        check_float("gamma", self.gamma, lambda v: 0 < v <= 1, "in (0, 1]")
-        if self.ratio is not None:
-            check_float("ratio", self.ratio, lambda v: 0 < v <= 1, "in (0, 1]")
-        for low, high in (("cov_lower", "cov_upper"), ("empo_low", "empo_high")):
-            if getattr(self, low) >= getattr(self, high):
-                raise ValueError(
-                    f"{low} must be below {high}, got {getattr(self, low)!r} and "
-                    f"{getattr(self, high)!r}"
-                )
 
     def _check_stage(self, stage: Stage) -> None:
         if stage.policy is None:

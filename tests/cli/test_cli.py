@@ -137,7 +137,7 @@ def test_ctrl_c_before_the_first_checkpoint(model, tmp_path, monkeypatch, capsys
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr(cli.app, "train", interrupted)
     arguments = ["train", "--model", model, "--output", str(tmp_path), *FAST]
     assert cli.main(arguments) == 130
     assert "there is no checkpoint yet" in capsys.readouterr().err
@@ -234,10 +234,10 @@ def test_what_the_terminal_has_no_letters_for_is_shown_as_an_escape(monkeypatch,
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(cli, "_version", lambda package: "\u2264 1 \ud835")
+    monkeypatch.setattr(cli.app, "_version", lambda package: "\u2264 1 \ud835")
     assert cli.main(["info"]) == 0
     assert b"\\u2264 1 \\ud835" in out.buffer.getvalue()
-    assert cli.main(["report", "\u2264 \ud835"]) == cli.FAILED
+    assert cli.main(["report", "\u2264 \ud835"]) == cli.app.FAILED
     assert b"no such folder: \\u2264 \\ud835" in err.buffer.getvalue()
 
 

@@ -1,0 +1,319 @@
+"""Settings of a run: one field of a dataclass carries its default, meaning, check and flag.
+
+    @documented
+    @dataclass(frozen=True)
+    class RunConfig:
+        updates: int = setting(10, "optimiser updates", check=at_least(1))
+
+        def __post_init__(self):
+            check_settings(self)
+
+`check_settings` makes the errors, `add_flags` and `given_settings` the command line, `documented`
+the docstring, `describe_settings` the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import textwrap
+from collections.abc import Callable, Container, Mapping
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Check = Callable[[str, Any], Any]
+"""(name, value) -> the value as it is kept; raises TypeError or ValueError that names it."""
+C = TypeVar("C", bound=type)
+_META = "setting"
+_RAISES = """
+    Raises:
+        TypeError, ValueError: naming the argument and what was received.
+    """
+
+
+class Setting(NamedTuple):
+    """What a field carries besides its type and default.
+
+    Args:
+        help: what it decides, in a sentence without a capital or a full stop.
+        check: called with name and value; None is let through where the type has it.
+        choices: what the value must be one of, None among them where the type has it.
+        flag: "--name" unless given.
+        no_flag: why there is no flag of its own.
+        metavar: what the flag's value is called.
+        group: heading of the flags that belong together.
+        shown: the default in words, as what None stands for.
+    """
+
+    help: str
+    check: Check | None = None
+    choices: tuple[Any, ...] | None = None
+    flag: str | None = None
+    no_flag: str | None = None
+    metavar: str | None = None
+    group: str = ""
+    shown: str | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The choices but None, which a flag that is left out stands for."""
+        return tuple(choice for choice in self.choices or () if choice is not None)
+
+
+class SettingRow(NamedTuple):
+    """A setting as the documentation shows it; `flag` is None where there is none."""
+
+    name: str
+    flag: str | None
+    type: str
+    default: str
+    help: str
+    group: str
+
+
+def setting(default: Any, help: str, **told: Any) -> Any:
+    """A field of a dataclass of settings, by the names of `Setting`; see there.
+
+    A setting with the default `MISSING` must be given.
+    """
+    return field(default=default, metadata={_META: Setting(help, **told)})
+
+
+def redefined(cls: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
+    """The setting `name` of a base class, with another default or other properties."""
+    base = next(item for item in fields(cls) if item.name == name)
+    default = base.default if default is MISSING else default
+    return field(default=default, metadata={_META: read_setting(base)._replace(**changes)})
+
+
+def read_setting(item: Field[Any]) -> Setting:
+    told: Setting = item.metadata[_META]
+    return told
+
+
+def settings_of(cls: type) -> dict[str, Setting]:
+    """By name, in the order of the fields."""
+    return {item.name: read_setting(item) for item in fields(cls)}
+
+
+# Checks
+
+
+def check_settings(config: Any) -> None:
+    """Check every field of a dataclass of settings, and keep what the checks make of the values.
+
+    Raises:
+        TypeError, ValueError: naming the field and what was received.
+    """
+    kinds = _kinds(type(config))
+    for item in fields(config):
+        kind, told, value = kinds[item.name], read_setting(item), getattr(config, item.name)
+        if told.choices is not None:
+            check_choice(item.name, value, told.choices)
+        if value is None and kind.optional:
+            continue
+        if kind.type is bool and not isinstance(value, bool):
+            raise TypeError(f"{item.name} must be True or False, got {value!r}")
+        if told.check is not None:
+            object.__setattr__(config, item.name, told.check(item.name, value))
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+    return value
+
+
+def check_float(name: str, value: Any, good: Callable[[float], bool], rule: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not good(value):
+        raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def at_least(least: int) -> Check:
+    return lambda name, value: check_int(name, value, least)
+
+
+def number(good: Callable[[float], bool], rule: str) -> Check:
+    """A finite number that is `good`; `rule` says what that is."""
+    return lambda name, value: check_float(name, value, good, rule)
+
+
+positive = number(lambda v: v > 0, "positive")
+not_negative = number(lambda v: v >= 0, "0 or more")
+fraction = number(lambda v: 0 < v <= 1, "in (0, 1]")
+finite = number(math.isfinite, "a number")
+
+
+def path_text(name: str, value: Any) -> str:
+    """A path or a name, as text."""
+    try:
+        return str(os.fspath(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a path or a name, got {value!r}") from None
+
+
+# Flags
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    only: Container[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    others: Mapping[str, type] | None = None,
+) -> None:
+    """An option for each setting of `cls`; one that is not given stays out of the namespace.
+
+    Args:
+        only: the names of the settings, in place of all.
+        defaults: of this command, by name, in place of the settings' own.
+        others: further classes that the same options may be for, by when that is ("with --x"). A
+            choice of one is a choice of all: the class that is made refuses what it does not have.
+    """
+    groups: dict[str, Any] = {"": parser}
+    classes = {"": cls, **(others or {})}
+    for name in dict.fromkeys(name for one in classes.values() for name in settings_of(one)):
+        if only is not None and name not in only:
+            continue
+        having = {when: one for when, one in classes.items() if name in settings_of(one)}
+        told = settings_of(next(iter(having.values())))[name]
+        if told.no_flag is not None:
+            continue
+        if told.group not in groups:
+            groups[told.group] = parser.add_argument_group(told.group)
+        own = (defaults or {}).get(name, argparse.SUPPRESS)
+        groups[told.group].add_argument(
+            flag_of(name, told), dest=name, default=own, **_option(name, having, own)
+        )
+
+
+def given_settings(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings of `cls` that the command line gives."""
+    names = settings_of(cls)
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def flag_of(name: str, told: Setting) -> str:
+    return told.flag or "--" + name.replace("_", "-")
+
+
+def _option(name: str, having: Mapping[str, type], own: Any) -> dict[str, Any]:
+    """What argparse is told about a flag, by the classes that have the setting."""
+    first = next(iter(having.values()))
+    told, kind = settings_of(first)[name], _kinds(first)[name]
+    text = _help(name, having) if own is argparse.SUPPRESS else f"{told.help} (default {own})"
+    option: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if kind.type is bool:
+        return {**option, "action": argparse.BooleanOptionalAction}
+    if told.metavar:
+        option["metavar"] = told.metavar
+    if kind.several:
+        option["nargs"] = "+"
+    every = [choice for one in having.values() for choice in settings_of(one)[name].named]
+    if every:
+        return {**option, "choices": tuple(dict.fromkeys(every))}
+    if _is_required(first, name):
+        option["required"] = True
+    return {**option, "type": kind.type}
+
+
+def _help(name: str, having: Mapping[str, type]) -> str:
+    """With the default of each class where they differ: "updates (default 10; 100 with --x)"."""
+    shown = {when: _default(one, name) for when, one in having.items()}
+    first = next(iter(shown.values()))
+    others = [f"; {text} {when}" for when, text in shown.items() if text != first]
+    told = settings_of(next(iter(having.values())))[name]
+    return f"{told.help} (default {first}{''.join(others)})"
+
+
+# Documentation
+
+
+def documented(cls: C) -> C:
+    """Append what is known of the settings to the docstring; of a base class, what is new."""
+    inherited = {
+        name: _told(base, name)
+        for base in cls.__bases__
+        if is_dataclass(base)
+        for name in settings_of(base)
+    }
+    new = (name for name in settings_of(cls) if inherited.get(name) != _told(cls, name))
+    lines = [f"{name}: {_help(name, {'': cls})}." for name in new]
+    fill = textwrap.TextWrapper(
+        width=96, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
+    ).fill
+    args = [fill(line) for line in lines]
+    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *args, _RAISES])
+    return cls
+
+
+def describe_settings(cls: type) -> list[SettingRow]:
+    """Every setting of `cls`, for the documentation."""
+    return [
+        SettingRow(
+            name=name,
+            flag=None if told.no_flag is not None else flag_of(name, told),
+            type=" or ".join(map(repr, told.named)) or _shown_type(cls, name),
+            default=_default(cls, name),
+            help=told.help,
+            group=told.group,
+        )
+        for name, told in settings_of(cls).items()
+    ]
+
+
+def _told(cls: type, name: str) -> tuple[str, Setting]:
+    return _default(cls, name), settings_of(cls)[name]
+
+
+def _default(cls: type, name: str) -> str:
+    if _is_required(cls, name):
+        return "must be given"
+    value = cls.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+    return settings_of(cls)[name].shown or ("none" if value is None else str(value))
+
+
+def _is_required(cls: type, name: str) -> bool:
+    return cls.__dataclass_fields__[name].default is MISSING  # type: ignore[attr-defined]
+
+
+def _shown_type(cls: type, name: str) -> str:
+    kind = _kinds(cls)[name]
+    return f"{kind.type.__name__}{' ...' if kind.several else ''}"
+
+
+# Types
+
+
+class _Kind(NamedTuple):
+    """The type of a setting's value, or of each of several; whether it may be None."""
+
+    type: type
+    several: bool
+    optional: bool
+
+
+def _kinds(cls: type) -> dict[str, _Kind]:
+    return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kind(hint: Any) -> _Kind:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    optional = NoneType in parts
+    first = next(part for part in parts if part is not NoneType)
+    if get_origin(first) is tuple:
+        return _Kind(get_args(first)[0], True, optional)
+    return _Kind(first, False, optional)

@@ -1,0 +1,66 @@
+"""Every setting of a run can be given on the command line, with the choices that its check has."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from em_kernels import cli
+from em_kernels.cli.app import _config_class, _parser, _settings
+from em_kernels.lm.settings import flag_of, settings_of
+from em_kernels.trainer import RLConfig, TrainConfig
+
+COMMANDS = {"train": (TrainConfig, RLConfig)}
+SETTINGS = [
+    (command, name)
+    for command, classes in COMMANDS.items()
+    for name in dict.fromkeys(name for cls in classes for name in settings_of(cls))
+]
+
+
+def options(command: str) -> dict[str, argparse.Action]:
+    """The options of a command, by flag."""
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]._option_string_actions
+
+
+@pytest.mark.parametrize("command, name", SETTINGS)
+def test_a_setting_has_a_flag_with_its_choices_or_a_reason_for_having_none(command, name):
+    told = [settings_of(cls)[name] for cls in COMMANDS[command] if name in settings_of(cls)]
+    if told[0].no_flag is not None:
+        assert told[0].no_flag
+        return
+    option = options(command)[flag_of(name, told[0])]
+    assert option.dest == name
+    named = {choice for one in told for choice in one.named}
+    assert set(option.choices or ()) == named
+
+
+@pytest.fixture
+def problems(tmp_path) -> list[str]:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "1 + 1", "answer": 2}\n')
+    return ["--objective", "grpo", "--problems", str(path)]
+
+
+def read(*words: str) -> TrainConfig | RLConfig:
+    arguments = _parser().parse_args(["train", "--model", "m", "--output", "o", *words])
+    given = _settings(arguments)
+    return _config_class(given)(**given)
+
+
+@pytest.mark.parametrize("reduction", settings_of(RLConfig)["reduction"].named)
+def test_every_reduction_of_an_objective_is_taken(reduction, problems):
+    assert read(*problems, "--reduction", reduction).reduction == reduction
+
+
+def test_a_reduction_that_entropy_minimisation_lacks_is_named(capsys):
+    words = ["train", "--model", "m", "--output", "o", "--reduction", "sequence_mean_token_sum"]
+    assert cli.main(words) == 2
+    assert "reduction must be one of ('token_mean', 'sequence_mean')" in capsys.readouterr().err
+
+
+def test_switches_that_are_on_can_be_turned_off(problems):
+    assert read(*problems, "--no-normalize-std").normalize_std is False
+    assert read("--no-shards-only").shards_only is False
