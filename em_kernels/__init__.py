@@ -1,6 +1,7 @@
 """Softmax entropy, log-probability and their gradients, fused: from logits or hidden @ weight.T."""
 
-from em_kernels.backends.choice import backends
+from typing import TYPE_CHECKING
+
 from em_kernels.backends.interface import TokenStats
 from em_kernels.ops.covariance import (
     clip_cov_mask,
@@ -21,6 +22,11 @@ from em_kernels.ops.token_loss import (
     token_loss,
 )
 from em_kernels.ops.trl import entropy_from_logits, selective_log_softmax_and_entropy
+
+if TYPE_CHECKING:  # a module that can be called, which type checkers do not know
+    from em_kernels.backends.choice import backends
+else:
+    from em_kernels import backends
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,6 +7,11 @@ from em_kernels.objectives.aggregation import (
     aggregation_denominator,
     aggregation_weight,
 )
+from em_kernels.objectives.bonus import (
+    active_entropy_coef,
+    entropy_bonus,
+    next_entropy_coef,
+)
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
@@ -14,11 +19,6 @@ from em_kernels.objectives.em import (
     token_mean_weights,
 )
 from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
-from em_kernels.objectives.entropy_bonus import (
-    active_entropy_coef,
-    entropy_bonus,
-    next_entropy_coef,
-)
 from em_kernels.objectives.grpo import clipped_surrogate, grpo_loss
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask, grpo_plus_plus_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss

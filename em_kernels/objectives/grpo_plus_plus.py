@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from em_kernels.objectives._inputs import Groups, PolicyLoss, masked_mean
-from em_kernels.objectives.entropy_bonus import entropy_bonus
+from em_kernels.objectives.bonus import entropy_bonus
 from em_kernels.objectives.grpo import grpo_loss
 from em_kernels.ops.arguments import check_tensor, count_mask
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from em_kernels.lm.models import hidden_states
 from em_kernels.objectives.aggregation import aggregate_loss, aggregation_denominator
+from em_kernels.objectives.bonus import entropy_bonus
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
-from em_kernels.objectives.entropy_bonus import entropy_bonus
 from em_kernels.objectives.grpo import grpo_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from em_kernels.objectives.entropy_bonus import next_entropy_coef
+from em_kernels.objectives.bonus import next_entropy_coef
 
 _STAGE = re.compile(
     r"(?P<names>[^:@\s]+)(?::(?P<updates>\d+))?(?:@(?P<rate>[0-9.]+(?:e[-+]?\d+)?))?"
