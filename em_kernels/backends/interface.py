@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+
+class Argument(NamedTuple):
+    """In `Annotated`: name and type of a field in an operator's schema, where not its own."""
+
+    name: str = ""
+    type: str = ""
+
+
+Size = Annotated[int, Argument(type="SymInt")]  # a number that torch.compile may leave open
 
 
 def serializable(kind: type) -> type:
@@ -67,7 +77,7 @@ class RowSpec(NamedTuple):
     temperature: float = 1.0
     softcap: float = 0.0  # 0 means none
     logit_scale: float = 1.0
-    valid_vocab: int = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
+    valid_vocab: Size = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
     group: str | None = None  # name of the vocabulary-parallel process group
     numbers: Tensor | None = None  # see `Numbers`
     compact: bool = True  # rows may be looked for though that waits for the device; see `_rows`
@@ -95,9 +105,9 @@ class Saved(NamedTuple):
 class Upstream(NamedTuple):
     """Per-row gradients of the loss in logprob, entropy and lse; None is zero."""
 
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    lse: Tensor | None = None
+    logprob: Annotated[Tensor | None, Argument("g_logprob")] = None
+    entropy: Annotated[Tensor | None, Argument("g_entropy")] = None
+    lse: Annotated[Tensor | None, Argument("g_lse")] = None
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -114,8 +124,10 @@ def read_numbers(spec: RowSpec) -> RowSpec:
     """The spec with the values of `numbers` where they belong."""
     if spec.numbers is None:
         return spec
-    given = Numbers(*spec.numbers.tolist())._asdict()
-    return spec._replace(**{name: given[name] for name in given.keys() & spec._fields})
+    given = Numbers(*spec.numbers.tolist())
+    return spec._replace(
+        temperature=given.temperature, softcap=given.softcap, logit_scale=given.logit_scale
+    )
 
 
 def row_tensors(spec: RowSpec) -> tuple[Tensor | None, ...]:

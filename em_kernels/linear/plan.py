@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import accumulate_dtype
+from em_kernels.backends.interface import Argument, accumulate_dtype
 from em_kernels.linear import products
 from em_kernels.linear.cut import (
     ROW_ALIGN,
@@ -31,10 +31,15 @@ class Needs(NamedTuple):
     of a chunk's gradient is below filter_eps times the chunk's largest upstream weight.
     """
 
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
+    hidden: Annotated[bool, Argument("need_hidden")] = False
+    weight: Annotated[bool, Argument("need_weight")] = False
+    bias: Annotated[bool, Argument("need_bias")] = False
     filter_eps: float | None = None
+
+    @property
+    def inputs(self) -> tuple[bool, bool, bool]:
+        """Of hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
 
 
 class Linear(NamedTuple):

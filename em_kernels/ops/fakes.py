@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.interface import Saved, accumulate_dtype
 from em_kernels.linear.half import ready_dtype
-from em_kernels.linear.plan import Linear, Needs, kept_shape
-from em_kernels.ops.schemas import take_later
+from em_kernels.linear.plan import Linear, kept_shape
+from em_kernels.ops.schemas import (
+    AllReduce,
+    EntropyDescent,
+    EntropyTemperature,
+    LinearGrad,
+    LinearLoss,
+    LinearStats,
+    LinearStatsFused,
+    ScaleInplace,
+    SoftmaxGrad,
+    SoftmaxLoss,
+    SoftmaxLossInplace,
+    SoftmaxStats,
+)
 
 
-def empty_rows(like: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
+def empty_rows(like: Tensor, outputs: Sequence[str]) -> list[Tensor]:
     """Memory for what the statistics operators return, of the leading shape of `like`."""
     dtype = accumulate_dtype(like.dtype)
     return [
@@ -23,71 +36,64 @@ def empty_rows(like: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
 
 
 def _fake_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Needs,
+    call: LinearGrad | LinearLoss,
     result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
 ) -> list[Tensor]:
+    hidden, weight, bias = call.hidden, call.weight, call.spec.bias
+    inputs = (hidden, weight, weight if bias is None else bias)
     sizes = (hidden.shape, weight.shape, weight.shape[:1])
     return [
         x.new_empty(size if need else 0, dtype=result(x.dtype))
-        for x, size, need in zip((hidden, weight, weight if bias is None else bias), sizes, needs)
+        for x, size, need in zip(inputs, sizes, call.needs.inputs, strict=True)
     ]
 
 
-def softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    return empty_rows(logits, args[-2])
+def softmax_stats(call: SoftmaxStats) -> list[Tensor]:
+    return empty_rows(call.logits, call.outputs)
 
 
-def softmax_grad(logits: Tensor, *args) -> list[Tensor]:
-    return [logits.new_empty(logits.shape)]
+def softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
+    return [call.logits.new_empty(call.logits.shape)]
 
 
-def softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    return [*empty_rows(logits, args[-2]), logits.new_empty(logits.shape)]
+def softmax_loss(call: SoftmaxLoss) -> list[Tensor]:
+    return [*empty_rows(call.logits, call.outputs), call.logits.new_empty(call.logits.shape)]
 
 
-def softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
+def nothing(call: SoftmaxLossInplace | ScaleInplace) -> None:
     return None
 
 
-def all_reduce(x: Tensor, group: str) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
+def all_reduce(call: AllReduce) -> list[Tensor]:
+    return [call.x.new_empty(call.x.shape)]
 
 
-def scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
-    return None
-
-
-def entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
+def entropy_temperature(call: EntropyTemperature) -> list[Tensor]:
+    logits = call.logits
     return [logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))]
 
 
-def entropy_descent(logits: Tensor, *args) -> list[Tensor]:
+def entropy_descent(call: EntropyDescent) -> list[Tensor]:
+    logits = call.logits
     return [logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))]
 
 
-def linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    outputs, chunk, dtype, _, *later = args[len(RowSpec._fields) :]
-    needs, keep = take_later(RowSpec(), later)
-    rows = empty_rows(hidden, outputs)
-    if needs is not None:
-        linear = Linear.cut(hidden, weight, chunk, dtype)
-        rows.append(hidden.new_empty(kept_shape(linear, *keep or [0]), dtype=linear.logits_dtype))
+def linear_stats(call: LinearStats) -> list[Tensor]:
+    rows = empty_rows(call.hidden, call.outputs)
+    if any(call.needs.inputs):
+        linear = Linear.cut(call.hidden, call.weight, call.chunk_tokens, call.logits_dtype)
+        shape = kept_shape(linear, call.keep_logits)
+        rows.append(call.hidden.new_empty(shape, dtype=linear.logits_dtype))
     return rows
 
 
-def linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    return empty_rows(hidden, args[-1])
+def linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
+    return empty_rows(call.hidden, call.outputs)
 
 
-def linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    start = len(RowSpec._fields) + len(Saved._fields) + len(Upstream._fields)
-    return _fake_grads(hidden, weight, args[0], Needs(*args[start : start + 4]))
+def linear_grad(call: LinearGrad) -> list[Tensor]:
+    return _fake_grads(call)
 
 
-def linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    needs = Needs(*args[-8:-4])
-    grads = _fake_grads(hidden, weight, args[0], needs, ready_dtype)
-    return [*empty_rows(hidden, args[-4]), *grads]
+def linear_loss(call: LinearLoss) -> list[Tensor]:
+    return [*empty_rows(call.hidden, call.outputs), *_fake_grads(call, ready_dtype)]

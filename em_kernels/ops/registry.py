@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from em_kernels.backends.choice import backend, serves, why_not
 from em_kernels.backends.interface import (
     RowSpec,
     Saved,
-    Upstream,
     accumulate_dtype,
     as_rows,
     flatten_spec,
@@ -33,120 +33,116 @@ from em_kernels.linear.plan import Linear, Needs
 from em_kernels.linear.workspace import empty
 from em_kernels.ops import fakes
 from em_kernels.ops.schemas import (
-    CUT,
-    LATER,
-    LINEAR,
-    NEEDS,
-    SAVED,
-    SPEC,
-    UPSTREAM,
-    take,
-    take_later,
-    take_needs,
-    take_spec,
+    AllReduce,
+    EntropyDescent,
+    EntropyTemperature,
+    LinearGrad,
+    LinearLoss,
+    LinearStats,
+    LinearStatsFused,
+    ScaleInplace,
+    SoftmaxGrad,
+    SoftmaxLoss,
+    SoftmaxLossInplace,
+    SoftmaxStats,
+    schema,
+    unflat,
+    with_numbers,
 )
 
 
-def _softmax_stats(logits: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, impl) = take_spec(args)
-    module, spec = _serve(impl, logits, logits.shape[-1], spec, (outputs,))
+def _softmax_stats(call: SoftmaxStats) -> list[Tensor]:
+    logits, outputs = call.logits, call.outputs
+    module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, (outputs,))
     rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
 
-def _softmax_grad(logits: Tensor, *args) -> list[Tensor]:
-    spec, args = take_spec(args)
-    saved, args = take(Saved, args)
-    upstream, (impl,) = take(Upstream, args)
-    module, spec = _serve(impl, logits, logits.shape[-1], spec, check=False)
+def _softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
+    logits = call.logits
+    module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
     view, out = as_rows(logits), empty(module, logits.shape, logits.dtype, logits.device)
-    module.grad(view, spec, _flat(saved), _flat(upstream), out.view(view.shape))
+    module.grad(view, spec, _flat(call.saved), _flat(call.upstream), out.view(view.shape))
     return [out]
 
 
-def _softmax_loss(logits: Tensor, *args) -> list[Tensor]:
-    rows, out = _loss_rows(logits, as_rows(logits), args)
+def _softmax_loss(call: SoftmaxLoss) -> list[Tensor]:
+    rows, out = _loss_rows(call, as_rows(call.logits))
     return [*rows, out]
 
 
-def _softmax_loss_inplace(logits: Tensor, rows: list[Tensor], *args) -> None:
+def _softmax_loss_inplace(call: SoftmaxLossInplace) -> None:
+    logits = call.logits
     view = as_rows(logits)
-    values, _ = _loss_rows(logits, view, args, out=view)
-    for row, value in zip(rows, values, strict=True):
+    values, _ = _loss_rows(call, view, out=view)
+    for row, value in zip(call.rows, values, strict=True):
         row.copy_(value)
     if view.data_ptr() != logits.data_ptr():
         logits.copy_(view.view(logits.shape))
 
 
 def _loss_rows(
-    logits: Tensor, view: Tensor, args: tuple, out: Tensor | None = None
+    call: SoftmaxLoss | SoftmaxLossInplace, view: Tensor, out: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The per-row results, and the gradient: in `out`, else of the shape of `logits`."""
-    spec, args = take_spec(args)
-    upstream, (outputs, impl) = take(Upstream, args)
+    """The per-row results, and the gradient: in `out`, else of the shape of the logits."""
+    logits, outputs = call.logits, call.outputs
     vocab = logits.shape[-1]
-    module, spec = _serve(impl, logits, vocab, spec, (outputs,), loss_of=view)
+    module, spec = _serve(call.impl, logits, vocab, call.spec, (outputs,), loss_of=view)
     if out is None:
         out = empty(module, logits.shape, logits.dtype, logits.device)
-    rows = module.loss(view, spec, _flat(upstream), tuple(outputs), out.view(view.shape))
+    rows = module.loss(view, spec, _flat(call.upstream), tuple(outputs), out.view(view.shape))
     return _shape_rows(rows, outputs, logits.shape[:-1]), out
 
 
-def _linear_stats(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs, chunk, dtype, impl, *later) = take_spec(args)
-    needs, keep = take_later(spec, later)
-    options = (outputs, chunk, dtype)
-    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
-    linear = Linear.cut(hidden, weight, chunk, dtype)
+def _linear_stats(call: LinearStats) -> list[Tensor]:
+    hidden, outputs = call.hidden, call.outputs
+    needs = call.needs if any(call.needs.inputs) else None
+    module, spec, linear = _serve_linear(call, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = chunks.stats(linear, spec, tuple(outputs), module, needs, *keep)
+        rows = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
     count = len(Saved._fields) + len(outputs)
     return [*_shape_rows(rows[:count], outputs, hidden.shape[:-1]), *rows[count:]]
 
 
-def _linear_stats_fused(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, (outputs,) = take_spec(args)
+def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
+    hidden, outputs = call.hidden, call.outputs
     reason = why_not("triton", hidden.device)
     if reason is not None:
         raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
     module = importlib.import_module("em_kernels.backends.triton.linear")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    rows = module.linear_stats(rows, weight, _checked(flatten_spec(spec)), tuple(outputs))
+    spec = _checked(flatten_spec(call.spec))
+    rows = module.linear_stats(rows, call.weight, spec, tuple(outputs))
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
-def _linear_grad(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = take_spec(args)
-    saved, args = take(Saved, args)
-    upstream, args = take(Upstream, args)
-    needs, (chunk, dtype, impl, *kept) = take_needs(spec, args)
-    options = (needs.hidden, chunk, dtype)
-    module, spec = _serve(impl, hidden, weight.shape[0], spec, options, check=False)
-    linear = Linear.cut(hidden, weight, chunk, dtype)
+def _linear_grad(call: LinearGrad) -> list[Tensor]:
+    hidden, needs = call.hidden, call.needs
+    module, spec, linear = _serve_linear(call, (needs.hidden,), check=False)
+    saved, upstream = _flat(call.saved), _flat(call.upstream)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = chunks.grad(linear, spec, _flat(saved), _flat(upstream), needs, module, *kept)
+        grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept)
     return _shape_grads(grads, needs, hidden)
 
 
-def _linear_loss(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, args = take_spec(args)
-    upstream, args = take(Upstream, args)
-    needs, (outputs, chunk, dtype, impl) = take_needs(spec, args)
-    options = (outputs, needs.hidden, chunk, dtype)
-    module, spec = _serve(impl, hidden, weight.shape[0], spec, options)
-    linear = Linear.cut(hidden, weight, chunk, dtype)
+def _linear_loss(call: LinearLoss) -> list[Tensor]:
+    hidden, outputs, needs = call.hidden, call.outputs, call.needs
+    module, spec, linear = _serve_linear(call, (outputs, needs.hidden))
+    upstream = _flat(call.upstream)
     with torch.autocast(hidden.device.type, enabled=False):
-        results = chunks.loss(linear, spec, _flat(upstream), tuple(outputs), needs, module)
-    rows = _shape_rows(results[:-3], outputs, hidden.shape[:-1])
-    return [*rows, *_shape_grads(results[-3:], needs, hidden)]
+        results = chunks.loss(linear, spec, upstream, tuple(outputs), needs, module)
+    count = len(Saved._fields) + len(outputs)
+    rows = _shape_rows(results[:count], outputs, hidden.shape[:-1])
+    return [*rows, *_shape_grads(results[count:], needs, hidden)]
 
 
-def _all_reduce(x: Tensor, group: str) -> list[Tensor]:
-    return [vocab_parallel.all_reduce(x, group)]
+def _all_reduce(call: AllReduce) -> list[Tensor]:
+    return [vocab_parallel.all_reduce(call.x, call.group)]
 
 
-def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
+def _scale_inplace(call: ScaleInplace) -> None:
     """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to the kernel."""
+    x, factor, impl = call
     if row_index.is_free_to_look(x) and impl != "triton":
         if factor.item() != 1:
             x.mul_(factor)
@@ -156,19 +152,19 @@ def _scale_inplace(x: Tensor, factor: Tensor, impl: str) -> None:
         x.mul_(factor.expand(x.shape))
 
 
-def _entropy_temperature(logits: Tensor, *args) -> list[Tensor]:
-    goal, (impl,) = take(entropy_control.Goal, args)
-    module = backend(impl, logits.device)
-    found = entropy_control.find_temperature(module, as_rows(logits), goal)
+def _entropy_temperature(call: EntropyTemperature) -> list[Tensor]:
+    logits = call.logits
+    module = backend(call.impl, logits.device)
+    found = entropy_control.find_temperature(module, as_rows(logits), call.goal)
     return [torch.ops.aten._unsafe_view(found, logits.shape[:-1])]
 
 
-def _entropy_descent(logits: Tensor, *args) -> list[Tensor]:
-    descent, (impl,) = take(entropy_control.Descent, args)
-    module = backend(impl, logits.device)
+def _entropy_descent(call: EntropyDescent) -> list[Tensor]:
+    logits = call.logits
+    module = backend(call.impl, logits.device)
     wide, dense = accumulate_dtype(logits.dtype), torch.contiguous_format
     z = as_rows(logits.to(wide, copy=True, memory_format=dense))
-    z = entropy_control.descend(module, z, descent)
+    z = entropy_control.descend(module, z, call.descent)
     return [torch.ops.aten._unsafe_view(z, logits.shape)]
 
 
@@ -192,6 +188,16 @@ def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> li
 def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
     grad_hidden, *rest = grads
     return [grad_hidden.view(hidden.shape), *rest] if needs.hidden else grads
+
+
+def _serve_linear(
+    call: LinearStats | LinearGrad | LinearLoss, options: tuple[Any, ...], check: bool = True
+) -> tuple[ModuleType | VocabParallel, RowSpec, Linear]:
+    """`_serve`, and the product that makes the rows."""
+    chunk, dtype = call.chunk_tokens, call.logits_dtype
+    vocab, options = call.weight.shape[0], (*options, chunk, dtype)
+    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, options, check)
+    return module, spec, Linear.cut(call.hidden, call.weight, chunk, dtype)
 
 
 def _serve(
@@ -252,61 +258,38 @@ def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str) -> None:
         raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
 
 
-# name -> (schema arguments, implementation, fake). Operators return a list of tensors; the one in
-# place returns nothing, since torch.compile takes no mutating operator that returns a list.
-_OPERATORS = {
-    "softmax_stats": (
-        f"Tensor logits, {SPEC}, str[] outputs, str impl",
-        _softmax_stats,
-        fakes.softmax_stats,
+class Operator(NamedTuple):
+    """What an operator does with its arguments, and with tensors without values in their place."""
+
+    arguments: type[tuple[Any, ...]]
+    implementation: Callable[[Any], list[Tensor] | None]
+    fake: Callable[[Any], list[Tensor] | None]
+
+    def run(self, *args: Any) -> list[Tensor] | None:
+        call = unflat(self.arguments, args)
+        return self.implementation(with_numbers(call) if hasattr(call, "spec") else call)
+
+    def trace(self, *args: Any) -> list[Tensor] | None:
+        return self.fake(unflat(self.arguments, args))
+
+
+# Operators return a list of tensors; the one in place returns nothing, since torch.compile takes no
+# mutating operator that returns a list.
+OPERATORS = {
+    "softmax_stats": Operator(SoftmaxStats, _softmax_stats, fakes.softmax_stats),
+    "softmax_grad": Operator(SoftmaxGrad, _softmax_grad, fakes.softmax_grad),
+    "softmax_loss": Operator(SoftmaxLoss, _softmax_loss, fakes.softmax_loss),
+    "softmax_loss_": Operator(SoftmaxLossInplace, _softmax_loss_inplace, fakes.nothing),
+    "linear_stats": Operator(LinearStats, _linear_stats, fakes.linear_stats),
+    "linear_stats_fused": Operator(LinearStatsFused, _linear_stats_fused, fakes.linear_stats_fused),
+    "linear_grad": Operator(LinearGrad, _linear_grad, fakes.linear_grad),
+    "linear_loss": Operator(LinearLoss, _linear_loss, fakes.linear_loss),
+    "entropy_temperature": Operator(
+        EntropyTemperature, _entropy_temperature, fakes.entropy_temperature
     ),
-    "softmax_grad": (
-        f"Tensor logits, {SPEC}, {SAVED}, {UPSTREAM}, str impl",
-        _softmax_grad,
-        fakes.softmax_grad,
-    ),
-    "softmax_loss": (
-        f"Tensor logits, {SPEC}, {UPSTREAM}, str[] outputs, str impl",
-        _softmax_loss,
-        fakes.softmax_loss,
-    ),
-    "softmax_loss_": (
-        f"Tensor(a!) logits, Tensor(b!)[] rows, {SPEC}, {UPSTREAM}, str[] outputs, str impl",
-        _softmax_loss_inplace,
-        fakes.softmax_loss_inplace,
-    ),
-    "linear_stats": (
-        f"{LINEAR}, {SPEC}, str[] outputs, {CUT}, {LATER}",
-        _linear_stats,
-        fakes.linear_stats,
-    ),
-    "linear_stats_fused": (
-        f"{LINEAR}, {SPEC}, str[] outputs",
-        _linear_stats_fused,
-        fakes.linear_stats_fused,
-    ),
-    "linear_grad": (
-        f"{LINEAR}, {SPEC}, {SAVED}, {UPSTREAM}, {NEEDS}, {CUT}, Tensor? kept=None",
-        _linear_grad,
-        fakes.linear_grad,
-    ),
-    "linear_loss": (
-        f"{LINEAR}, {SPEC}, {UPSTREAM}, {NEEDS}, str[] outputs, {CUT}",
-        _linear_loss,
-        fakes.linear_loss,
-    ),
-    "entropy_temperature": (
-        "Tensor logits, float threshold, float ratio, float minimum, int iterations, str impl",
-        _entropy_temperature,
-        fakes.entropy_temperature,
-    ),
-    "entropy_descent": (
-        "Tensor logits, float threshold, float learning_rate, int steps, str impl",
-        _entropy_descent,
-        fakes.entropy_descent,
-    ),
-    "all_reduce": ("Tensor x, str group", _all_reduce, fakes.all_reduce),
-    "scale_": ("Tensor(a!) x, Tensor factor, str impl", _scale_inplace, fakes.scale_inplace),
+    "entropy_descent": Operator(EntropyDescent, _entropy_descent, fakes.entropy_descent),
+    "all_reduce": Operator(AllReduce, _all_reduce, fakes.all_reduce),
+    "scale_": Operator(ScaleInplace, _scale_inplace, fakes.nothing),
 }
 
 _library = torch.library.Library("em_kernels", "DEF")
@@ -359,10 +342,11 @@ def _underived(name: str, *args) -> list[Tensor]:
     return list(_Underived.apply(name, *args))
 
 
-for _name, (_arguments, _implementation, _fake) in _OPERATORS.items():
+for _name, _operator in OPERATORS.items():
     _returns = "()" if _name.endswith("_") else "Tensor[]"
-    _library.define(f"{_name}({_arguments}) -> {_returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"em_kernels::{_name}", _fake)
+    _declared = f"{_name}({schema(_operator.arguments)}) -> {_returns}"
+    _library.define(_declared, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _operator.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"em_kernels::{_name}", _operator.trace)
     if _name not in ("softmax_stats", "linear_stats"):  # those have theirs in modules of that name
         differentiate(_name, partial(_underived, _name))

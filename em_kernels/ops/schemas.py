@@ -1,49 +1,239 @@
-"""The arguments of the operators: their schemas, and how an implementation takes them apart."""
+"""The arguments of the operators: a NamedTuple for each, which is also its schema.
+
+An operator takes the fields in their order, and where a field is a NamedTuple itself, the fields of
+that. So an argument is added where the field is, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from em_kernels.backends.interface import Numbers, RowSpec, read_numbers
+from collections.abc import Sequence
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.entropy_control import Descent, Goal
+from em_kernels.backends.interface import (
+    Argument,
+    Numbers,
+    RowSpec,
+    Saved,
+    Size,
+    Upstream,
+    read_numbers,
+)
 from em_kernels.linear.plan import Needs
 
-SPEC = (
-    "Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, "
-    "float softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, "
-    "bool compact, Tensor? index"
-)
-SAVED = "Tensor max, Tensor log1p_r, Tensor mean_d"
-UPSTREAM = "Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse"
-LINEAR = "Tensor hidden, Tensor weight"
-CUT = "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl"
-NEEDS = "bool need_hidden, bool need_weight, bool need_bias, float? filter_eps"
-# Of the gradient that will follow; the defaults are for statistics alone.
-LATER = (
-    "bool need_hidden=False, bool need_weight=False, bool need_bias=False, float? filter_eps=None, "
-    "SymInt? keep_logits=0"
-)
+_Record = TypeVar("_Record", bound=tuple[Any, ...])
+_TYPES = {
+    Tensor: "Tensor",
+    torch.dtype: "ScalarType",
+    Sequence[str]: "str[]",
+    Sequence[Tensor]: "Tensor[]",
+    **{kind: kind.__name__ for kind in (bool, int, float, str)},
+}
 
 
-def take(kind: type, args: tuple) -> tuple:
-    """Split off the leading arguments that make up one NamedTuple."""
-    count = len(kind._fields)
-    return kind(*args[:count]), args[count:]
+class _Layout(NamedTuple):
+    """How a record lies among the arguments."""
+
+    parts: list[tuple[Any, int]]  # (the NamedTuple that a field is or None, its arguments)
+    size: int
+    defaults: list[Any]  # of the last arguments
 
 
-def take_spec(args: tuple) -> tuple[RowSpec, tuple]:
-    spec, args = take(RowSpec, args)
-    return read_numbers(spec), args
+_LAYOUTS: dict[type, _Layout] = {}
 
 
-def take_needs(spec: RowSpec, args: tuple) -> tuple[Needs, tuple]:
-    needs, args = take(Needs, args)
-    if spec.numbers is not None:
-        eps = Numbers(*spec.numbers.tolist()).filter_eps
-        needs = needs._replace(filter_eps=eps or None)
-    return needs, args
+def arguments(kind: type[_Record]) -> type[_Record]:
+    """A NamedTuple whose fields, and theirs where one is a NamedTuple, are arguments in a row."""
+    hints = get_type_hints(kind)
+    parts = [
+        (hint, len(hint._fields)) if hasattr(hint, "_fields") else (None, 1)
+        for hint in hints.values()
+    ]
+    defaults = flat(tuple(kind._field_defaults.values()))  # type: ignore[attr-defined]
+    _LAYOUTS[kind] = _Layout(parts, sum(count for _, count in parts), defaults)
+    return kind
 
 
-def take_later(spec: RowSpec, args: tuple) -> tuple[Needs | None, list[int | None]]:
-    """(what the gradient that follows needs, None where none does; keep_logits if it is given):
-    the dispatcher leaves out arguments that have their default."""
-    count = len(Needs._fields)
-    needs, _ = take_needs(spec, args[:count])
-    return needs if any(needs[:3]) else None, args[count:]
+def flat(record: tuple[Any, ...]) -> list[Any]:
+    """The arguments that a record stands for."""
+    values: list[Any] = []
+    for value in record:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            values.extend(value)
+        else:
+            values.append(value)
+    return values
+
+
+def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
+    """The record that stands for the arguments; the dispatcher leaves out defaults at the end."""
+    layout = _LAYOUTS[kind]
+    if len(values) < layout.size:
+        values = [*values, *layout.defaults[len(values) - layout.size :]]
+    start, fields = 0, []
+    for part, count in layout.parts:
+        own = values[start : start + count]
+        fields.append(own[0] if part is None else part(*own))
+        start += count
+    return kind(*fields)
+
+
+def schema(kind: type[tuple[Any, ...]]) -> str:
+    """The arguments as a schema declares them; what a record has by default can be left out."""
+    defaults = kind._field_defaults  # type: ignore[attr-defined]
+    declared: list[str] = []
+    for (name, hint), (part, _) in zip(_hints(kind), _LAYOUTS[kind].parts, strict=True):
+        own = [_declared(*field) for field in (_hints(part) if part else [(name, hint)])]
+        if name in defaults:
+            values = defaults[name] if part else (defaults[name],)
+            own = [f"{text}={value}" for text, value in zip(own, values, strict=True)]
+        declared.extend(own)
+    return ", ".join(declared)
+
+
+def _hints(kind: type) -> list[tuple[str, Any]]:
+    return list(get_type_hints(kind, include_extras=True).items())
+
+
+def _declared(name: str, hint: Any) -> str:
+    noted = hint.__metadata__[0].name if get_origin(hint) is Annotated else ""
+    return f"{_type(hint)} {noted or name}"
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        base, note = get_args(hint)
+        return note.type or _type(base)
+    if get_origin(hint) in (Union, UnionType):
+        base, _ = get_args(hint)  # with None
+        return f"{_type(base)}?"
+    return _TYPES[hint]
+
+
+def with_numbers(call: Any) -> Any:
+    """The call with the values of its spec's `numbers` where they belong."""
+    if call.spec.numbers is None:
+        return call
+    numbers = Numbers(*call.spec.numbers.tolist())
+    call = call._replace(spec=read_numbers(call.spec))
+    if hasattr(call, "needs"):
+        call = call._replace(needs=call.needs._replace(filter_eps=numbers.filter_eps or None))
+    return call
+
+
+Changed = Annotated[Tensor, Argument(type="Tensor(a!)")]
+
+
+@arguments
+class SoftmaxStats(NamedTuple):
+    logits: Tensor
+    spec: RowSpec
+    outputs: Sequence[str]
+    impl: str
+
+
+@arguments
+class SoftmaxGrad(NamedTuple):
+    logits: Tensor
+    spec: RowSpec
+    saved: Saved
+    upstream: Upstream
+    impl: str
+
+
+@arguments
+class SoftmaxLoss(NamedTuple):
+    logits: Tensor
+    spec: RowSpec
+    upstream: Upstream
+    outputs: Sequence[str]
+    impl: str
+
+
+@arguments
+class SoftmaxLossInplace(NamedTuple):
+    logits: Changed
+    rows: Annotated[Sequence[Tensor], Argument(type="Tensor(b!)[]")]
+    spec: RowSpec
+    upstream: Upstream
+    outputs: Sequence[str]
+    impl: str
+
+
+@arguments
+class LinearStats(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    outputs: Sequence[str]
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+    needs: Needs = Needs()  # of the gradient that will follow: none
+    keep_logits: Size | None = 0
+
+
+@arguments
+class LinearStatsFused(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    outputs: Sequence[str]
+
+
+@arguments
+class LinearGrad(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    saved: Saved
+    upstream: Upstream
+    needs: Needs
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+    kept: Tensor | None = None
+
+
+@arguments
+class LinearLoss(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    upstream: Upstream
+    needs: Needs
+    outputs: Sequence[str]
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+
+
+@arguments
+class EntropyTemperature(NamedTuple):
+    logits: Tensor
+    goal: Goal
+    impl: str
+
+
+@arguments
+class EntropyDescent(NamedTuple):
+    logits: Tensor
+    descent: Descent
+    impl: str
+
+
+@arguments
+class AllReduce(NamedTuple):
+    x: Tensor
+    group: str
+
+
+@arguments
+class ScaleInplace(NamedTuple):
+    x: Changed
+    factor: Tensor
+    impl: str

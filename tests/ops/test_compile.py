@@ -18,7 +18,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels.backends.interface import OUTPUTS, RowSpec
-from em_kernels.ops.registry import _OPERATORS
+from em_kernels.ops.registry import OPERATORS
 
 pytestmark = pytest.mark.parametrize("impl", FAST_IMPLS)
 N, V, D = 4, 37, 8
@@ -68,7 +68,7 @@ ELSEWHERE = ("linear_stats_fused", "all_reduce")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("name", [name for name in _OPERATORS if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in ELSEWHERE])
 def test_opcheck(impl, device, name, dtype):
     operator = getattr(torch.ops.em_kernels, name).default
     torch.library.opcheck(operator, operator_arguments(name, dtype, device, impl))

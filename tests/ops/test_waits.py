@@ -22,7 +22,7 @@ from em_kernels.backends import row_index
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec
 from em_kernels.linear import chunks
-from em_kernels.ops.registry import _OPERATORS
+from em_kernels.ops.registry import OPERATORS
 
 N, D, V = 12, 16, 301
 IGNORED = -100
@@ -39,9 +39,9 @@ class Looks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if func.namespace == "em_kernels" and name in _OPERATORS:
+        if func.namespace == "em_kernels" and name in OPERATORS:
             with self:
-                return _OPERATORS[name][1](*args)
+                return OPERATORS[name].run(*args)
         indices = args[1] if name in ("index", "index_put_", "index_put") else ()
         by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
         if name.startswith(LOOKS) or by_mask:
