@@ -18,8 +18,8 @@ from cuda_emulator.load import COMPILER, built, compile_cpp
 
 import cuda_build
 from cuda_build import Architectures, CudaBuildError, parse_architectures
-from em_kernels import cli
 from em_kernels.backends import choice, reference
+from em_kernels.cli import app
 
 ROOT = Path(__file__).parents[2]
 NVCC = """#!/bin/sh
@@ -242,7 +242,7 @@ def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, 
         choice.BUILD_RECORD.write_text(text)
         assert choice.why_not(impl) == usual
     choice.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
-    assert cli.main(["info"]) == 0
+    assert app.main(["info"]) == 0
     said = "was left out of this build (built without torch); change that and reinstall with `pip"
     assert said in capsys.readouterr().out
 
@@ -342,11 +342,11 @@ def test_triton_without_a_c_compiler_is_told(on_a_gpu, tmp_path, monkeypatch):
 def test_info_tells_of_the_build(monkeypatch):
     monkeypatch.setitem(sys.modules, "em_kernels._cuda", Built)
     said = "sm_90 compute_90, with thread-block clusters; built by nvcc 13.0.88"
-    assert cli._cuda() == said
+    assert app._cuda() == said
     monkeypatch.setattr(Built, "architectures", "sm_80 sm_86")
-    assert cli._cuda().startswith("sm_80 sm_86, without thread-block clusters;")
+    assert app._cuda().startswith("sm_80 sm_86, without thread-block clusters;")
     monkeypatch.setitem(sys.modules, "em_kernels._cuda", None)
-    assert cli._cuda() == "not built"
+    assert app._cuda() == "not built"
 
 
 # What the kernels use

@@ -29,7 +29,7 @@ def pretend(*files, cwd=TESTS.parent):
 def test_with_a_gpu_every_file_is_collected_and_none_gives_it_a_tensor_of_the_cpu():
     said, faults = pretend("tests")
     assert not faults, faults
-    files = len([*TESTS.glob("test_*.py")])
+    files = len([*TESTS.rglob("test_*.py")])
     assert f"\n{files} files were looked at\n" in said
     (served,) = re.findall(r"^(\d+) tests gave tensors to a GPU backend$", said, re.M)
     assert int(served) > 100

@@ -11,7 +11,11 @@ import pytest
 
 NEWEST = Path(sys.prefix) / "newest"
 TESTS = Path(__file__).parents[1]
-FILES = ("test_integrations_transformers.py", "test_trainer_models.py", "test_patched_model.py")
+FILES = (
+    "integrations/test_transformers.py",
+    "lm/test_models.py",
+    "integrations/test_patched_model.py",
+)
 
 
 def with_newest(*command: str) -> subprocess.CompletedProcess:

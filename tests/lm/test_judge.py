@@ -289,8 +289,9 @@ def test_a_fork_has_its_own_process(fresh_process):
 @needs_math_verify
 def test_nothing_is_left_of_a_script_from_standard_input():
     script = (
-        "from em_kernels.evaluator import judge, judge_process\n"
-        "assert judge.make_judge('math-verify')('\\\\boxed{x+1}', '1+x')\n"
+        "from em_kernels.evaluator import make_judge\n"
+        "from em_kernels.lm.judge import process\n"
+        "assert make_judge('math-verify')('\\\\boxed{x+1}', '1+x')\n"
         "print(process._pool.server.process.pid)\n"
     )
     run = subprocess.run(
