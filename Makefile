@@ -6,7 +6,10 @@
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
 # make gpu-wheels  the libraries it is compared with, as wheels in .whl/ for such a machine without a
 #              network: GPU_VERSION=3.12 its Python, MIB=64 the most in all
-# make gpu-table  renew the README's GPU table from the newest benchmarks/results/gpu-*.json
+# make tables  renew the tables of README.md and docs/ from benchmarks/results
+# make docs    the documentation as pages, in site/
+# make matrix  the core tests on every supported torch and Python that is found; ARGS=--cover for
+#              each once, ARGS="--torch 2.14 --python 3.12" for one pair
 # make study   the seeds and controls behind the README's table of the demo
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
 PYTHON ?= python3
@@ -19,7 +22,7 @@ MIB ?= 64
 OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu gpu-wheels gpu-table study rl-study clean
+.PHONY: setup demo test bench gpu gpu-wheels tables docs matrix study rl-study clean
 
 setup: $(VENV)/ready
 
@@ -49,8 +52,15 @@ gpu:
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_wheels --python $(GPU_VERSION) --mib $(MIB) $(ARGS)
 
-gpu-table: setup
-	$(BIN)/python -m benchmarks.gpu_report --readme
+tables: setup
+	$(BIN)/python -m benchmarks.tables
+
+docs: setup
+	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || $(PIP) --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+matrix:
+	$(PYTHON) -m benchmarks.matrix $(ARGS)
 
 study: setup
 	$(BIN)/python -m benchmarks.em_study $(ARGS)
@@ -59,4 +69,4 @@ rl-study: setup
 	$(BIN)/python -m benchmarks.rl_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) .whl build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so
+	rm -rf $(VENV) .whl .matrix site build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so

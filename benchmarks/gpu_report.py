@@ -1,7 +1,6 @@
-"""The JSON and Markdown that `benchmarks.gpu` makes of its stages' results, and the README's table.
+"""The JSON and Markdown that `benchmarks.gpu` makes of its stages' results, and the docs' table.
 
 python -m benchmarks.gpu_report             the machine as JSON: GPU, driver, versions, peers
-python -m benchmarks.gpu_report --readme    renews the README's GPU table, from benchmarks/results
 """
 
 from __future__ import annotations
@@ -31,16 +30,10 @@ TOOLS = {
     "nvcc": ["nvcc", "--version"],
     "compiler": ["c++", "--version"],
 }
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- GPU table: make gpu-table -->\n", "<!-- end of the GPU table -->\n"
 NOT_MEASURED = "Not yet measured on a GPU.\n"
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--readme"]:
-        README.write_text(with_gpu_table(README.read_text(), RESULTS))
-        return
     facts = machine()
     print(json.dumps(facts, indent=1))
     sys.exit("gpu" not in facts)
@@ -310,19 +303,10 @@ def is_peer(row: dict) -> bool:
     return row["error"] is not None and row["implementation"] in ("TRL", "Liger", "verl")
 
 
-# The README's table
+# The table of the docs
 
 
-def with_gpu_table(readme: str, results: Path) -> str:
-    """`readme` with what is between the two marks made anew from the results."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"readme must hold the marks {BEGIN.strip()} and {END.strip()}")
-    return before + begin + readme_table(results) + end + after
-
-
-def readme_table(results: Path) -> str:
+def gpu_table(results: Path) -> str:
     """The newest of the results in `results`: what was timed, and the goals."""
     saved = [(json.loads(path.read_text()), path.name) for path in results.glob("gpu-*.json")]
     timed = [(run, name) for run, name in saved if rows_of(run["stages"])]

@@ -7,13 +7,16 @@
 For each pair it makes an environment of its own below .matrix/, with torch as pip gives it, copies
 the tree there, builds the CPU kernels and runs the tests of backends, linear and ops without those
 of Triton and CUDA. Then come a table, and exit status 1 if a pair failed. An environment is removed
-once its tests have run, for torch as the registry has it brings CUDA, 5 GB; the logs stay. Newer
-releases than those of TORCH are tried with --torch.
+once its tests have run, for torch as pip gives it may bring CUDA, 5 GB; the log and the result
+stay. Newer releases than those of TORCH are tried with --torch.
+
+    python -m benchmarks.matrix --show --out benchmarks/results/matrix.md      runs nothing
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -22,7 +25,7 @@ import sys
 import time
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".matrix"
@@ -30,8 +33,17 @@ TORCH = ("2.11", "2.12", "2.13")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TESTS = ("tests/backends", "tests/linear", "tests/ops")
 LEFT_OUT = ("tests/backends/test_triton*", "tests/backends/test_cuda*")
-NEEDS = ("setuptools>=77", "wheel", "ninja", "pybind11", "pytest", "pytest-timeout", "hypothesis")
-SETTINGS = {"EM_KERNELS_NO_CUDA": "1", "OMP_NUM_THREADS": "1", "PIP_CONSTRAINT": ""}
+NEEDS = (
+    "setuptools>=77",
+    "wheel",
+    "ninja",
+    "pybind11",
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+    "numpy",
+)
+SETTINGS = {"EM_KERNELS_NO_CUDA": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Pair(NamedTuple):
@@ -44,30 +56,41 @@ class Pair(NamedTuple):
     def folder(self) -> Path:
         return FOLDER / f"torch-{self.torch}-python-{self.python}"
 
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def result(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
 
 class Result(NamedTuple):
-    pair: Pair
+    torch: str  # the release that pip chose
+    python: str
     passed: bool
     said: str  # the line of pytest's counts, or the step that failed
-    torch: str  # the release that pip chose
-    seconds: float
+    date: str
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     there = pythons()
-    missing = [version for version in options.python if version not in there]
     versions = [version for version in options.python if version in there]
     if not versions:
         print(f"found none of Python {', '.join(options.python)}: install one, or name others")
         return 1
     pairs = pairs_of(options.torch, versions, options.cover)
-    results = []
-    for number, pair in enumerate(pairs, 1):
+    for number, pair in enumerate([] if options.show else pairs, 1):
         print(f"[{number}/{len(pairs)}] torch {pair.torch}, Python {pair.python} ...", flush=True)
-        results.append(run(pair, there[pair.python], options.tests, options.keep))
-        print(f"    {results[-1].said}, {results[-1].seconds:.0f} s", flush=True)
+        result = run(pair, there[pair.python], options.tests, options.keep)
+        pair.result.write_text(json.dumps(result._asdict()))
+        print(f"    {result.said}", flush=True)
+    results = [Result(**json.loads(p.result.read_text())) for p in pairs if p.result.exists()]
+    missing = [version for version in options.python if version not in there]
     print("\n" + table(results, missing))
+    if options.out:
+        options.out.write_text(f"# The core tests\n\n{table(results, missing)}\n")
     return int(not all(result.passed for result in results))
 
 
@@ -77,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.10")
     parser.add_argument("--cover", action="store_true", help="each torch and each Python once")
     parser.add_argument("--keep", action="store_true", help="keep the environments, 5 GB each")
+    parser.add_argument("--show", action="store_true", help="only the table of what has been run")
+    parser.add_argument("--out", type=Path, help="file for the table")
     parser.add_argument(
         "--tests", nargs="+", default=TESTS, metavar="PATH", help="what pytest runs"
     )
@@ -111,32 +136,41 @@ def pythons() -> dict[str, str]:
 
 def run(pair: Pair, python: str, tests: list[str], keep: bool) -> Result:
     """The steps of a pair in order; one that fails is the result."""
-    start, log = time.monotonic(), pair.folder.with_suffix(pair.folder.suffix + ".log")
     shutil.rmtree(pair.folder, ignore_errors=True)
     copy_tree(pair.folder / "src")
-    passed, said, release = True, "", "-"
-    with log.open("w") as out:
+    passed, said, release = True, "", pair.torch
+    with pair.log.open("w") as log:
         for name, command in steps(pair, python, tests):
-            done = subprocess.run(
-                command,
-                cwd=pair.folder / "src",
-                env={**os.environ, **SETTINGS},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            out.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
-            out.flush()
-            if name == "versions" and done.returncode == 0:
-                release = done.stdout.split()[-1]
-            counts = re.findall(r"^.*\d+ (?:passed|failed|error).*$", done.stdout, re.MULTILINE)
-            passed = done.returncode == 0
-            said = counts[-1].strip("= ") if counts else "" if passed else f"{name} failed: {log}"
+            passed, printed = step(command, pair.folder / "src", log)
+            said = counts(printed) or f"{name} failed: {pair.log.relative_to(ROOT)}"
+            if name == "versions" and passed:
+                release = printed.split()[-1]
             if not passed:
                 break
     if not keep:
         shutil.rmtree(pair.folder, ignore_errors=True)
-    return Result(pair, passed, said, release, time.monotonic() - start)
+    return Result(release, pair.python, passed, said, time.strftime("%Y-%m-%d"))
+
+
+def step(command: list[str], folder: Path, log: TextIO) -> tuple[bool, str]:
+    """Whether the command went well, and what it printed, which the log keeps."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **SETTINGS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    log.flush()
+    return done.returncode == 0, done.stdout
+
+
+def counts(printed: str) -> str:
+    """pytest's last line of counts, without its time; empty where there is none."""
+    lines = re.findall(r"^=* ?(\d+ (?:passed|failed|error)[^\n]*?) in ", printed, re.MULTILINE)
+    return lines[-1] if lines else ""
 
 
 def steps(pair: Pair, python: str, tests: list[str]) -> list[tuple[str, list[str]]]:
@@ -171,11 +205,11 @@ def copy_tree(folder: Path) -> None:
 
 
 def table(results: list[Result], missing: list[str]) -> str:
-    lines = ["| torch | Python | | tests |", "|---|---|---|---|"]
+    lines = ["| torch | Python | | tests | date |", "|---|---|---|---|---|"]
     for result in results:
         verdict = "passed" if result.passed else "failed"
-        release = result.torch if result.torch != "-" else result.pair.torch
-        lines.append(f"| {release} | {result.pair.python} | {verdict} | {result.said} |")
+        cells = (result.torch, result.python, verdict, result.said, result.date)
+        lines.append(f"| {' | '.join(cells)} |")
     if missing:
         lines.append(f"\nNot found here: Python {', '.join(missing)}.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The report of the GPU command: what its calls leave in it, its goals, and the README's table."""
+"""The report of the GPU command: what its calls leave in it, its goals, and the docs' table."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from gpu_stages import row, saved, stage
 
 from benchmarks import gpu, gpu_logs, gpu_report
 from benchmarks.gpu_logs import read_rows
-from benchmarks.gpu_report import markdown, measured, readme_table, with_gpu_table
+from benchmarks.gpu_report import gpu_table, markdown, measured
 
 
 @pytest.fixture
@@ -165,18 +165,13 @@ def test_what_peers_have_published_is_beside_what_was_measured():
     assert "| Liger | 50.2 | - | - | - |" in said
 
 
-# The README's table
+# The table of the docs
 
 
-def test_the_readme_says_what_the_results_say():
-    text = gpu_report.README.read_text()
-    assert with_gpu_table(text, gpu_report.RESULTS) == text, "run `make gpu-table`"
-
-
-def test_without_a_measurement_the_readme_says_so(tmp_path):
-    assert readme_table(tmp_path) == gpu_report.NOT_MEASURED
+def test_without_a_measurement_the_table_says_so(tmp_path):
+    assert gpu_table(tmp_path) == gpu_report.NOT_MEASURED
     (tmp_path / "gpu-none.json").write_text('{"date": "2026-01-01", "stages": []}')
-    assert readme_table(tmp_path) == gpu_report.NOT_MEASURED
+    assert gpu_table(tmp_path) == gpu_report.NOT_MEASURED
 
 
 def write_result(folder, date, *rows, name="NVIDIA H200"):
@@ -187,7 +182,7 @@ def write_result(folder, date, *rows, name="NVIDIA H200"):
     path.write_text(json.dumps({"date": date, "stages": stages}))
 
 
-def test_the_readme_shows_the_newest_measurement_and_its_goals(tmp_path):
+def test_the_table_shows_the_newest_measurement_and_its_goals(tmp_path):
     write_result(tmp_path, "2026-01-01", row(of_copy_bandwidth=0.5))
     triton = row(implementation="em_kernels triton", seconds=0.002, times_floor=0.51)
     triton |= dict(of_copy_bandwidth=0.912)
@@ -195,7 +190,7 @@ def test_the_readme_shows_the_newest_measurement_and_its_goals(tmp_path):
     failed = {**cuda, "op": "softmax_stats backward", "seconds": None, "failure": "wrong"}
     peers = row(implementation="TRL", seconds=0.022), row(implementation="eager", seconds=0.0145)
     write_result(tmp_path, "2026-02-01", triton, cuda, failed, *peers)
-    lines = readme_table(tmp_path).splitlines()
+    lines = gpu_table(tmp_path).splitlines()
     assert lines[0].startswith("Measured on NVIDIA H200, 2026-02-01, bfloat16;")
     assert "`benchmarks/results/gpu-nvidia-h200-2026-02-01.md`" in lines[0]
     assert "did not pass: memcheck (unavailable)." in lines[0]
@@ -206,13 +201,3 @@ def test_the_readme_shows_the_newest_measurement_and_its_goals(tmp_path):
     assert f"| {goal} | triton | 0.912 | bfloat16, N=8 V=50 | met |" in lines
     assert f"| {goal} | cuda | 0.850 | bfloat16, N=8 V=50 | missed |" in lines
     assert not any("0.5" in line and "auto" in line for line in lines)
-
-
-def test_only_what_is_between_the_marks_is_made_anew(tmp_path):
-    write_result(tmp_path, "2026-01-01", row())
-    text = f"before\n{gpu_report.BEGIN}old\n{gpu_report.END}after\n"
-    made = with_gpu_table(text, tmp_path)
-    assert made.startswith(f"before\n{gpu_report.BEGIN}Measured on")
-    assert made.endswith(f"\n{gpu_report.END}after\n") and "old" not in made
-    with pytest.raises(ValueError, match="must hold the marks"):
-        with_gpu_table("no marks", tmp_path)
