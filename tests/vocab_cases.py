@@ -30,7 +30,7 @@ from em_kernels.backends.interface import OUTPUTS
 from em_kernels.integrations import verl
 from em_kernels.linear import vocab_blocks
 from em_kernels.ops.arguments import check_group
-from em_kernels.ops.linear_softmax_stats import copy_to_ranks
+from em_kernels.ops.sources import copy_to_ranks
 
 VOCAB = 63
 SIZES = {2: (40, 23), 3: (30, 5, 28)}

@@ -16,6 +16,7 @@ from em_kernels.lm.heads import Head, read_head
 from em_kernels.ops.dtensor import is_dtensor, local_operands
 from em_kernels.ops.forward_gradient import ready_gradients, scaled
 from em_kernels.ops.registry import call
+from em_kernels.ops.schemas import AllReduce
 from em_kernels.ops.token_loss import linear_token_loss
 
 
@@ -77,7 +78,7 @@ class HeadCall:
         _, gradient, _ = ready_gradients(loss.grad_fn)
         group = self.options["group"]
         if group is not None and gradient[0] is not None:
-            (gradient[0],) = call("all_reduce", gradient[0], group.group_name)
+            (gradient[0],) = call(AllReduce(gradient[0], group.group_name))
         return [
             g.to(torch.promote_types(g.dtype, x.dtype))
             for g, x in zip(gradient, operands)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import TokenStats
 from em_kernels.backends.row_index import has_values, is_capturing
-from em_kernels.ops.linear_softmax_stats import wanted_gradients
+from em_kernels.ops.statistics import wanted_gradients
 
 
 def integer_labels(labels: Tensor) -> Tensor:

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
-from em_kernels.linear.half import scale_rows, upstream_scale
-from em_kernels.ops.fakes import empty_rows
 from em_kernels.ops.registry import call
+from em_kernels.ops.schemas import ScaleInplace, arguments, flat, nothing, unflat
 from em_kernels.ops.second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
+from em_kernels.ops.sources import Gradients, Source
+from em_kernels.ops.statistics import results_of
 
-_SPEC_LENGTH = len(RowSpec._fields)
 
-
-def all_outputs(outputs: tuple[str, ...], weights: tuple) -> tuple[str, ...]:
+def all_outputs(outputs: Sequence[str], weights: Upstream) -> tuple[str, ...]:
     """What was asked for, and what the loss itself needs."""
-    logprob_weight, entropy_weight, _ = weights
-    needed = {"logprob": logprob_weight is not None, "entropy": entropy_weight is not None}
-    return tuple(name for name in OUTPUTS if name in outputs or needed.get(name, False))
+    needed = [name for name, weight in zip(weights._fields, weights) if weight is not None]
+    return tuple(name for name in OUTPUTS if name in outputs or name in needed)
 
 
-def _combine(stats: dict[str, Tensor], weights: tuple) -> Tensor:
+def _combine(stats: dict[str, Tensor], weights: Upstream) -> Tensor:
     """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite."""
     first, *more = (
         torch.where(weight != 0, weight * stats[name], 0).sum()
-        for name, weight in zip(("logprob", "entropy"), weights)
+        for name, weight in zip(weights._fields, weights)
         if weight is not None
     )
     return sum(more, first)
 
 
-def with_loss(outputs: tuple[str, ...], names: tuple[str, ...], rows, weights) -> tuple:
+def with_loss(
+    outputs: Sequence[str], names: Sequence[str], rows: Sequence[Tensor], weights: Upstream
+) -> tuple[Tensor, ...]:
     """(loss, *outputs, detached) out of an operator's results.
 
     An exported program keeps just this, on top of the statistics, and its gradient is theirs.
     """
-    stats = dict(zip(names, rows[3:]))
+    stats = results_of(names, rows).stats
     return _combine(stats, weights), *(stats[name].detach() for name in outputs)
 
 
-def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, inputs, scale=None):
+def _finish(
+    ctx: Any,
+    impl: str,
+    results: tuple[Tensor, ...],
+    grads: Gradients,
+    inputs: tuple[Tensor | None, ...],
+    scale: Tensor | None,
+) -> tuple[Tensor, ...]:
     """(loss, *outputs, empty): all but the loss without gradient; `grads`, `scale` times those in
     `inputs`, are kept for backward.
 
@@ -48,13 +58,13 @@ def _finish(ctx, impl: str, results: tuple[Tensor, ...], grads, inputs, scale=No
     """
     empty = inputs[0].new_empty(0)
     ctx.mark_non_differentiable(*results[1:])
-    ctx.dtypes = [None if g is None else x.dtype for g, x in zip(grads, inputs)]
+    ctx.dtypes = [None if g is None else x.dtype for g, x in zip(grads, inputs, strict=True)]
     ctx.impl, ctx.scaled = impl, scale is not None
     ctx.save_for_backward(empty, *(x for x in (*grads, scale) if x is not None))
     return *results, empty
 
 
-def ready_gradients(node) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+def ready_gradients(node: Any) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
     """(empty, the gradients, None where not needed, their scale) that the autograd node of a loss
     keeps: what its backward pass multiplies and rounds, float32 for float16 operands."""
     empty, *kept = node.saved_tensors  # checkpointing allows it once
@@ -72,21 +82,21 @@ def scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
     if torch.compiler.is_compiling() or _keeps_graph():
         # Expanded: torch rounds a factor without dimensions to the dtype of `grad`.
         return torch.mul(grad, upstream.expand(grad.shape), out=torch.empty_like(grad))
-    call("scale_", grad, upstream, impl)
+    call(ScaleInplace(grad, upstream, impl))
     return grad
 
 
-def remember(inputs, spec: RowSpec, weights: list, dtype: torch.dtype) -> Memory | None:
-    if torch.compiler.is_compiling():
-        return None
-    return Memory(inputs, spec, Upstream(*weights), dtype)
+def remember(
+    inputs: tuple[Tensor | None, ...], spec: RowSpec, weights: Upstream, dtype: torch.dtype
+) -> Memory | None:
+    return None if torch.compiler.is_compiling() else Memory(inputs, spec, weights, dtype)
 
 
-def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     empty, grads, scale = ready_gradients(ctx)
     factor = upstream if scale is None else upstream / scale
 
-    def compute():
+    def compute() -> tuple[Tensor | None, ...]:
         return tuple(
             None if g is None else scaled(g, factor, ctx.impl).to(dtype)
             for g, dtype in zip(grads, ctx.dtypes)
@@ -103,56 +113,38 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return differentiable(compute, memory.value, inputs, (upstream, *memory.rows))
 
 
-class SoftmaxLoss(torch.autograd.Function):
-    """(logits, *spec, *weights, outputs, impl, need, inplace, memory) -> (loss, *outputs, empty).
+@arguments
+class Call(NamedTuple):
+    """What `Loss` is applied to; `source` answers for x and weight."""
 
-    `need`: the gradient of logits is wanted; `inplace`: in their memory.
-    """
+    x: Tensor
+    weight: Tensor | None
+    spec: RowSpec
+    weights: Upstream
+    outputs: Sequence[str]
+    source: Source
+    memory: Memory | None
+
+
+def loss(call: Call) -> tuple[Tensor, ...]:
+    """(loss, *outputs), the loss with its gradient."""
+    return Loss.apply(*flat(call))[:-1]
+
+
+class Loss(torch.autograd.Function):
+    """The arguments of a `Call`, in a row -> (loss, *outputs, empty)."""
 
     @staticmethod
-    def forward(ctx, logits, *args):
-        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, outputs, impl, need, inplace, ctx.memory = args
-        names, grad = all_outputs(outputs, weights), None
-        scale = upstream_scale(Upstream(*weights), RowSpec(*spec), logits.dtype) if need else None
-        scaled_weights = scale_rows(Upstream(*weights), scale)
-        if not need:
-            rows = call("softmax_stats", logits, *spec, names, impl)
-        elif inplace:
-            rows = empty_rows(logits, names)
-            call("softmax_loss_", logits, rows, *spec, *scaled_weights, names, impl)
-            # Kernels write through raw pointers: tell autograd, in case an operation kept `logits`.
-            torch.autograd.graph.increment_version(logits)
-            grad = logits.detach()
-        else:
-            *rows, grad = call("softmax_loss", logits, *spec, *scaled_weights, names, impl)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, weight, spec, weights, outputs, source, ctx.memory = unflat(Call, args)
+        names = all_outputs(outputs, weights)
+        rows, grads, scale = source.loss(x, weight, spec, weights, names)
         results = with_loss(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, (grad,), (logits,), scale)
+        return _finish(ctx, source.impl, results, grads, (x, weight, spec.bias), scale)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH + 8)
-
-
-class LinearLoss(torch.autograd.Function):
-    """(hidden, weight, *spec, *weights, needs, outputs, *cut, memory) -> as `SoftmaxLoss`."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, *args):
-        spec, args = args[:_SPEC_LENGTH], args[_SPEC_LENGTH:]
-        *weights, needs, outputs, chunk_tokens, logits_dtype, impl, ctx.memory = args
-        cut = (chunk_tokens, logits_dtype, impl)
-        names, grads = all_outputs(outputs, weights), (None,) * 3
-        if any(needs[:3]):
-            options = (*weights, *needs, names, *cut)
-            results = call("linear_loss", hidden, weight, *spec, *options)
-            rows, grads = results[:-3], results[-3:]
-            grads = tuple(g if need else None for g, need in zip(grads, needs))
-        else:
-            rows = call("linear_stats", hidden, weight, *spec, names, *cut)
-        results = with_loss(outputs, names, rows, weights)
-        return _finish(ctx, impl, results, grads, (hidden, weight, spec[0]))
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        return *_gradients(ctx, upstream), *[None] * (_SPEC_LENGTH - 1 + 9)
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        of_x, of_weight, of_bias = _gradients(ctx, upstream)
+        none = nothing(Call)
+        found = none._replace(x=of_x, weight=of_weight, spec=none.spec._replace(bias=of_bias))
+        return tuple(flat(found))

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    RowSpec,
-    Saved,
-    TokenStats,
-    Upstream,
-    accumulate_dtype,
-    row_tensors,
-)
-from em_kernels.backends.row_index import with_index
+from em_kernels.backends.interface import TokenStats, accumulate_dtype
+from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_cut,
@@ -25,18 +18,16 @@ from em_kernels.ops.arguments import (
     make_spec,
 )
 from em_kernels.ops.dtensor import local_operands
-from em_kernels.ops.registry import call, differentiate
-from em_kernels.ops.second_order import differentiable, statistic_sum
-from em_kernels.ops.softmax_stats import (
+from em_kernels.ops.registry import record
+from em_kernels.ops.schemas import LinearStats
+from em_kernels.ops.sources import FromHidden, copy_to_ranks
+from em_kernels.ops.statistics import (
+    Call,
     differentiable_outputs,
-    mark_rows,
     pack_stats,
-    save_call,
-    saved_call,
-    upstream_of,
+    statistics,
+    wanted_gradients,
 )
-
-_SPEC_LENGTH = len(RowSpec._fields)
 
 
 def linear_softmax_stats(
@@ -157,20 +148,25 @@ def linear_softmax_stats(
         filter_eps=filter_eps,
     )
     outputs = check_outputs(outputs, target)
-    arguments = (hidden, weight, *spec, outputs, chunk_tokens, logits_dtype, impl)
     if torch.compiler.is_exporting() and not fuse_product:
-        rows = torch.ops.em_kernels.linear_stats(*arguments)[3:]
+        cut = (chunk_tokens, logits_dtype, impl)
+        rows = record(LinearStats(hidden, weight, spec, outputs, *cut))
         return pack_stats(outputs, rows, entropy_requires_grad)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     sources = differentiable_outputs(outputs, entropy_requires_grad)
-    needs = wanted_gradients(sources, hidden, weight, bias)
-    if needs == (True, False, False) and len(sources) == 1 and filter_eps is None:
-        rows = _LinearStatsOfHidden.apply(hidden, *arguments[1:], sources[0])
-    else:
-        filter_eps = filter_eps if spec.numbers is None else None
-        later = (*needs, filter_eps, keep_logits)
-        rows = _LinearStats.apply(hidden, *arguments[1:], fuse_product, later)
-    return pack_stats(outputs, rows[3:], entropy_requires_grad)
+    wanted = wanted_gradients(sources, hidden, weight, bias)
+    alone = wanted == (True, False, False) and len(sources) == 1 and filter_eps is None
+    source = FromHidden(
+        Needs(*wanted, filter_eps if spec.numbers is None else None),
+        chunk_tokens,
+        logits_dtype,
+        impl,
+        keep_logits,
+        fuse_product,
+        single=sources[0] if alone else None,
+    )
+    rows = statistics(Call(hidden, weight, spec, outputs, source))
+    return pack_stats(outputs, rows, entropy_requires_grad)
 
 
 def _check_fused(tensors, group, chunk_tokens, logits_dtype, impl) -> None:
@@ -206,118 +202,3 @@ def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
-
-
-def copy_to_ranks(hidden: Tensor, group: str | None) -> Tensor:
-    """`hidden`, the same on every rank of the group; backward sums its gradient over them."""
-    return hidden if group is None else _CopyToRanks.apply(hidden, group)
-
-
-class _CopyToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, group):
-        ctx.group = group
-        ctx.set_materialize_grads(False)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, group):
-        ctx.group = group
-        (total,) = call("all_reduce", grad, group)
-        return total
-
-    @staticmethod
-    def backward(ctx, again):
-        return copy_to_ranks(again, ctx.group), None
-
-
-class _LinearStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl, fused, later = args
-        spec = with_index(RowSpec(*spec))
-        ctx.cut, ctx.needs = (chunk_tokens, logits_dtype, impl), later[:-1]
-        if fused:
-            rows = call("linear_stats_fused", hidden, weight, *spec, outputs)
-        else:
-            rows = call("linear_stats", hidden, weight, *spec, outputs, *ctx.cut, *later)
-        mark_rows(ctx, outputs, rows)
-        kept = rows[-1] if any(later[:3]) else None
-        save_call(ctx, (hidden, weight, kept), spec, rows)
-        ctx.outputs = outputs
-        return tuple(rows)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (hidden, weight, kept), spec, saved = saved_call(ctx)
-        upstream = upstream_of(ctx.outputs, grads)
-        none = [None] * (len(RowSpec._fields) + 5)
-        if all(g is None for g in upstream):
-            return None, None, None, *none
-
-        def compute():
-            arguments = (hidden, weight, *spec, *saved, *upstream, *ctx.needs, *ctx.cut, kept)
-            grads = call("linear_grad", *arguments)
-            return tuple(g if need else None for g, need in zip(grads, ctx.needs))
-
-        inputs, rest = (hidden, weight, spec.bias), (*upstream, *row_tensors(spec))
-        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
-
-
-class _LinearStatsOfHidden(torch.autograd.Function):
-    """dX_i = g_i u_i, g_i the upstream gradient of the one `source`, u_i that of a loss in which it
-    has the weight 1: made in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, *args):
-        *spec, outputs, chunk_tokens, logits_dtype, impl, source = args
-        spec = with_index(RowSpec(*spec))
-        one = hidden.new_ones(hidden.shape[:-1], dtype=accumulate_dtype(hidden.dtype))
-        upstream, needs = Upstream(**{source: one}), (True, False, False, None)
-        options = (*upstream, *needs, outputs, chunk_tokens, logits_dtype, impl)
-        *rows, unit, _, _ = call("linear_loss", hidden, weight, *spec, *options)
-        ctx.place = len(Saved._fields) + outputs.index(source)
-        ctx.mark_non_differentiable(*rows[: ctx.place], *rows[ctx.place + 1 :])
-        ctx.set_materialize_grads(False)
-        save_call(ctx, (hidden, weight, unit), spec, rows)
-        ctx.source = source
-        return tuple(rows)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (hidden, weight, unit), spec, _ = saved_call(ctx)
-        none, given = [None] * (len(RowSpec._fields) + 4), grads[ctx.place]
-        if given is None:
-            return None, None, None, *none
-
-        def compute():
-            counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
-            return (unit * counted[..., None]).to(hidden.dtype), None, None
-
-        inputs = (hidden, weight, spec.bias)
-        rest = (*Upstream(**{ctx.source: given}), *row_tensors(spec))
-        return *differentiable(compute, statistic_sum(spec), inputs, rest), *none
-
-
-def wanted_gradients(sources: list[str], *inputs: Tensor | None) -> tuple[bool, ...]:
-    """Which of the inputs a backward pass will want the gradient of."""
-    recording = torch.is_grad_enabled() and bool(sources)
-    return tuple(recording and x is not None and x.requires_grad for x in inputs)
-
-
-def _derive(hidden: Tensor, weight: Tensor, *args) -> list[Tensor]:
-    spec, cut = RowSpec(*args[:_SPEC_LENGTH]), args[_SPEC_LENGTH : _SPEC_LENGTH + 4]
-    hidden = copy_to_ranks(hidden, spec.group)
-    sources = differentiable_outputs(cut[0], True)
-    later = (*wanted_gradients(sources, hidden, weight, spec.bias), None, 0)
-    rows = list(_LinearStats.apply(hidden, weight, *spec, *cut, False, later))
-    return rows[: len(Saved._fields) + len(cut[0])]
-
-
-differentiate("linear_stats", _derive)

@@ -45,6 +45,7 @@ from em_kernels.ops.schemas import (
     SoftmaxLoss,
     SoftmaxLossInplace,
     SoftmaxStats,
+    flat,
     schema,
     unflat,
     with_numbers,
@@ -99,9 +100,10 @@ def _linear_stats(call: LinearStats) -> list[Tensor]:
     needs = call.needs if any(call.needs.inputs) else None
     module, spec, linear = _serve_linear(call, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
-    count = len(Saved._fields) + len(outputs)
-    return [*_shape_rows(rows[:count], outputs, hidden.shape[:-1]), *rows[count:]]
+        results = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
+    *rows, kept = results if needs is not None else (*results, None)
+    rows = _shape_rows(rows, outputs, hidden.shape[:-1])
+    return rows if kept is None else [*rows, kept]
 
 
 def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
@@ -131,9 +133,9 @@ def _linear_loss(call: LinearLoss) -> list[Tensor]:
     upstream = _flat(call.upstream)
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.loss(linear, spec, upstream, tuple(outputs), needs, module)
-    count = len(Saved._fields) + len(outputs)
-    rows = _shape_rows(results[:count], outputs, hidden.shape[:-1])
-    return [*rows, *_shape_grads(results[count:], needs, hidden)]
+    *rows, of_hidden, of_weight, of_bias = results
+    grads = _shape_grads([of_hidden, of_weight, of_bias], needs, hidden)
+    return [*_shape_rows(rows, outputs, hidden.shape[:-1]), *grads]
 
 
 def _all_reduce(call: AllReduce) -> list[Tensor]:
@@ -295,13 +297,20 @@ OPERATORS = {
 _library = torch.library.Library("em_kernels", "DEF")
 
 
-def call(name: str, *args):
-    """The operator, for the inside of an autograd function: dispatched below autograd."""
-    operator = getattr(torch.ops.em_kernels, name)
+_NAMES = {operator.arguments: name for name, operator in OPERATORS.items()}
+
+
+def record(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The operator of these arguments, as a program that is exported keeps it."""
+    return getattr(torch.ops.em_kernels, _NAMES[type(arguments)])(*flat(arguments))
+
+
+def call(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The operator of these arguments, for the inside of an autograd function."""
     if torch.compiler.is_compiling():  # traced below autograd already
-        return operator(*args)
+        return record(arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+        return record(arguments)
 
 
 def differentiate(name: str, derive: Callable) -> None:
@@ -326,7 +335,7 @@ class _Underived(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, *args):
         ctx.name = name
-        return tuple(call(name, *args))
+        return tuple(call(unflat(OPERATORS[name].arguments, args)))
 
     @staticmethod
     def backward(ctx, *_):

@@ -82,6 +82,11 @@ def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
     return kind(*fields)
 
 
+def nothing(kind: type[_Record]) -> _Record:
+    """The record of as many None."""
+    return unflat(kind, [None] * _LAYOUTS[kind].size)
+
+
 def schema(kind: type[tuple[Any, ...]]) -> str:
     """The arguments as a schema declares them; what a record has by default can be left out."""
     defaults = kind._field_defaults  # type: ignore[attr-defined]

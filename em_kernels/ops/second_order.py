@@ -16,6 +16,7 @@ from em_kernels.backends import reference
 from em_kernels.backends.interface import (
     DIFFERENTIABLE,
     RowSpec,
+    Saved,
     Upstream,
     accumulate_dtype,
     flatten_spec,
@@ -29,22 +30,22 @@ _UPSTREAM_LENGTH = len(Upstream._fields)
 
 
 def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
-    """sum_i upstream_i statistic_i of (logits,) or of (hidden, weight, bias), differentiable."""
+    """sum_i upstream_i statistic_i of (logits, None, None) or of (hidden, weight, bias),
+    differentiable."""
     if spec.group is not None:
         grouped()
-    x, *head = inputs
+    x, weight, bias = inputs
     x, spec = x.reshape(-1, x.shape[-1]), flatten_spec(read_numbers(spec))
     rows = Upstream(*(None if g is None else g.reshape(-1) for g in upstream))
     if spec.mask is not None:
         kept = spec.mask.nonzero()[:, 0]
         x, spec = x[kept], select_rows(spec._replace(mask=None), kept)
         rows = Upstream(*(None if g is None else g[kept] for g in rows))
-    if head:
-        weight, bias = head
+    if weight is not None:
         wide = accumulate_dtype(x.dtype)
         x, spec = x.to(wide) @ weight.to(wide).T, spec._replace(bias=bias)
     given = {name: g for name, g in zip(DIFFERENTIABLE, rows) if g is not None}
-    values = reference.stats(x, spec, tuple(given))[3:]
+    values = reference.stats(x, spec, tuple(given))[len(Saved._fields) :]
     return sum((g * value).sum() for g, value in zip(given.values(), values))
 
 
@@ -140,7 +141,8 @@ class Memory:
         inputs = tuple(None if x is None else x() for x in self.inputs)
         if self._versions(inputs) != self.versions:
             return ()
-        return *(x.to(self.dtype) for x in inputs[:2]), *inputs[2:]
+        *operands, bias = inputs
+        return *(x if x is None else x.to(self.dtype) for x in operands), bias
 
     def value(self, inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
         upstream, *rows = rest

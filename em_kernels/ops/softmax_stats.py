@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import DIFFERENTIABLE, RowSpec, Saved, TokenStats, row_tensors
+from em_kernels.backends.interface import TokenStats
 from em_kernels.ops.arguments import (
     check_entropy_requires_grad,
     check_logits,
@@ -13,10 +13,10 @@ from em_kernels.ops.arguments import (
     make_spec,
 )
 from em_kernels.ops.dtensor import local_logits
-from em_kernels.ops.registry import call, differentiate
-from em_kernels.ops.second_order import differentiable, statistic_sum
-
-_TENSORS = ("bias", "target", "mask", "temperature_rows", "numbers", "index")  # of a RowSpec
+from em_kernels.ops.registry import record
+from em_kernels.ops.schemas import SoftmaxStats
+from em_kernels.ops.sources import FromLogits
+from em_kernels.ops.statistics import Call, pack_stats, statistics
 
 
 def softmax_stats(
@@ -104,83 +104,8 @@ def softmax_stats(
         impl=impl,
     )
     outputs = check_outputs(outputs, target)
-    # An exported program keeps the operator and not the autograd function around it.
-    exporting = torch.compiler.is_exporting()
-    run = torch.ops.em_kernels.softmax_stats if exporting else _SoftmaxStats.apply
-    rows = run(logits, *spec, outputs, impl)[3:]
+    if torch.compiler.is_exporting():  # a program keeps the operator and no autograd function
+        rows = record(SoftmaxStats(logits, spec, outputs, impl))
+    else:
+        rows = statistics(Call(logits, None, spec, outputs, FromLogits(impl)))
     return pack_stats(outputs, rows, entropy_requires_grad)
-
-
-def pack_stats(
-    outputs: tuple[str, ...], rows: tuple[Tensor, ...], entropy_requires_grad: bool = True
-) -> TokenStats:
-    stats = dict(zip(outputs, rows))
-    if "entropy" in stats and not entropy_requires_grad:
-        stats["entropy"] = stats["entropy"].detach()
-    return TokenStats(**stats)
-
-
-def differentiable_outputs(outputs: tuple[str, ...], entropy_requires_grad: bool) -> list[str]:
-    """Those of the outputs that a gradient may come for."""
-    left_out = () if entropy_requires_grad else ("entropy",)
-    return [name for name in outputs if name in DIFFERENTIABLE and name not in left_out]
-
-
-def mark_rows(ctx, outputs: tuple[str, ...], rows: list[Tensor]) -> None:
-    """Say which of an operator's results have no gradient: `Saved`, which comes first, and what
-    follows the outputs have none."""
-    count = len(Saved._fields)
-    names = dict(enumerate(outputs, count))
-    constant = (row for i, row in enumerate(rows) if names.get(i) not in DIFFERENTIABLE)
-    ctx.mark_non_differentiable(*constant)
-    ctx.set_materialize_grads(False)
-
-
-def save_call(ctx, inputs: tuple[Tensor, ...], spec: RowSpec, rows: list[Tensor]) -> None:
-    """Keep the inputs, the spec and the operator's `Saved` for `saved_call`."""
-    ctx.spec = spec._replace(**dict.fromkeys(_TENSORS))
-    ctx.save_for_backward(*inputs, *(getattr(spec, name) for name in _TENSORS), *rows[:3])
-
-
-def saved_call(ctx) -> tuple[list[Tensor], RowSpec, tuple[Tensor, ...]]:
-    """(inputs, spec, `Saved`) of the call, in its backward pass."""
-    *tensors, top, log1p_r, mean_d = ctx.saved_tensors
-    count = len(tensors) - len(_TENSORS)
-    spec = ctx.spec._replace(**dict(zip(_TENSORS, tensors[count:])))
-    return tensors[:count], spec, (top, log1p_r, mean_d)
-
-
-def upstream_of(outputs: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The gradients of logprob, entropy and lse, in that order; None where there is none."""
-    given = dict(zip(outputs, grads[3:]))
-    return [given.get(name) for name in DIFFERENTIABLE]
-
-
-class _SoftmaxStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, *args):
-        *spec, outputs, impl = args
-        spec = RowSpec(*spec)
-        rows = call("softmax_stats", logits, *spec, outputs, impl)
-        mark_rows(ctx, outputs, rows)
-        save_call(ctx, (logits,), spec, rows)
-        ctx.outputs, ctx.impl = outputs, impl
-        return tuple(rows)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (logits,), spec, saved = saved_call(ctx)
-        upstream = upstream_of(ctx.outputs, grads)
-        none = [None] * (len(RowSpec._fields) + 2)
-        if all(g is None for g in upstream):
-            return None, *none
-
-        def compute():
-            arguments = (logits, *spec, *saved, *upstream, ctx.impl)
-            return tuple(call("softmax_grad", *arguments))
-
-        rest = (*upstream, *row_tensors(spec))
-        return *differentiable(compute, statistic_sum(spec), (logits,), rest), *none
-
-
-differentiate("softmax_stats", lambda *args: list(_SoftmaxStats.apply(*args)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from em_kernels.backends.interface import (
     RowSpec,
     TokenStats,
+    Upstream,
     accumulate_dtype,
     serializable,
 )
@@ -32,15 +33,12 @@ from em_kernels.ops.arguments import (
     row_mask,
 )
 from em_kernels.ops.dtensor import local_logits, local_operands
-from em_kernels.ops.forward_gradient import (
-    LinearLoss,
-    SoftmaxLoss,
-    all_outputs,
-    remember,
-    with_loss,
-)
-from em_kernels.ops.linear_softmax_stats import autocast_inputs, copy_to_ranks
-from em_kernels.ops.softmax_stats import pack_stats
+from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss
+from em_kernels.ops.linear_softmax_stats import autocast_inputs
+from em_kernels.ops.registry import record
+from em_kernels.ops.schemas import LinearStats, SoftmaxStats
+from em_kernels.ops.sources import FromHidden, FromLogits, copy_to_ranks
+from em_kernels.ops.statistics import wanted_gradients
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 
@@ -109,13 +107,12 @@ def token_loss(
     outputs = check_outputs(outputs, target)
     if torch.compiler.is_exporting():
         names = all_outputs(outputs, weights)
-        rows = torch.ops.em_kernels.softmax_stats(logits, *spec, names, impl)
+        rows = record(SoftmaxStats(logits, spec, names, impl))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
-    need = torch.is_grad_enabled() and logits.requires_grad
-    inplace = inplace and not torch.compiler.is_compiling()
-    memory = remember((logits,), spec, weights, logits.dtype)
-    results = SoftmaxLoss.apply(logits, *spec, *weights, outputs, impl, need, inplace, memory)
-    return _pack_loss(outputs, results)
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    source = FromLogits(impl, needed, inplace and not torch.compiler.is_compiling())
+    memory = remember((logits, None, None), spec, weights, logits.dtype)
+    return _pack_loss(outputs, loss(Call(logits, None, spec, weights, outputs, source, memory)))
 
 
 def linear_token_loss(
@@ -175,15 +172,13 @@ def linear_token_loss(
     cut = (chunk_tokens, logits_dtype, impl)
     if torch.compiler.is_exporting():
         names = all_outputs(outputs, weights)
-        rows = torch.ops.em_kernels.linear_stats(hidden, weight, *spec, names, *cut)
+        rows = record(LinearStats(hidden, weight, spec, names, *cut))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
-    enabled = torch.is_grad_enabled()
-    needs = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    needs = Needs(*needs, filter_eps if spec.numbers is None else None)
+    wanted = wanted_gradients(("loss",), hidden, weight, bias)
+    source = FromHidden(Needs(*wanted, filter_eps if spec.numbers is None else None), *cut)
     hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
     memory = remember(given, spec, weights, hidden.dtype)
-    results = LinearLoss.apply(hidden, weight, *spec, *weights, needs, outputs, *cut, memory)
-    return _pack_loss(outputs, results)
+    return _pack_loss(outputs, loss(Call(hidden, weight, spec, weights, outputs, source, memory)))
 
 
 def entropy_loss(
@@ -259,8 +254,8 @@ class LinearEntropyLoss(EntropyLoss):
 
 def _weigh(
     x: Tensor, spec: RowSpec, entropy_weight: Tensor | None, logprob_weight: Tensor | None
-) -> tuple[list[Tensor | None], RowSpec]:
-    """Check the weights; return them in Upstream order, with weightless rows masked out.
+) -> tuple[Upstream, RowSpec]:
+    """Check the weights; return them and the spec, with weightless rows masked out.
 
     The weight of a `_Reduction` is 0 in no row of the mask.
     """
@@ -282,7 +277,7 @@ def _weigh(
     if not reduced:
         weighted = functools.reduce(torch.logical_or, (w != 0 for w in weights if w is not None))
         mask = weighted if mask is None else mask & weighted
-    return [*weights, None], spec._replace(mask=mask)
+    return Upstream(*weights), spec._replace(mask=mask)
 
 
 class _Reduction(NamedTuple):
@@ -319,4 +314,5 @@ def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:
 
 
 def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
-    return TokenLoss(results[0], pack_stats(outputs, results[1:]))
+    total, *values = results
+    return TokenLoss(total, TokenStats(**dict(zip(outputs, values))))

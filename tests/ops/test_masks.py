@@ -46,7 +46,7 @@ CALLS = {
     "selected of kl_cov": lambda m: objectives.kl_cov_loss(*ROWS, ONES, m).loss,
     "high_entropy_loss": lambda m: objectives.high_entropy_loss(*ROWS, m, ONES).loss,
     "selected of high_entropy": lambda m: objectives.high_entropy_loss(*ROWS, ONES, m).loss,
-    "entropy_bonus": lambda m: objectives.bonus(A, B, m, coef=0.1),
+    "entropy_bonus": lambda m: objectives.entropy_bonus(A, B, m, coef=0.1),
     "aggregate_loss": lambda m: objectives.aggregate_loss(A, m),
     "aggregation_weight": lambda m: objectives.aggregation_weight(m, mode="sequence_mean"),
     "aggregation_denominator": lambda m: objectives.aggregation_denominator(m),

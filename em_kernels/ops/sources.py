@@ -1,0 +1,202 @@
+"""The two sources of rows: logits that were given, or hidden states times the weight of a head.
+
+Both answer the same questions, in the operators of their own: the statistics of the rows, the
+gradient of statistics, and a loss with its gradient. What they are asked of comes as tensors, (x,
+weight), x being the logits, and weight None, or the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.row_index import with_index
+from em_kernels.linear.half import scale_rows, upstream_scale
+from em_kernels.linear.plan import Needs
+from em_kernels.ops.fakes import empty_rows
+from em_kernels.ops.registry import call
+from em_kernels.ops.schemas import (
+    AllReduce,
+    LinearGrad,
+    LinearLoss,
+    LinearStats,
+    LinearStatsFused,
+    SoftmaxGrad,
+    SoftmaxLoss,
+    SoftmaxLossInplace,
+    SoftmaxStats,
+)
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
+NONE: Gradients = (None, None, None)
+
+
+class Loss(NamedTuple):
+    """A source's answer to a loss."""
+
+    rows: list[Tensor]  # as the operators of statistics return them
+    gradients: Gradients = NONE
+    scale: Tensor | None = None  # what the gradients are too large by
+
+
+@dataclass(frozen=True)
+class FromLogits:
+    """Rows that were given."""
+
+    impl: str
+    needed: bool = True  # a loss is to make the gradient
+    inplace: bool = False  # where the logits are
+
+    def looked_through(self, spec: RowSpec) -> RowSpec:
+        return spec
+
+    def differentiable(self, outputs: Sequence[str]) -> Sequence[str]:
+        return outputs
+
+    def stats(
+        self, x: Tensor, weight: Tensor | None, spec: RowSpec, outputs: Sequence[str]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        return call(SoftmaxStats(x, spec, outputs, self.impl)), None
+
+    def grad(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        spec: RowSpec,
+        saved: Saved,
+        upstream: Upstream,
+        kept: Tensor | None,
+    ) -> Gradients:
+        (grad,) = call(SoftmaxGrad(x, spec, saved, upstream, self.impl))
+        return grad, None, None
+
+    def loss(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        spec: RowSpec,
+        weights: Upstream,
+        outputs: Sequence[str],
+    ) -> Loss:
+        if not self.needed:
+            return Loss(self.stats(x, None, spec, outputs)[0])
+        scale = upstream_scale(weights, spec, x.dtype)
+        weights = scale_rows(weights, scale)
+        if self.inplace:
+            rows = empty_rows(x, outputs)
+            call(SoftmaxLossInplace(x, rows, spec, weights, outputs, self.impl))
+            # Kernels write through raw pointers: tell autograd, in case an operation kept `x`.
+            torch.autograd.graph.increment_version(x)
+            return Loss(rows, (x.detach(), None, None), scale)
+        *rows, grad = call(SoftmaxLoss(x, spec, weights, outputs, self.impl))
+        return Loss(rows, (grad, None, None), scale)
+
+
+@dataclass(frozen=True)
+class FromHidden:
+    """Rows of hidden @ weight.T, a chunk at a time."""
+
+    needs: Needs
+    chunk_tokens: int | None
+    logits_dtype: torch.dtype | None
+    impl: str
+    keep_logits: int | None = 0
+    fused: bool = False
+    # The one output that a gradient comes for, where it is of hidden alone: dX_i = g_i u_i, g_i the
+    # gradient that comes, u_i that of a loss in which the output has the weight 1, which the
+    # forward pass makes.
+    single: str | None = None
+
+    def looked_through(self, spec: RowSpec) -> RowSpec:
+        """The spec for both passes."""
+        return with_index(spec)
+
+    def differentiable(self, outputs: Sequence[str]) -> Sequence[str]:
+        return outputs if self.single is None else (self.single,)
+
+    def stats(
+        self, x: Tensor, weight: Tensor, spec: RowSpec, outputs: Sequence[str]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """(rows, the logits or the gradient of a weight 1 that `grad` will want)."""
+        if self.fused:
+            return call(LinearStatsFused(x, weight, spec, outputs)), None
+        if self.single is not None:
+            one = x.new_ones(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
+            rows, gradients, _ = self.loss(x, weight, spec, Upstream(**{self.single: one}), outputs)
+            return rows, gradients[0]
+        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
+        results = call(LinearStats(x, weight, spec, outputs, *cut, self.needs, self.keep_logits))
+        if not any(self.needs.inputs):
+            return results, None
+        *rows, kept = results
+        return rows, kept
+
+    def grad(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        spec: RowSpec,
+        saved: Saved,
+        upstream: Upstream,
+        kept: Tensor | None,
+    ) -> Gradients:
+        if self.single is not None:
+            given = getattr(upstream, self.single)
+            counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
+            return (kept * counted[..., None]).to(x.dtype), None, None
+        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
+        arguments = LinearGrad(x, weight, spec, saved, upstream, self.needs, *cut, kept)
+        return self._wanted(call(arguments))
+
+    def loss(
+        self, x: Tensor, weight: Tensor, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
+    ) -> Loss:
+        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
+        if not any(self.needs.inputs):
+            return Loss(call(LinearStats(x, weight, spec, outputs, *cut)))
+        results = call(LinearLoss(x, weight, spec, weights, self.needs, outputs, *cut))
+        *rows, of_hidden, of_weight, of_bias = results
+        return Loss(rows, self._wanted([of_hidden, of_weight, of_bias]))
+
+    def _wanted(self, gradients: Sequence[Tensor]) -> Gradients:
+        hidden, weight, bias = (
+            g if need else None for g, need in zip(gradients, self.needs.inputs, strict=True)
+        )
+        return hidden, weight, bias
+
+
+Source = FromLogits | FromHidden
+
+
+def copy_to_ranks(hidden: Tensor, group: str | None) -> Tensor:
+    """`hidden`, the same on every rank of the group; backward sums its gradient over them."""
+    return hidden if group is None else _CopyToRanks.apply(hidden, group)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        (total,) = call(AllReduce(grad, group))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, again: Tensor) -> tuple[Tensor, None]:
+        return copy_to_ranks(again, ctx.group), None

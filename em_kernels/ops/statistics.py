@@ -1,0 +1,148 @@
+"""Autograd of the statistics, from either source: the gradient is made in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import (
+    DIFFERENTIABLE,
+    RowSpec,
+    Saved,
+    TokenStats,
+    Upstream,
+    row_tensors,
+)
+from em_kernels.linear.plan import Needs
+from em_kernels.ops.registry import differentiate
+from em_kernels.ops.schemas import LinearStats, SoftmaxStats, arguments, flat, nothing, unflat
+from em_kernels.ops.second_order import differentiable, statistic_sum
+from em_kernels.ops.sources import FromHidden, FromLogits, Source, copy_to_ranks
+
+
+class Results(NamedTuple):
+    """The rows that an operator returns."""
+
+    saved: Saved
+    stats: dict[str, Tensor]
+
+
+def results_of(outputs: Sequence[str], rows: Sequence[Tensor]) -> Results:
+    count = len(Saved._fields)
+    return Results(Saved(*rows[:count]), dict(zip(outputs, rows[count:])))
+
+
+def pack_stats(
+    outputs: Sequence[str], rows: Sequence[Tensor], entropy_requires_grad: bool = True
+) -> TokenStats:
+    stats = results_of(outputs, rows).stats
+    if "entropy" in stats and not entropy_requires_grad:
+        stats["entropy"] = stats["entropy"].detach()
+    return TokenStats(**stats)
+
+
+def differentiable_outputs(outputs: Sequence[str], entropy_requires_grad: bool) -> list[str]:
+    """Those of the outputs that a gradient may come for."""
+    left_out = () if entropy_requires_grad else ("entropy",)
+    return [name for name in outputs if name in DIFFERENTIABLE and name not in left_out]
+
+
+def wanted_gradients(sources: Sequence[str], *inputs: Tensor | None) -> tuple[bool, ...]:
+    """Which of the inputs a backward pass will want the gradient of."""
+    recording = torch.is_grad_enabled() and bool(sources)
+    return tuple(recording and x is not None and x.requires_grad for x in inputs)
+
+
+@arguments
+class Call(NamedTuple):
+    """What `Statistics` is applied to; `source` answers for x and weight."""
+
+    x: Tensor
+    weight: Tensor | None
+    spec: RowSpec
+    outputs: Sequence[str]
+    source: Source
+
+
+@arguments
+class _Kept(NamedTuple):
+    """The tensors of a call for its backward pass."""
+
+    x: Tensor
+    weight: Tensor | None
+    made: Tensor | None  # by the source, beside the rows
+    saved: Saved
+    spec: RowSpec  # its tensors alone
+
+
+def statistics(call: Call) -> Sequence[Tensor]:
+    """The rows, `Saved` and then the outputs, with their history."""
+    return Statistics.apply(*flat(call))
+
+
+class Statistics(torch.autograd.Function):
+    """The arguments of a `Call`, in a row -> the rows of its statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, weight, spec, ctx.outputs, ctx.source = unflat(Call, args)
+        spec = ctx.source.looked_through(spec)
+        rows, made = ctx.source.stats(x, weight, spec, ctx.outputs)
+        saved, stats = results_of(ctx.outputs, rows)
+        wanted = differentiable_outputs(ctx.source.differentiable(ctx.outputs), True)
+        constant = [row for name, row in stats.items() if name not in wanted]
+        ctx.mark_non_differentiable(*saved, *constant)
+        ctx.set_materialize_grads(False)
+        ctx.spec, tensors = _without_tensors(spec)
+        ctx.save_for_backward(*flat(_Kept(x, weight, made, saved, tensors)))
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = dict(zip(ctx.outputs, grads[len(Saved._fields) :]))
+        upstream = Upstream(*(given.get(name) for name in Upstream._fields))
+        none = nothing(Call)
+        if all(g is None for g in upstream):
+            return tuple(flat(none))
+        x, weight, made, saved, tensors = unflat(_Kept, ctx.saved_tensors)
+        spec = _with_tensors(ctx.spec, tensors)
+
+        def compute() -> tuple[Tensor | None, ...]:
+            return ctx.source.grad(x, weight, spec, saved, upstream, made)
+
+        inputs, rest = (x, weight, spec.bias), (*upstream, *row_tensors(spec))
+        of_x, of_weight, of_bias = differentiable(compute, statistic_sum(spec), inputs, rest)
+        found = none._replace(x=of_x, weight=of_weight, spec=none.spec._replace(bias=of_bias))
+        return tuple(flat(found))
+
+
+def _without_tensors(spec: RowSpec) -> tuple[RowSpec, RowSpec]:
+    """(what is no tensor, the tensors): None where the other has a value."""
+    rest = RowSpec(*(None if isinstance(x, Tensor) else x for x in spec))
+    return rest, RowSpec(*(x if isinstance(x, Tensor) else None for x in spec))
+
+
+def _with_tensors(spec: RowSpec, tensors: RowSpec) -> RowSpec:
+    return RowSpec(*(x if tensor is None else tensor for x, tensor in zip(spec, tensors)))
+
+
+def _derive_softmax_stats(*args: Any) -> list[Tensor]:
+    logits, spec, outputs, impl = unflat(SoftmaxStats, args)
+    return list(statistics(Call(logits, None, spec, outputs, FromLogits(impl))))
+
+
+def _derive_linear_stats(*args: Any) -> list[Tensor]:
+    call = unflat(LinearStats, args)
+    hidden, weight, spec = call.hidden, call.weight, call.spec
+    hidden = copy_to_ranks(hidden, spec.group)
+    sources = differentiable_outputs(call.outputs, True)
+    needs = Needs(*wanted_gradients(sources, hidden, weight, spec.bias))
+    source = FromHidden(needs, call.chunk_tokens, call.logits_dtype, call.impl)
+    return list(statistics(Call(hidden, weight, spec, call.outputs, source)))
+
+
+differentiate("softmax_stats", _derive_softmax_stats)
+differentiate("linear_stats", _derive_linear_stats)
