@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,32 +26,41 @@ def serializable(kind: type) -> type:
     return kind
 
 
+MaybeNone: TypeAlias = Any  # None where it was not asked for, which its user knows
+
+
 @serializable
 class TokenStats(NamedTuple):
     """Per-token statistics, each of the leading shape, None where not asked for.
 
-    With p = softmax(z), l = log p, z as in `softmax_stats`, entropies in nats:
+    With p = softmax(z), l = log p, z as in `softmax_stats`, entropies in nats.
 
-    logprob: l_y.  entropy: H = -sum p l.  lse: log sum exp z.  varentropy: sum p l^2 - H^2.
-    collision: sum p^2.  max_prob: max p.  is_top1: y is the first argmax (bool).
-    self_certainty: KL(U || p) = lse - mean z - log n, U uniform over the n finite logits.
-    logit_mean, logit_var, logit_skew: population moments of the finite z.
-    entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per unit
-    of learning rate x advantage in a policy-gradient step on token y, taken in logit space.
+    Attributes:
+        logprob: l_y.
+        entropy: H = -sum p l.
+        lse: log sum exp z.
+        varentropy: sum p l^2 - H^2.
+        collision: sum p^2.
+        max_prob: max p.
+        is_top1: y is the first argmax (bool).
+        self_certainty: KL(U || p) = lse - mean z - log n, U uniform over the n finite logits.
+        logit_mean, logit_var, logit_skew: population moments of the finite z.
+        entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per
+            unit of learning rate x advantage in a policy-gradient step on token y, in logit space.
     """
 
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    lse: Tensor | None = None
-    varentropy: Tensor | None = None
-    collision: Tensor | None = None
-    max_prob: Tensor | None = None
-    is_top1: Tensor | None = None
-    self_certainty: Tensor | None = None
-    logit_mean: Tensor | None = None
-    logit_var: Tensor | None = None
-    logit_skew: Tensor | None = None
-    entropy_slope: Tensor | None = None
+    logprob: Tensor | MaybeNone = None
+    entropy: Tensor | MaybeNone = None
+    lse: Tensor | MaybeNone = None
+    varentropy: Tensor | MaybeNone = None
+    collision: Tensor | MaybeNone = None
+    max_prob: Tensor | MaybeNone = None
+    is_top1: Tensor | MaybeNone = None
+    self_certainty: Tensor | MaybeNone = None
+    logit_mean: Tensor | MaybeNone = None
+    logit_var: Tensor | MaybeNone = None
+    logit_skew: Tensor | MaybeNone = None
+    entropy_slope: Tensor | MaybeNone = None
 
 
 OUTPUTS = TokenStats._fields
