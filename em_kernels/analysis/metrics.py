@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from em_kernels.lm.problems import json_rows
+from em_kernels.lm.data import json_rows
 from em_kernels.trainer.checkpoint import METRICS_FILE
 
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from em_kernels.analysis.tables import temperature
 from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
-from em_kernels.lm.data import encode_prompt, not_unicode
-from em_kernels.lm.problems import json_rows
+from em_kernels.lm.data import encode_prompt, fill_template, json_rows, not_unicode
 
 
 class Text(NamedTuple):
@@ -91,7 +90,7 @@ class Texts:
                 checked = True
             i = record.problem
             if i not in prompts:
-                prompt = template.format(problem=settings["problems"][i]["problem"])
+                prompt = fill_template(template, settings["problems"][i]["problem"])
                 prompts = {i: encode_prompt(self.tokenizer, prompt)}
             if self.drawn_at not in (None, record.temperature):
                 continue

@@ -18,16 +18,17 @@ from em_kernels.cli.options import (
     GO_ON,
     AddCommon,
     add_asking,
-    add_model_options,
     asking,
     quiet_transformers,
     temperatures_of,
 )
 from em_kernels.evaluator.asking import longest_prompt
 from em_kernels.evaluator.records import SETTINGS, read_settings
-from em_kernels.evaluator.run import run_eval
+from em_kernels.evaluator.run import EvalConfig, run_eval
 from em_kernels.lm.models import load_model
+from em_kernels.lm.settings import add_flags
 
+MODEL = {"dtype": "float32", "device": "auto"}
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
@@ -64,7 +65,8 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
         "--drawn-at", type=float, metavar="T", help="only answers of this temperature, 0 is greedy"
     )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
-    add_model_options(parser)
+    add_flags(parser, EvalConfig, only=MODEL, defaults=MODEL)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_common(parser, _tokens)
 
 
@@ -123,11 +125,8 @@ def _add_run(kinds, add_common: AddCommon) -> None:
         "entropy by update, over-confidence, and the fit R = -a exp(H) + b.",
     )
     parser.add_argument("run", help="folder of the run; evaluations go into it")
-    parser.add_argument("--problems", required=True, metavar="FILE|PRESET", help="as in eval")
-    parser.add_argument("--samples", type=int, help="answers a problem (default 1)")
-    parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="as in eval")
     parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
-    add_asking(parser)
+    add_asking(parser, without=["model"])
     add_common(parser, _run)
 
 

@@ -28,7 +28,6 @@ from em_kernels.evaluator.records import RECORDS, EvalError, Records, write_json
 from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
 from em_kernels.evaluator.summary import compare_folders
-from em_kernels.lm.problems import PRESETS
 
 
 def add_commands(commands, add_common: AddCommon) -> None:
@@ -41,29 +40,13 @@ def add_commands(commands, add_common: AddCommon) -> None:
 
 
 def _add_eval(commands, add_common: AddCommon) -> None:
-    presets = ", ".join(PRESETS)
     parser = commands.add_parser(
         "eval",
         help="sampled and greedy accuracy",
         description="Accuracy of a model on problems with known answers, with 95 % bootstrap "
         "intervals over problems.",
     )
-    parser.add_argument("--model", required=True, help="a model folder or a hub name")
-    parser.add_argument(
-        "--problems",
-        required=True,
-        metavar="FILE|PRESET",
-        help=f'JSON lines or Parquet with "problem" and "answer", a data set, or one of {presets}',
-    )
     parser.add_argument("--output", metavar="DIR", help="keep the answers here; goes on if stopped")
-    parser.add_argument("--samples", type=int, help="answers a problem and temperature (default 1)")
-    parser.add_argument(
-        "--temperatures",
-        type=float,
-        nargs="+",
-        metavar="T",
-        help="of the sampling (default 1); greedy comes on top",
-    )
     parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
     parser.add_argument("--json", metavar="FILE", help="write the result and every answer here")
     add_asking(parser)
@@ -121,20 +104,17 @@ def _add_select(commands, add_common: AddCommon) -> None:
         description="Rank prompts by how much the model's answers to them vary, and write the "
         "first of them as JSON lines for `em-kernels train --prompts`.",
     )
-    parser.add_argument("--model", required=True, help="a model folder or a hub name")
-    parser.add_argument("--problems", required=True, metavar="FILE|PRESET", help="as in eval")
     parser.add_argument("--output", required=True, metavar="FILE", help="the JSON lines to write")
     parser.add_argument(
         "--folder", metavar="DIR", help="of the answers (default: beside FILE); goes on if stopped"
     )
-    parser.add_argument("--samples", type=int, default=8, help="answers a problem (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     parser.add_argument("--by", choices=list(SIGNALS), default="variance", help="what ranks")
     parser.add_argument("--top", type=int, help="how many to write (default: all)")
     parser.add_argument(
         "--unlabelled", action="store_true", help="the problems have no answers; not by variance"
     )
-    add_asking(parser)
+    add_asking(parser, without=["temperatures"], defaults={"samples": 8})
     add_common(parser, _select)
 
 

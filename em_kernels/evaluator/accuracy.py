@@ -1,4 +1,4 @@
-"""Sampled and greedy accuracy of a model on problems with known answers."""
+"""Sampled and greedy accuracy of a model on problems with known answers, in memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-from em_kernels.evaluator.asking import Asked, default_batch_size
-from em_kernels.evaluator.records import Answer, write_json
-from em_kernels.lm.data import encode_prompt, read_jsonl, text_field
+from em_kernels.evaluator.asking import Asked, Plan, ask_all, default_batch_size
+from em_kernels.evaluator.records import Answer, by_problem, share_correct, write_json
+from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
-from em_kernels.lm.problems import Problem
+from em_kernels.lm.problems import Problem, load_problems, problem_pairs
 from em_kernels.lm.random_state import RandomState
-from em_kernels.lm.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,13 @@ class EvalResult:
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
-    """The problems of a file of lines {"problem": ..., "answer": ...}, the first `limit` of them.
+    """The problems of a file, a data set or a preset, the first `limit` of them.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; a broken line, named by its number.
+        FileNotFoundError, ImportError, ValueError: of `load_problems`; a row that is no problem,
+            named by its number.
     """
-    problems = [
-        Problem(text_field(path, number, line, "problem"), text_field(path, number, line, "answer"))
-        for number, line in read_jsonl(path)
-    ]
-    if not problems:
-        raise ValueError(f"{path}: no problems in the file")
-    return problems[:limit]
+    return load_problems(str(path), limit, strict=True).problems
 
 
 def evaluate(
@@ -102,69 +95,39 @@ def evaluate(
         seed: of the sampling; the caller's random state is left alone.
 
     Raises:
-        ValueError: a bad argument, or a prompt longer than the model has positions.
+        TypeError, ValueError: a bad argument, or a prompt longer than the model has positions.
     """
     _check_arguments(problems, samples, temperature, top_p, greedy, batch_size)
     judge = make_judge(judge) if isinstance(judge, str) else judge
-    name = judge_name(judge)
-    problems = [Problem(*problem) for problem in problems]
-    prompts = [encode_prompt(tokenizer, problem.problem) for problem in problems]
-    ask = partial(_ask, Asked(model, tokenizer, judge), problems, prompts)
+    asked_for = problem_pairs(problems, answers_needed=True)
+    prompts = [encode_prompt(tokenizer, problem) for problem, _ in asked_for]
+    temperatures = [temperature] * (samples > 0) + [0.0] * greedy
     size = batch_size or default_batch_size(model)
-    drawing = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    likeliest = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    started = time.perf_counter()
-    with RandomState(seed), _bar(len(problems) * (samples + greedy), progress) as bar:
-        drawn = ask(drawing, samples, size, bar)
-        best = ask(likeliest, int(greedy), size, bar)
-    records = [
-        ProblemRecord(*problem, drawn[i], best[i][0] if greedy else None)
-        for i, problem in enumerate(problems)
-    ]
-    return _summarise(records, samples, temperature, name, time.perf_counter() - started)
-
-
-def _ask(
-    asked: Asked,
-    problems: list[Problem],
-    prompts: list[list[int]],
-    sampling: Sampling,
-    times: int,
-    batch_size: int,
-    bar,
-) -> list[list[Answer]]:
-    """`times` answers to each problem, short problems first."""
-    answers: list[list[Answer]] = [[] for _ in problems]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    turns = [i for i in order for _ in range(times)]
-    for start in range(0, len(turns), batch_size):
-        batch = turns[start : start + batch_size]
-        rights = [problems[i].answer for i in batch]
-        for i, answer in zip(batch, asked.ask([prompts[i] for i in batch], rights, sampling)):
-            answers[i].append(answer)
-        bar.update(len(batch))
-    return answers
-
-
-def _summarise(
-    records: list[ProblemRecord], samples: int, temperature: float, judge: str, seconds: float
-) -> EvalResult:
-    sampled = [statistics.fmean(a.correct for a in r.samples) for r in records if r.samples]
-    greedy = [float(r.greedy.correct) for r in records if r.greedy]
-    answers = [a for r in records for a in [*r.samples, r.greedy] if a]
+    plan = Plan(temperatures, samples, top_p, max_new_tokens, size)
+    started, state = time.perf_counter(), RandomState(seed)
+    asked = Asked(model, tokenizer, judge)
+    batches = ask_all(asked, plan, asked_for, prompts, lambda *_: state, progress=progress)
+    records = (record for batch in batches for record in batch)
+    found = by_problem(records, lambda answer: answer)
+    drawn, likeliest = found.get(temperature, {}), found.get(0.0, {})
+    answers = [a for by in found.values() for of_problem in by.values() for a in of_problem]
+    sampled, best = ([share_correct(a) for a in by.values()] for by in (drawn, likeliest))
     return EvalResult(
-        problems=len(records),
+        problems=len(prompts),
         samples=samples,
         temperature=temperature,
         sampled_accuracy=statistics.fmean(sampled) if sampled else None,
         sampled_stderr=_standard_error(sampled),
-        greedy_accuracy=statistics.fmean(greedy) if greedy else None,
-        greedy_stderr=_standard_error(greedy),
+        greedy_accuracy=statistics.fmean(best) if best else None,
+        greedy_stderr=_standard_error(best),
         response_length=statistics.fmean(a.tokens for a in answers),
         truncated=statistics.fmean(not a.finished for a in answers),
-        judge=judge,
-        seconds=seconds,
-        records=records,
+        judge=judge_name(judge),
+        seconds=time.perf_counter() - started,
+        records=[
+            ProblemRecord(*problem, drawn.get(i, []), likeliest[i][0] if greedy else None)
+            for i, problem in enumerate(asked_for)
+        ],
     )
 
 
@@ -186,9 +149,3 @@ def _check_arguments(problems, samples, temperature, top_p, greedy, batch_size) 
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
-
-
-def _bar(total: int, show: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="eval", unit="answer", disable=not show)

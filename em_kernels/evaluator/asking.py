@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.evaluator.records import Answer
+from em_kernels.evaluator.records import Answer, Key, Record
 from em_kernels.lm.adapters import adapter_settings, is_adapted
 from em_kernels.lm.fingerprint import digest
 from em_kernels.lm.heads import Head
 from em_kernels.lm.judge.judges import Judge, final_answer
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.problems import Problem
 from em_kernels.lm.rollout import Rollout, Sampling, aligned_mask, sample
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
@@ -46,13 +48,13 @@ def weights_digest(model) -> str:
 class Asked(NamedTuple):
     """Whom to ask, and how to judge. With a `head`, answers carry entropy and log-probability."""
 
-    model: object
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     judge: Judge
     head: Head | None = None
 
     def ask(
-        self, prompts: Sequence[Sequence[int]], rights: Sequence[str], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], rights: Sequence[Any], sampling: Sampling
     ) -> list[Answer]:
         """One answer to each prompt (token ids), judged against `rights`, in one batch."""
         if not prompts:
@@ -79,6 +81,78 @@ class Asked(NamedTuple):
 
 NOT_ASKED = Answer("", 0, False, False, False)
 """Stands for the answer to a prompt that is too long for the model: wrong, no tokens."""
+
+
+class Plan(NamedTuple):
+    """How every problem is asked: `samples` times at each temperature above 0, once at 0."""
+
+    temperatures: Sequence[float]
+    samples: int
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+
+    def times(self, temperature: float) -> int:
+        return self.samples if temperature > 0 else 1
+
+    def answers(self, problems: int) -> int:
+        """How many there will be."""
+        return problems * sum(map(self.times, self.temperatures))
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.top_p, max_new_tokens=self.max_new_tokens)
+
+    def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[Key]]]:
+        """(number within its temperature, keys of its answers) of each batch.
+
+        Problems of similar length go together.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for temperature in self.temperatures:
+            keys = [(i, temperature, s) for i in order for s in range(self.times(temperature))]
+            for number, start in enumerate(range(0, len(keys), self.batch_size)):
+                yield number, keys[start : start + self.batch_size]
+
+
+def ask_all(
+    asked: Asked,
+    plan: Plan,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    random_state: Callable[[float, int], AbstractContextManager],
+    *,
+    done: Collection[Key] = (),
+    too_long: Collection[int] = (),
+    progress: bool = True,
+) -> Iterator[list[Record]]:
+    """Ask and judge whatever is not `done` yet; yields the records of one batch after another.
+
+    Args:
+        asked, plan: whom, and how.
+        problems, prompts: what, and the token ids that put it to the model.
+        random_state: of a batch, by temperature and number, to draw its answers in.
+        done: keys of the records that are there already.
+        too_long: numbers of the problems that are not asked: `NOT_ASKED` is their answer.
+        progress: show a bar.
+    """
+    from tqdm import tqdm
+
+    done = frozenset(done)
+    options: dict[str, Any] = dict(desc="eval", unit="answer", disable=not progress)
+    with tqdm(total=plan.answers(len(prompts)), initial=len(done), **options) as bar:
+        for number, keys in plan.batches(prompts):
+            if done.issuperset(keys):
+                continue
+            temperature, askable = keys[0][1], [i for i, *_ in keys if i not in too_long]
+            rights = [problems[i].answer for i in askable]
+            with random_state(temperature, number):
+                found = iter(
+                    asked.ask([prompts[i] for i in askable], rights, plan.sampling(temperature))
+                )
+            records = [Record(*k, NOT_ASKED if k[0] in too_long else next(found)) for k in keys]
+            new = [record for record in records if record.key not in done]
+            yield new
+            bar.update(len(new))
 
 
 @torch.no_grad()

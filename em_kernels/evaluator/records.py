@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+from em_kernels.lm.data import PLACE
 
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
+VERSION = 2  # of eval.json
 UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 """How texts are written, whatever is in them: half of a surrogate pair, which UTF-8 cannot hold,
 becomes its escape, which JSON reads back."""
@@ -29,9 +33,20 @@ def read_settings(folder: str | Path) -> dict:
     if not path.is_file():
         raise EvalError(f"{folder} is not an evaluation: it has no {SETTINGS}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EvalError(f"{path} cannot be read: {error}") from None
+    if settings.get("version") != VERSION and "config" in settings:
+        _bring_up_to_date(settings)
+    return settings
+
+
+def _bring_up_to_date(settings: dict) -> None:
+    """Braces of the template were doubled in version 1, and no answer was an empty one."""
+    config = settings["config"]
+    config["template"] = config["template"].format(problem=PLACE)
+    for problem in settings["problems"]:
+        problem["answer"] = problem["answer"] or None
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -71,6 +86,10 @@ class Answer:
         return None if self.logprob is None else math.exp(self.logprob / max(self.tokens, 1))
 
 
+Key = tuple[int, float, int]
+"""Number of the problem, temperature, number of the sample."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One answer, to problem number `problem`, drawn at `temperature` (0 is greedy)."""
@@ -81,7 +100,7 @@ class Record:
     answer: Answer
 
     @property
-    def key(self) -> tuple[int, float, int]:
+    def key(self) -> Key:
         return self.problem, self.temperature, self.sample
 
 
@@ -103,6 +122,37 @@ class Records:
             for line in file:
                 value = json.loads(line)
                 yield Record(**{**value, "answer": Answer(**value["answer"])})
+
+
+class Judged(Protocol):
+    """An answer, whole or in short."""
+
+    @property
+    def correct(self) -> bool: ...
+
+
+Kept = TypeVar("Kept", bound=Judged)
+
+
+def by_problem(
+    records: Iterable[Record], keep: Callable[[Answer], Kept]
+) -> dict[float, dict[int, list[Kept]]]:
+    """temperature -> problem -> what `keep` leaves of its answers, by their sample numbers."""
+    found: dict[float, dict[int, dict[int, Kept]]] = {}
+    for record in records:
+        of_problem = found.setdefault(record.temperature, {}).setdefault(record.problem, {})
+        of_problem[record.sample] = keep(record.answer)
+    return {
+        temperature: {
+            i: [answers[s] for s in sorted(answers)] for i, answers in sorted(problems.items())
+        }
+        for temperature, problems in sorted(found.items())
+    }
+
+
+def share_correct(answers: Sequence[Judged]) -> float:
+    """The accuracy on one problem."""
+    return sum(answer.correct for answer in answers) / len(answers)
 
 
 def repair_lines(path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from em_kernels.evaluator.records import RECORDS, UTF8, EvalError, Records, read_settings
-from em_kernels.evaluator.statistics import cluster_entropy, vote_margin
-from em_kernels.evaluator.summary import Light, clusters, read_answers
-from em_kernels.lm.judge.judges import Judge, recorded_judge
+from em_kernels.evaluator.records import UTF8, EvalError, read_settings, share_correct
+from em_kernels.evaluator.summary import AnswerSummary, clusters_of, read_answers
+from em_kernels.lm.data import fill_template
+from em_kernels.lm.judge.clusters import semantic_entropy, vote_margin
+from em_kernels.lm.judge.judges import Judge, make_judge
 
 SIGNALS = {"variance": -1, "entropy": -1, "semantic_entropy": -1, "margin": 1}
 """Signal -> the sign that sorts the most uncertain prompt first."""
@@ -35,6 +36,7 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
 
     Raises:
         EvalError: no evaluation, or none with exactly one temperature above 0.
+        ImportError: the judge of the evaluation is missing.
         ValueError: an unknown signal, or one that this evaluation does not have.
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025): selection by variance of accuracy.
@@ -46,9 +48,9 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
     drawn = [t for t in settings["config"]["temperatures"] if t > 0]
     if len(drawn) != 1:
         raise EvalError(f"{folder} must have one temperature above 0 to rank by, has {drawn}")
-    answers = read_answers(Records(Path(folder) / RECORDS)).get(drawn[0], {})
+    answers = read_answers(folder).get(drawn[0], {})
     left_out = set(settings["too_long"])
-    judge = recorded_judge(settings["config"]["judge"])
+    judge = make_judge(settings["config"]["judge"])
     rows = [_row(settings, i, answers[i], judge) for i in answers if i not in left_out]
     if any(row[by] is None for row in rows):
         raise ValueError(f"{folder} has no {by} for its answers; rank by another signal")
@@ -60,18 +62,18 @@ def check_top(top: int | None) -> None:
         raise ValueError(f"top must be 1 or more, got {top}")
 
 
-def _row(settings: dict, i: int, answers: list[Light], judge: Judge) -> dict:
+def _row(settings: dict, i: int, answers: list[AnswerSummary], judge: Judge) -> dict:
     problem, config = settings["problems"][i], settings["config"]
-    accuracy = sum(a.correct for a in answers) / len(answers) if config["labelled"] else None
-    votes = clusters(answers, judge)
+    accuracy = share_correct(answers) if config["labelled"] else None
+    votes = clusters_of(answers, judge)
     return {
-        "prompt": config["template"].format(problem=problem["problem"]),
+        "prompt": fill_template(config["template"], problem["problem"]),
         **problem,
         "samples": len(answers),
         "accuracy": accuracy,
         "variance": None if accuracy is None else accuracy * (1 - accuracy),
         "entropy": _mean([a.entropy for a in answers]),
-        "semantic_entropy": cluster_entropy(votes),
+        "semantic_entropy": semantic_entropy(votes),
         "margin": vote_margin(votes),
     }
 

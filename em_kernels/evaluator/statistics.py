@@ -1,21 +1,30 @@
 """Estimators over judged answers: accuracies, intervals, comparisons, calibration, fits.
 
 Everything takes and gives plain floats and sequences; one problem is one independent observation,
-however many answers were drawn to it. NumPy is imported where it is used: it comes with the extras,
-and what needs only a judge or `em-kernels info` goes without.
+however many answers were drawn to it. NumPy and SciPy are imported where they are used: they come
+with the extras, and what needs only a judge or `em-kernels info` goes without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from em_kernels.lm.judge.clusters import Clusters, majority
+from em_kernels.lm.optional import require
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+
+
+def require_scipy() -> ModuleType:
+    """scipy.stats, or an ImportError that says how to get it."""
+    return require("scipy.stats", "'em-kernels[eval]'")
 
 
 class Interval(NamedTuple):
@@ -46,52 +55,22 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_at_k(clusters: Sequence[Hashable], correct: Sequence[bool], k: int) -> float:
-    """Whether the commonest of the first k answers is right; of a tie, the share that is right.
+def majority_at_k(clusters: Clusters, correct: Sequence[bool], k: int) -> float:
+    """Whether the commonest of the first k answers is right; of a tie, the one that came first.
 
     Args:
-        clusters: which answers are the same; None is no answer, which is never elected.
+        clusters: which answers are the same, see `majority`; None is never elected.
         correct: whether each answer is right.
         k: in [1, number of answers].
 
-    Source: Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models"
-    (2022), arXiv:2203.11171.
+    Raises:
+        ValueError: k out of range.
     """
     if not 1 <= k <= len(clusters):
         raise ValueError(f"k must be in [1, {len(clusters)}], the number of samples, got {k!r}")
-    votes: dict[Hashable, list[bool]] = {}
-    for cluster, right in zip(clusters[:k], correct):
-        if cluster is not None:
-            votes.setdefault(cluster, []).append(right)
-    if not votes:
-        return 0.0
-    most = max(map(len, votes.values()))
-    elected = [any(rights) for rights in votes.values() if len(rights) == most]
-    return sum(elected) / len(elected)
-
-
-def vote_margin(clusters: Sequence[Hashable]) -> float:
-    """(votes of the commonest answer - votes of the next) / all; None is no answer."""
-    counts: dict[Hashable, int] = {}
-    for cluster in clusters:
-        if cluster is not None:
-            counts[cluster] = counts.get(cluster, 0) + 1
-    first, second, *_ = [*sorted(counts.values(), reverse=True), 0, 0]
-    return (first - second) / max(len(clusters), 1)
-
-
-def cluster_entropy(clusters: Sequence[Hashable]) -> float:
-    """Semantic entropy -sum_c p_c log p_c, nats; each answer that is None is alone.
-
-    Source: Farquhar et al., "Detecting hallucinations in large language models using semantic
-    entropy" (2024).
-    """
-    counts: dict[Hashable, int] = {}
-    for i, cluster in enumerate(clusters):
-        key = ("alone", i) if cluster is None else ("same", cluster)
-        counts[key] = counts.get(key, 0) + 1
-    shares = [count / len(clusters) for count in counts.values()]
-    return max(0.0, -sum(p * math.log(p) for p in shares))
+    elected = majority(clusters[:k])
+    pairs = zip(clusters[:k], correct)
+    return float(any(right for c, right in pairs if c is not None and c == elected))
 
 
 def bootstrap(
@@ -110,28 +89,32 @@ def bootstrap(
     """
     import numpy as np
 
+    stats = require_scipy()
     if not len(values):
         raise ValueError("values must have at least one value, got none")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
     x = np.asarray(values, dtype=np.float64)
-    means = _resampled_means(x, resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(x.mean()), float(low), float(high))
+    mean = float(x.mean())
+    if not x.std() > 0:  # one value, or all of them equal, or NaN
+        return Interval(mean, mean, mean)
+    found = stats.bootstrap(
+        (x,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        **_drawing(x, seed),
+    )
+    return Interval(mean, *map(float, found.confidence_interval))
 
 
-def _resampled_means(x: ndarray, resamples: int, seed: int) -> ndarray:
-    """In blocks of about a million draws, so that memory does not grow with the problems."""
+def _drawing(x: ndarray, seed: int) -> dict[str, Any]:
+    """How SciPy resamples x: about a million draws at once, so that memory does not grow."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(x))
-    means = [
-        x[random.integers(0, len(x), (min(block, resamples - start), len(x)))].mean(1)
-        for start in range(0, resamples, block)
-    ]
-    return np.concatenate(means)
+    batch = max(1, 1_000_000 // len(x))
+    return {"vectorized": True, "batch": batch, "rng": np.random.default_rng(seed)}
 
 
 class Comparison(NamedTuple):
@@ -152,8 +135,8 @@ def compare(
     """Is b better than a on the problems both were asked? Paired, by flipping signs.
 
     Under the null hypothesis the sign of each problem's difference is as likely + as -; the p-value
-    is the share of random sign patterns, the observed one included, whose mean is at least as far
-    from 0.
+    is the share of sign patterns whose mean is at least as far from 0: of all of them where there
+    are at most `resamples`, else of random ones, the observed one included.
 
     Raises:
         ValueError: different numbers of problems, or none.
@@ -180,15 +163,19 @@ def _sign_flip(difference: ndarray, resamples: int, seed: int) -> float:
     import numpy as np
 
     x = difference[difference != 0]
-    if not len(x):
+    if not np.isfinite(x).all():
+        return math.nan
+    if len(x) < 2:  # both signs are as far from 0
         return 1.0
-    random = np.random.default_rng(seed)
-    block, extreme = max(1, 1_000_000 // len(x)), 0
-    observed = abs(x.sum()) * (1 - 1e-12)  # sums of the same numbers differ by rounding
-    for start in range(0, resamples, block):
-        signs = random.integers(0, 2, (min(block, resamples - start), len(x))) * 2 - 1
-        extreme += int((np.abs(signs @ x) >= observed).sum())
-    return (1 + extreme) / (1 + resamples)
+    found = require_scipy().permutation_test(
+        (x,),
+        lambda x, axis: np.abs(np.mean(x, axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=resamples,
+        **_drawing(x, seed),
+    )
+    return float(found.pvalue)
 
 
 class Calibration(NamedTuple):
@@ -235,11 +222,12 @@ def auroc(score: Sequence[float], correct: Sequence[bool]) -> float | None:
     import numpy as np
 
     x, y = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
-    right, wrong = np.sort(x[y]), np.sort(x[~y])
+    right, wrong = x[y], x[~y]
     if not len(right) or not len(wrong):
         return None
-    below = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
-    return float(below.sum() / 2 / (len(right) * len(wrong)))
+    ranks = require_scipy().rankdata(np.concatenate([right, wrong]))
+    above = ranks[: len(right)].sum() - len(right) * (len(right) + 1) / 2
+    return float(above / (len(right) * len(wrong)))
 
 
 class EntropyFit(NamedTuple):
@@ -273,8 +261,7 @@ def fit_entropy_law(entropy: Sequence[float], performance: Sequence[float]) -> E
             f"a fit needs as many entropies as performances, two of them different, got {len(x)} "
             f"entropies ({len(set(x.tolist()))} different) and {len(y)} performances"
         )
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    b = float(y.mean() - slope * x.mean())
-    total = float(((y - y.mean()) ** 2).sum())
-    left = float(((y - (slope * x + b)) ** 2).sum())
-    return EntropyFit(-slope, b, b + slope, 1 - left / total if total > 0 else None, len(x))
+    fit = require_scipy().linregress(x, y)
+    slope, b = float(fit.slope), float(fit.intercept)
+    r2 = float(fit.rvalue**2) if y.var() > 0 else None
+    return EntropyFit(-slope, b, b + slope, r2, len(x))

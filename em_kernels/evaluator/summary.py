@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from em_kernels.evaluator.records import RECORDS, Answer, Record, Records, read_settings
+from em_kernels.evaluator.records import (
+    RECORDS,
+    Answer,
+    Records,
+    by_problem,
+    read_settings,
+    share_correct,
+)
 from em_kernels.evaluator.statistics import (
     bootstrap,
     calibration,
@@ -15,16 +22,11 @@ from em_kernels.evaluator.statistics import (
     majority_at_k,
     pass_at_k,
 )
-from em_kernels.lm.judge.judges import (
-    Judge,
-    final_answer,
-    number_answers,
-    recorded_judge,
-    same_answer,
-)
+from em_kernels.lm.judge.clusters import cluster_final_answers
+from em_kernels.lm.judge.judges import Judge, final_answer, make_judge
 
 
-class Light(NamedTuple):
+class AnswerSummary(NamedTuple):
     """An answer without its text: what is kept of each in memory."""
 
     correct: bool
@@ -35,7 +37,7 @@ class Light(NamedTuple):
     confidence: float | None
 
     @classmethod
-    def of(cls, answer: Answer) -> Light:
+    def of(cls, answer: Answer) -> AnswerSummary:
         return cls(
             answer.correct,
             final_answer(answer.text),
@@ -46,23 +48,14 @@ class Light(NamedTuple):
         )
 
 
-def read_answers(records: Iterable[Record]) -> dict[float, dict[int, list[Light]]]:
+def read_answers(folder: str | Path) -> dict[float, dict[int, list[AnswerSummary]]]:
     """temperature -> problem -> answers in the order of their sample numbers."""
-    found: dict[float, dict[int, dict[int, Light]]] = {}
-    for record in records:
-        of_problem = found.setdefault(record.temperature, {}).setdefault(record.problem, {})
-        of_problem[record.sample] = Light.of(record.answer)
-    return {
-        temperature: {
-            i: [answers[s] for s in sorted(answers)] for i, answers in sorted(problems.items())
-        }
-        for temperature, problems in sorted(found.items())
-    }
+    return by_problem(Records(Path(folder) / RECORDS), AnswerSummary.of)
 
 
-def clusters(answers: list[Light], judge: Judge) -> list[int | None]:
-    """Number the answers, those whose final answers are equal by the judge alike; None without."""
-    return number_answers([answer.final for answer in answers], same_answer(judge))
+def clusters_of(answers: list[AnswerSummary], judge: Judge) -> list[int | None]:
+    """Number the answers by their final answers; None without."""
+    return cluster_final_answers((answer.final for answer in answers), judge)
 
 
 def summarise(folder: str | Path) -> dict:
@@ -73,11 +66,15 @@ def summarise(folder: str | Path) -> dict:
     an end and without a final answer, mean entropy, and calibration of the sequence confidence.
     Problems not finished yet, rows of the source left out and prompts that were too long are
     counted; a prompt that was too long counts as wrong.
+
+    Raises:
+        EvalError: no evaluation.
+        ImportError: SciPy is missing, or the judge of the evaluation.
     """
     settings = read_settings(folder)
     config = settings["config"]
-    judge = recorded_judge(config["judge"])
-    found = read_answers(Records(Path(folder) / RECORDS))
+    judge = make_judge(config["judge"])
+    found = read_answers(folder)
     asked = sum(config["samples"] if t > 0 else 1 for t in config["temperatures"])
     answers = sum(len(a) for problems in found.values() for a in problems.values())
     return {
@@ -97,16 +94,16 @@ def summarise(folder: str | Path) -> dict:
     }
 
 
-def _at_temperature(problems: list[list[Light]], judge: Judge) -> dict:
+def _at_temperature(problems: list[list[AnswerSummary]], judge: Judge) -> dict:
     answers = [answer for of_problem in problems for answer in of_problem]
     k = min(map(len, problems))
     counts = [(sum(a.correct for a in p), len(p)) for p in problems]
-    votes = [(clusters(p, judge), [a.correct for a in p]) for p in problems]
+    votes = [(clusters_of(p, judge), [a.correct for a in p]) for p in problems]
     powers = [2**i for i in range(k.bit_length()) if 2**i <= k]
     said = [a for a in answers if a.tokens]
     return {
         "samples": k,
-        "mean": bootstrap([c / n for c, n in counts])._asdict(),
+        "mean": bootstrap(list(map(share_correct, problems)))._asdict(),
         "pass": {n: bootstrap([pass_at_k(c, m, n) for c, m in counts])._asdict() for n in powers},
         "majority": bootstrap([majority_at_k(*vote, k) for vote in votes])._asdict(),
         "response_length": _mean(a.tokens for a in said),
@@ -122,7 +119,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _calibration(answers: list[Light]) -> dict | None:
+def _calibration(answers: list[AnswerSummary]) -> dict | None:
     """Of exp(mean log-probability) as the confidence that an answer is right."""
     pairs = [(min(a.confidence, 1.0), a.correct) for a in answers if a.confidence is not None]
     return calibration(*zip(*pairs))._asdict() if pairs else None
@@ -152,11 +149,7 @@ def compare_folders(a: str | Path, b: str | Path) -> list[dict]:
 def _means(folder: str | Path) -> dict[float, dict[str, float]]:
     """temperature -> text of the problem -> share of right samples."""
     problems = read_settings(folder)["problems"]
-    found = read_answers(Records(Path(folder) / RECORDS))
     return {
-        temperature: {
-            problems[i]["problem"]: statistics.fmean(a.correct for a in answers)
-            for i, answers in of_problem.items()
-        }
-        for temperature, of_problem in found.items()
+        temperature: {problems[i]["problem"]: share_correct(a) for i, a in of_problem.items()}
+        for temperature, of_problem in read_answers(folder).items()
     }

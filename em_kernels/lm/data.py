@@ -1,11 +1,12 @@
-"""Prompts and JSON-lines files."""
+"""Prompts, templates of prompts, and files of JSON lines."""
 
 from __future__ import annotations
 
 import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 
 ONE_SHOT_PROMPT = (
@@ -17,6 +18,35 @@ ONE_SHOT_PROMPT = (
 """The one prompt of Gao et al., "One-shot Entropy Minimization" (2025); its answer is 12.8."""
 
 
+def json_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number, object) of a file of JSON lines; of a line that holds none, the reason.
+
+    Blank lines are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _json_object(line, "utf-8-sig" if number == 1 else "utf-8")
+
+
+def _json_object(line: bytes, encoding: str) -> dict | str:
+    try:
+        value = json.loads(line.decode(encoding))
+    except UnicodeDecodeError:
+        return "not valid JSON (not UTF-8 text)"
+    except RecursionError:
+        return "not valid JSON (nested too deeply)"
+    except ValueError as error:
+        return f"not valid JSON ({getattr(error, 'msg', error)})"
+    return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) for every line that is not blank.
 
@@ -24,37 +54,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         FileNotFoundError: no such file.
         ValueError: a line that is not a JSON object in UTF-8, named by its number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = parse_line(line, number)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            if not isinstance(value, dict):
-                kind = type(value).__name__
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {kind}")
-            yield number, value
-
-
-def parse_line(line: bytes, number: int):
-    """The value in line `number` of a file of JSON lines.
-
-    Raises:
-        ValueError: there is none; only the reason, for the caller to say where.
-    """
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not valid JSON (not UTF-8 text)") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+    for number, row in json_rows(path):
+        if isinstance(row, str):
+            raise ValueError(f"{path}, line {number}: {row}")
+        yield number, row
 
 
 def not_unicode(text: str) -> str | None:
@@ -90,35 +93,74 @@ def is_number(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def text_field(path: str | Path, number: int, line: dict, *names: str) -> str:
-    """The first of `names` that the line has: text that is not blank, or a number as text.
+def text_field(row: Mapping, *names: str, several: bool = False) -> str:
+    """The first of the fields `names` that a row has: text that is not blank, or a number as text.
+
+    Numbers are written without an exponent; `several` of either, in a list, become one text.
 
     Raises:
-        ValueError: it has none of them, or it is something else; names file and line.
+        ValueError: the row has none of them, or it is something else; the caller says where.
     """
-    present = [name for name in names if name in line]
-    expected = " or ".join(map(repr, names))
-    if not present:
-        raise ValueError(f"{path}, line {number}: no field {expected}, got {sorted(line)}")
-    value = line[present[0]]
-    if is_number(value):
-        return str(value)
-    where = f"{path}, line {number}: {present[0]!r} must be"
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where} text that is not empty, got {reprlib.repr(value)}")
-    reason = not_unicode(value)
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(map(repr, names))}, only {sorted(row)}")
+    text = _text(row[name], several)
+    if text is None:
+        raise ValueError(f"{name!r} must be text that is not empty, got {reprlib.repr(row[name])}")
+    reason = not_unicode(text)
     if reason is not None:
-        raise ValueError(f"{where} Unicode text, got {reason}")
-    return value
+        raise ValueError(f"{name!r} must be Unicode text, got {reason}")
+    return text
+
+
+def _text(value, several: bool) -> str | None:
+    if several and isinstance(value, (list, tuple)) and value:
+        parts = [_text(part, False) for part in value]
+        return None if None in parts else ", ".join(map(str, parts))
+    if is_number(value):
+        return _number_text(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _number_text(value: float) -> str:
+    """Its shortest decimal digits, without an exponent: 0.00001, not 1e-05."""
+    return format(Decimal(value if isinstance(value, int) else repr(float(value))), "f")
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file of lines {"prompt": ...} or {"problem": ...}."""
-    lines = read_jsonl(path)
-    prompts = tuple(text_field(path, number, line, "prompt", "problem") for number, line in lines)
+    """The prompts of a file of lines {"prompt": ...} or {"problem": ...}.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; no prompt, or a broken line, by its number.
+    """
+    prompts = []
+    for number, row in read_jsonl(path):
+        try:
+            prompts.append(text_field(row, "prompt", "problem"))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise ValueError(f"{path}: no prompts in the file")
-    return prompts
+    return tuple(prompts)
+
+
+PLACE = "{problem}"
+"""Where the problem goes in a template. Every other brace is itself: \\boxed{} stays \\boxed{}."""
+
+
+def check_template(template: str) -> None:
+    """Raise a ValueError for a template without a place for the problem, or no Unicode text."""
+    if PLACE not in template:
+        raise ValueError(
+            f"template must have {PLACE} in it, where the problem goes, got {template!r}; "
+            f"other braces are themselves, as in 'Solve {PLACE} in \\boxed{{}}'"
+        )
+    check_unicode("template", template)
+
+
+def fill_template(template: str, problem: str) -> str:
+    """The prompt that puts the problem to the model."""
+    return template.replace(PLACE, problem)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:

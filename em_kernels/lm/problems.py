@@ -5,26 +5,51 @@ A row that cannot be used is kept as a `Skipped`, with its number and the reason
 
 from __future__ import annotations
 
-import importlib
-import reprlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from em_kernels.lm.data import check_unicode, is_number, not_unicode, parse_line
+from em_kernels.lm.data import (
+    PLACE,
+    check_template,
+    check_unicode,
+    fill_template,
+    json_rows,
+    text_field,
+)
+from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line
 
-BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-PLAIN = "{problem}"
+BOXED = PLACE + "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 class Problem(NamedTuple):
-    """A question and its right answer."""
+    """A question and its right answer; None where that is not known."""
 
     problem: str
-    answer: str
+    answer: str | None
+
+
+def problem_pairs(
+    pairs: Iterable[tuple[str, str | None]], answers_needed: bool = False
+) -> tuple[Problem, ...]:
+    """(problem, answer) pairs as problems.
+
+    Raises:
+        TypeError, ValueError: text that is empty or no Unicode; an answer that is no text, or is
+            missing where they are needed.
+    """
+    problems = tuple(Problem(*pair) for pair in pairs)
+    for problem, answer in problems:
+        if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(f"problems must be text that is not empty, got {problem!r}")
+        if not isinstance(answer, str) and (answers_needed or answer is not None):
+            raise TypeError(f"answers of problems must be text, got {answer!r}")
+        check_unicode("problems", problem)
+        check_unicode("answers of problems", answer or "")
+    return problems
 
 
 class Skipped(NamedTuple):
@@ -42,8 +67,8 @@ class Source:
         path: a .jsonl, .json (lines) or .parquet file, or a folder or name for `datasets`.
         config, split: of the data set.
         problem, answer: the fields, the first of which a row has is taken; with answer=() the
-            problems have no answers, and get "".
-        template: the prompt, with {problem} in it (other braces doubled).
+            problems have no answers, and get None.
+        template: the prompt, with {problem} in it; every other brace is itself.
         settings: of the generation (`samples`, `temperature`, `top_p`, `max_new_tokens`) where the
             caller says nothing else.
     """
@@ -53,20 +78,18 @@ class Source:
     split: str = "test"
     problem: tuple[str, ...] = ("problem", "question", "prompt")
     answer: tuple[str, ...] = ("answer", "final_answer", "solution")
-    template: str = PLAIN
+    template: str = PLACE
     settings: Mapping[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self):
-        try:
-            filled = self.template.format(problem="(the problem)")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"template {self.template!r} cannot be filled: {error!r}") from None
-        if "(the problem)" not in filled:
-            raise ValueError(f"template must have {{problem}} in it, got {self.template!r}")
-        check_unicode("template", self.template)
+        check_template(self.template)
+
+    @property
+    def is_json(self) -> bool:
+        return Path(self.path).suffix in (".jsonl", ".json")
 
     def prompt(self, problem: str) -> str:
-        return self.template.format(problem=problem)
+        return fill_template(self.template, problem)
 
 
 _LONG = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072}
@@ -96,6 +119,22 @@ PRESETS: dict[str, Source] = {
 """Benchmarks by name. The judges know the forms of their answers: plain, boxed, or after ####."""
 
 
+# What settings of training and of evaluation are called in their help.
+FILES = (
+    'a .jsonl or .parquet file with "problem" and "answer", the name of a data set, or one of '
+    + ", ".join(PRESETS)
+)
+TEMPLATE = (
+    "the prompt, with {problem} where the problem goes (every other brace is itself), or the name "
+    "of the preset to take it from"
+)
+TEMPLATE_SHOWN = "that of the preset that problems name, else {problem} alone"
+PROBLEM_FIELD = "the field of a row that holds the problem"
+ANSWER_FIELD = "the field of a row that holds the right answer"
+FIELD_SHOWN = "the first of the usual ones that it has"
+SPLIT = "the part of a data set"
+
+
 class Problems(NamedTuple):
     """What a source holds: the problems, the rows that are none, and how to ask."""
 
@@ -104,19 +143,63 @@ class Problems(NamedTuple):
     source: Source
 
 
-def find_source(name: str, **changes) -> Source:
-    """The preset called `name`, or a file or data set of that name, with `changes` on top."""
-    preset = PRESETS.get(name.lower())
-    return replace(preset or Source(name), **changes)
+def find_source(
+    name: str,
+    *,
+    template: str | None = None,
+    problem_field: str | None = None,
+    answer_field: str | None = None,
+    split: str | None = None,
+    **changes,
+) -> Source:
+    """The preset called `name`, or a file or data set of that name, with what is given on top.
+
+    `template` is a template, or the name of the preset to take it from.
+    """
+    if template is not None:
+        changes["template"] = find_template(template)
+    if problem_field is not None:
+        changes["problem"] = (problem_field,)
+    if answer_field is not None:
+        changes["answer"] = (answer_field,)
+    if split is not None:
+        changes["split"] = split
+    return replace(PRESETS.get(name.lower()) or Source(name), **changes)
 
 
-def load_problems(source: Source | str, limit: int | None = None) -> Problems:
+def find_template(text: str) -> str:
+    """The template of the preset called `text`, or the text itself.
+
+    Raises:
+        ValueError: it is neither a preset nor a template.
+    """
+    preset = PRESETS.get(text.lower())
+    template = text if preset is None else preset.template
+    check_template(template)
+    return template
+
+
+def load_problems(
+    source: Source | str,
+    limit: int | None = None,
+    *,
+    strict: bool = False,
+    answers_needed: bool = True,
+) -> Problems:
     """Read the source, at most `limit` problems of it.
+
+    Args:
+        source: where they are, or the name of it, see `find_source`.
+        limit: at most so many problems.
+        strict: a row that is no problem is an error; otherwise it is one of those skipped.
+        answers_needed: a row without any of the fields of answers is no problem; otherwise it is
+            one with the answer None.
 
     Raises:
         FileNotFoundError: no such file.
         ImportError: a Parquet file or a data set without the package `datasets`.
-        ValueError: a data set that cannot be loaded, or not one usable problem.
+        ValueError: a data set that cannot be loaded, or not one usable problem; of a `strict`
+            read, the first row that is none, by its number.
     """
     source = find_source(source) if isinstance(source, str) else source
     if limit is not None and limit < 1:
@@ -126,58 +209,42 @@ def load_problems(source: Source | str, limit: int | None = None) -> Problems:
     for number, row in _rows(source):
         if len(problems) == limit:
             break
-        found = _read(row, source)
-        if isinstance(found, Problem):
-            problems.append(found)
-        else:
-            skipped.append(Skipped(number, found))
+        try:
+            problems.append(_problem(row, source, answers_needed))
+        except ValueError as error:
+            skipped.append(Skipped(number, str(error)))
+            if strict:
+                place = "line" if source.is_json else "row"
+                raise ValueError(f"{source.path}, {place} {number}: {error}") from None
+    if not problems and not skipped:
+        raise ValueError(f"{source.path}: no problems in it")
     if not problems:
-        first = f"; row {skipped[0].row}: {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"{source.path}: no usable problems among {len(skipped)} rows{first}")
+        first = f"row {skipped[0].row}: {skipped[0].reason}"
+        raise ValueError(f"{source.path}: no usable problems among {len(skipped)} rows; {first}")
     return Problems(problems, skipped, source)
 
 
-def _rows(source: Source) -> Iterator[tuple[int, dict | str]]:
+_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")  # of a data set
+
+
+def _rows(source: Source) -> Iterator[tuple[int, Mapping | str]]:
     """(number from 1, row), where a row that cannot be read is the reason instead."""
     path = Path(source.path).expanduser()
-    if path.suffix in (".jsonl", ".json"):
+    if source.is_json:
         return json_rows(path)
     if path.suffix == ".parquet":
-        return _table(source, "parquet", data_files={source.split: str(_existing(path))})
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        return _table(source, "parquet", data_files={source.split: str(path)})
     if path.is_file():
         raise ValueError(f"{path}: problems are read from .jsonl, .json and .parquet files")
+    if not path.exists() and not _NAME.fullmatch(source.path):
+        raise FileNotFoundError(f"no such file or folder: {path}")
     return _table(source, source.path, name=source.config)
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    return path
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(line number, object) of a file of JSON lines; of a broken line, the reason instead."""
-    with _existing(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _json_object(line, number)
-
-
-def _json_object(line: bytes, number: int) -> dict | str:
-    try:
-        value = parse_line(line, number)
-    except ValueError as error:
-        return str(error)
-    return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
-
-
 def _table(source: Source, kind: str, **options) -> Iterator[tuple[int, dict]]:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"{source.path} needs the package datasets ({error}); `pip install datasets`"
-        ) from error
+    datasets = require("datasets", "datasets")
     try:
         table = datasets.load_dataset(kind, split=source.split, **options)
     except Exception as error:  # the hub, the network, the file: each has its own
@@ -187,37 +254,11 @@ def _table(source: Source, kind: str, **options) -> Iterator[tuple[int, dict]]:
     return enumerate(table, start=1)
 
 
-def _read(row: dict | str, source: Source) -> Problem | str:
-    """The problem in a row, or why there is none."""
+def _problem(row: Mapping | str, source: Source, answers_needed: bool) -> Problem:
+    """ValueError: why the row holds none."""
     if isinstance(row, str):
-        return row
-    values = []
-    for names in filter(None, (source.problem, source.answer)):
-        present = [name for name in names if name in row]
-        if not present:
-            return f"no field {' or '.join(map(repr, names))}, only {sorted(row)}"
-        value, must = row[present[0]], f"{present[0]!r} must be"
-        text = _text(value)
-        if text is None:
-            return f"{must} text that is not empty, got {reprlib.repr(value)}"
-        reason = not_unicode(text)
-        if reason is not None:
-            return f"{must} Unicode text, got {reason}"
-        values.append(text)
-    return Problem(values[0], values[1] if source.answer else "")
-
-
-def _text(value) -> str | None:
-    """Text or a number as text; several answers are joined as one list."""
-    if isinstance(value, (list, tuple)) and value:
-        parts = [None if isinstance(v, (list, tuple)) else _text(v) for v in value]
-        return None if None in parts else ", ".join(parts)
-    if is_number(value):
-        return _number_text(value)
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _number_text(value: int | float) -> str | None:
-    """Its shortest decimal digits, without an exponent: 0.00001, not 1e-05; None for NaN."""
-    number = Decimal(value) if isinstance(value, int) else Decimal(repr(float(value)))
-    return format(number, "f") if number.is_finite() else None
+        raise ValueError(row)
+    problem = text_field(row, *source.problem)
+    if not source.answer or not (answers_needed or any(name in row for name in source.answer)):
+        return Problem(problem, None)
+    return Problem(problem, text_field(row, *source.answer, several=True))

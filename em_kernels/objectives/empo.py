@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from em_kernels.lm.judge import clusters
+from em_kernels.lm.judge.clusters import Clusters, cluster_answers, cluster_responses, shares
 from em_kernels.objectives._inputs import Groups
 from em_kernels.ops.arguments import check_number, check_tensor
 
@@ -52,21 +54,34 @@ def answer_clusters(
         )
     if same is not None and judge is not None:
         raise ValueError("same and judge both say which responses are alike; give one of them")
-    # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
-    from em_kernels.lm.judge.judges import final_answer, number_answers, same_answer
+    found: list[int] = [NO_ANSWER] * len(prompts)
+    for rows in rows_by_prompt(prompts):
+        texts = [responses[row] for row in rows]
+        numbers = cluster_answers(texts, same) if same else cluster_responses(texts, judge)
+        for row, number in zip(rows, numbers):
+            found[row] = NO_ANSWER if number is None else number
+    device = prompt.device if isinstance(prompt, Tensor) else None
+    return torch.tensor(found, dtype=torch.int64, device=device)
 
-    texts: Sequence[str | None] = responses
-    if same is None:
-        texts, same = [final_answer(response) for response in responses], same_answer(judge)
+
+def rows_by_prompt(prompts: Sequence[int]) -> list[list[int]]:
+    """The rows of each prompt, both in order of appearance."""
     rows: dict[int, list[int]] = {}
     for row, which in enumerate(prompts):
         rows.setdefault(which, []).append(row)
-    device = prompt.device if isinstance(prompt, Tensor) else None
-    clusters = torch.full((len(prompts),), NO_ANSWER, dtype=torch.int64, device=device)
-    for own in rows.values():
-        numbers = number_answers([texts[row] for row in own], same)
-        clusters[own] = clusters.new_tensor([NO_ANSWER if n is None else n for n in numbers])
-    return clusters
+    return list(rows.values())
+
+
+def by_prompt(of: Callable[[Clusters], Sequence[float]], cluster: Tensor, prompt: Tensor) -> Tensor:
+    """(N,) float32: `of` the clusters of each prompt, a number for each of its answers."""
+    check_tensor("cluster", cluster)
+    groups = Groups(prompt, cluster)
+    numbers = [None if number == NO_ANSWER else number for number in cluster.tolist()]
+    values = [0.0] * len(numbers)
+    for rows in rows_by_prompt(groups.index.tolist()):
+        for row, value in zip(rows, of([numbers[row] for row in rows])):
+            values[row] = value
+    return torch.tensor(values, dtype=torch.float32, device=cluster.device)
 
 
 def empo_reward(cluster: Tensor, prompt: Tensor) -> Tensor:
@@ -85,7 +100,7 @@ def empo_reward(cluster: Tensor, prompt: Tensor) -> Tensor:
 
     Source: Zhang et al. (2025).
     """
-    return _share(cluster, prompt).to(torch.float32)
+    return by_prompt(shares, cluster, prompt)
 
 
 def semantic_entropy(cluster: Tensor, prompt: Tensor) -> Tensor:
@@ -98,9 +113,7 @@ def semantic_entropy(cluster: Tensor, prompt: Tensor) -> Tensor:
 
     Source: Farquhar et al. (2024); Zhang et al. (2025).
     """
-    # The mean over answers of -log p_c(i) weighs each cluster's -log p_c by p_c.
-    surprise = -_share(cluster, prompt).log()
-    return Groups(prompt, cluster).mean(surprise).clamp(min=0).to(torch.float32)
+    return by_prompt(lambda own: [clusters.semantic_entropy(own)] * len(own), cluster, prompt)
 
 
 def empo_mask(entropy: Tensor, *, low: float, high: float) -> Tensor:
@@ -122,14 +135,3 @@ def empo_mask(entropy: Tensor, *, low: float, high: float) -> Tensor:
     check_number("low", low, lambda v: True, "a number")
     check_number("high", high, lambda v: v > low, f"above low={low!r}")
     return (entropy > low) & (entropy < high)
-
-
-def _share(cluster: Tensor, prompt: Tensor) -> Tensor:
-    """|cluster(i)| / G in float64."""
-    check_tensor("cluster", cluster)
-    groups = Groups(prompt, cluster)
-    _, inverse, counts = torch.stack([groups.index, cluster.to(groups.index)]).unique(
-        dim=1, return_inverse=True, return_counts=True
-    )
-    size = torch.where(cluster == NO_ANSWER, 1, counts[inverse])
-    return size.to(torch.float64) / groups.size

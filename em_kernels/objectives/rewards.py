@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels.objectives._inputs import Groups, masked
-from em_kernels.objectives.empo import NO_ANSWER, empo_reward
+from em_kernels.lm.judge.clusters import Clusters, majority
+from em_kernels.lm.judge.judges import make_judge, marked_answer
+from em_kernels.objectives._inputs import masked
+from em_kernels.objectives.empo import by_prompt
 from em_kernels.objectives.l_grpo import length_term
 from em_kernels.ops.arguments import check_floating, check_number, check_tensor, count_mask
 
@@ -31,9 +33,6 @@ def verified_reward(
 
     Source: Lambert et al., "Tulu 3" (2024), verifiable rewards.
     """
-    # Imported where it is used: the evaluator needs the trainer, which needs the objectives.
-    from em_kernels.lm.judge.judges import make_judge
-
     if len(answers) != len(responses):
         raise ValueError(
             f"answers must have {len(responses)} entries, one per response, got {len(answers)}"
@@ -55,17 +54,12 @@ def majority_reward(cluster: Tensor, prompt: Tensor) -> Tensor:
 
     Source: Zuo et al., "TTRL: Test-Time Reinforcement Learning" (2025).
     """
-    answered = cluster != NO_ANSWER
-    share = torch.where(answered, empo_reward(cluster, prompt), 0)
-    groups = Groups(prompt, cluster)
-    leading = answered & (share == _group_max(share, groups))
-    number = torch.where(leading, -cluster, torch.iinfo(cluster.dtype).min)
-    return (leading & (number == _group_max(number, groups))).to(torch.float32)
+    return by_prompt(_in_majority, cluster, prompt)
 
 
-def _group_max(x: Tensor, groups: Groups) -> Tensor:
-    top = x.new_zeros(groups.number)
-    return top.scatter_reduce(0, groups.index, x, "amax", include_self=False)[groups.index]
+def _in_majority(clusters: Clusters) -> list[float]:
+    elected = majority(clusters)
+    return [float(number is not None and number == elected) for number in clusters]
 
 
 def negative_entropy_reward(entropy: Tensor, mask: Tensor) -> Tensor:
@@ -157,6 +151,4 @@ def format_reward(responses: Sequence[str]) -> Tensor:
 
     Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025).
     """
-    from em_kernels.lm.judge.judges import marked_answer
-
     return torch.tensor([float(bool(marked_answer(response))) for response in responses])

@@ -7,8 +7,23 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from em_kernels.lm.data import check_unicode, read_jsonl, text_field
+from em_kernels.lm.data import PLACE, check_template, fill_template
 from em_kernels.lm.judge.judges import JUDGES
+from em_kernels.lm.problems import (
+    ANSWER_FIELD,
+    FIELD_SHOWN,
+    FILES,
+    PROBLEM_FIELD,
+    SPLIT,
+    TEMPLATE,
+    TEMPLATE_SHOWN,
+    Problem,
+    Source,
+    find_source,
+    find_template,
+    load_problems,
+    problem_pairs,
+)
 from em_kernels.lm.settings import (
     at_least,
     documented,
@@ -56,13 +71,6 @@ OBJECTIVES = ("em", *DEFAULTS)
 OWN = "the objective's own"
 
 
-class Task(NamedTuple):
-    """A problem to practise on; `answer` is None where it is not known."""
-
-    problem: str
-    answer: str | None
-
-
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
 
@@ -87,17 +95,18 @@ class RLConfig(TrainConfig):
     )
     problems: str | tuple = rl_setting(
         (),
-        'a file of lines {"problem": ..., "answer": ...}, or (problem, answer) pairs; the answer '
-        "may be missing (None) where the reward does not look at it",
-        metavar="FILE",
+        f"{FILES}, or (problem, answer) pairs; the answer may be missing (None) where the reward "
+        "does not look at it",
+        metavar="FILE|PRESET",
         shown="none",
     )
     prompts: tuple[str, ...] = redefined(
         TrainConfig, "prompts", (), help="what EM stages sample from", shown="the problems"
     )
-    template: str = rl_setting(
-        "{problem}", "the user's turn, with {problem} where the problem goes"
-    )
+    template: str | None = rl_setting(None, TEMPLATE, shown=TEMPLATE_SHOWN)
+    problem_field: str | None = rl_setting(None, PROBLEM_FIELD, shown=FIELD_SHOWN)
+    answer_field: str | None = rl_setting(None, ANSWER_FIELD, shown=FIELD_SHOWN)
+    split: str | None = rl_setting(None, SPLIT, shown="train")
     group_size: int = rl_setting(
         8,
         "answers to each problem of an update, 2 or more, which the advantage (for ppl: the "
@@ -192,7 +201,7 @@ class RLConfig(TrainConfig):
         self._settle_problems()
         if not self.problems:
             raise ValueError(f"problems must be given for {self.objective!r}, got none")
-        check_unicode("template", self.template)
+        check_template(self.asked_with)
         super().__post_init__()
         if self.responses % self.group_size:
             raise ValueError(
@@ -205,25 +214,20 @@ class RLConfig(TrainConfig):
                     f"{low} must be below {high}, got {getattr(self, low)!r} and "
                     f"{getattr(self, high)!r}"
                 )
-        if "{problem}" not in self.template:
-            raise ValueError(f"template must have {{problem}} in it, got {self.template!r}")
         for stage in self.stages:
             self._check_stage(stage)
 
     def _settle_problems(self) -> None:
-        """A path as text; pairs as `Task`s."""
+        """A path as text; pairs as `Problem`s."""
         if isinstance(self.problems, (str, os.PathLike)):
             object.__setattr__(self, "problems", os.fspath(self.problems))
             return
-        tasks = tuple(Task(*pair) for pair in self.problems)
-        for task in tasks:
-            if not isinstance(task.problem, str) or not task.problem.strip():
-                raise ValueError(f"problems must be text that is not empty, got {task.problem!r}")
-            if not isinstance(task.answer, (str, type(None))):
-                raise TypeError(f"answers of problems must be text, got {task.answer!r}")
-            check_unicode("problems", task.problem)
-            check_unicode("answers of problems", task.answer or "")
-        object.__setattr__(self, "problems", tasks)
+        object.__setattr__(self, "problems", problem_pairs(self.problems))
+        for name in ("problem_field", "answer_field", "split"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None where problems are pairs, got {getattr(self, name)!r}"
+                )
 
     def _check_stage(self, stage: Stage) -> None:
         if stage.policy is None:
@@ -259,22 +263,38 @@ class RLConfig(TrainConfig):
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}
 
-    def ask(self, task: Task) -> str:
+    def ask(self, task: Problem) -> str:
         """The user's turn."""
-        return self.template.replace("{problem}", task.problem)
+        return fill_template(self.asked_with, task.problem)
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
-        """The problems, read from their file, once, if they are in one.
+    def asked_with(self) -> str:
+        """The template."""
+        if isinstance(self.problems, str):
+            return self._source(self.problems).template
+        return PLACE if self.template is None else find_template(self.template)
+
+    def _source(self, name: str) -> Source:
+        return find_source(
+            name,
+            template=self.template,
+            problem_field=self.problem_field,
+            answer_field=self.answer_field,
+            split=self.split or "train",
+        )
+
+    @cached_property
+    def tasks(self) -> tuple[Problem, ...]:
+        """The problems, read from where they lie, once.
 
         Raises:
-            FileNotFoundError, ValueError: no such file; a broken line; a missing answer.
+            FileNotFoundError, ImportError, ValueError: of `load_problems`; a row that is no
+                problem; a missing answer.
         """
         tasks = self.problems
         if isinstance(tasks, str):
-            tasks = tuple(_read_task(tasks, *line) for line in read_jsonl(tasks))
-            if not tasks:
-                raise ValueError(f"{self.problems}: no problems in the file")
+            found = load_problems(self._source(tasks), strict=True, answers_needed=False)
+            tasks = tuple(found.problems)
         policies = [stage.policy for stage in self.stages if stage.policy]
         needing = [p for p in policies if self.reward_of(p) in NEED_ANSWERS]
         missing = next((task.problem for task in tasks if task.answer is None), None)
@@ -292,8 +312,3 @@ class RLConfig(TrainConfig):
         """clip_low, clip_high, ratio or entropy_coef: as given, else the objective's own."""
         given = getattr(self, name)
         return getattr(DEFAULTS[objective], name) if given is None else given
-
-
-def _read_task(path: str, number: int, line: dict) -> Task:
-    answer = text_field(path, number, line, "answer") if "answer" in line else None
-    return Task(text_field(path, number, line, "problem", "prompt"), answer)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_kernels.lm.problems import Problem
 from em_kernels.objectives.advantages import group_advantage
 from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
 from em_kernels.objectives.l_grpo import l_grpo_reward
@@ -19,7 +20,7 @@ from em_kernels.objectives.rewards import (
     self_certainty_reward,
     verified_reward,
 )
-from em_kernels.trainer.rl_config import RLConfig, Task
+from em_kernels.trainer.rl_config import RLConfig
 
 
 class Answers(NamedTuple):
@@ -46,7 +47,7 @@ class Scores(NamedTuple):
 
 
 def describe(
-    config: RLConfig, objective: str, texts: list[str], tasks: list[Task], length: Tensor, judge
+    config: RLConfig, objective: str, texts: list[str], tasks: list[Problem], length: Tensor, judge
 ) -> Answers:
     """What rewards are made of; `config.group_size` answers in a row belong to one problem."""
     group = torch.arange(len(texts)) // config.group_size

@@ -8,14 +8,16 @@ import pytest
 
 from em_kernels import cli
 from em_kernels.cli.app import _config_class, _parser, _settings
+from em_kernels.evaluator import EvalConfig
 from em_kernels.lm.settings import flag_of, settings_of
 from em_kernels.trainer import RLConfig, TrainConfig
 
-COMMANDS = {"train": (TrainConfig, RLConfig)}
+COMMANDS = {"train": (TrainConfig, RLConfig), "eval": (EvalConfig,), "select": (EvalConfig,)}
 SETTINGS = [
     (command, name)
     for command, classes in COMMANDS.items()
     for name in dict.fromkeys(name for cls in classes for name in settings_of(cls))
+    if (command, name) != ("select", "temperatures")  # it has --temperature, one
 ]
 
 

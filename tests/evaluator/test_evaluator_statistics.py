@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,12 +11,10 @@ from em_kernels.evaluator.statistics import (
     auroc,
     bootstrap,
     calibration,
-    cluster_entropy,
     compare,
     fit_entropy_law,
     majority_at_k,
     pass_at_k,
-    vote_margin,
 )
 
 
@@ -28,22 +27,13 @@ def test_pass_at_k_is_the_mean_over_all_subsets(correct, k):
 
 
 def test_majority():
-    clusters = ["a", "b", "b", "c", "c", None, None, None]
+    clusters = [0, 1, 1, 2, 2, None, None, None]
     correct = [True, False, False, True, True, False, False, False]
     assert majority_at_k(clusters, correct, 1) == 1.0
-    assert majority_at_k(clusters, correct, 2) == 0.5  # a tie of right and wrong
+    assert majority_at_k(clusters, correct, 2) == 1.0  # of a tie the one that came first
     assert majority_at_k(clusters, correct, 3) == 0.0
-    assert majority_at_k(clusters, correct, 8) == 0.5  # no answer is not elected
+    assert majority_at_k(clusters, correct, 8) == 0.0  # and no answer is not elected
     assert majority_at_k([None, None], [False, False], 2) == 0.0
-
-
-def test_label_free_signals():
-    assert vote_margin(["a", "a", "a", "b"]) == 0.5
-    assert vote_margin(["a", "a"]) == 1.0
-    assert vote_margin([None, None]) == 0.0
-    assert cluster_entropy(["a", "a", "a"]) == 0.0
-    assert math.isclose(cluster_entropy(["a", "a", "b", "b"]), math.log(2))
-    assert math.isclose(cluster_entropy([None, None, "a"]), math.log(3))
 
 
 def test_bootstrap_covers_as_often_as_it_says():
@@ -75,8 +65,49 @@ def test_comparison_is_the_exact_sign_flip_test():
     assert found.low < found.difference < found.high
 
 
+def test_few_differences_are_compared_by_all_their_sign_patterns():
+    assert compare([0, 0, 0, 0.5], [1, 0, 1, 1]).p_value == 2 / 8
+    assert compare([0] * 12, [1] * 12).p_value == 2 / 2**12
+    many = compare([0] * 40, [1] * 40, resamples=999)
+    assert many.p_value == 1 / 1000, "the observed pattern alone, of those drawn"
+
+
 def test_comparison_of_the_same_is_not_significant():
     assert compare([0.5, 1.0], [0.5, 1.0]).p_value == 1.0
+    assert compare([0.5, 0.0], [0.5, 1.0]).p_value == 1.0  # one difference, of either sign
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", ([0.25], [0.25] * 5, [0.0, 0.0], [1.0] * 300))
+def test_values_without_spread_have_an_interval_without_width(values):
+    assert bootstrap(values) == (values[0],) * 3
+    same = compare(values, values)
+    assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nan_stays_nan():
+    assert all(math.isnan(x) for x in bootstrap([math.nan, 1.0]))
+    assert math.isnan(compare([0.0, math.nan], [1.0, 0.0]).p_value)
+
+
+def test_the_interval_is_that_of_resampled_means():
+    x = np.random.default_rng(2).random(40)
+    draws = x[np.random.default_rng(5).integers(0, 40, (2000, 40))].mean(1)
+    expected = np.quantile(draws, [0.05, 0.95])
+    found = bootstrap(x, confidence=0.9, resamples=2000, seed=5)
+    assert (found.mean, found.low, found.high) == pytest.approx((x.mean(), *expected))
+
+
+def test_memory_does_not_grow_with_the_resamples():
+    peaks = []
+    x = np.arange(20_000) % 7 / 7
+    for resamples in (50, 50, 500):  # the first time SciPy is loaded
+        tracemalloc.start()
+        compare(np.zeros(len(x)), x, resamples=resamples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.5 * peaks[1]
 
 
 def test_p_values_are_uniform_under_the_null():
@@ -126,7 +157,7 @@ def test_entropy_law_is_the_least_squares_fit():
     [
         (lambda: pass_at_k(1, 4, 5), r"k must be in \[1, 4\]"),
         (lambda: pass_at_k(5, 4, 1), r"correct must be in \[0, 4\]"),
-        (lambda: majority_at_k(["a"], [True], 2), "k must be in"),
+        (lambda: majority_at_k([0], [True], 2), "k must be in"),
         (lambda: bootstrap([]), "at least one value"),
         (lambda: bootstrap([1.0], confidence=1.0), "confidence must be in"),
         (lambda: compare([1.0], [1.0, 0.0]), "same problems"),

@@ -198,7 +198,7 @@ def test_clusters_votes_and_selection_share_the_judge(tmp_path):
     assert entropy == pytest.approx(0.6931, abs=1e-4)
     write_evaluation(tmp_path, texts, "math-verify")
     assert rank_prompts(tmp_path)[0]["semantic_entropy"] == pytest.approx(entropy, abs=1e-6)
-    assert summarise(tmp_path)["temperatures"][0]["majority"]["mean"] == 0.5
+    assert summarise(tmp_path)["temperatures"][0]["majority"]["mean"] == 0.0
     write_evaluation(tmp_path, texts, "exact")
     assert summarise(tmp_path)["temperatures"][0]["majority"]["mean"] == 1.0
     assert rank_prompts(tmp_path)[0]["semantic_entropy"] == pytest.approx(1.0397, abs=1e-4)

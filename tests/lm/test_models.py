@@ -142,8 +142,8 @@ def test_a_failed_start_leaves_no_run_behind(tmp_path):
     "text, message",
     [
         ('{"prompt": "1"}\n{"prompt": \n', "line 2: not valid JSON"),
-        ('{"prompt": "1"}\n\n["1"]\n', "line 3: expected a JSON object, got list"),
-        ('{"text": "1"}\n', "line 1: no field 'prompt' or 'problem', got"),
+        ('{"prompt": "1"}\n\n["1"]\n', "line 3: not a JSON object but list"),
+        ('{"text": "1"}\n', "line 1: no field 'prompt' or 'problem', only"),
         ('{"prompt": "1"}\n{"prompt": " "}\n', "line 2: 'prompt' must be text that is not empty"),
         ('{"problem": null}\n', "line 1: 'problem' must be text that is not empty, got None"),
         ('{"prompt": "1"}\n{"prompt": "1 \\ud835"}\n', "line 2: 'prompt' must be Unicode text"),

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from em_kernels.lm.problems import PRESETS, Problem, Source, find_source, load_problems
+from em_kernels.evaluator import EvalConfig, read_problems
+from em_kernels.lm.problems import (
+    PRESETS,
+    Problem,
+    Source,
+    find_source,
+    find_template,
+    load_problems,
+)
+from em_kernels.trainer import RLConfig
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="needs the package datasets"
@@ -146,7 +155,6 @@ def test_rows_that_are_no_problems_are_kept_with_their_reason(tmp_path):
             '"\\udc00"',
             "must be Unicode text, got half of a surrogate pair, '\\udc00', as char",
         ),
-        ('["1", "\\ud835"]', "must be Unicode text"),
         ("null", "must be text that is not empty, got None"),
         ("[]", "must be text that is not empty, got []"),
         ('{"a": 1}', "must be text that is not empty, got {'a': 1}"),
@@ -172,6 +180,21 @@ def test_odd_rows_are_counted_and_the_others_are_problems(tmp_path, field, value
     json.dumps(skipped.reason).encode()
 
 
+def test_several_answers_are_one_text_and_several_problems_are_none(tmp_path):
+    rows = [
+        {"problem": "p", "answer": ["1", 2, 1e-05]},
+        {"problem": "p", "answer": ["1", "\ud835"]},
+        {"problem": "p", "answer": ["1", ["2"]]},
+        {"problem": ["p", "q"], "answer": "1"},
+    ]
+    found = load_problems(write_lines(tmp_path / "rows.jsonl", rows))
+    assert found.problems == [("p", "1, 2, 0.00001")]
+    reasons = [skipped.reason for skipped in found.skipped]
+    assert "'answer' must be Unicode text" in reasons[0]
+    assert "'answer' must be text that is not empty" in reasons[1]
+    assert "'problem' must be text that is not empty, got ['p', 'q']" in reasons[2]
+
+
 def test_nothing_usable(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"q": 1}])
     with pytest.raises(ValueError, match="no usable problems among 1 rows; row 1: no field"):
@@ -180,10 +203,133 @@ def test_nothing_usable(tmp_path):
         load_problems(str(tmp_path / "missing.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "template, prompt",
+    [
+        (r"Solve {problem} in \boxed{}", r"Solve 1+1? in \boxed{}"),
+        (r"{problem} \boxed{{}}", r"1+1? \boxed{{}}"),
+        ("{problem} {other} {0} {", "1+1? {other} {0} {"),
+        ("}{problem}{problem}", "}1+1?1+1?"),
+        ("{{problem}}", "{1+1?}"),
+    ],
+)
+def test_only_the_place_of_the_problem_is_filled(template, prompt):
+    assert Source("x", template=template).prompt("1+1?") == prompt
+    assert RLConfig(problems=(("1+1?", "2"),), template=template).prompt_texts == (prompt,)
+    assert find_template(template) == template
+
+
+def test_a_problem_is_put_as_it_is():
+    problem = r"{problem} \frac{1}{2} {} %s"
+    assert Source("x", template="<{problem}>").prompt(problem) == f"<{problem}>"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_asks_for_a_box_in_training_and_evaluation(name, tmp_path):
+    row, _ = ROWS[name]
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    expected = "1+1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    config = RLConfig(problems=path, template=name)
+    assert config.prompt_texts == (expected,) == (find_source(name).prompt("1+1?"),)
+    assert EvalConfig("m", path, "o", template=name.upper()).source.prompt("1+1?") == expected
+    assert RLConfig(problems=path).prompt_texts == ("1+1?",)
+
+
 @pytest.mark.parametrize("template", ["no place", "{other}", "{problem", "{}", "{problem} \ud835"])
 def test_bad_templates(template):
-    with pytest.raises(ValueError, match="template"):
-        Source("x", template=template)
+    for make in (
+        lambda: Source("x", template=template),
+        lambda: RLConfig(problems=(("1", "1"),), template=template),
+        lambda: RLConfig(problems="x.jsonl", template=template),
+        lambda: EvalConfig("m", "x.jsonl", "o", template=template),
+    ):
+        with pytest.raises(ValueError, match="template must"):
+            make()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_training_reads_the_rows_that_evaluation_reads(name, tmp_path):
+    row, answer = ROWS[name]
+    path = write_lines(tmp_path / "rows.jsonl", [row, {**row, "extra": 1}])
+    assert RLConfig(problems=path).tasks == (("1+1?", answer),) * 2
+    assert load_problems(EvalConfig("m", path, "o").source).problems == [("1+1?", answer)] * 2
+    assert read_problems(path) == [("1+1?", answer)] * 2
+
+
+@needs_datasets
+def test_training_reads_parquet_and_data_sets(tmp_path):
+    import datasets
+
+    path = str(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list([ROWS["gsm8k"][0]] * 2).to_parquet(path)
+    assert RLConfig(problems=path).tasks == (("1+1?", ROWS["gsm8k"][1]),) * 2
+    folder = tmp_path / "benchmark"
+    folder.mkdir()
+    for split, times in (("train", 3), ("test", 1), ("validation", 2)):
+        write_lines(folder / f"{split}.jsonl", [ROWS["minerva"][0]] * times)
+    read = {None: 3, "train": 3, "test": 1, "validation": 2}
+    for split, times in read.items():
+        assert len(RLConfig(problems=str(folder), split=split).tasks) == times
+        config = EvalConfig("m", str(folder), "o", split=split)
+        assert len(load_problems(config.source).problems) == (times if split else read["test"])
+
+
+@needs_datasets
+def test_training_asks_the_hub_for_the_part_to_train_on(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(kind, /, **options):
+        asked.append((kind, options["name"], options["split"]))
+        return datasets.Dataset.from_list([ROWS["gsm8k"][0]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (prompt,) = RLConfig(problems="gsm8k").prompt_texts
+    assert prompt.endswith("\\boxed{}."), "by name the preset brings its template along"
+    assert RLConfig(problems="gsm8k", split="test", template="{problem}").prompt_texts == ("1+1?",)
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+
+
+def test_fields_are_named_in_both(tmp_path):
+    row = {"problem": "not this", "answer": "0", "ask": "1+1?", "solved": 2}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    fields = {"problem_field": "ask", "answer_field": "solved"}
+    assert RLConfig(problems=path, **fields).tasks == (("1+1?", "2"),)
+    assert load_problems(EvalConfig("m", path, "o", **fields).source).problems == [("1+1?", "2")]
+    wrong = EvalConfig("m", path, "o", problem_field="nothing").source
+    with pytest.raises(ValueError, match="no field 'nothing', only"):
+        load_problems(wrong)
+    with pytest.raises(ValueError, match="problem_field must be None where problems are pairs"):
+        RLConfig(problems=(("1", "1"),), problem_field="ask")
+    with pytest.raises(ValueError, match="answer_field must be None where labelled is False"):
+        EvalConfig("m", path, "o", answer_field="ask", labelled=False)
+
+
+def test_training_names_the_row_that_is_no_problem(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"problem": "1", "answer": "1"}, {"q": 1}])
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: no field 'problem' or .*, only"):
+        _ = RLConfig(problems=path).tasks
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1"}\n[]\n')
+    with pytest.raises(ValueError, match="line 2: not a JSON object but list"):
+        _ = RLConfig(problems=path, reward="format").tasks
+
+
+def test_answers_may_be_missing_where_no_reward_looks_at_them(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"problem": "1"}, {"question": "2", "answer": 3}])
+    assert RLConfig(problems=path, reward="majority").tasks == (("1", None), ("2", "3"))
+    with pytest.raises(ValueError, match="problems need answers for the reward 'verified'"):
+        _ = RLConfig(problems=path).tasks
+    found = load_problems(EvalConfig("m", path, "o", labelled=False).source)
+    assert found.problems == [("1", None), ("2", None)]
+
+
+@pytest.mark.parametrize(
+    "name", ["/none", "./none", "a/b/c", "../data/train", "~/none", "runs/a b"]
+)
+def test_a_path_that_is_not_there_asks_no_hub(name):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_problems(name)
 
 
 def test_bad_limit(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 
 from em_kernels.lm.judge import process
@@ -62,36 +62,6 @@ def math_verify(response: str, answer: str) -> bool:
     """`exact`, or equal by math-verify within the time limit."""
     given, right = final_answer(response), _right(answer)
     return given is not None and (_identical(given, right) or _equal(given, right))
-
-
-def recorded_judge(name: str) -> Judge:
-    """The judge of a finished evaluation, or "exact" where math-verify is no longer installed."""
-    return make_judge("exact" if name == "exact" else "auto")
-
-
-def same_answer(judge: Judge | None = None) -> Callable[[str, str], bool]:
-    """Whether two final answers, as of `final_answer`, are equal by `judge` (`make_judge()`)."""
-    judge = judge or make_judge()
-    return lambda answer, first: answer == first or judge(f"\\boxed{{{answer}}}", first)
-
-
-def number_answers(
-    answers: Iterable[str | None], same: Callable[[str, str], bool]
-) -> list[int | None]:
-    """Number the answers from 0, equal ones alike; None is no answer, and equals nothing.
-
-    An answer joins the first cluster whose first member it is the `same` as.
-    """
-    firsts: list[str] = []
-    return [None if answer is None else _place(answer, firsts, same) for answer in answers]
-
-
-def _place(answer: str, firsts: list[str], same: Callable[[str, str], bool]) -> int:
-    for number, first in enumerate(firsts):
-        if same(answer, first):
-            return number
-    firsts.append(answer)
-    return len(firsts) - 1
 
 
 def _right(answer: str) -> str:
