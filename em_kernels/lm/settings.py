@@ -235,8 +235,9 @@ def _help(name: str, having: Mapping[str, type]) -> str:
     shown = {when: _default(one, name) for when, one in having.items()}
     first = next(iter(shown.values()))
     others = [f"; {text} {when}" for when, text in shown.items() if text != first]
-    told = settings_of(next(iter(having.values())))[name]
-    return f"{told.help} (default {first}{''.join(others)})"
+    cls = next(iter(having.values()))
+    word = "" if _is_required(cls, name) else "default "
+    return f"{settings_of(cls)[name].help} ({word}{first}{''.join(others)})"
 
 
 # Documentation

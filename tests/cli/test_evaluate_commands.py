@@ -15,9 +15,13 @@ from em_kernels.evaluator import Records
 from em_kernels.evaluator.asking import Asked
 from em_kernels.evaluator.select import rank_prompts
 from em_kernels.trainer import read_prompts
+from em_kernels.trainer.checkpoint import read_config
 
 # a: always 1; b: 2 or 9, even odds; c: 3 three times in four.
 FOLLOW = {"a": {"1": 1.0}, "b": {"2": 0.5, "9": 0.5}, "c": {"3": 0.75, "9": 0.25}}
+
+TRAIN = ("--objective", "grpo", "--responses", "2", "--group-size", "2", "--updates", "1")
+TRAIN += ("--max-new-tokens", "3", "--device", "cpu", "--minibatches", "1")
 
 torch.set_num_threads(1)
 
@@ -198,3 +202,57 @@ def test_what_cannot_be_selected(model, problems, tmp_path, capsys):
         rank_prompts(folder, by="luck")
     with pytest.raises(ValueError, match="top must be 1 or more, got 0"):
         rank_prompts(folder, top=0)
+
+
+@pytest.mark.parametrize("template", [r"Solve {problem} in \boxed{}", "math500"])
+def test_one_template_for_training_evaluation_and_selection(template, model, tmp_path, capsys):
+    """What is put to the model is the same text, whichever command puts it."""
+    path = write_rows(tmp_path / "p.jsonl", [{"question": "a", "solution": "1"}])
+    files = ("--model", model, "--problems", path, "--template", template)
+    run(capsys, "eval", *files, "--output", tmp_path / "eval")
+    run(capsys, "select", *files, "--output", tmp_path / "s.jsonl", "--samples", 2)
+    run(capsys, "train", *files, "--output", tmp_path / "run", *TRAIN)
+    trained = read_config(tmp_path / "run").prompt_texts
+    (selected,) = map(json.loads, (tmp_path / "s.jsonl").open())
+    put = json.loads((tmp_path / "eval" / "eval.json").read_text())["config"]["template"]
+    assert trained == (selected["prompt"],) == (put.replace("{problem}", "a"),)
+    assert trained[0].endswith(r"\boxed{}") or trained[0].endswith(r"\boxed{}.")
+
+
+@pytest.mark.parametrize("command", ["eval", "select", "train"])
+def test_a_template_without_a_place_for_the_problem(command, model, problems, tmp_path, capsys):
+    given = ("--model", model, "--problems", problems, "--output", tmp_path / "out")
+    more = TRAIN if command == "train" else ()
+    for template in (r"Solve it in \boxed{}", "{}", "gsm9k", ""):
+        told = error(capsys, command, *given, *more, "--template", template)
+        assert "template must have {problem} in it, where the problem goes, got" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_and_evaluation_read_the_fields_that_are_named(model, tmp_path, capsys):
+    path = write_rows(tmp_path / "p.jsonl", [{"ask": "a", "solved": 1, "problem": "b"}])
+    given = ("--model", model, "--problems", path, "--problem-field", "ask")
+    fields = (*given, "--answer-field", "solved")
+    printed = run(capsys, "eval", *fields, "--output", tmp_path / "eval")
+    assert line_of(printed, "greedy").split()[2] == "1.000"
+    run(capsys, "train", *fields, "--output", tmp_path / "run", *TRAIN)
+    assert read_config(tmp_path / "run").tasks == (("a", "1"),)
+    for command, more in (("eval", ()), ("train", TRAIN)):
+        told = error(capsys, command, *given, "--output", tmp_path / command, *more)
+        assert "answer" in told
+
+
+def test_parts_of_a_data_set(model, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "benchmark"
+    folder.mkdir()
+    for split, letter in (("train", "a"), ("test", "b"), ("validation", "c")):
+        write_rows(folder / f"{split}.jsonl", [{"question": letter, "answer": "1"}])
+    given = ("--model", model, "--problems", folder)
+    for split, evaluated, trained in ((None, "b", "a"), ("validation", "c", "c")):
+        more = ("--split", split) if split else ()
+        run(capsys, "eval", *given, *more, "--output", tmp_path / f"eval-{split}")
+        run(capsys, "train", *given, *more, "--output", tmp_path / f"run-{split}", *TRAIN)
+        asked = json.loads((tmp_path / f"eval-{split}" / "eval.json").read_text())["problems"]
+        assert [p["problem"] for p in asked] == [evaluated]
+        assert read_config(tmp_path / f"run-{split}").prompt_texts == (trained,)

@@ -1,7 +1,9 @@
 """Evaluations on disk: known accuracies, resuming, what is counted, comparing two."""
 
+import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,16 @@ import torch
 from tiny_qwen2 import make_bigram_model, make_tokenizer
 
 from em_kernels.analysis.report import write_report
-from em_kernels.evaluator import EvalConfig, EvalError, Records, compare_folders, run_eval
+from em_kernels.evaluator import (
+    EvalConfig,
+    EvalError,
+    Records,
+    compare_folders,
+    evaluate,
+    rank_prompts,
+    run_eval,
+    summarise,
+)
 from em_kernels.evaluator import run as run_module
 from em_kernels.evaluator.asking import Asked
 from em_kernels.evaluator.records import Answer, Record, read_settings, write_json
@@ -201,6 +212,60 @@ def test_what_is_left_open_comes_from_the_preset(tmp_path, monkeypatch):
     assert config["temperatures"] == [0, 0.6] and config["samples"] == 1
     assert config["max_new_tokens"] == 1024 and config["top_p"] == 0.95
     assert "\\boxed" in config["template"]
+
+
+def test_an_evaluation_of_version_1_goes_on(tmp_path):
+    """Its template has the braces doubled."""
+    given = dict(temperatures=(0, 1.0), template=r"{problem} {\boxed{}} ")
+    summary = evaluation(tmp_path, problems("ab"), **given)
+    whole = lines(tmp_path)
+    path = tmp_path / "eval" / "eval.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("version") == 2
+    settings["config"]["template"] = r"{problem} {{\boxed{{}}}} "
+    for name in ("problem_field", "answer_field", "split"):
+        del settings["config"][name]
+    path.write_text(json.dumps(settings))
+    (tmp_path / "eval" / "records.jsonl").write_text(whole[0] + "\n")
+    ranked = rank_prompts(tmp_path / "eval")
+    assert [row["prompt"] for row in ranked] == []
+    assert evaluation(tmp_path, **given) == summary
+    ranked = rank_prompts(tmp_path / "eval")
+    assert sorted(row["prompt"] for row in ranked) == [r"a {\boxed{}} ", r"b {\boxed{}} "]
+
+
+def test_what_the_summary_needs_is_missed_before_anything_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(Asked, "ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"scipy.stats cannot be .*pip install 'em-kernels.eval"):
+        evaluation(tmp_path, problems("a"))
+    assert not (tmp_path / "eval").exists()
+
+
+def test_answers_are_not_clustered_by_another_judge_than_they_were_judged_by(tmp_path, monkeypatch):
+    evaluation(tmp_path, problems("ab"), judge="exact")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    summarise(tmp_path / "eval")
+    path = tmp_path / "eval" / "eval.json"
+    path.write_text(path.read_text().replace('"judge": "exact"', '"judge": "math-verify"'))
+    for read in (summarise, rank_prompts):
+        with pytest.raises(ImportError, match="judge 'math-verify' needs it installed"):
+            read(tmp_path / "eval")
+
+
+def test_in_memory_and_on_disk_are_one_evaluation(tmp_path):
+    """Greedy answers need no random numbers: both ask, judge and summarise alike."""
+    summary = evaluation(tmp_path, problems("abc"), temperatures=(0,), judge="exact")
+    pairs = [(x, FOLLOW[x]) for x in "abc"]
+    tokenizer = make_tokenizer(template=NO_MARK)
+    options = dict(samples=0, max_new_tokens=5, judge="exact", progress=False)
+    found = evaluate(letters_model(), tokenizer, pairs, **options)
+    on_disk = [record.answer for record in Records(tmp_path / "eval" / "records.jsonl")]
+    assert [replace(a, entropy=None, logprob=None) for a in on_disk] == [
+        record.greedy for record in found.records
+    ]
+    assert found.greedy_accuracy == of(summary, 0.0)["mean"]["mean"]
+    assert found.response_length == of(summary, 0.0)["response_length"]
 
 
 @pytest.mark.parametrize(
