@@ -8,6 +8,8 @@ its weight, and the gradient that the loss makes of itself enters the graph ther
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,18 +30,28 @@ def gathered_as(head: Head, dtype: torch.dtype) -> Head:
     return head._replace(weight=head.weight.to(dtype), bias=bias)
 
 
+class Operands(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def detached(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
+    return Operands(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+
+
 class HeadCall:
     """One call of a head: what it was to multiply, and later the gradient of its operands.
 
-    operands: (hidden, weight, bias) as the head's own forward would have had them, what the hooks
-    of the layer and of the model do to them included. group: of a vocabulary cut between ranks.
+    operands: as the head's own forward would have had them, what the hooks of the layer and of the
+    model do to them included. group: of a vocabulary cut between ranks.
     """
 
     def __init__(self, model, head: Head, hidden: Tensor, group):
         operands, device = (hidden, head.weight, head.bias), hidden.device.type
         enabled = torch.is_grad_enabled()
         self.needs = [enabled and x is not None and x.requires_grad for x in operands]
-        self.operands = [x if x is None else x.detach() for x in operands]
+        self.operands = detached(hidden, head.weight, head.bias)
         self.model = model
         self.options = dict(softcap=head.softcap, logit_scale=head.logit_scale, group=group)
         self.autocast = torch.is_autocast_enabled(device)
@@ -49,7 +61,7 @@ class HeadCall:
     @property
     def hidden(self) -> Tensor:
         """What the head multiplies, (B, T, D)."""
-        return self.operands[0]
+        return self.operands.hidden
 
     def loss(self, logits: Tensor, target: Tensor, **arguments) -> Tensor:
         """`linear_token_loss(hidden, weight, target, **arguments)`, with its gradient made now.
@@ -63,7 +75,7 @@ class HeadCall:
         operands = self._whole()
         if torch.is_grad_enabled() and logits.requires_grad:
             for x, need in zip(operands, self.needs):
-                if need:
+                if need and x is not None:
                     x.requires_grad_()
         hidden, weight, bias = operands
         arguments = {**arguments, **self.options, "bias": bias}
@@ -73,7 +85,7 @@ class HeadCall:
             return loss
         return _Loss.apply(logits, self, loss.detach(), *self._gradient(loss, operands))
 
-    def _gradient(self, loss: Tensor, operands: list[Tensor | None]) -> list[Tensor]:
+    def _gradient(self, loss: Tensor, operands: Operands) -> list[Tensor]:
         """Of what needs one, as wide as it was made: a loss scale for float16 comes in backward."""
         _, gradient, _ = ready_gradients(loss.grad_fn)
         group = self.options["group"]
@@ -82,26 +94,25 @@ class HeadCall:
         return [
             g.to(torch.promote_types(g.dtype, x.dtype))
             for g, x in zip(gradient, operands)
-            if g is not None
+            if g is not None and x is not None
         ]
 
     @torch.no_grad()
-    def _whole(self) -> list[Tensor | None]:
+    def _whole(self) -> Operands:
         """The operands anew; weight and bias gathered if their memory was freed with the forward's
         end."""
         hidden, weight, bias = self.operands
         if _is_freed(weight) or _is_freed(bias):
             head = gathered_as(read_head(self.model), weight.dtype)
             _, weight, bias, _ = local_operands(hidden, head.weight, head.bias, None)
-        return [x if x is None else x.detach() for x in (hidden, weight, bias)]
+        return detached(hidden, weight, bias)
 
     def add_gradient(self, gradient: list[Tensor]) -> None:
         """Of one loss; the graph may hold several of this call."""
-        gradient = iter(gradient)
-        new = [next(gradient) if need else None for need in self.needs]
-        if self.gradient is not None:
-            new = [a if b is None else a + b for a, b in zip(self.gradient, new)]
-        self.gradient = new
+        left = iter(gradient)
+        new = [next(left) if need else None for need in self.needs]
+        before = self.gradient or [None] * len(new)
+        self.gradient = [b if a is None else a if b is None else a + b for a, b in zip(before, new)]
 
     def take_gradient(self) -> list[Tensor | None]:
         """That of all losses, (hidden, weight, bias), which is then forgotten."""
@@ -112,10 +123,9 @@ class HeadCall:
 class HeadStand(Taken):
     """A `Taken` whose logits have the head's place in the graph, and which gives a `HeadCall`."""
 
-    call: HeadCall | None = None
-
     def __init__(self, model):
         self.model = model
+        self.calls: list[HeadCall] = []  # the last, until it is taken
 
     @torch.compiler.disable
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -124,13 +134,13 @@ class HeadStand(Taken):
         check_dtypes(head, hidden)
         hidden, weight, bias, group = local_operands(hidden, head.weight, head.bias, None)
         hidden, head = hidden.to(weight.device), head._replace(weight=weight, bias=bias)
-        self.call = HeadCall(self.model, head, hidden, group)
-        return _Head.apply(self.call, hidden, weight, bias)
+        self.calls = [HeadCall(self.model, head, hidden, group)]
+        return _Head.apply(self.calls[0], hidden, weight, bias)
 
-    def take(self) -> HeadCall:
-        super().take()
-        call, self.call = self.call, None
-        return call
+    @torch.compiler.disable
+    def take_call(self) -> HeadCall:
+        """The call of the head, which is then forgotten; after `take`, which finds it missing."""
+        return self.calls.pop()
 
 
 def _is_freed(x: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import TokenStats
+from em_kernels.backends.interface import MaybeNone, TokenStats
 from em_kernels.backends.row_index import has_values, is_capturing
 from em_kernels.ops.statistics import wanted_gradients
 
@@ -81,7 +81,7 @@ class _Number(torch.autograd.Function):
         return None, None
 
 
-def as_number(entropy: Tensor | None, logprob: Tensor) -> Tensor | None:
+def as_number(entropy: Tensor | None, logprob: Tensor) -> Tensor | MaybeNone:
     """The entropy, which has no gradient, so that a gradient other than 0 that comes for it is an
     error and not lost; the loss gets its gradient through `logprob`."""
     if entropy is None or torch.compiler.is_compiling() or not logprob.requires_grad:

@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,7 @@ def sft_entropy_loss_func(model, *, entropy_coef: float, temperature: float = 1.
 def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> LossFunction:
     check_number("temperature", temperature, lambda v: v > 0, "positive")
     target_model = _causal_lm(apply_em_kernels(model))
-    _patch(target_model).deferred = True
+    _patch_of(target_model).deferred = True
 
     def compute_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
         _check_batch(outputs, labels)
@@ -200,7 +201,7 @@ def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> Loss
         target = next_token_targets(labels).to(logits.device)
         dtype = logits.dtype if call is None else call.hidden.dtype
         weight = _token_weight(target, dtype, num_items_in_batch)
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             logprob_weight=-nll * weight if nll else None,
             entropy_weight=entropy * weight if entropy else None,
             temperature=temperature,
@@ -267,7 +268,7 @@ class _Patch:
         if args and isinstance(args[0], PreTrainedModel):  # accelerate has made a method of this
             model, *args = args
             own = {f"em_{name}": value for name, value in options.items()}
-            return _patch(model)(*args, em_outputs=em_outputs, **own, **kwargs)
+            return _patch_of(model)(*args, em_outputs=em_outputs, **own, **kwargs)
         check_none_of_ours(kwargs)
         if em_outputs is not None:
             return _statistics(model, args, kwargs, em_outputs, options)
@@ -281,6 +282,11 @@ def _patch(model) -> _Patch | None:
     return model.__dict__.get("_em_kernels")
 
 
+def _patch_of(model) -> _Patch:
+    """That of a model that is patched."""
+    return model.__dict__["_em_kernels"]
+
+
 def _causal_lm(model) -> PreTrainedModel:
     inner = causal_lm(model)
     if not isinstance(inner, PreTrainedModel):
@@ -289,7 +295,7 @@ def _causal_lm(model) -> PreTrainedModel:
 
 
 def _own_forward(model: PreTrainedModel) -> Callable:
-    return _patch(model).previous or functools.partial(type(model).forward, model)
+    return _patch_of(model).previous or functools.partial(type(model).forward, model)
 
 
 def _wants_logits(kwargs: dict) -> bool:
@@ -344,7 +350,7 @@ def _attended(kwargs: dict, hidden: Tensor) -> Tensor | None:
 
 def _run_with_labels(model, args, kwargs, labels) -> tuple[ModelOutput, Tensor]:
     """`_run_backbone`, the loss being what the model itself adds to a loss."""
-    if labels is None or not _patch(model).adds_to_loss:
+    if labels is None or not _patch_of(model).adds_to_loss:
         return _run_backbone(model, args, kwargs)
     with loss_of_zero(model):
         return _run_backbone(model, args, {**kwargs, "labels": labels})
@@ -353,7 +359,7 @@ def _run_with_labels(model, args, kwargs, labels) -> tuple[ModelOutput, Tensor]:
 def _loss(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
     """The mean cross entropy, and what the model adds to it."""
     loss = -logprob.sum() / _item_count(target, items, logprob.device)
-    if _patch(model).adds_to_loss:
+    if _patch_of(model).adds_to_loss:
         return loss + outputs.loss.to(loss.device)
     if outputs.get("aux_loss") is not None:
         raise ValueError(
@@ -371,8 +377,10 @@ def _item_count(target: Tensor, items: Tensor | float | None, device: torch.devi
 
 
 def _deferred(model, args, kwargs) -> TokenStatsOutput:
-    outputs, call = _run_backbone(model, args, kwargs, _patch(model).stand)
-    return TokenStatsOutput(**{**_other_fields(outputs), "head_call": (outputs.logits, call)})
+    stand = _patch_of(model).stand
+    outputs, _ = _run_backbone(model, args, kwargs, stand)
+    head_call = (outputs.logits, stand.take_call())
+    return TokenStatsOutput(**{**_other_fields(outputs), "head_call": head_call})
 
 
 def _other_fields(outputs) -> dict:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import trl.kernels
@@ -77,7 +78,7 @@ def apply_to_trl(
     global _settings
     _settings = head_settings(logits_dtype, entropy_requires_grad)
     if not is_applied():
-        trl.kernels.ChunkedLogProbFunction.apply = staticmethod(chunked_log_probs)
+        _CHUNKED.apply = staticmethod(chunked_log_probs)
         rebind("trl", _REPLACEMENTS)
         if _TRL_USE_TRITON is not None:
             trl_utils._use_triton = _only_scored_positions
@@ -88,7 +89,7 @@ def remove_from_trl() -> None:
     global _settings
     _settings = HeadSettings()
     if is_applied():
-        del trl.kernels.ChunkedLogProbFunction.apply  # the inherited one shows again
+        del _CHUNKED.apply  # the inherited one shows again
         rebind("trl", {ours: theirs for theirs, ours in _REPLACEMENTS.items()})
         if _TRL_USE_TRITON is not None:
             trl_utils._use_triton = _TRL_USE_TRITON
@@ -96,7 +97,7 @@ def remove_from_trl() -> None:
 
 def is_applied() -> bool:
     """Whether TRL is switched over now."""
-    return "apply" in vars(trl.kernels.ChunkedLogProbFunction)
+    return "apply" in vars(_CHUNKED)
 
 
 @contextmanager
@@ -198,9 +199,10 @@ def _only_scored_positions(device: torch.device) -> bool:
     return device.type == "cpu" or _TRL_USE_TRITON(device)
 
 
-_TRL_APPLY = trl.kernels.ChunkedLogProbFunction.apply
+_CHUNKED: Any = trl.kernels.ChunkedLogProbFunction
+_TRL_APPLY = _CHUNKED.apply
 _TRL_SELECTIVE = trl_utils.selective_log_softmax
-_TRL_USE_TRITON = getattr(trl_utils, "_use_triton", None)  # only asks that question there
+_TRL_USE_TRITON: Any = getattr(trl_utils, "_use_triton", None)  # only asks that question there
 _REPLACEMENTS: dict[Callable, Callable] = {
     trl_utils.selective_log_softmax: _selective_log_softmax,
     trl_utils.entropy_from_logits: _entropy_from_logits,

@@ -8,6 +8,7 @@ or, for want of stored log-probabilities, with pi taken to be certain of what it
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,14 +70,14 @@ def ppl_loss(
     if (chosen_kl is None) != (rejected_kl is None):
         given = "chosen_kl" if rejected_kl is None else "rejected_kl"
         raise ValueError(f"chosen_kl and rejected_kl must be given together, got only {given}")
-    options = dict(gamma=gamma, alpha=alpha, length_normalize=length_normalize)
-    chosen = segment_regret(chosen_logprob, chosen_kl, chosen_mask, **options)
-    rejected = segment_regret(rejected_logprob, rejected_kl, rejected_mask, **options)
+    regret = partial(segment_regret, gamma=gamma, alpha=alpha, length_normalize=length_normalize)
+    chosen = regret(chosen_logprob, chosen_kl, chosen_mask)
+    rejected = regret(rejected_logprob, rejected_kl, rejected_mask)
     check_shape("rejected_logprob (its segments)", rejected, chosen)
     margin = rejected - chosen
     with torch.no_grad():
-        unlabelled = segment_regret(rejected_logprob, None, rejected_mask, **options)
-        unlabelled = unlabelled - segment_regret(chosen_logprob, None, chosen_mask, **options)
+        unlabelled = regret(rejected_logprob, None, rejected_mask)
+        unlabelled = unlabelled - regret(chosen_logprob, None, chosen_mask)
     metrics = {
         "margin": _mean(margin),
         "accuracy": _mean((margin > 0).to(margin.dtype)),
@@ -136,11 +137,11 @@ def token_regret(
         `segment_regret` is its discounted sum in one pass.
     """
     counted, cost, kl = _regret_inputs(logprob, kl, mask, gamma, alpha)
-    future, ahead = cost.new_zeros(cost.shape[:-1]), []
+    future, steps = cost.new_zeros(cost.shape[:-1]), []
     for t in reversed(range(cost.shape[-1])):
-        ahead.append(future)
+        steps.append(future)
         future = torch.where(counted[..., t], gamma * (kl[..., t] + future), future)
-    ahead = torch.stack(ahead[::-1], -1) if ahead else torch.zeros_like(cost)
+    ahead = torch.stack(steps[::-1], -1) if steps else torch.zeros_like(cost)
     return alpha * torch.where(counted, cost + ahead, 0)
 
 

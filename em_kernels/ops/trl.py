@@ -18,7 +18,10 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log p_index, H) of softmax(logits / temperature), both (...) and differentiable.
 

@@ -7,6 +7,8 @@ text falls back to bytes, which the model has never seen.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
@@ -50,7 +52,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """Tokenizer whose `decode(encode(text))` gives back every problem and solution exactly."""
     merges = _merges()
     tokens = (*SPECIAL, *sorted(ByteLevel.alphabet()), *(left + right for left, right in merges))
-    tokenizer = Qwen2Tokenizer(
+    settings: dict[str, Any] = dict(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
         unk_token=None,
@@ -62,5 +64,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
         clean_up_tokenization_spaces=False,
         model_max_length=256,
     )
+    tokenizer = Qwen2Tokenizer(**settings)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
