@@ -68,8 +68,8 @@ def ready_gradients(node: Any) -> tuple[Tensor, list[Tensor | None], Tensor | No
     """(empty, the gradients, None where not needed, their scale) that the autograd node of a loss
     keeps: what its backward pass multiplies and rounds, float32 for float16 operands."""
     empty, *kept = node.saved_tensors  # checkpointing allows it once
-    scale = kept.pop() if node.scaled else None
-    left = iter(kept)
+    left = iter(kept[:-1] if node.scaled else kept)
+    scale = kept[-1] if node.scaled else None
     return empty, [None if dtype is None else next(left) for dtype in node.dtypes], scale
 
 
