@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,5 +37,6 @@ def _parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     if not is_packed(parameter):
         yield name, parameter
         return
-    for part in parameter.__tensor_flatten__()[0]:
+    packed: Any = parameter
+    for part in packed.__tensor_flatten__()[0]:
         yield from _parts(f"{name}.{part}", getattr(parameter, part))

@@ -49,7 +49,8 @@ class Taken:
         return hidden
 
 
-_TAKEN = weakref.WeakKeyDictionary()  # one for each model: torch.compile recompiles for another
+# One for each model: torch.compile recompiles for another.
+_TAKEN: weakref.WeakKeyDictionary[nn.Module, Taken] = weakref.WeakKeyDictionary()
 
 
 def taken_of(model) -> Taken:
@@ -110,11 +111,11 @@ def _result_watched(name: str, layers: list[nn.Module], forward: Callable) -> It
     """`forward`, or where there are forward hooks one that makes sure that they change nothing."""
     hooks = [*nn.modules.module._global_forward_hooks.values()]
     hooks += [hook for layer in layers for hook in layer._forward_hooks.values()]
-    hooks = [hook for hook in map(described, hooks) if not hook.startswith("torch.distributed.")]
-    if not hooks:
+    named = [hook for hook in map(described, hooks) if not hook.startswith("torch.distributed.")]
+    if not named:
         yield forward
         return
-    watched = _Watched(forward, name, hooks)
+    watched = _Watched(forward, name, named)
     handle = layers[0].register_forward_hook(watched.check)
     try:
         yield watched
@@ -131,7 +132,8 @@ class _Watched:
 
     def __init__(self, forward: Callable, name: str, hooks: list[str]):
         self.forward, self.name, self.hooks = forward, name, hooks
-        self.result, self.version = None, 0
+        self.result: Tensor | None = None
+        self.version = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         result = self.forward(hidden)

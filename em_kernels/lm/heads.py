@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ _POWERS = {"hyperclovax": 1, "minicpm3": 0}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OWN_TENSORS = ("torch.distributed.", "torch._subclasses.")  # DTensor; what tracing puts there
-_FUNCTIONS = (Tensor.__torch_function__.__func__, None)  # None: turned off, as for parameters
+_TORCH_FUNCTION: Any = Tensor.__torch_function__
+_FUNCTIONS = (_TORCH_FUNCTION.__func__, None)  # None: turned off, as for parameters
 _LINEAR = nn.Linear.forward
 
 STAND_IN = "_em_kernels_stand_in"
@@ -85,7 +86,8 @@ def read_head(model) -> Head:
             with a plain weight; says what it is and what to do.
     """
     model = causal_lm(model)
-    name, layer = type(model).__name__, head_layers(model)[-1]
+    name = type(model).__name__
+    layer: Any = head_layers(model)[-1]
     for hook in layer._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):  # pruning, weight_norm, ...
             hook(layer, ())  # makes the weight
@@ -132,7 +134,7 @@ def head_layers(model) -> list[nn.Module]:
     return layers
 
 
-def _inside(layer: nn.Module) -> nn.Module | None:
+def _inside(layer: Any) -> nn.Module | None:
     """What a wrapper of PEFT calls and adds nothing to, in the state it is in; else None."""
     if _is_a(layer, "peft.utils.other", "TrainableTokensWrapper"):
         return layer.token_adapter

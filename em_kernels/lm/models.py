@@ -125,7 +125,8 @@ def _holds_model(folder: Path) -> bool:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of a run that has the most updates behind it."""
-    return (list_checkpoints(folder) or [None])[-1]
+    found = list_checkpoints(folder)
+    return found[-1] if found else None
 
 
 def hidden_states(

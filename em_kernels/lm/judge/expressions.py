@@ -203,7 +203,7 @@ class _Line:
     """The tokens of a line, and how far an expression goes in them; positions are token numbers."""
 
     def __init__(self, text: str):
-        found = ((t.lastgroup, t[0], t.start(), t.end()) for t in _TOKEN.finditer(text))
+        found = ((t.lastgroup or "", t[0], t.start(), t.end()) for t in _TOKEN.finditer(text))
         self.tokens = [_Token(*token) for token in found if token[0] != "nothing"]
         self.tokens.append(_Token("end", "", len(text), len(text)))
         self.closes: dict[int, int] = {}

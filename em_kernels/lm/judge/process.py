@@ -116,7 +116,10 @@ class _Server:
 class _Pool:
     """The process, the lines to it, and those of them that nobody waits at."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.starting = threading.Lock()
         self.free = threading.BoundedSemaphore(THREADS)
         self.server: _Server | None = None
@@ -183,7 +186,7 @@ class _Pool:
         if self.server is not None:
             self.server.line.close()
             self.server.process.returncode = 0  # there is nothing to wait for
-        self.__init__()
+        self._begin()
 
 
 _pool = _Pool()
