@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -277,7 +277,7 @@ def _training(axis, lines: Sequence[dict], name: str, label: str) -> None:
         _label(axis, label, *known[len(known) // 2], GREEN, (6, 10))
 
 
-def metrics(lines: Sequence[dict], names: Sequence[str], units: Callable[[str], str]) -> bytes:
+def metrics(lines: Sequence[dict], names: Sequence[str], units: Mapping[str, str]) -> bytes:
     """A small panel for each metric of a run."""
     rows = -(-len(names) // 3)
     with _drawing(rows, 3, size=(10, 2.5 * rows)) as (axes, buffer):
@@ -288,7 +288,7 @@ def metrics(lines: Sequence[dict], names: Sequence[str], units: Callable[[str], 
                 axis.set_ylim(y[0] - 0.5, y[0] + 0.5)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_title(name.replace("_", " "), fontsize=10)
-            axis.set(xlabel="update", ylabel=units(name))
+            axis.set(xlabel="update", ylabel=units.get(name, ""))
         for axis in axes[len(names) :]:
             axis.set_visible(False)
     return buffer.getvalue()

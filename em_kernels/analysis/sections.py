@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
 from em_kernels.analysis import plots
 from em_kernels.analysis.metrics import read_metrics
-from em_kernels.analysis.page import Figure, Section, coloured, folded
+from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured
 from em_kernels.analysis.summary_tables import (
     comparison_table,
     eval_tables,
@@ -21,7 +20,7 @@ from em_kernels.analysis.summary_tables import (
     temperature_table,
     types_table,
 )
-from em_kernels.analysis.tables import number, p_value, percent
+from em_kernels.analysis.tables import interval, number, p_value, percent
 from em_kernels.analysis.tables import temperature as named
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
 from em_kernels.trainer.checkpoint import read_config
@@ -29,12 +28,7 @@ from em_kernels.trainer.checkpoint import read_config
 NO_PLOTS = "Without plots: matplotlib is not installed."
 EXAMPLES = 3  # of each kind
 FIRST = (
-    "loss",
-    "mean_entropy",
-    "accuracy",
-    "reward_mean",
-    "response_length",
-    "truncated",
+    *("loss", "mean_entropy", "accuracy", "reward_mean", "response_length", "truncated"),
     "grad_norm",
 )
 UNITS = {
@@ -57,16 +51,15 @@ def _plot(alt: str, draw: Callable[..., bytes], *arguments) -> tuple[list[Figure
 
 
 def evaluation(summary: dict) -> Section:
-    tables = eval_tables(summary)
-    if not summary["temperatures"]:
+    tables, at = eval_tables(summary), summary["temperatures"]
+    if not at:
         return Section("Accuracy", ["No answers yet."], tables)
-    figures, notes = [], []
+    figures: list[Figure] = []
+    notes: list[str] = []
     if summary["labelled"]:
         figures, notes = _plot("accuracy at every temperature", plots.accuracy, summary)
-        if any(t["calibration"] for t in summary["temperatures"]):
-            alt = "accuracy against confidence"
-            more, _ = _plot(alt, plots.reliability, summary)
-            figures += more
+        if any(t["calibration"] for t in at):
+            figures += _plot("accuracy against confidence", plots.reliability, summary)[0]
     if summary["missing_answers"]:
         notes.append(f"Not finished: {summary['missing_answers']} answers are missing.")
     return Section("Accuracy", notes, tables, figures)
@@ -88,20 +81,20 @@ def examples(folder: str | Path) -> Section:
             of_kind.append(record)
     if not settings["config"]["labelled"]:
         kinds = {"some": [record for records in kinds.values() for record in records][:EXAMPLES]}
-    html = folded("Settings", settings_table(settings["config"]))
-    html += "".join(_examples(settings, kind, records) for kind, records in kinds.items())
-    return Section("Settings and examples", html=html)
+    parts = [
+        Part(f"Answers: {kind}", [_example(settings, record) for record in records])
+        for kind, records in kinds.items()
+    ]
+    folded = ("Settings", settings_table(settings["config"]))
+    return Section("Settings and examples", folded=folded, parts=parts)
 
 
-def _examples(settings: dict, kind: str, records: list[Record]) -> str:
-    html = f"<h3>Answers: {escape(kind)}</h3>" if records else ""
-    for record in records:
-        problem = settings["problems"][record.problem]
-        right = f"; the answer is {problem['answer']}" if problem["answer"] else ""
-        head = f"Problem {record.problem}, {named(record.temperature)}{right}"
-        said = f"{problem['problem']}\n→ {record.answer.text}"
-        html += f'<p class="key">{escape(head)}</p><div class="text">{escape(said)}</div>'
-    return html
+def _example(settings: dict, record: Record) -> Passage:
+    problem = settings["problems"][record.problem]
+    right = f"; the answer is {problem['answer']}" if problem["answer"] else ""
+    said = f"{problem['problem']}\n→ {record.answer.text}"
+    name = f"Problem {record.problem}, {named(record.temperature)}{right}"
+    return Passage(name, [Piece(said)])
 
 
 def comparison(result: dict) -> Section:
@@ -130,21 +123,28 @@ def shift(result: dict) -> Section:
 
 
 def forks(result: dict) -> Section:
-    share = percent(result["share_of_entropy"])
     notes = [
         f"Forks are the tokens with H ≥ {result['tau']:.4g} nats, the top {result['ratio']:.0%} of "
-        f"{result['tokens']} tokens by entropy; they carry {share} of all entropy. "
-        f"Mean entropy {result['mean']:.4f} nats. Model: {result['model']}. "
+        f"{result['tokens']} tokens by entropy; they carry {percent(result['share_of_entropy'])} "
+        f"of all entropy. Mean entropy {result['mean']:.4f} nats. Model: {result['model']}. "
         f"{_texts(result)} Tokens left out, not finite: {result['not_finite']}.",
     ]
     figures, more = _plot("entropies and forks", plots.forks, result)
     top = result["quantiles"]["0.99"]
-    html = (
-        f'<h3>Texts, coloured by entropy</h3><p class="note">From white (0) to orange '
-        f"({top:.3g} nats and above); hold the pointer over a token for its entropy.</p>"
+    texts = Part(
+        "Texts, coloured by entropy",
+        [
+            Passage(
+                text["key"],
+                coloured(text["pieces"], text["entropy"], top),
+                f"and {text['not_shown']} tokens more" if text["not_shown"] else "",
+            )
+            for text in result["texts"]
+        ],
+        f"From white (0) to orange ({top:.3g} nats and above); hold the pointer over a token for "
+        "its entropy.",
     )
-    html += "".join(_coloured_text(text, top) for text in result["texts"])
-    return Section("Forks", notes + more, [types_table(result)], figures, html)
+    return Section("Forks", notes + more, [types_table(result)], figures, parts=[texts])
 
 
 def _texts(result: dict) -> str:
@@ -156,13 +156,6 @@ def _counted(left_out: dict[str, int]) -> str:
     return ", ".join(f"{count} ({why})" for why, count in left_out.items())
 
 
-def _coloured_text(text: dict, top: float) -> str:
-    left = f"<em> … and {text['not_shown']} tokens more</em>" if text["not_shown"] else ""
-    body = coloured(text["pieces"], text["entropy"], top)
-    head = f'<p class="key">{escape(text["key"])}</p>'
-    return f'{head}<div class="text">{body}{left}</div>'
-
-
 def temperature(result: dict) -> Section:
     notes = [
         "The texts are fixed: only the temperature of the distributions changes, so this is not "
@@ -170,9 +163,8 @@ def temperature(result: dict) -> Section:
         f"Model: {result['model']}. {_texts(result)}",
     ]
     figures, more = _plot("entropy by temperature", plots.entropy_at_temperatures, result)
-    return Section(
-        "Entropy against temperature", notes + more, [temperature_table(result)], figures
-    )
+    tables = [temperature_table(result)]
+    return Section("Entropy against temperature", notes + more, tables, figures)
 
 
 def law(result: dict) -> Section:
@@ -209,10 +201,10 @@ def verdict(result: dict) -> str:
         return f"Accuracy is best at the last update that was evaluated, {peak}: no decline."
     p = p_value(after["p_value"])
     p = f"p {p}" if p.startswith("<") else f"p = {p}"
-    change = f"{after['difference']:+.3f} [{after['low']:+.3f}, {after['high']:+.3f}]"
     text = (
-        f"Accuracy peaks at update {peak}; from there to the last update it changes by {change}, "
-        f"{p} (the peak was chosen by looking, so p is too small)."
+        f"Accuracy peaks at update {peak}; from there to the last update it changes by "
+        f"{interval(after, 'difference', sign='+')}, {p} (the peak was chosen by looking, so p is "
+        "too small)."
     )
     if result["over_confident"]:
         return text + " Entropy in training went on falling: over-confidence."
@@ -222,27 +214,22 @@ def verdict(result: dict) -> str:
 def metrics(folder: str | Path) -> Section:
     """The settings of a run, and every number of its metrics by update."""
     lines, broken = read_metrics(folder)
-    settings = folded("Settings", settings_table(read_config(folder).to_dict()))
+    folded = ("Settings", settings_table(read_config(folder).to_dict()))
     notes = ["Not read: " + "; ".join(broken) + "."] if broken else []
-    found = {name for line in lines for name, value in line.items() if _is_number(value)}
-    names = sorted(found - {"update", "step"}, key=_importance)
-    if not lines or not names:
-        return Section("Training", [*notes, "No updates yet."], html=settings)
     lines = [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
-    unit = UNITS.get
-    figures, more = _plot("metrics by update", plots.metrics, lines, names, lambda n: unit(n, ""))
-    notes.append(f"{len(lines)} updates; mean entropy in the last: {_last(lines)} nats per token.")
-    return Section("Training", notes + more, [metrics_table(lines, names)], figures, settings)
+    names = sorted({k for line in lines for k in line} - {"update", "step"}, key=_importance)
+    if not names:
+        return Section("Training", [*notes, "No updates yet."], folded=folded)
+    figures, more = _plot("metrics by update", plots.metrics, lines, names, UNITS)
+    last = number(lines[-1].get("mean_entropy"), 4)
+    notes.append(f"{len(lines)} updates; mean entropy in the last: {last} nats per token.")
+    return Section("Training", notes + more, [metrics_table(lines, names)], figures, folded)
 
 
 def _importance(name: str) -> tuple[int, str]:
     """What is asked about first comes first, how long it took last."""
     place = FIRST.index(name) if name in FIRST else len(FIRST)
     return place + (name.endswith(("seconds", "second"))), name
-
-
-def _last(lines: list[dict]) -> str:
-    return number(lines[-1].get("mean_entropy"), 4)
 
 
 def _is_number(value) -> bool:

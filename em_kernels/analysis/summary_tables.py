@@ -8,214 +8,179 @@ from em_kernels.analysis.tables import (
     NONE,
     Table,
     interval,
+    interval_of,
     number,
+    number_of,
     p_value,
     percent,
+    percent_of,
+    short,
+    table,
     temperature,
+    temperature_of,
+    text_of,
 )
+from em_kernels.evaluator.select import SIGNALS
 
 SHOWN_ROWS = 10
 
 
 def eval_tables(summary: dict) -> list[Table]:
     """Accuracy at each temperature, calibration, and all that was left out or odd."""
-    found = [accuracy_table(summary), counts_table(summary)]
-    if any(t["calibration"] for t in summary["temperatures"]) and summary["labelled"]:
-        found.insert(1, calibration_table(summary))
-    return found if summary["labelled"] else found[1:]
+    found = [counts_table(summary)]
+    if summary["labelled"]:
+        if any(t["calibration"] for t in summary["temperatures"]):
+            found.insert(0, calibration_table(summary))
+        found.insert(0, accuracy_table(summary))
+    return found
 
 
 def accuracy_table(summary: dict) -> Table:
+    at = summary["temperatures"]
+    widest = max((max(map(int, t["pass"])) for t in at), default=1)
+    most = max((t["samples"] for t in at), default=1)
+
+    def best_pass(row: dict) -> str:
+        found = {int(k): interval(one) for k, one in row["pass"].items() if int(k) > 1}
+        return found.get(widest, NONE)
+
     title = (
         f"{summary['model']}: {summary['problems']} problems of {summary['source']}, "
         f"judged by {summary['judge']}; mean [95 % interval]"
     )
-    widest = max((max(map(int, t["pass"])) for t in summary["temperatures"]), default=1)
-    most = max((t["samples"] for t in summary["temperatures"]), default=1)
-    head = ["", "samples", "accuracy", f"pass@{widest}", f"majority@{most}"]
-    rows = [
-        [
-            temperature(t["temperature"]),
-            str(t["samples"]),
-            interval(t["mean"]),
-            _pass(t, widest),
-            interval(t["majority"]) if t["samples"] == most > 1 else NONE,
-            number(t["response_length"], 1),
-            number(t["entropy"], 4),
-        ]
-        for t in summary["temperatures"]
-    ]
-    return Table(title, [*head, "tokens", "entropy (nats)"], rows)
-
-
-def _pass(at: dict, k: int) -> str:
-    by_k = {int(n): found for n, found in at["pass"].items()}
-    return interval(by_k[k]) if k > 1 and k in by_k else NONE
+    columns = {
+        "": temperature_of,
+        "samples": text_of("samples"),
+        "accuracy": interval_of("mean"),
+        f"pass@{widest}": best_pass,
+        f"majority@{most}": lambda t: interval(t["majority"]) if t["samples"] == most > 1 else NONE,
+        "tokens": number_of("response_length", 1),
+        "entropy (nats)": number_of("entropy", 4),
+    }
+    return table(title, columns, at)
 
 
 def calibration_table(summary: dict) -> Table:
-    rows = [
-        [
-            temperature(t["temperature"]),
-            number(t["calibration"]["ece"]),
-            number(t["calibration"]["brier"]),
-            number(t["calibration"]["auroc"]),
-        ]
-        for t in summary["temperatures"]
-        if t["calibration"]
-    ]
-    title = "Calibration of the confidence exp(mean log-probability) of an answer"
-    return Table(title, ["", "ECE", "Brier", "AUROC"], rows)
+    measures = {"ECE": "ece", "Brier": "brier", "AUROC": "auroc"}
+    rows = [{**t, **t["calibration"]} for t in summary["temperatures"] if t["calibration"]]
+    columns = {"": temperature_of, **{head: number_of(n) for head, n in measures.items()}}
+    return table(
+        "Calibration of the confidence exp(mean log-probability) of an answer", columns, rows
+    )
 
 
 def counts_table(summary: dict) -> Table:
+    skipped = summary["skipped_rows"]
     rows = [
-        ["rows of the source that are no problems", str(len(summary["skipped_rows"]))],
-        *[[f"  row {r['row']}: {r['reason']}", ""] for r in summary["skipped_rows"][:SHOWN_ROWS]],
-        ["prompts too long for the model (count as wrong)", str(len(summary["too_long"]))],
-        ["answers still missing", str(summary["missing_answers"])],
+        ("rows of the source that are no problems", str(len(skipped))),
+        *((f"  row {r['row']}: {r['reason']}", "") for r in skipped[:SHOWN_ROWS]),
+        ("prompts too long for the model (count as wrong)", str(len(summary["too_long"]))),
+        ("answers still missing", str(summary["missing_answers"])),
     ]
     for t in summary["temperatures"]:
-        name = temperature(t["temperature"])
-        rows.append([f"answers without an end, {name}", percent(t["without_end"])])
-        rows.append([f"answers without a final answer, {name}", percent(t["without_final_answer"])])
+        for what, name in (("an end", "without_end"), ("a final answer", "without_final_answer")):
+            rows.append((f"answers without {what}, {temperature_of(t)}", percent(t[name])))
     return Table("Left out, or odd", ["", "count or share"], rows)
 
 
 def comparison_table(a: str, b: str, rows: Sequence[dict]) -> Table:
     title = f"A = {a}, B = {b}; difference [95 % interval], p of a paired sign-flip test"
-    head = ["", "problems", "A", "B", "B - A", "p", "B better", "B worse"]
-    cells = [
-        [
-            temperature(r["temperature"]),
-            str(r["problems"]),
-            number(r["a"]),
-            number(r["b"]),
-            f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]",
-            p_value(r["p_value"]),
-            str(r["better"]),
-            str(r["worse"]),
-        ]
-        for r in rows
-    ]
-    return Table(title, head, cells)
+    columns = {
+        "": temperature_of,
+        "problems": text_of("problems"),
+        "A": number_of("a"),
+        "B": number_of("b"),
+        "B - A": lambda row: interval(row, "difference", sign="+"),
+        "p": lambda row: p_value(row["p_value"]),
+        "B better": text_of("better"),
+        "B worse": text_of("worse"),
+    }
+    return table(title, columns, rows)
 
 
 def selection_table(rows: Sequence[dict], by: str) -> Table:
     """The first prompts, and their signals."""
-    names = ("accuracy", "variance", "entropy", "semantic_entropy", "margin")
-    cells = [
-        [_short(row["problem"]), *(number(row[name]) for name in names)]
-        for row in rows[:SHOWN_ROWS]
-    ]
-    head = ["prompt", *(name.replace("_", " ") for name in names)]
-    return Table(f"First by {by.replace('_', ' ')} (entropies in nats)", head, cells)
-
-
-def _short(text: str, length: int = 50) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    signals = {name.replace("_", " "): number_of(name) for name in ("accuracy", *SIGNALS)}
+    columns = {"prompt": lambda row: short(row["problem"]), **signals}
+    title = f"First by {by.replace('_', ' ')} (entropies in nats)"
+    return table(title, columns, rows[:SHOWN_ROWS])
 
 
 def settings_table(config: dict) -> Table:
-    rows = [[name, _short(str(value), 500)] for name, value in config.items()]
+    rows = [[name, short(str(value), 500)] for name, value in config.items()]
     return Table("", ["setting", "value"], rows)
 
 
 def shift_table(result: dict) -> Table:
     names = ("mean", "variance", "skewness")
     heads = [*names, *(f"pooled {name}" for name in names), "compat"]
-    columns = [_shift_column(model) for model in result["models"]]
-    if len(columns) == 2:
-        change = [number(b - a, 4) for a, b in zip(*columns)]
-        cells = [
-            [h, number(a, 4), number(b, 4), c] for h, (a, b), c in zip(heads, zip(*columns), change)
-        ]
-        models = result["models"]
-        title = f"before: {models[0]['model']}; after: {models[1]['model']}"
-        return Table(title, ["logits", "before", "after", "change"], cells)
-    cells = [[h, number(a, 4)] for h, a in zip(heads, columns[0])]
-    return Table(result["models"][0]["model"], ["logits", "model"], cells)
-
-
-def _shift_column(model: dict) -> list[float]:
-    names = ("mean", "variance", "skewness")
-    return [
-        *(model[n] for n in names),
-        *(model["pooled"][n] for n in names),
-        model["compat"],
+    models = result["models"]
+    found = [
+        [*(m[n] for n in names), *(m["pooled"][n] for n in names), m["compat"]] for m in models
     ]
+    columns, title = ["model"], models[0]["model"]
+    if len(models) == 2:
+        found.append([b - a for a, b in zip(*found)])
+        columns = ["before", "after", "change"]
+        title = f"before: {title}; after: {models[1]['model']}"
+    rows = [[head, *(number(v, 4) for v in values)] for head, values in zip(heads, zip(*found))]
+    return Table(title, ["logits", *columns], rows)
 
 
 def types_table(result: dict) -> Table:
-    rows = [
-        [
-            repr(t["token"]),
-            str(t["count"]),
-            str(t["forks"]),
-            percent(t["forks"] / t["count"]),
-            number(t["mean_entropy"], 4),
-        ]
-        for t in result["types"]
-    ]
-    head = ["token", "times", "a fork", "share", "mean entropy (nats)"]
-    return Table("Tokens that are forks most often", head, rows)
+    columns = {
+        "token": lambda row: repr(row["token"]),
+        "times": text_of("count"),
+        "a fork": text_of("forks"),
+        "share": lambda row: percent(row["forks"] / row["count"]),
+        "mean entropy (nats)": number_of("mean_entropy", 4),
+    }
+    return table("Tokens that are forks most often", columns, result["types"])
 
 
 def temperature_table(result: dict) -> Table:
-    rows = [
-        [f"T = {r['temperature']:g}", number(r["entropy"], 4), _fine(r["over_texts"])]
-        for r in result["temperatures"]
-    ]
-    head = ["", "mean over tokens (nats)", "mean over texts [95 % interval]"]
-    return Table("Entropy against temperature", head, rows)
-
-
-def _fine(found: dict) -> str:
-    return f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+    columns = {
+        "": lambda row: f"T = {row['temperature']:g}",
+        "mean over tokens (nats)": number_of("entropy", 4),
+        "mean over texts [95 % interval]": interval_of("over_texts", 4),
+    }
+    return table("Entropy against temperature", columns, result["temperatures"])
 
 
 def law_table(result: dict) -> Table:
-    rows = [
-        [p["label"], number(p["entropy"], 4), number(p["performance"])] for p in result["points"]
-    ]
-    title = "Entropy and performance"
-    if result["fit"]:
-        fit = result["fit"]
+    columns = {
+        "": text_of("label"),
+        "H (nats)": number_of("entropy", 4),
+        "R": number_of("performance"),
+    }
+    title, fit = "Entropy and performance", result["fit"]
+    if fit:
         title = (
             f"R = -a exp(H) + b: a = {fit['a']:.4g}, b = {fit['b']:.4g}, ceiling b - a = "
             f"{fit['ceiling']:.4g}, R2 = {number(fit['r2'])}, {fit['points']} points"
         )
-    return Table(title, ["", "H (nats)", "R"], rows)
+    return table(title, columns, result["points"])
 
 
 def run_table(result: dict) -> Table:
-    rows = [
-        [
-            str(p["update"]),
-            interval(p["accuracy"]),
-            interval(p["greedy"]) if p["greedy"] else NONE,
-            number(p["entropy"], 4),
-            number(p["response_length"], 1),
-            percent(p["without_end"]),
-            percent(p["without_final_answer"]),
-            number(p["calibration"]["ece"]) if p["calibration"] else NONE,
-            str(p["too_long"] + p["skipped_rows"] + p["missing_answers"]),
-        ]
-        for p in result["points"]
-    ]
-    drawn = temperature(result["points"][0]["temperature"])
-    head = ["update", f"accuracy, {drawn}", "greedy", "entropy (nats)", "tokens", "no end"]
-    head += ["no final answer", "ECE", "left out"]
-    return Table("Accuracy [95 % interval] by update", head, rows)
+    columns = {
+        "update": text_of("update"),
+        f"accuracy, {temperature(result['points'][0]['temperature'])}": interval_of("accuracy"),
+        "greedy": interval_of("greedy"),
+        "entropy (nats)": number_of("entropy", 4),
+        "tokens": number_of("response_length", 1),
+        "no end": percent_of("without_end"),
+        "no final answer": percent_of("without_final_answer"),
+        "ECE": lambda p: number(p["calibration"]["ece"]) if p["calibration"] else NONE,
+        "left out": lambda p: str(p["too_long"] + p["skipped_rows"] + p["missing_answers"]),
+    }
+    return table("Accuracy [95 % interval] by update", columns, result["points"])
 
 
 def metrics_table(lines: Sequence[dict], names: Sequence[str]) -> Table:
-    first, last = lines[0], lines[-1]
-    rows = [[n.replace("_", " "), _general(first.get(n)), _general(last.get(n))] for n in names]
-    head = ["", f"update {first['update']}", f"update {last['update']}"]
-    return Table("First and last update", head, rows)
-
-
-def _general(value: float | None) -> str:
-    return NONE if value is None else f"{value:.5g}"
+    ends = (lines[0], lines[-1])
+    rows = [
+        [name.replace("_", " "), *(f"{e[name]:.5g}" if name in e else NONE for e in ends)]
+        for name in names
+    ]
+    return Table("First and last update", ["", *(f"update {e['update']}" for e in ends)], rows)

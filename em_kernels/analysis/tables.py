@@ -1,10 +1,9 @@
-"""Tables as text for a terminal and as HTML for a report, and numbers as people read them."""
+"""Tables of text, for a terminal and for a report, and numbers as people read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 NONE = "–"
 
@@ -21,15 +20,6 @@ class Table(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join([self.title, *(_line(line, widths) for line in lines)])
 
-    def html(self) -> str:
-        head = "".join(f"<th>{escape(str(cell))}</th>" for cell in self.head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n"
-            for row in self.rows
-        )
-        title = f'<p class="key">{escape(self.title)}</p>'
-        return f"{title}<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
-
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = (
@@ -37,6 +27,14 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
         for i, (cell, width) in enumerate(zip(cells, widths))
     )
     return "  " + "  ".join([first, *others]).rstrip()
+
+
+Cell = Callable[[Any], str]
+
+
+def table(title: str, columns: Mapping[str, Cell], rows: Sequence[Any]) -> Table:
+    """A line for each of `rows`: what each of the `columns`, by their heads, makes of it."""
+    return Table(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -48,9 +46,12 @@ def percent(share: float | None) -> str:
     return NONE if share is None else f"{share:.1%}"
 
 
-def interval(found: Mapping) -> str:
-    """mean [low, high] of an `Interval` as a dict."""
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def interval(found: Mapping | None, name: str = "mean", digits: int = 3, sign: str = "") -> str:
+    """mean [low, high] of an `Interval` as a dict; a dash for None."""
+    if found is None:
+        return NONE
+    value, low, high = (f"{found[n]:{sign}.{digits}f}" for n in (name, "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def p_value(value: float) -> str:
@@ -60,3 +61,32 @@ def p_value(value: float) -> str:
 
 def temperature(value: float) -> str:
     return "greedy" if value == 0 else f"T = {value:g}"
+
+
+def short(text: str, length: int = 50) -> str:
+    """Without line breaks, cut to at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# Cells of a row that is a dict, by the name of its entry.
+
+
+def text_of(name: str) -> Cell:
+    return lambda row: str(row[name])
+
+
+def number_of(name: str, digits: int = 3) -> Cell:
+    return lambda row: number(row[name], digits)
+
+
+def percent_of(name: str) -> Cell:
+    return lambda row: percent(row[name])
+
+
+def interval_of(name: str, digits: int = 3) -> Cell:
+    return lambda row: interval(row[name], digits=digits)
+
+
+def temperature_of(row: Mapping) -> str:
+    return temperature(row["temperature"])

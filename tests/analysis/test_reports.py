@@ -15,10 +15,17 @@ from evaluations import letters, save_bigrams, sure, write_rows
 
 from em_kernels import cli
 from em_kernels.analysis.metrics import read_metrics
-from em_kernels.analysis.page import Section, coloured, page
+from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured, page
 from em_kernels.analysis.report import write_report
 from em_kernels.analysis.run_curve import follow, models_of_run
-from em_kernels.analysis.tables import Table
+from em_kernels.analysis.tables import (
+    Table,
+    interval,
+    number_of,
+    percent_of,
+    table,
+    text_of,
+)
 from em_kernels.evaluator import EvalConfig, Records, run_eval
 from em_kernels.trainer import TrainConfig
 from em_kernels.trainer.checkpoint import write_config
@@ -213,14 +220,56 @@ def test_nothing_to_report(tmp_path, capsys):
 def test_tables():
     table = Table("title <1>", ["", "a"], [["row", "1"], ["longer", "22"]])
     assert table.text() == "title <1>\n           a\n  row      1\n  longer  22"
-    assert "title &lt;1&gt;" in table.html() and table.html().count("<td>") == 4
+    html = page("t", [Section("s", tables=[table], folded=("<f>", table))])
+    assert html.count("title &lt;1&gt;") == 1 and html.count("<td>") == 8
+    assert "<summary>&lt;f&gt;</summary>" in html
+
+
+def test_rows_become_the_cells_of_columns():
+    columns = {"": text_of("name"), "share": percent_of("x"), "x": number_of("x", 1)}
+    rows = [{"name": "a", "x": 0.25}, {"name": "b", "x": None}]
+    made = table("t", columns, rows)
+    assert made == Table("t", ["", "share", "x"], [["a", "25.0%", "0.2"], ["b", "–", "–"]])
+    assert interval({"mean": 0.5, "low": -0.25, "high": 1}) == "0.500 [-0.250, 1.000]"
+    assert interval({"d": 0.5, "low": 0, "high": 1}, "d", sign="+") == "+0.500 [+0.000, +1.000]"
+    assert interval(None) == "–"
+
+
+def shown(pieces, **more) -> str:
+    """The page of one passage."""
+    passage = Passage("<key>", pieces, **more)
+    html = page("<t>", [Section("<s>", ["<n>"], parts=[Part("<p>", [passage])])])
+    assert Page(html).tags.count("div") == 1
+    return html
 
 
 def test_coloured_text_is_escaped_and_ordered_by_value():
-    html = coloured(["<b>", "&", "x", "y"], [0.0, 1.0, 4.0, math.nan], 2.0)
+    html = shown(coloured(["<b>", "&", "x", "y"], [0.0, 1.0, 4.0, math.nan], 2.0))
     assert "&lt;b&gt;" in html and "&amp;" in html and "<b>" not in html
     alphas = [float(a) for a in re.findall(r"rgba\(213,94,0,([\d.]+)\)", html)]
     assert alphas == [0.38, 0.75], "half, and what is beyond the top; none for 0 and NaN"
     assert 'title="1.0000 nats"' in html
-    assert "rgba" not in coloured(["a"], [0.0], 0.0)
-    Page(page("<t>", [Section("<s>", ["<n>"], html=html)]))
+    assert "rgba" not in shown(coloured(["a"], [0.0], 0.0))
+
+
+def test_a_text_is_shown_with_its_own_spaces_and_no_others():
+    texts = ["\n a", " ", "b\n\n", "\tc  ", "{{ d }} {% e %}"]
+    html = shown(coloured(texts, [0.0] * 5, 1.0), more="and 3 tokens <more>")
+    (inside,) = re.findall(r'<div class="text">(.*?)</div>', html, re.DOTALL)
+    text, more = "".join(texts), " … and 3 tokens <more>"
+    assert Page(f"<p>{inside}</p>").text == text + more
+    plain = shown([Piece("".join(texts))])
+    assert re.findall(r'<div class="text">(.*?)</div>', plain, re.DOTALL) == [text]
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "\"'&<>", "</title></style>"])
+def test_whatever_a_section_holds_is_text(hostile):
+    table = Table(hostile, [hostile], [[hostile]])
+    figure = Figure(b"", hostile)
+    part = Part(hostile, [Passage(hostile, [Piece(hostile, 0.5, hostile)], hostile)], hostile)
+    section = Section(hostile, [hostile], [table], [figure], (hostile, table), [part])
+    found = Page(page(hostile, [section]))
+    assert "script" not in found.tags
+    assert found.tags.count("style") == found.tags.count("title") == 1
+    # title twice, heading, note, table and its cells twice less a title, fold, part and passage
+    assert found.text.count(hostile) == 2 + 1 + 1 + 3 + 1 + 2 + 2 + 3

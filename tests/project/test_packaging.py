@@ -51,6 +51,7 @@ def test_a_wheel_has_the_types_and_the_embedded_model(packed):
     package = packed / "lib/em_kernels"
     assert (package / "py.typed").exists()
     assert list(package.glob("assets/tiny-math/*.safetensors"))
+    assert (package / "assets" / "report.html.jinja").is_file()
 
 
 def test_the_source_distribution_is_the_whole_tree(packed):
