@@ -4,38 +4,60 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
-INTERVAL = "bars: 95 % bootstrap interval over problems"
+from em_kernels.analysis.tables import temperature_of
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+INTERVAL = "bars: 95 % bootstrap interval over"
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.titlesize": 11,
+    "grid.alpha": 0.3,
+}
 
 
 @contextmanager
-def _drawing(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.8)):
+def _drawing(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.8)
+) -> Iterator[tuple[list[Any], io.BytesIO]]:
     """(axes, buffer): what is drawn inside the block is in the buffer, as PNG, after it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     buffer = io.BytesIO()
-    try:
-        yield axes.ravel().tolist(), buffer
-        for axis in axes.ravel():
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(buffer, format="png", dpi=140)
-    finally:
-        plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=size, layout="constrained", squeeze=False
+        )
+        try:
+            yield axes.ravel().tolist(), buffer
+            figure.savefig(buffer, format="png", dpi=140)
+        finally:
+            plt.close(figure)
 
 
-def _label(axis, text: str, x: float, y: float, colour: str, offset=(8, 0)) -> None:
-    axis.annotate(
-        text, (x, y), offset, textcoords="offset points", color=colour, va="center", fontsize=9
-    )
+def _label(axis, text: str, x: float, y: float, colour: str, offset=(8, 0), **options) -> None:
+    """Words beside a point; a dollar sign begins no mathematics."""
+    options = {"va": "center", "textcoords": "offset points", **options}
+    axis.annotate(_plain(text), (x, y), offset, color=colour, fontsize=9, **options)
+
+
+def _label_above(axis, text: str, x: float, height: float, colour: str) -> None:
+    """Words at x, at a share of the axis' height."""
+    at = {"xycoords": ("data", "axes fraction"), "color": colour, "fontsize": 9}
+    axis.annotate(f" {text}", (x, height), **at)
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")
 
 
 def _errors(axis, x: Sequence[float], found: Sequence[dict], colour: str, **options) -> None:
@@ -45,10 +67,13 @@ def _errors(axis, x: Sequence[float], found: Sequence[dict], colour: str, **opti
     axis.errorbar(x, means, yerr=bars, color=colour, marker="o", capsize=3, **options)
 
 
+def _whole_numbers(axis) -> None:
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def accuracy(summary: dict) -> bytes:
     """Mean, pass and majority at every temperature."""
     at = summary["temperatures"]
-    names = ["greedy" if t["temperature"] == 0 else f"T = {t['temperature']:g}" for t in at]
     with _drawing(size=(7, 4)) as ((axis,), buffer):
         _errors(axis, range(len(at)), [t["mean"] for t in at], BLUE)
         _label(axis, "mean accuracy", len(at) - 1, at[-1]["mean"]["mean"], BLUE)
@@ -58,9 +83,9 @@ def accuracy(summary: dict) -> bytes:
                 x, k, found = zip(*many)
                 _errors(axis, x, found, colour, linestyle="--")
                 _label(axis, f"{name}@{k[-1]}", x[-1], found[-1]["mean"], colour)
-        axis.set_xticks(range(len(at)), names)
+        axis.set_xticks(range(len(at)), map(temperature_of, at))
         axis.set(ylabel="share of problems", ylim=(-0.02, 1.02), xlim=(-0.3, len(at) - 0.3))
-        axis.set_title(f"Accuracy on {summary['problems']} problems\n({INTERVAL})", fontsize=11)
+        axis.set_title(f"Accuracy on {summary['problems']} problems\n({INTERVAL} problems)")
     return buffer.getvalue()
 
 
@@ -76,20 +101,16 @@ def reliability(summary: dict) -> bytes:
     at = [t for t in summary["temperatures"] if t["calibration"]]
     with _drawing(columns=len(at), size=(max(3.6 * len(at), 4.4), 4.7)) as (axes, buffer):
         for axis, t in zip(axes, at):
-            bins = t["calibration"]["bins"]
-            largest = max(n for *_, n in bins)
+            confidence, right, answers = zip(*t["calibration"]["bins"])
             axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
-            axis.plot(*zip(*[(c, a) for c, a, _ in bins]), color=BLUE, linewidth=1)
-            sizes = [20 + 130 * n / largest for *_, n in bins]
-            axis.scatter(*zip(*[(c, a) for c, a, _ in bins]), s=sizes, color=BLUE)
-            name = "greedy" if t["temperature"] == 0 else f"T = {t['temperature']:g}"
-            axis.set_title(f"{name}: ECE {t['calibration']['ece']:.3f}", fontsize=11)
+            axis.plot(confidence, right, color=BLUE, linewidth=1)
+            sizes = [20 + 130 * n / max(answers) for n in answers]
+            axis.scatter(confidence, right, s=sizes, color=BLUE)
+            axis.set_title(f"{temperature_of(t)}: ECE {t['calibration']['ece']:.3f}")
             axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
             axis.set_xlabel("confidence, exp(mean log-probability)")
         axes[0].set_ylabel("share of answers that are right")
-        axes[0].figure.suptitle(
-            "Calibration\n(larger dot: more answers; dotted: perfect)", fontsize=11
-        )
+        axes[0].figure.suptitle("Calibration\n(larger dot: more answers; dotted: perfect)")
     return buffer.getvalue()
 
 
@@ -99,34 +120,26 @@ def comparison(a: str, b: str, rows: Sequence[dict]) -> bytes:
         for i, row in enumerate(rows):
             bars = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
             axis.errorbar(row["difference"], i, xerr=bars, color=BLUE, marker="o", capsize=4)
-            axis.annotate(
-                f"{row['difference']:+.3f}, p = {row['p_value']:.2g}",
-                (row["difference"], i),
-                (0, 8),
-                textcoords="offset points",
-                ha="center",
-                color=BLUE,
-                fontsize=9,
-            )
-        names = ["greedy" if r["temperature"] == 0 else f"T = {r['temperature']:g}" for r in rows]
+            text = f"{row['difference']:+.3f}, p = {row['p_value']:.2g}"
+            _label(axis, text, row["difference"], i, BLUE, (0, 8), ha="center", va="baseline")
         axis.axvline(0, color=GREY, linewidth=1)
-        axis.set_yticks(range(len(rows)), names)
+        axis.set_yticks(range(len(rows)), map(temperature_of, rows))
         axis.set(ylim=(-0.5, len(rows) - 0.2), xlabel="accuracy of B - accuracy of A")
-        axis.set_title(f"A: {a}\nB: {b}\n(bars: 95 % bootstrap interval over problems)", fontsize=9)
+        axis.set_title(_plain(f"A: {a}\nB: {b}\n({INTERVAL} problems)"), fontsize=9)
     return buffer.getvalue()
 
 
 def selection(rows: Sequence[dict], chosen: int, by: str) -> bytes:
     """The signal that ranks, prompt by prompt; the chosen ones in colour."""
-    values = [row[by] for row in rows]
+    values, name = [row[by] for row in rows], by.replace("_", " ")
     with _drawing() as ((axis,), buffer):
         axis.scatter(range(1, chosen + 1), values[:chosen], s=14, color=ORANGE)
         axis.scatter(range(chosen + 1, len(values) + 1), values[chosen:], s=8, color=GREY)
         _label(axis, f"the {chosen} selected", 1, values[0], ORANGE, (10, 10))
         unit = " (nats)" if "entropy" in by else ""
-        axis.set(xlabel="rank of the prompt", ylabel=f"{by.replace('_', ' ')}{unit}")
+        axis.set(xlabel="rank of the prompt", ylabel=f"{name}{unit}")
         axis.margins(y=0.15)
-        axis.set_title(f"{len(rows)} prompts by {by.replace('_', ' ')}", fontsize=11)
+        axis.set_title(f"{len(rows)} prompts by {name}")
     return buffer.getvalue()
 
 
@@ -135,21 +148,18 @@ def shift(result: dict) -> bytes:
     edges, counts = result["histogram"]["edges"], result["histogram"]["tokens"]
     names = ("before", "after") if len(counts) == 2 else ("model",)
     with _drawing() as ((axis,), buffer):
-        for found, name, colour, model in zip(counts, names, COLOURS, result["models"]):
+        colours, heights = (BLUE, ORANGE), (0.97, 0.88)
+        for found, name, colour, model, high in zip(
+            counts, names, colours, result["models"], heights
+        ):
             shares = [count / sum(found) for count in found]
             axis.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
             axis.stairs(shares, edges, color=colour, linewidth=1.5)
             axis.axvline(model["skewness"], color=colour, linestyle="--", linewidth=1)
-            high = 0.97 if name != "after" else 0.88
-            axis.annotate(
-                f" {name}: mean {model['skewness']:.3f}",
-                (model["skewness"], high),
-                xycoords=("data", "axes fraction"),
-                color=colour,
-                fontsize=9,
-            )
+            text = f"{name}: mean {model['skewness']:.3f}"
+            _label_above(axis, text, model["skewness"], high, colour)
         axis.set(xlabel="skewness of a token's logits", ylabel="share of tokens")
-        axis.set_title(f"Logits shift, {result['models'][0]['tokens']} tokens", fontsize=11)
+        axis.set_title(f"Logits shift, {result['models'][0]['tokens']} tokens")
     return buffer.getvalue()
 
 
@@ -160,22 +170,14 @@ def forks(result: dict) -> bytes:
     with _drawing(columns=2, size=(9, 4)) as ((left, right), buffer):
         left.stairs(counts, edges, color=BLUE, fill=True, alpha=0.4)
         left.axvline(result["tau"], color=ORANGE, linewidth=1.2)
-        left.annotate(
-            f" forks: H ≥ {result['tau']:.3g}",
-            (result["tau"], 0.95),
-            xycoords=("data", "axes fraction"),
-            color=ORANGE,
-            fontsize=9,
-        )
+        _label_above(left, f"forks: H ≥ {result['tau']:.3g}", result["tau"], 0.95, ORANGE)
         left.set(yscale="symlog", xlabel="entropy of a token (nats)", ylabel="tokens (log scale)")
         left.set_ylim(bottom=0)
-        left.set_title(f"{result['tokens']} tokens", fontsize=11)
-        names = [repr(row["token"]) for row in types]
+        left.set_title(f"{result['tokens']} tokens")
         right.barh(range(len(types)), [row["forks"] for row in types], color=ORANGE, alpha=0.7)
-        # Not mathematics: a token may hold a dollar sign.
-        right.set_yticks(range(len(types)), [name.replace("$", r"\$") for name in names])
+        right.set_yticks(range(len(types)), [_plain(repr(row["token"])) for row in types])
         right.set(xlabel="times a fork")
-        right.set_title("Tokens that are forks most often", fontsize=11)
+        right.set_title("Tokens that are forks most often")
     return buffer.getvalue()
 
 
@@ -186,7 +188,7 @@ def entropy_at_temperatures(result: dict) -> bytes:
         axis.set(xlabel="temperature T", ylabel="mean entropy (nats per token)")
         axis.set_ylim(bottom=0)
         title = f"Entropy of softmax(z / T) on {rows[0]['texts']} fixed texts"
-        axis.set_title(f"{title}\n(bars: 95 % bootstrap interval over texts)", fontsize=11)
+        axis.set_title(f"{title}\n({INTERVAL} texts)")
     return buffer.getvalue()
 
 
@@ -196,22 +198,20 @@ def law(result: dict) -> bytes:
 
     points, fit = result["points"], result["fit"]
     x = [p["entropy"] for p in points]
+    title = "R = -a exp(H) + b"
     with _drawing(size=(7, 4.4)) as ((axis,), buffer):
         if fit:
             grid = np.linspace(0, max(x) * 1.05, 200)
             axis.plot(grid, -fit["a"] * np.exp(grid) + fit["b"], color=ORANGE)
             _label(axis, f"ceiling {fit['ceiling']:.3f}", 0, fit["ceiling"], ORANGE, (4, 9))
-        axis.scatter(x, [p["performance"] for p in points], color=BLUE, zorder=3)
-        for point in _apart(points):
-            text = point["label"].replace("$", r"\$")
-            _label(axis, text, point["entropy"], point["performance"], BLUE, (6, 6))
-        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="performance R")
-        axis.margins(x=0.2, y=0.2)
-        title = "R = -a exp(H) + b"
-        if fit:
             quality = "" if fit["r2"] is None else f", R² = {fit['r2']:.3f}"
             title += f": a = {fit['a']:.3g}, b = {fit['b']:.3g}{quality}"
-        axis.set_title(title, fontsize=11)
+        axis.scatter(x, [p["performance"] for p in points], color=BLUE, zorder=3)
+        for point in _apart(points):
+            _label(axis, point["label"], point["entropy"], point["performance"], BLUE, (6, 6))
+        axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="performance R")
+        axis.margins(x=0.2, y=0.2)
+        axis.set_title(title)
     return buffer.getvalue()
 
 
@@ -232,9 +232,9 @@ def run_curve(result: dict) -> bytes:
     points, training = result["points"], result["training"]
     updates = [p["update"] for p in points]
     with _drawing(rows=3, size=(7, 8)) as ((top, middle, bottom), buffer):
-        drawn = f"T = {points[0]['temperature']:g}" if points[0]["temperature"] else "greedy"
         _errors(top, updates, [p["accuracy"] for p in points], BLUE)
-        _label(top, drawn, updates[0], points[0]["accuracy"]["mean"], BLUE, (6, -12))
+        first = points[0]["accuracy"]["mean"]
+        _label(top, temperature_of(points[0]), updates[0], first, BLUE, (6, -12))
         greedy = [p["greedy"] for p in points]
         if None not in greedy and points[0]["temperature"]:
             _errors(top, updates, greedy, ORANGE, linestyle="--")
@@ -242,20 +242,20 @@ def run_curve(result: dict) -> bytes:
         top.axvline(result["peak"], color=GREY, linestyle=":")
         _label(top, "peak", result["peak"], 0.04, GREY, (4, 0))
         top.set(ylabel="accuracy", ylim=(0, 1.1))
-        top.set_title(f"Accuracy by update\n({INTERVAL})", fontsize=11)
+        top.set_title(f"Accuracy by update\n({INTERVAL} problems)")
         known = [(p["update"], p["entropy"]) for p in points if p["entropy"] is not None]
         if known:
             middle.plot(*zip(*known), color=BLUE, marker="o")
             _label(middle, "answers of the evaluation", *known[0], BLUE, (6, 8))
-        _training(middle, training, "mean_entropy", "on the training prompts")
+        _training(middle, training, "mean_entropy")
         middle.set(ylabel="mean entropy\n(nats per token)")
-        middle.set_title("Entropy", fontsize=11)
-        _training(bottom, training, "loss", "on the training prompts")
-        bottom.set_title("Loss", fontsize=11)
+        middle.set_title("Entropy")
+        _training(bottom, training, "loss")
+        bottom.set_title("Loss")
         bottom.set(xlabel="optimiser updates taken", ylabel="loss")
         for axis in (top, middle, bottom):
             axis.set_xlim(-0.4, max(updates) + 0.4)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            _whole_numbers(axis)
         for axis in (middle, bottom):
             _on_log_scale(axis)
     return buffer.getvalue()
@@ -270,11 +270,11 @@ def _on_log_scale(axis) -> None:
         axis.margins(y=0.15)
 
 
-def _training(axis, lines: Sequence[dict], name: str, label: str) -> None:
+def _training(axis, lines: Sequence[dict], name: str) -> None:
     known = [(line["at"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
     if known:
         axis.plot(*zip(*known), color=GREEN, marker=".", linewidth=1)
-        _label(axis, label, *known[len(known) // 2], GREEN, (6, 10))
+        _label(axis, "on the training prompts", *known[len(known) // 2], GREEN, (6, 10))
 
 
 def metrics(lines: Sequence[dict], names: Sequence[str], units: Mapping[str, str]) -> bytes:
@@ -286,7 +286,7 @@ def metrics(lines: Sequence[dict], names: Sequence[str], units: Mapping[str, str
             axis.plot(x, y, color=BLUE, marker="." if len(lines) < 60 else "")
             if min(y) == max(y):
                 axis.set_ylim(y[0] - 0.5, y[0] + 0.5)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            _whole_numbers(axis)
             axis.set_title(name.replace("_", " "), fontsize=10)
             axis.set(xlabel="update", ylabel=units.get(name, ""))
         for axis in axes[len(names) :]:
