@@ -35,7 +35,8 @@ def forks(file: TokenFile, tokenizer, *, ratio: float = 0.2) -> dict:
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")
-    entropy = np.concatenate([np.asarray(s.entropy, dtype=np.float32) for s in file] or [[]])
+    read = [np.asarray(s.entropy, dtype=np.float32) for s in file]
+    entropy = np.concatenate([np.empty(0, dtype=np.float32), *read])
     fine = entropy[np.isfinite(entropy)].astype(np.float64)
     if not len(fine):
         raise ValueError(f"{file.path} has no token with a finite entropy")
@@ -84,7 +85,7 @@ def _types(file: Iterable[TokenStats], tokenizer, tau: float) -> list[dict]:
 
 
 def _first_texts(file: Iterable[TokenStats], tokenizer) -> list[dict]:
-    texts = []
+    texts: list[dict] = []
     for stats in file:
         if len(texts) == SHOWN_TEXTS:
             break

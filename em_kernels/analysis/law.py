@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.evaluator.statistics import fit_entropy_law
@@ -25,7 +25,7 @@ def entropy_law(
     why, where the points do not determine one.
     """
     rows = [{"label": label, "entropy": h, "performance": r} for label, h, r in points]
-    result = {"kind": "law", "points": rows, "fit": None, "reason": None}
+    result: dict = {"kind": "law", "points": rows, "fit": None, "reason": None}
     result["left_out"] = left_out or {}
     try:
         found = fit_entropy_law([h for _, h, _ in points], [r for *_, r in points])
@@ -67,11 +67,16 @@ def points_of(folder: str | Path) -> Points:
 def _of_run(folder: Path) -> Points:
     lines, broken = read_metrics(folder)
     name = next((n for n in PERFORMANCE if any(n in line for line in lines)), PERFORMANCE[0])
-    points, left_out = [], Counter(broken)
+    points: list[tuple[str, float, float]] = []
+    left_out = Counter(broken)
     for line in lines:
-        values = [line.get("mean_entropy"), line.get(name)]
-        if all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            points.append((f"update {line['update']}", *map(float, values)))
+        entropy, reached = line.get("mean_entropy"), line.get(name)
+        if is_finite(entropy) and is_finite(reached):
+            points.append((f"update {line['update']}", float(entropy), float(reached)))
         else:
             left_out[f"no 'mean_entropy' or no {name!r}"] += 1
     return Points(points, dict(left_out))
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)

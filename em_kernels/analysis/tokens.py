@@ -96,7 +96,11 @@ def read_tokens(
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
     head = read_head(model)
-    described = {"model": name, "source": str(texts.source), "limit": texts.limit}
+    described: dict[str, object] = {
+        "model": name,
+        "source": str(texts.source),
+        "limit": texts.limit,
+    }
     described |= {"drawn_at": texts.drawn_at, "weights": weights_digest(model)}
     described["temperatures"] = [float(t) for t in temperatures]
     path = Path(path)

@@ -26,7 +26,7 @@ def serializable(kind: type) -> type:
     return kind
 
 
-MaybeNone: TypeAlias = Any  # None where it was not asked for, which its user knows
+MaybeNone: TypeAlias = Any  # None where it was not asked for or given, which its user knows
 
 
 @serializable

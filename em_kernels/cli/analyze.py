@@ -158,7 +158,8 @@ def _add_law(kinds, add_common: AddCommon) -> None:
 
 
 def _law(arguments: argparse.Namespace) -> int:
-    points, left_out = [], Counter()
+    points: list[tuple[str, float, float]] = []
+    left_out: Counter[str] = Counter()
     for folder in arguments.folders:
         found = points_of(folder)
         points += found.points

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from em_kernels.backends.interface import MaybeNone
 from em_kernels.evaluator.asking import Asked, Plan, ask_all, default_batch_size
 from em_kernels.evaluator.records import Answer, by_problem, share_correct, write_json
 from em_kernels.lm.data import encode_prompt
@@ -38,10 +39,10 @@ class EvalResult:
     problems: int
     samples: int
     temperature: float
-    sampled_accuracy: float | None
-    sampled_stderr: float | None
-    greedy_accuracy: float | None
-    greedy_stderr: float | None
+    sampled_accuracy: float | MaybeNone
+    sampled_stderr: float | MaybeNone
+    greedy_accuracy: float | MaybeNone
+    greedy_stderr: float | MaybeNone
     response_length: float
     truncated: float
     judge: str

@@ -112,7 +112,7 @@ class Records:
 
     def add(self, records: list[Record]) -> None:
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records)
-        with self.path.open("a", **UTF8) as file:
+        with self.path.open("a", encoding=UTF8["encoding"], errors=UTF8["errors"]) as file:
             file.write(lines)
 
     def __iter__(self) -> Iterator[Record]:

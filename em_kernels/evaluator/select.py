@@ -79,7 +79,8 @@ def _row(settings: dict, i: int, answers: list[AnswerSummary], judge: Judge) -> 
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
+    known = [value for value in values if value is not None]
+    return sum(known) / len(values) if len(known) == len(values) else None
 
 
 def write_prompts(rows: list[dict], path: str | Path) -> None:

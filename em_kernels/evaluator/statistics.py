@@ -74,7 +74,7 @@ def majority_at_k(clusters: Clusters, correct: Sequence[bool], k: int) -> float:
 
 
 def bootstrap(
-    values: Sequence[float],
+    values: Sequence[float] | ndarray,
     *,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
@@ -217,7 +217,7 @@ def calibration(
     return Calibration(ece, float(((p - y) ** 2).mean()), auroc(p, y), rows)
 
 
-def auroc(score: Sequence[float], correct: Sequence[bool]) -> float | None:
+def auroc(score: Sequence[float] | ndarray, correct: Sequence[bool] | ndarray) -> float | None:
     """The chance that a right answer scores above a wrong one, ties half; None without both."""
     import numpy as np
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from em_kernels.backends.interface import MaybeNone
 from em_kernels.lm.data import (
     PLACE,
     check_template,
@@ -29,7 +30,7 @@ class Problem(NamedTuple):
     """A question and its right answer; None where that is not known."""
 
     problem: str
-    answer: str | None
+    answer: str | MaybeNone
 
 
 def problem_pairs(
