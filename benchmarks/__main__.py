@@ -27,7 +27,7 @@ from benchmarks.common import (
     save,
 )
 from em_kernels import backends
-from em_kernels.backends.choice import why_no_gpu
+from em_kernels.backends.availability import why_no_gpu
 
 OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
 LOGITS_ROWS, HIDDEN_ROWS = 256, 1024

@@ -43,7 +43,7 @@ def machine() -> dict:
     """The GPU and every version that a time depends on."""
     import torch
 
-    from em_kernels.backends.choice import why_no_gpu
+    from em_kernels.backends.availability import why_no_gpu
 
     facts = {
         "python": platform.python_version(),

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from em_kernels.backends.choice import why_no_gpu, why_not
+from em_kernels.backends.availability import why_no_gpu
+from em_kernels.backends.choice import why_not
 
 DEVICE = "cuda"
 # ||out - truth|| / ||truth|| of a gradient rounded to the dtype, with some room.

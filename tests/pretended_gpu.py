@@ -12,6 +12,7 @@ operation had operands on two devices.
 from __future__ import annotations
 
 import ast
+import importlib
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,8 @@ def _on_a_gpu(device):
     return "its tensors must be on a GPU" if on_cpu else None
 
 
-choice.WHY_NOT.update(dict.fromkeys(ON_GPU, _on_a_gpu))
+for impl in ON_GPU:
+    importlib.import_module(choice.OPTIONAL[impl].module).why_not = _on_a_gpu
 
 
 def _grad(outputs, inputs, grad_outputs=None, *args, **kwargs):

@@ -29,10 +29,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from em_kernels.backends import triton as backend
-from em_kernels.backends.entropy_control import Descent, Goal
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.interface import (
+    OUTPUTS,
+    Descent,
+    Goal,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+)
 from em_kernels.backends.triton import launch, linear
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program

@@ -10,9 +10,11 @@ import torch
 import triton
 
 from em_kernels.backends import reference
-from em_kernels.backends import triton as backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.triton import launch
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

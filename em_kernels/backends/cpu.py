@@ -6,77 +6,119 @@ The instruction set is chosen at run time; `set_isa` chooses another, for tests 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-from em_kernels import _C
-from em_kernels.backends.interface import RowSpec, Saved, Upstream, for_backend
-
-isa_levels = _C.isa_levels  # instruction sets compiled and usable here, best first
-get_isa = _C.get_isa
-set_isa = _C.set_isa
+from em_kernels.backends import availability
+from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream
 
 
-# Rows may be gone through in parts; in parts of a multiple of this, with the bits of whole rows.
-part_entries = _C.BLOCK
-new_parts = _C.new_parts  # (rows) -> what is known of as many rows before their first part
+def why_not(device: torch.device | None) -> str | None:
+    if device is not None and device.type != "cpu":
+        return f"it serves tensors on the CPU, not on {device.type}"
+    found = availability.load("the compiled part", "em_kernels._C", "install a C++ compiler")
+    return found if isinstance(found, str) else None
 
 
-def stats(
-    logits: Tensor,
-    spec: RowSpec,
-    outputs: tuple[str, ...],
-    parts: Tensor | None = None,
-    first: int = 0,
-) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V).
-
-    With `parts`, logits are the entries of longer rows from `first` on, bias those of these
-    entries, and targets count from the beginning of the rows. The results are those of all entries
-    so far; logprob, is_top1 and entropy_slope once the target was among them.
-    """
-    return _C.stats(logits, *for_backend(spec), outputs, parts, first)
+RowArguments: TypeAlias = (
+    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float, int]"
+)
 
 
-def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
-    """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
-    _C.grad(logits, *for_backend(spec), *saved, *upstream, out)
+class Cpu(Backend):
+    """The compiled part, `em_kernels._C`; ImportError where that is not built."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        from em_kernels import _C
+
+        self._compiled = _C
+        self.part_entries = _C.BLOCK
+
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        return self._compiled.stats(logits, *_row_arguments(spec), outputs, None, 0)
+
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        self._compiled.grad(logits, *_row_arguments(spec), *saved, *upstream, out)
+
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        return self._compiled.loss(logits, *_row_arguments(spec), *upstream, outputs, out)
+
+    def new_parts(self, rows: int) -> Tensor:
+        return self._compiled.new_parts(rows)
+
+    def part_stats(
+        self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], parts: Tensor, first: int
+    ) -> list[Tensor]:
+        return self._compiled.stats(logits, *_row_arguments(spec), outputs, parts, first)
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Uninitialised and contiguous, for gradients and chunks of logits.
+
+        The memory of a large one is kept, when the tensor is freed, for the next: pages that were
+        in use before need no page faults. At most three blocks are kept, until `release_memory`: as
+        many as a step has, of logits kept for the backward pass, of a chunk and of dW; each until
+        sixteen others have been freed after it.
+        """
+        return self._compiled.empty(shape, dtype)
+
+    def release_memory(self) -> None:
+        """Give the blocks kept by `empty` back to the system."""
+        self._compiled.release_memory()
+
+    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
+        """Of bfloat16 operands that are not empty, where the processor can do it fast."""
+        if grad_logits.numel() == 0:
+            return False
+        return self._compiled.add_product(total, grad_logits, x, add)
+
+    def isa_levels(self) -> list[str]:
+        """Instruction sets compiled and usable here, best first."""
+        return self._compiled.isa_levels()
+
+    def get_isa(self) -> str:
+        """The one in use."""
+        return self._compiled.get_isa()
+
+    def set_isa(self, name: str) -> None:
+        """Use another; ValueError if it is none of `isa_levels`."""
+        self._compiled.set_isa(name)
+
+    def build_info(self) -> dict[str, object]:
+        """Compiler, the instruction sets usable here and the one in use."""
+        built: dict[str, object] = {"compiler": self._compiled.compiler()}
+        return built | {"isa_levels": self.isa_levels(), "isa": self.get_isa()}
 
 
-def loss(
-    logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
-) -> list[Tensor]:
-    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
-    return _C.loss(logits, *for_backend(spec), *upstream, outputs, out)
+def _row_arguments(spec: RowSpec) -> RowArguments:
+    return (
+        *(spec.bias, spec.target, spec.mask, spec.temperature_rows),
+        *(spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab),
+    )
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised and contiguous, for gradients and chunks of logits.
-
-    The memory of a large one is kept, when the tensor is freed, for the next: pages that were in
-    use before need no page faults. At most three blocks are kept, until `release_memory`: as
-    many as a step has, of logits kept for the backward pass, of a chunk and of dW; each until
-    sixteen others have been freed after it.
-    """
-    return _C.empty(shape, dtype)
+def load() -> Cpu:
+    return Cpu()
 
 
 def release_memory() -> None:
-    """Give the blocks kept by `empty` back to the system."""
-    _C.release_memory()
+    """Give the memory that the CPU kernels keep between calls back to the system.
 
-
-def add_product(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
-    """total = (total if add) + grad_logits.T @ x, in float32 throughout, for bfloat16 operands.
-
-    Returns False, having done nothing, for other dtypes, for an empty product and where the
-    processor cannot do it fast.
+    ImportError where they are not built.
     """
-    if grad_logits.numel() == 0:
-        return False
-    return _C.add_product(total, grad_logits, x, add)
-
-
-def build_info() -> dict[str, object]:
-    """Compiler, the instruction sets usable here and the one in use."""
-    return {"compiler": _C.compiler(), "isa_levels": isa_levels(), "isa": get_isa()}
+    Cpu().release_memory()

@@ -13,126 +13,186 @@ side stream before the capture.
 
 from __future__ import annotations
 
-from functools import cache
+import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from em_kernels import _cuda
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends import availability
+from em_kernels.backends.interface import (
+    OUTPUTS,
+    Backend,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    empty_rows,
+)
 
-narrows = True
+if TYPE_CHECKING:
+    from em_kernels import _cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as csrc/problem.h
 _NAMES = (*Saved._fields, *OUTPUTS)  # as Output of csrc/softmax_moments.h
 
 
-def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
-    """[max, log1p_r, mean_d, *outputs], each (N,), of logits (outer, inner, V)."""
-    rows = _empty_rows(logits, outputs)
-    _run(_cuda.Operation.statistics, logits, spec, rows=rows)
-    return list(rows.values())
-
-
-def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
-    """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`."""
-    _run(_cuda.Operation.gradient, logits, spec, saved=saved, upstream=upstream, out=out)
-
-
-def loss(
-    logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
-) -> list[Tensor]:
-    """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`.
-
-    From compute capability 9.0 on the logits are read once, where there is no bias, no softcap and
-    no output beyond logprob, entropy, lse and max_prob.
-    """
-    rows = _empty_rows(logits, outputs)
-    _run(_cuda.Operation.loss, logits, spec, rows=rows, upstream=upstream, out=out)
-    return list(rows.values())
-
-
-def _empty_rows(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    count, dtype = logits.shape[0] * logits.shape[1], accumulate_dtype(logits.dtype)
-    names = (*Saved._fields, *outputs)
-    return {name: torch.empty(count, dtype=dtype, device=logits.device) for name in names}
-
-
-def _run(
-    operation,
-    logits: Tensor,
-    spec: RowSpec,
-    rows: dict[str, Tensor] | None = None,
-    saved: Saved | None = None,
-    upstream: Upstream | None = None,
-    out: Tensor | None = None,
-) -> None:
-    _check_view("logits", logits)
-    if logits.numel() == 0:
-        return
-    kept: list[Tensor] = []  # what the kernel reads must outlive the launch
-    problem = _problem(logits, spec, kept)
-    results = _cuda.Results([] if rows is None else [_address(rows.get(name)) for name in _NAMES])
-    gradient = _cuda.Gradient() if out is None else _gradient(logits, saved, upstream, out, kept)
-    with torch.cuda.device_of(logits):
-        _cuda.run(operation, problem, results, gradient, *_where(logits.device))
-
-
-def _where(device: torch.device) -> tuple:
-    """The limits of the device, and the stream that torch is using on it."""
-    return _limits(device.index), torch.cuda.current_stream(device).cuda_stream
-
-
-@cache
-def _limits(index: int):
-    """Of the current device, which is `index`: loads the kernels for it."""
-    return _cuda.device(index)
-
-
-def _problem(logits: Tensor, spec: RowSpec, kept: list[Tensor]):
-    wide = accumulate_dtype(logits.dtype)
-    outer, inner, vocab = logits.shape
-    count = outer * inner
-    bias = spec.bias if spec.bias is None else spec.bias[: spec.valid_vocab]
-    return _cuda.Problem(
-        dtype=DTYPES.index(logits.dtype),
-        logits=logits.data_ptr(),
-        rows=count,
-        inner=inner,
-        outer_stride=logits.stride(0),
-        inner_stride=logits.stride(1),
-        vocab=vocab,
-        valid_vocab=spec.valid_vocab,
-        bias=_keep("bias", bias, wide, spec.valid_vocab, logits, kept),
-        target=_keep("target", spec.target, torch.int64, count, logits, kept),
-        mask=_keep("mask", spec.mask, torch.bool, count, logits, kept),
-        temperature_rows=_keep("temperature", spec.temperature_rows, wide, count, logits, kept),
-        temperature=spec.temperature,
-        softcap=spec.softcap,
-        logit_scale=spec.logit_scale,
-    )
-
-
-def _gradient(
-    logits: Tensor, saved: Saved | None, upstream: Upstream, out: Tensor, kept: list[Tensor]
-):
-    _check_view("out", out)
-    narrow = logits.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
-    if out.shape != logits.shape or (out.dtype != logits.dtype and not narrow):
-        raise ValueError(
-            "out must have the shape and dtype of logits, or be of 16 bits where logits is "
-            f"float32, got {tuple(out.shape)} {out.dtype} for {tuple(logits.shape)} {logits.dtype}"
+def why_not(device: torch.device | None) -> str | None:
+    module = availability.load("the CUDA part", "em_kernels._cuda", "install the CUDA toolkit")
+    if isinstance(module, str):
+        return module
+    said = availability.why_no_gpu()
+    if said is not None or torch.version.cuda is None:
+        return f"no NVIDIA GPU is visible to torch{said or ''}"
+    if device is not None and device.type != "cuda":
+        return f"its tensors must be on a GPU, not on {device.type}"
+    refusal = module.why_no_driver()
+    if refusal:
+        return f"CUDA refuses it ({refusal}); update the driver or reinstall with an older toolkit"
+    built, capability = module.architectures, torch.cuda.get_device_capability(device)
+    if not _runs_on(built, capability):
+        number = "{}.{}".format(*capability)
+        remedy = f"reinstall with TORCH_CUDA_ARCH_LIST={number}"
+        return f"it is built for {built}, and this GPU has compute capability {number}; " + (
+            remedy if capability >= (8, 0) else "8.0 is the least it can serve"
         )
-    wide, count = accumulate_dtype(logits.dtype), logits.shape[0] * logits.shape[1]
-    fields = {f"g_{name}": g for name, g in upstream._asdict().items()}
-    fields |= saved._asdict() if saved is not None else {}
-    return _cuda.Gradient(
-        **{name: _keep(name, x, wide, count, logits, kept) for name, x in fields.items()},
-        out=out.data_ptr(),
-        outer_stride=out.stride(0),
-        inner_stride=out.stride(1),
-        out_dtype=DTYPES.index(out.dtype),
-    )
+    return None
+
+
+def _runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU has code among `built`, such as "sm_80 sm_90a compute_100": machine code serves
+    its major version from its minor one on, that of an "a" exactly one, PTX all that are newer."""
+    for kind, major, minor, only in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", built):
+        least = (int(major), int(minor))
+        same = capability == least if only == "a" else capability[0] == least[0]
+        if least <= capability and (same or (kind == "compute" and not only)):
+            return True
+    return False
+
+
+class Cuda(Backend):
+    """The compiled part, `em_kernels._cuda`; ImportError where that is not built."""
+
+    name = "cuda"
+    narrows = True
+
+    def __init__(self) -> None:
+        from em_kernels import _cuda
+
+        self._compiled = _cuda
+        self._limits: dict[int | None, _cuda.Device] = {}  # by the index of a device
+
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        rows = empty_rows(logits, outputs)
+        self._run(self._compiled.Operation.statistics, logits, spec, rows=rows)
+        return list(rows.values())
+
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        operation = self._compiled.Operation.gradient
+        self._run(operation, logits, spec, saved=saved, upstream=upstream, out=out)
+
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`.
+
+        From compute capability 9.0 on the logits are read once, where there is no bias, no softcap
+        and no output beyond logprob, entropy, lse and max_prob.
+        """
+        rows, operation = empty_rows(logits, outputs), self._compiled.Operation.loss
+        self._run(operation, logits, spec, rows=rows, upstream=upstream, out=out)
+        return list(rows.values())
+
+    def build_info(self) -> dict[str, object]:
+        """The CUDA runtime compiled in."""
+        version = self._compiled.runtime_version()
+        return {"runtime": f"{version // 1000}.{version % 1000 // 10}"}
+
+    def _run(
+        self,
+        operation: _cuda.Operation,
+        logits: Tensor,
+        spec: RowSpec,
+        rows: dict[str, Tensor] | None = None,
+        saved: Saved | None = None,
+        upstream: Upstream | None = None,
+        out: Tensor | None = None,
+    ) -> None:
+        _check_view("logits", logits)
+        if logits.numel() == 0:
+            return
+        kept: list[Tensor] = []  # what the kernel reads must outlive the launch
+        problem = self._problem(logits, spec, kept)
+        columns = [] if rows is None else [_address(rows.get(name)) for name in _NAMES]
+        gradient = self._compiled.Gradient()
+        if out is not None and upstream is not None:
+            gradient = self._gradient(logits, saved, upstream, out, kept)
+        with torch.cuda.device_of(logits):
+            results, where = self._compiled.Results(columns), self._where(logits.device)
+            self._compiled.run(operation, problem, results, gradient, *where)
+
+    def _where(self, device: torch.device) -> tuple[_cuda.Device, int]:
+        """The limits of the device, and the stream that torch is using on it."""
+        if device.index not in self._limits:  # loads the kernels for the current device
+            self._limits[device.index] = self._compiled.device(device.index)
+        return self._limits[device.index], torch.cuda.current_stream(device).cuda_stream
+
+    def _problem(self, logits: Tensor, spec: RowSpec, kept: list[Tensor]) -> _cuda.Problem:
+        wide = accumulate_dtype(logits.dtype)
+        outer, inner, vocab = logits.shape
+        count = outer * inner
+        bias = spec.bias if spec.bias is None else spec.bias[: spec.valid_vocab]
+        return self._compiled.Problem(
+            dtype=DTYPES.index(logits.dtype),
+            logits=logits.data_ptr(),
+            rows=count,
+            inner=inner,
+            outer_stride=logits.stride(0),
+            inner_stride=logits.stride(1),
+            vocab=vocab,
+            valid_vocab=spec.valid_vocab,
+            bias=_keep("bias", bias, wide, spec.valid_vocab, logits, kept),
+            target=_keep("target", spec.target, torch.int64, count, logits, kept),
+            mask=_keep("mask", spec.mask, torch.bool, count, logits, kept),
+            temperature_rows=_keep("temperature", spec.temperature_rows, wide, count, logits, kept),
+            temperature=spec.temperature,
+            softcap=spec.softcap,
+            logit_scale=spec.logit_scale,
+        )
+
+    def _gradient(
+        self,
+        logits: Tensor,
+        saved: Saved | None,
+        upstream: Upstream,
+        out: Tensor,
+        kept: list[Tensor],
+    ) -> _cuda.Gradient:
+        _check_view("out", out)
+        narrow = logits.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+        if out.shape != logits.shape or (out.dtype != logits.dtype and not narrow):
+            raise ValueError(
+                "out must have the shape and dtype of logits, or be of 16 bits where logits is "
+                f"float32, got {tuple(out.shape)} {out.dtype} for {tuple(logits.shape)} "
+                f"{logits.dtype}"
+            )
+        wide, count = accumulate_dtype(logits.dtype), logits.shape[0] * logits.shape[1]
+        fields = {f"g_{name}": g for name, g in upstream._asdict().items()}
+        fields |= saved._asdict() if saved is not None else {}
+        return self._compiled.Gradient(
+            **{name: _keep(name, x, wide, count, logits, kept) for name, x in fields.items()},
+            out=out.data_ptr(),
+            outer_stride=out.stride(0),
+            inner_stride=out.stride(1),
+            out_dtype=DTYPES.index(out.dtype),
+        )
 
 
 def _keep(
@@ -161,7 +221,5 @@ def _check_view(name: str, x: Tensor) -> None:
         )
 
 
-def build_info() -> dict[str, object]:
-    """The CUDA runtime compiled in."""
-    version = _cuda.runtime_version()
-    return {"runtime": f"{version // 1000}.{version % 1000 // 10}"}
+def load() -> Cuda:
+    return Cuda()

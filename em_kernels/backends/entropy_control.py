@@ -1,42 +1,29 @@
 """Rows of logits brought to an entropy: the loops behind `inference`, of calls to any backend.
 
-A backend may do a whole loop in one launch, in a function of the same name. On a GPU none of them
+A backend may do a whole loop in one launch, in a method of the same name. On a GPU none of them
 waits for the device: rows that need no more are masked, and cost nothing.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from em_kernels.backends import row_index
-from em_kernels.backends.interface import RowSpec, Upstream, accumulate_dtype
+from em_kernels.backends.interface import (
+    Backend,
+    Descent,
+    Goal,
+    RowSpec,
+    Upstream,
+    accumulate_dtype,
+)
 
 
-class Goal(NamedTuple):
-    """H(softmax(z / T)) = max(threshold, ratio * H), with T in [minimum, 1] found by halving."""
-
-    threshold: float
-    ratio: float
-    minimum: float
-    iterations: int
-
-
-class Descent(NamedTuple):
-    """z <- z - learning_rate * dH/dz while H > threshold, at most `steps` times."""
-
-    threshold: float
-    learning_rate: float
-    steps: int
-
-
-def find_temperature(backend: ModuleType, logits: Tensor, goal: Goal) -> Tensor:
+def find_temperature(backend: Backend, logits: Tensor, goal: Goal) -> Tensor:
     """The temperature of every row of logits (outer, inner, V): (N,), 1 where H <= threshold."""
-    if hasattr(backend, "find_temperature"):
-        return backend.find_temperature(logits, goal)
+    if (found := backend.find_temperature(logits, goal)) is not None:
+        return found
     spec = RowSpec(valid_vocab=logits.shape[-1])
     entropy = backend.stats(logits, spec, ("entropy",))[-1]
     above = entropy > goal.threshold  # False for NaN
@@ -50,10 +37,10 @@ def find_temperature(backend: ModuleType, logits: Tensor, goal: Goal) -> Tensor:
     return torch.where(above, low, torch.ones_like(low))
 
 
-def descend(backend: ModuleType, z: Tensor, descent: Descent) -> Tensor:
+def descend(backend: Backend, z: Tensor, descent: Descent) -> Tensor:
     """The rows z (outer, inner, V), contiguous, after the descent, which may overwrite them."""
-    if hasattr(backend, "descend"):
-        return backend.descend(z, descent)
+    if (found := backend.descend(z, descent)) is not None:
+        return found
     spec = RowSpec(valid_vocab=z.shape[-1])
     weights = Upstream(entropy=z.new_ones(z.shape[:-1].numel(), dtype=accumulate_dtype(z.dtype)))
     gradient = torch.empty_like(z)
@@ -69,4 +56,4 @@ def descend(backend: ModuleType, z: Tensor, descent: Descent) -> Tensor:
 
 
 def _none_left(rows: Tensor) -> bool:
-    return row_index.is_free_to_look(rows) and not rows.any()
+    return row_index.is_free_to_look(rows) and not bool(rows.any())

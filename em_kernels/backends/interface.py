@@ -1,13 +1,16 @@
-"""What one call asks of a row of logits: `RowSpec`, the same for every backend."""
+"""What one call asks of a row of logits, `RowSpec`, and what answers it, a `Backend`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+Kind = TypeVar("Kind")
 
 
 class Argument(NamedTuple):
@@ -20,7 +23,7 @@ class Argument(NamedTuple):
 Size = Annotated[int, Argument(type="SymInt")]  # a number that torch.compile may leave open
 
 
-def serializable(kind: type) -> type:
+def serializable(kind: type[Kind]) -> type[Kind]:
     """A NamedTuple that an exported program may return and be saved with."""
     _pytree._register_namedtuple(kind, serialized_type_name=f"em_kernels.{kind.__name__}")
     return kind
@@ -119,14 +122,129 @@ class Upstream(NamedTuple):
     lse: Annotated[Tensor | None, Argument("g_lse")] = None
 
 
+class Goal(NamedTuple):
+    """H(softmax(z / T)) = max(threshold, ratio * H), with T in [minimum, 1] found by halving."""
+
+    threshold: float
+    ratio: float
+    minimum: float
+    iterations: int
+
+
+class Descent(NamedTuple):
+    """z <- z - learning_rate * dH/dz while H > threshold, at most `steps` times."""
+
+    threshold: float
+    learning_rate: float
+    steps: int
+
+
+class Backend(Protocol):
+    """What makes statistics and gradients of rows of logits, (outer, inner, V) with unit last
+    stride, N = outer * inner of them; `reference` has the formulas.
+
+    `stats`, `grad` and `loss` are what a backend must have. All else is optional, and has its
+    default here: an attribute promises nothing, and a method leaves the work to its caller, which
+    it tells by False or None.
+    """
+
+    name: str
+    narrows: bool = False
+    """`grad` and `loss` take a 16-bit `out` for float32 logits, which may lie over them: row i of
+    `out` then begins at the byte where row i of the logits does."""
+    part_entries: int | None = None
+    """Rows may be gone through in parts, by `new_parts` and `part_stats`; in parts of a multiple of
+    this many entries, with the bits of whole rows."""
+    first_entry: int = 0
+    """Of the vocabulary, where the logits are one rank's entries of it."""
+    widest_shard: int | None = None
+    """Entries of the rank that has most of them, where the ranks of a group share a vocabulary:
+    all ranks plan memory, and chunk rows, for as many. None without a group."""
+
+    @property
+    def local(self) -> Backend:
+        """The backend to which the entries of this rank are whole rows."""
+        return self
+
+    @abstractmethod
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        """[max, log1p_r, mean_d, *outputs], each (N,)."""
+
+    @abstractmethod
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        """Write d loss / d logits into `out`, which has the shape of `logits` and may be `logits`.
+
+        Entries from `valid_vocab` on get 0.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        """`stats`, then `grad` of the loss whose per-row weights are `upstream`, into `out`."""
+
+    def new_parts(self, rows: int) -> Tensor:
+        """What is known of as many rows before their first part."""
+        raise RuntimeError(f"{self.name} goes through whole rows: part_entries is None")
+
+    def part_stats(
+        self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], parts: Tensor, first: int
+    ) -> list[Tensor]:
+        """`stats` of all entries so far, of which logits are those from `first` on.
+
+        Bias is that of these entries, and targets count from the beginning of the rows. Logprob,
+        is_top1 and entropy_slope hold once the target was among the entries. Updates `parts`.
+        """
+        raise RuntimeError(f"{self.name} goes through whole rows: part_entries is None")
+
+    def linear_stats(
+        self, hidden: Tensor, weight: Tensor, spec: RowSpec, outputs: tuple[str, ...]
+    ) -> list[Tensor]:
+        """`stats` of hidden (N, D) @ weight (V, D)^T."""
+        raise RuntimeError(f"{self.name} is given logits, and multiplies nothing")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised and contiguous, for gradients and chunks of logits."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
+        """total = (total if add) + grad_logits.T @ x, in float32 throughout, of 16 bits."""
+        return False
+
+    def scale_(self, x: Tensor, factor: Tensor) -> bool:
+        """x *= factor, a tensor of one number on the device of `x`; rounded once."""
+        return False
+
+    def count_present(self, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor | None:
+        """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN."""
+        return None
+
+    def find_temperature(self, logits: Tensor, goal: Goal) -> Tensor | None:
+        """The temperature of every row, (N,); as `entropy_control.find_temperature`."""
+        return None
+
+    def descend(self, z: Tensor, descent: Descent) -> Tensor | None:
+        """The rows after the descent, which may overwrite them; as `entropy_control.descend`."""
+        return None
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def for_backend(spec: RowSpec) -> tuple:
-    """The fields that a backend gets."""
-    return spec[: spec._fields.index("group")]
+def empty_rows(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """Where the results of `Backend.stats` go, by name."""
+    count, dtype = logits.shape[0] * logits.shape[1], accumulate_dtype(logits.dtype)
+    names = (*Saved._fields, *outputs)
+    return {name: torch.empty(count, dtype=dtype, device=logits.device) for name in names}
 
 
 def read_numbers(spec: RowSpec) -> RowSpec:

@@ -29,13 +29,12 @@ from torch import Tensor
 from em_kernels.backends.interface import (
     NEEDS_LOGIT_MOMENTS,
     NEEDS_SECOND_ORDER,
+    Backend,
     RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
 )
-
-narrows = True  # `grad` and `loss` write 16 bits over float32 logits
 
 
 def transform(logits: Tensor, spec: RowSpec) -> Tensor:
@@ -190,3 +189,28 @@ def _good_arguments(spec: RowSpec) -> Tensor | bool:
 def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor:
     row = torch.where(usable, row, math.nan)
     return row if mask is None else torch.where(mask, row, 0)
+
+
+class Reference(Backend):
+    """The functions above, for any device."""
+
+    name = "reference"
+    narrows = True
+
+    def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
+        return stats(logits, spec, outputs)
+
+    def grad(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        grad(logits, spec, saved, upstream, out)
+
+    def loss(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        upstream: Upstream,
+        outputs: tuple[str, ...],
+        out: Tensor,
+    ) -> list[Tensor]:
+        return loss(logits, spec, upstream, outputs, out)

@@ -2,7 +2,7 @@
 
 Every rank holds a slice of the vocabulary, in the order of the group's ranks. The wrapped backend
 sees only that slice. Its statistics are exchanged in one collective per call (per chunk, from
-hidden states) and merged by `_merge`; its gradient is that of the whole rows' `Saved`. What that
+hidden states) and merged by `merge`; its gradient is that of the whole rows' `Saved`. What that
 leaves of the gradient of hidden states is this rank's share; autograd sums it (`all_reduce`).
 
 All ranks must make the same calls with the same arguments, and with them the same collectives.
@@ -12,18 +12,18 @@ error on every rank and not a wait without end.
 
 from __future__ import annotations
 
-import importlib
 import zlib
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends import reference
-from em_kernels.backends.choice import serves
+from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import (
+    Backend,
     RowSpec,
     Saved,
     Upstream,
@@ -73,7 +73,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     return total.to(x.dtype)
 
 
-def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple) -> Shards:
+def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> Shards:
     """Exchange the sizes of the shards; ValueError on every rank if they were called differently.
 
     `options` is whatever else must be the same; `like` has the rows and the device.
@@ -110,20 +110,27 @@ def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Sh
     return Shards(group, dist.get_rank(group), ends, max(sizes))
 
 
-class VocabParallel:
-    """The functions of a backend over whole rows, of which `logits` are this rank's entries.
+class VocabParallel(Backend):
+    """A backend over whole rows, of which `logits` are this rank's entries, around another.
 
-    In the `RowSpec` they are given, target is global, valid_vocab the number of real entries here.
+    In the `RowSpec` it is given, target is global, valid_vocab the number of real entries here.
     """
 
-    def __init__(self, inner: ModuleType, shards: Shards):
-        self.inner, self.shards = inner, shards
-        self.first_entry = shards.start
+    def __init__(self, inner: Backend, shards: Shards):
+        self._inner, self.shards = inner, shards
+        self.name, self.narrows = inner.name, inner.narrows
+        self.first_entry, self.widest_shard = shards.start, shards.widest
         self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
-        self.widest_shard = shards.widest  # memory is planned, and so rows are cut, for it
-        for name in ("empty", "add_product", "narrows"):
-            if hasattr(inner, name):
-                setattr(self, name, getattr(inner, name))
+
+    @property
+    def local(self) -> Backend:
+        return self._inner
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._inner.empty(shape, dtype, device)
+
+    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
+        return self._inner.add_product(total, grad_logits, x, add)
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
@@ -148,7 +155,7 @@ class VocabParallel:
             out.zero_()
             return
         upstream = upstream_of_slice(spec, upstream, self.first_entry, self.shards.size)
-        self.inner.grad(logits, self._own_spec(spec), saved, upstream, out)
+        self._inner.grad(logits, self._own_spec(spec), saved, upstream, out)
 
     def loss(
         self,
@@ -175,9 +182,9 @@ class VocabParallel:
         spec = self._own_spec(spec)
         counting = "count" in names
         asked = names[len(Saved._fields) : len(names) - counting]
-        parts = self.inner.stats(logits, spec, asked)
+        parts = self._inner.stats(logits, spec, asked)
         # A row without a finite logit is NaN here, as one with a NaN is: look which it was.
-        present = count_present(self.inner, logits, spec, None if counting else parts[0])
+        present = count_present(self._inner, logits, spec, None if counting else parts[0])
         own = torch.stack([*parts, present.to(wide)] if counting else parts)
         nothing = present == 0
         own.masked_fill_(nothing, 0)
@@ -196,16 +203,15 @@ class VocabParallel:
         return owner.clamp_(max=len(self.shards.ends) - 1), known
 
 
-def count_present(backend: ModuleType, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
+def count_present(backend: Backend, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
     """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
 
-    Triton's kernel, where there is one for the device, waits for nothing.
+    A kernel of another backend that serves the device, where one has it, waits for nothing.
     """
     device = logits.device
-    if not hasattr(backend, "count_present") and device.type != "cpu" and serves("triton", device):
-        backend = importlib.import_module("em_kernels.backends.triton")
-    if hasattr(backend, "count_present"):
-        return backend.count_present(logits, spec, top)
+    for able in (backend, *(serving(device) if device.type != "cpu" else ())):
+        if (counts := able.count_present(logits, spec, top)) is not None:
+            return counts
     rows = logits.shape[:-1].numel()
     suspect = torch.arange(rows, device=device) if top is None else top.isnan().nonzero()[:, 0]
     counts = torch.full((rows,), -1, device=device)

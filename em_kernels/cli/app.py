@@ -216,7 +216,7 @@ def _version(package: str) -> str:
 def _cpu() -> str:
     """The instruction set of the compiled kernels, or of torch where they are not built."""
     try:
-        built = importlib.import_module("em_kernels.backends.cpu").build_info()
+        built = importlib.import_module("em_kernels.backends.cpu").load().build_info()
     except Exception:  # the backends above say why
         return f"{torch.backends.cpu.get_cpu_capability().lower()}, torch's choice"
     levels = ", ".join(built["isa_levels"])

@@ -20,7 +20,6 @@ bit, or the gradient of an entropy of 1e-9 is lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from em_kernels.backends import row_index
 from em_kernels.backends.interface import (
+    Backend,
     RowSpec,
     Saved,
     Upstream,
@@ -41,7 +41,7 @@ from em_kernels.linear.columns import BLOCK, kept_columns
 from em_kernels.linear.cut import LOGIT_BYTES, column_blocks, row_stride
 from em_kernels.linear.half import ready_dtype, rows_scale, scale_rows, unscaled
 from em_kernels.linear.plan import Linear, Needs, Rows, kept_shape
-from em_kernels.linear.workspace import empty, lie_in, room_for_gradient
+from em_kernels.linear.workspace import lie_in, room_for_gradient
 
 
 class Chunk(NamedTuple):
@@ -71,7 +71,7 @@ def stats(
     linear: Linear,
     spec: RowSpec,
     outputs: tuple[str, ...],
-    backend: ModuleType,
+    backend: Backend,
     needs: Needs | None = None,
     keep: int | None = 0,
 ) -> list[Tensor]:
@@ -85,7 +85,7 @@ def stats(
     results, kept = _empty_rows(linear, rows, 3 + len(outputs)), None
     if needs is not None:
         shape = kept_shape(linear, keep)
-        kept = empty(backend, shape, linear.logits_dtype, linear.hidden.device)
+        kept = backend.empty(shape, linear.logits_dtype, linear.hidden.device)
         kept[:, linear.weight.shape[0] :] = 0
     if rows.in_parts:
         forward = vocab_forward.Pass.over(linear, spec, backend, rows)
@@ -104,7 +104,7 @@ def grad(
     saved: Saved,
     upstream: Upstream,
     needs: Needs,
-    backend: ModuleType,
+    backend: Backend,
     kept: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products, or two
@@ -129,7 +129,7 @@ def loss(
     upstream: Upstream,
     outputs: tuple[str, ...],
     needs: Needs,
-    backend: ModuleType,
+    backend: Backend,
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs, dX, dW, db] with known per-row weights; three products, two
     where dX alone is wanted.
@@ -186,7 +186,7 @@ class _Gradients:
         spec: RowSpec,
         upstream: Upstream,
         needs: Needs,
-        backend: ModuleType,
+        backend: Backend,
         rows: Rows,
         result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ):
@@ -209,7 +209,7 @@ class _Gradients:
         self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
         shape = weight.shape if needs.weight else (0,)
         dtype = wide if several or half else weight.dtype
-        self.weight = empty(backend, shape, dtype, weight.device)
+        self.weight = backend.empty(shape, dtype, weight.device)
         self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
         self.bias = torch.zeros(
             weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
@@ -280,7 +280,7 @@ def _chunks(
     linear: Linear,
     spec: RowSpec,
     rows: Rows,
-    backend: ModuleType,
+    backend: Backend,
     spare: Tensor | None = None,
     kept: Tensor | None = None,
     again: bool = False,
@@ -294,11 +294,11 @@ def _chunks(
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
         logits = lie_in(spare, shape)
     else:
-        logits = empty(backend, shape, linear.logits_dtype, hidden.device)
+        logits = backend.empty(shape, linear.logits_dtype, hidden.device)
     logits = logits[:, :vocab]
     if cut.logits < cut.chunk:
         shape = (min(cut.chunk, rows.count), width)
-        gradient = empty(backend, shape, hidden.dtype, hidden.device)[:, :vocab]
+        gradient = backend.empty(shape, hidden.dtype, hidden.device)[:, :vocab]
     else:
         gradient = room_for_gradient(logits, hidden.dtype, backend)
     for own in rows.spans():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import Argument, accumulate_dtype
+from em_kernels.backends.interface import Argument, Backend, accumulate_dtype
 from em_kernels.linear import products
 from em_kernels.linear.cut import (
     ROW_ALIGN,
@@ -71,7 +70,7 @@ class Rows(NamedTuple):
         cls,
         linear: Linear,
         index: Tensor | None,
-        backend: ModuleType,
+        backend: Backend,
         needs: Needs | None = None,
         again: bool = False,
     ) -> Rows:
@@ -145,11 +144,9 @@ def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
     return torch.sym_min(linear.hidden.shape[0], rows), width
 
 
-def _cut_for(
-    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, again: bool
-) -> Cut:
+def _cut_for(linear: Linear, count: int, backend: Backend, needs: Needs | None, again: bool) -> Cut:
     width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
-    alone = needs is None and not hasattr(backend, "widest_shard")  # ranks cut alike
+    alone = needs is None and backend.widest_shard is None  # ranks cut alike
     size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
@@ -162,15 +159,16 @@ def _cut_for(
 
 
 def _cut_columns_for(
-    linear: Linear, count: int, backend: ModuleType, needs: Needs | None, cut: Cut, memory: int
+    linear: Linear, count: int, backend: Backend, needs: Needs | None, cut: Cut, memory: int
 ) -> Cut:
     """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
     width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
     if not (gpu or operand == accumulate_dtype(operand)):
         return cut  # no product of a CPU adds 16-bit operands to a float32 dX
-    if hasattr(backend, "part_entries") and own == operand and not gpu and count > cut.chunk:
-        parts = cut_columns(count, width, own.itemsize, memory, backend.part_entries)
+    tile = backend.part_entries
+    if tile is not None and own == operand and not gpu and count > cut.chunk:
+        parts = cut_columns(count, width, own.itemsize, memory, tile)
         if parts is not None and parts.blocks > 1:
             return parts
     if not (needs and needs.weight):
@@ -180,26 +178,27 @@ def _cut_columns_for(
     return cut._replace(blocks=blocks)
 
 
-def _bytes_per_logit(linear: Linear, backend: ModuleType) -> int:
+def _bytes_per_logit(linear: Linear, backend: Backend) -> int:
     """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
     cast = own != operand and not narrows(operand, own, backend)
     return own.itemsize + (operand.itemsize if cast else 0)
 
 
-def _spare_rows(linear: Linear, backend: ModuleType, needs: Needs) -> int | None:
+def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
     """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
     fewer chunks would save no trips of dW.
 
     Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
     """
     narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
-    trips = needs.weight or hasattr(backend, "widest_shard")
+    trips = needs.weight or backend.widest_shard is not None
     if not (narrow and trips and products.is_gpu(linear.hidden)):
         return None
     return spare_rows(_widest(linear, backend), linear.weight.shape[1])
 
 
-def _widest(linear: Linear, backend: ModuleType) -> int:
+def _widest(linear: Linear, backend: Backend) -> int:
     """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
-    return getattr(backend, "widest_shard", linear.weight.shape[0])
+    widest = backend.widest_shard
+    return linear.weight.shape[0] if widest is None else widest

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from em_kernels.backends.interface import Backend
 
 BLOCK = 8192  # vocabulary rows that are cast at once
 GPU_PIECE_BYTES = 64 << 20
@@ -56,9 +57,7 @@ def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
     return out if half else out.to(weight.dtype)
 
 
-def accumulate(
-    total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend: ModuleType
-) -> None:
+def accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend: Backend) -> None:
     """total = (total if add) + grad_logits.T @ x; `total` may be wider than the operands."""
     if total.dtype == x.dtype:
         if add:
@@ -67,7 +66,7 @@ def accumulate(
             torch.mm(grad_logits.T, x, out=total)
     elif is_gpu(x):
         _accumulate_on_gpu(total, grad_logits, x, add)
-    elif not (hasattr(backend, "add_product") and backend.add_product(total, grad_logits, x, add)):
+    elif not backend.add_product(total, grad_logits, x, add):
         if x.dtype == torch.float16:
             x = x.to(total.dtype)
         for part, columns in zip(total.split(BLOCK), grad_logits.split(BLOCK, dim=1)):

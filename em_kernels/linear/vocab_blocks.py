@@ -9,12 +9,12 @@ are left out or multiplied as zeros, `hidden` is copied first.
 from __future__ import annotations
 
 from itertools import product
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import (
+    Backend,
     RowSpec,
     Saved,
     Upstream,
@@ -28,7 +28,7 @@ from em_kernels.linear import products
 from em_kernels.linear.cut import block_stride, column_blocks, width_of
 from em_kernels.linear.half import rows_scale, scale_rows, unscaled
 from em_kernels.linear.plan import Linear, Needs, Rows
-from em_kernels.linear.workspace import empty, narrows
+from em_kernels.linear.workspace import narrows
 
 
 def grad(
@@ -37,7 +37,7 @@ def grad(
     saved: Saved,
     upstream: Upstream,
     needs: Needs,
-    backend: ModuleType,
+    backend: Backend,
     rows: Rows,
     kept: Tensor | None = None,
 ) -> list[Tensor]:
@@ -49,10 +49,9 @@ def grad(
     blocks = column_blocks(vocab, cut.blocks, cut.tile) if vocab else []
     held = rows.held(kept)
     room = _Room(linear, backend, rows, held, max(map(width_of, blocks), default=0))
-    rows_of = getattr(backend, "inner", backend)  # of the whole vocabulary, or of a rank's
     for chunks, columns in product(rows.groups(), blocks):
         first, count = chunks[0].start, chunks[-1].stop - chunks[0].start
-        block_spec, given = _of_block(spec, upstream, columns, getattr(backend, "first_entry", 0))
+        block_spec, given = _of_block(spec, upstream, columns, backend.first_entry)
         gradient = room.gradient(count, width_of(columns))
         for own in chunks:
             part, out = rows.at(own), gradient[own.start - first : own.stop - first]
@@ -62,7 +61,7 @@ def grad(
                 products.multiply(sums.x[own], linear.weight[columns], logits)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
             written = out if room.narrow else room.logits(out)
-            rows_of.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
+            backend.local.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])
             if not room.narrow:
                 out.copy_(written)
         sums.add(slice(first, first + count), columns, gradient)
@@ -72,18 +71,18 @@ def grad(
 class _Room:
     """The memory that all blocks go through."""
 
-    def __init__(self, linear: Linear, backend: ModuleType, rows: Rows, held: int, widest: int):
+    def __init__(self, linear: Linear, backend: Backend, rows: Rows, held: int, widest: int):
         own, operand = linear.logits_dtype, linear.hidden.dtype
         device, self.gpu = linear.hidden.device, products.is_gpu(linear.hidden)
         stride = self._stride(widest)
         count = rows.cut.chunk if rows.in_parts else rows.count
-        self.together = empty(backend, (count * stride,), operand, device)
+        self.together = backend.empty((count * stride,), operand, device)
         self.in_place = own == operand
         # Whether the gradient can be written where the products read it.
         self.narrow = self.in_place or narrows(operand, own, backend)
         if not self.in_place:
             chunk = 0 if self.narrow and held == rows.count else rows.cut.chunk
-            self.scratch = empty(backend, (chunk * stride,), own, device)
+            self.scratch = backend.empty((chunk * stride,), own, device)
 
     def gradient(self, count: int, width: int) -> Tensor:
         """(N, C), of the rows that take a block together."""
@@ -109,7 +108,7 @@ class _Gradients:
         linear: Linear,
         spec: RowSpec,
         needs: Needs,
-        backend: ModuleType,
+        backend: Backend,
         rows: Rows,
         scale: Tensor | None,
     ):
@@ -122,7 +121,7 @@ class _Gradients:
         shape = self.x.shape if needs.hidden else 0
         self.hidden = make(shape, dtype=wide, device=hidden.device)
         shape = weight.shape if needs.weight else (0,)
-        self.weight = empty(backend, shape, weight.dtype, weight.device)
+        self.weight = backend.empty(shape, weight.dtype, weight.device)
         self.weight[spec.valid_vocab :] = 0
         size = weight.shape[0] if needs.bias else 0
         self.bias = torch.zeros(size, dtype=wide, device=weight.device)

@@ -17,17 +17,22 @@ digits of a row whose target is nearly certain.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import RowSpec, Saved, Upstream, accumulate_dtype, select_rows
+from em_kernels.backends.interface import (
+    Backend,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+    select_rows,
+)
 from em_kernels.linear import products
 from em_kernels.linear.cut import block_stride, column_blocks, width_of
 from em_kernels.linear.plan import Linear, Rows
-from em_kernels.linear.workspace import empty
 
 
 class Block(NamedTuple):
@@ -44,12 +49,12 @@ class Pass(NamedTuple):
 
     linear: Linear
     spec: RowSpec  # of all rows
-    backend: ModuleType
+    backend: Backend
     rows: Rows
     x: Tensor  # the hidden rows that are counted
 
     @classmethod
-    def over(cls, linear: Linear, spec: RowSpec, backend: ModuleType, rows: Rows) -> Pass:
+    def over(cls, linear: Linear, spec: RowSpec, backend: Backend, rows: Rows) -> Pass:
         return cls(linear, spec, backend, rows, rows.operand(linear, spec.mask))
 
     def blocks(
@@ -65,12 +70,12 @@ class Pass(NamedTuple):
             logits = self.rows.kept_logits(kept, own, columns)
             if logits is None:
                 if room is None:
-                    room = empty(backend, (count, stride), linear.logits_dtype, x.device)
+                    room = backend.empty((count, stride), linear.logits_dtype, x.device)
                 logits = room[:, : width_of(columns)]
             products.multiply(x, linear.weight[columns], logits)
             bias = None if self.spec.bias is None else self.spec.bias[columns]
             spec = picked._replace(bias=bias, valid_vocab=width_of(columns))
-            values = backend.stats(logits[None], spec, outputs, parts, columns.start)
+            values = backend.part_stats(logits[None], spec, outputs, parts, columns.start)
             yield Block(columns, spec, logits, values)
 
     def stats(
@@ -106,7 +111,7 @@ def single_source(upstream: Upstream) -> str | None:
 class _LseSum:
     """A of the columns so far, and dlse / dX of all."""
 
-    def __init__(self, linear: Linear, spec: RowSpec, backend: ModuleType, count: int):
+    def __init__(self, linear: Linear, spec: RowSpec, backend: Backend, count: int):
         self.linear, self.spec, self.backend = linear, spec, backend
         wide = accumulate_dtype(linear.hidden.dtype)
         self.total = linear.hidden.new_zeros(count, linear.hidden.shape[1], dtype=wide)
@@ -135,7 +140,7 @@ class _LseSum:
 class _LogprobSum(_LseSum):
     """The same without the targets' terms, and dlogprob / dX."""
 
-    def __init__(self, linear: Linear, spec: RowSpec, backend: ModuleType, count: int):
+    def __init__(self, linear: Linear, spec: RowSpec, backend: Backend, count: int):
         super().__init__(linear, spec, backend, count)
         self.x_target = linear.hidden.new_zeros(count)
 

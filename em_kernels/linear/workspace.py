@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-
-def empty(
-    backend: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """torch.empty, from memory that the backend keeps for it where it does."""
-    if hasattr(backend, "empty"):
-        return backend.empty(tuple(shape), dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+from em_kernels.backends.interface import Backend
 
 
-def narrows(linear_dtype: torch.dtype, logits_dtype: torch.dtype, backend: ModuleType) -> bool:
+def narrows(linear_dtype: torch.dtype, logits_dtype: torch.dtype, backend: Backend) -> bool:
     """Whether the gradient of the logits is written in the operands' 16 bits at once."""
     narrower = logits_dtype == torch.float32 and linear_dtype.itemsize == 2
-    return narrower and getattr(backend, "narrows", False)
+    return narrower and backend.narrows
 
 
-def room_for_gradient(logits: Tensor, dtype: torch.dtype, backend: ModuleType) -> Tensor:
+def room_for_gradient(logits: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
     """Where the gradient of `logits` goes: their memory, or the first half of each row of it."""
     if narrows(dtype, logits.dtype, backend):
         return logits.view(dtype)[:, : logits.shape[1]]

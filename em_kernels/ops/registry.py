@@ -1,6 +1,6 @@
 """The operators, implemented and derived; `_schemas` has their arguments, `_fakes` their traces.
 
-An operator flattens its arguments, has a backend chosen (`_choice.py`) and calls it.
+An operator flattens its arguments, has a backend chosen (`backends/choice.py`) and calls it.
 
 Their derivatives live outside, in the modules that hold the public functions: those are built of
 autograd functions that call an operator below autograd (`call`). The same functions serve an
@@ -9,18 +9,17 @@ operator that autograd meets by itself, as in an exported program (`differentiat
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_kernels.backends import entropy_control, row_index, vocab_parallel
-from em_kernels.backends.choice import backend, serves, why_not
+from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
 from em_kernels.backends.interface import (
+    Backend,
     RowSpec,
     Saved,
     accumulate_dtype,
@@ -30,7 +29,6 @@ from em_kernels.backends.interface import (
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear import chunks
 from em_kernels.linear.plan import Linear, Needs
-from em_kernels.linear.workspace import empty
 from em_kernels.ops import fakes
 from em_kernels.ops.schemas import (
     AllReduce,
@@ -62,7 +60,7 @@ def _softmax_stats(call: SoftmaxStats) -> list[Tensor]:
 def _softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
     logits = call.logits
     module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
-    view, out = as_rows(logits), empty(module, logits.shape, logits.dtype, logits.device)
+    view, out = as_rows(logits), module.empty(logits.shape, logits.dtype, logits.device)
     module.grad(view, spec, _flat(call.saved), _flat(call.upstream), out.view(view.shape))
     return [out]
 
@@ -90,7 +88,7 @@ def _loss_rows(
     vocab = logits.shape[-1]
     module, spec = _serve(call.impl, logits, vocab, call.spec, (outputs,), loss_of=view)
     if out is None:
-        out = empty(module, logits.shape, logits.dtype, logits.device)
+        out = module.empty(logits.shape, logits.dtype, logits.device)
     rows = module.loss(view, spec, _flat(call.upstream), tuple(outputs), out.view(view.shape))
     return _shape_rows(rows, outputs, logits.shape[:-1]), out
 
@@ -108,13 +106,8 @@ def _linear_stats(call: LinearStats) -> list[Tensor]:
 
 def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
-    reason = why_not("triton", hidden.device)
-    if reason is not None:
-        raise ValueError(f"fuse_product=True needs the Triton backend: {reason}")
-    module = importlib.import_module("em_kernels.backends.triton.linear")
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    spec = _checked(flatten_spec(call.spec))
-    rows = module.linear_stats(rows, call.weight, spec, tuple(outputs))
+    module, rows = fusing(hidden.device), hidden.reshape(-1, hidden.shape[-1])
+    rows = module.linear_stats(rows, call.weight, _checked(call.spec), tuple(outputs))
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -143,15 +136,17 @@ def _all_reduce(call: AllReduce) -> list[Tensor]:
 
 
 def _scale_inplace(call: ScaleInplace) -> None:
-    """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to the kernel."""
+    """x *= factor, one number. A CPU looks whether it is 1; on a GPU that is left to a kernel, of
+    any backend that has one."""
     x, factor, impl = call
-    if row_index.is_free_to_look(x) and impl != "triton":
-        if factor.item() != 1:
-            x.mul_(factor)
-    elif impl != "reference" and x.is_contiguous() and serves("triton", x.device):
-        importlib.import_module("em_kernels.backends.triton").scale_(x, factor)
-    else:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
+    own, looks = backend(impl, x.device), row_index.is_free_to_look(x)
+    others = () if looks or own is REFERENCE else serving(x.device)
+    if any(able.scale_(x, factor) for able in (own, *others)):
+        return
+    if not looks:  # expanded: torch rounds a factor without dimensions to the dtype of `x`
         x.mul_(factor.expand(x.shape))
+    elif factor.item() != 1:
+        x.mul_(factor)
 
 
 def _entropy_temperature(call: EntropyTemperature) -> list[Tensor]:
@@ -194,7 +189,7 @@ def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tens
 
 def _serve_linear(
     call: LinearStats | LinearGrad | LinearLoss, options: tuple[Any, ...], check: bool = True
-) -> tuple[ModuleType | VocabParallel, RowSpec, Linear]:
+) -> tuple[Backend, RowSpec, Linear]:
     """`_serve`, and the product that makes the rows."""
     chunk, dtype = call.chunk_tokens, call.logits_dtype
     vocab, options = call.weight.shape[0], (*options, chunk, dtype)
@@ -210,7 +205,7 @@ def _serve(
     options: tuple = (),
     check: bool = True,
     loss_of: Tensor | None = None,
-) -> tuple[ModuleType | VocabParallel, RowSpec]:
+) -> tuple[Backend, RowSpec]:
     """The backend, and the spec flattened and its values checked.
 
     `loss_of` is given logits, (outer, inner, V), whose loss is wanted. With a group the backend and
@@ -222,7 +217,7 @@ def _serve(
         kind = ("rows",) if loss_of is None else ("loss", _aligned(loss_of))
         return backend(impl, x.device, *kind), ready(spec)
     module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
-    options = (module.__name__, x.dtype, *options)
+    options = (module.name, x.dtype, *options)
     shards = vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
     spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
     return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)

@@ -26,20 +26,21 @@ def can_serve(monkeypatch):
     """As if those backends, and a GPU of that capability, were there."""
 
     def pretend(names, capability=(9, 0), cuda="13.0"):
-        choice.backend.cache_clear()
-        choice.serves.cache_clear()
+        forget()
         monkeypatch.setattr(
             choice, "why_not", lambda name, device=None: None if name in names else "it is gone"
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        found = SimpleNamespace(import_module=lambda name: name.rpartition(".")[2])
-        monkeypatch.setattr(choice, "importlib", found)
-        monkeypatch.setattr(choice, "reference", "reference")
+        monkeypatch.setattr(choice, "_loaded", lambda name: SimpleNamespace(name=name))
 
     yield pretend
+    forget()
+
+
+def forget():
     choice.backend.cache_clear()
-    choice.serves.cache_clear()
+    choice.serving.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -59,20 +60,22 @@ def can_serve(monkeypatch):
 )
 def test_auto_on_a_gpu(can_serve, capability, call, names, taken):
     can_serve(names, capability)
-    assert choice.backend("auto", GPU, *call) == taken
+    assert choice.backend("auto", GPU, *call).name == taken
 
 
 def test_auto_elsewhere(can_serve):
     can_serve(EVERYTHING)
-    assert {choice.backend("auto", CPU, *call) for call in (ROWS, LOSS, ALIGNED_LOSS)} == {"cpu"}
+    assert {choice.backend("auto", CPU, *call).name for call in (ROWS, LOSS, ALIGNED_LOSS)} == {
+        "cpu"
+    }
     can_serve(EVERYTHING, cuda=None)  # the device of a build for AMD is called cuda too
-    assert choice.backend("auto", GPU, *ALIGNED_LOSS) == "triton"
+    assert choice.backend("auto", GPU, *ALIGNED_LOSS).name == "triton"
 
 
 @pytest.mark.parametrize("call", (ROWS, LOSS, ALIGNED_LOSS))
 def test_a_backend_by_name_is_that_one_or_an_error(can_serve, call):
     can_serve(("reference", "triton"))
-    assert choice.backend("triton", GPU, *call) == "triton"
+    assert choice.backend("triton", GPU, *call).name == "triton"
     for _ in range(2):  # that it cannot serve is not remembered either
         with pytest.raises(ValueError, match="impl='cuda' cannot be used: it is gone"):
             choice.backend("cuda", GPU, *call)
@@ -84,8 +87,8 @@ def test_what_can_serve_is_looked_up_once(can_serve, monkeypatch):
     monkeypatch.setattr(choice, "why_not", lambda *a: asked.append(a) or why_not(*a))
     for _ in range(3):
         choice.backend("auto", GPU, "loss", True)
-        assert choice.serves("triton", GPU)
-    assert [name for name, _ in asked] == ["cuda", "triton"]
+        assert [able.name for able in choice.serving(GPU)] == ["cpu", "triton", "cuda"]
+    assert [name for name, _ in asked] == ["cuda", "cpu", "triton", "cuda"]
 
 
 @pytest.fixture

@@ -3,7 +3,10 @@
 Each fault is made by patching what the choice looks at; a GPU is pretended by its device alone.
 """
 
+import importlib
+import shutil
 import sys
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +14,19 @@ import torch
 
 import em_kernels
 from em_kernels import cli
-from em_kernels.backends import choice, reference
+from em_kernels.backends import availability, choice
+from em_kernels.backends.reference import Reference
 
 GPU = torch.device("cuda", 0)
 MODULES = {
     "cpu": "em_kernels._C",
-    "triton": "em_kernels.backends.triton",
+    "triton": "em_kernels.backends.triton.backend",
     "cuda": "em_kernels._cuda",
 }
+
+
+class Pretended(Reference):
+    name = "triton"
 
 
 def raising(error):
@@ -36,26 +44,24 @@ def _nothing_remembered():
 
 
 def forget():
-    choice.backend.cache_clear()
-    choice.serves.cache_clear()
+    for remembered in (choice.backend, choice.serving, choice._loaded):
+        remembered.cache_clear()
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, tmp_path):
     """As if every part were there and good, and the GPU too."""
     cuda = SimpleNamespace(architectures="sm_90", nvcc="13.0", why_no_driver=lambda: "")
-    triton = SimpleNamespace(interpreted=False)
+    triton = SimpleNamespace(interpreted=False, Triton=Pretended)
     monkeypatch.setitem(sys.modules, "em_kernels._cuda", cuda)
-    monkeypatch.setitem(sys.modules, "em_kernels.backends.triton", triton)
-    monkeypatch.setattr(em_kernels, "triton", triton, raising=False)
-    monkeypatch.setattr(em_kernels, "cuda", cuda, raising=False)
-    monkeypatch.setitem(sys.modules, "em_kernels.backends.cuda", cuda)
+    monkeypatch.setattr(em_kernels, "_cuda", cuda, raising=False)
+    monkeypatch.setitem(sys.modules, "em_kernels.backends.triton.backend", triton)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(choice, "BUILD_RECORD", tmp_path / "none.json")
-    monkeypatch.setattr(choice.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(choice.sysconfig, "get_path", lambda *args: str(tmp_path))
+    monkeypatch.setattr(availability, "BUILD_RECORD", tmp_path / "none.json")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *args: str(tmp_path))
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     assert choice.why_not("triton", GPU) is None and choice.why_not("cuda", GPU) is None
@@ -64,18 +70,14 @@ def on_a_gpu(monkeypatch, tmp_path):
 
 def importing(monkeypatch, module, error):
     """Make the import of one module raise."""
-    load = choice.importlib.import_module
-    monkeypatch.setattr(
-        choice,
-        "importlib",
-        SimpleNamespace(import_module=lambda name: raise_or(load, name, module, error)),
-    )
+    load = importlib.import_module
 
+    def raise_or_load(name):
+        if name == module:
+            raise error
+        return load(name)
 
-def raise_or(load, name, module, error):
-    if name == module:
-        raise error
-    return load(name)
+    monkeypatch.setattr(importlib, "import_module", raise_or_load)
 
 
 def refused(impl, said, device):
@@ -113,9 +115,9 @@ def test_a_part_that_cannot_be_imported(impl, error, on_a_gpu, monkeypatch):
 
 
 def test_both_gpu_backends_broken_leave_the_reference(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(choice, "importlib", SimpleNamespace(import_module=raising(OSError("x"))))
-    assert choice.backend("auto", GPU) is reference
-    assert choice.backend("auto", torch.device("cpu")) is reference
+    monkeypatch.setattr(importlib, "import_module", raising(OSError("x")))
+    assert choice.backend("auto", GPU) is choice.REFERENCE
+    assert choice.backend("auto", torch.device("cpu")) is choice.REFERENCE
 
 
 def test_torch_that_cannot_look_for_a_gpu(on_a_gpu, monkeypatch, capsys):
@@ -154,7 +156,7 @@ def test_a_gpu_that_does_not_answer(asked, on_a_gpu, monkeypatch):
     monkeypatch.setattr(owner, asked, raising(error))
     refused("cuda", "illegal memory access", GPU)
     for call in (("rows",), ("loss", True)):
-        assert choice.backend("auto", GPU, *call) is on_a_gpu.triton
+        assert choice.backend("auto", GPU, *call).name == "triton"
     assert em_kernels.backends()["triton"] == "available"
 
 
@@ -166,7 +168,7 @@ def test_an_older_build_is_refused_rather_than_asked_in_vain(on_a_gpu):
 def test_architectures_that_the_device_cannot_run(on_a_gpu, monkeypatch):
     on_a_gpu.cuda.architectures = "sm_80 sm_86"
     assert "TORCH_CUDA_ARCH_LIST=9.0" in refused("cuda", "it is built for sm_80 sm_86", GPU)
-    assert choice.backend("auto", GPU, "loss", True) is on_a_gpu.triton
+    assert choice.backend("auto", GPU, "loss", True).name == "triton"
 
 
 @pytest.mark.parametrize(
@@ -181,11 +183,11 @@ def test_triton_that_cannot_build_its_launcher(fault, said, on_a_gpu, monkeypatc
     if fault == "headers":
         on_a_gpu.headers.unlink()
     else:
-        monkeypatch.setattr(choice.shutil, "which", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
     if fault == "CC":
         monkeypatch.setenv("CC", "/opt/gone/gcc")
     refused("triton", said, GPU)
-    assert choice.backend("auto", GPU) is on_a_gpu.cuda
+    assert choice.backend("auto", GPU).name == "cuda"
     forget()
     on_a_gpu.triton.interpreted = True
     assert choice.why_not("triton", GPU) is None

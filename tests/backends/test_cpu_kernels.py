@@ -12,9 +12,11 @@ import torch
 pytest.importorskip("em_kernels._C")
 
 from em_kernels import entropy_loss
-from em_kernels.backends import cpu, reference
+from em_kernels.backends import reference
+from em_kernels.backends.cpu import Cpu
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream
 
+cpu = Cpu()
 LEVELS = cpu.isa_levels()
 STATM = Path("/proc/self/statm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -18,7 +18,7 @@ from cuda_emulator.load import COMPILER, built, compile_cpp
 
 import cuda_build
 from cuda_build import Architectures, CudaBuildError, parse_architectures
-from em_kernels.backends import choice, reference
+from em_kernels.backends import availability, choice, cuda
 from em_kernels.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -235,13 +235,13 @@ def test_a_wheel_holds_what_was_built_for_it_and_says_why_not(tmp_path, setting,
 @pytest.mark.parametrize("impl, module", [("cpu", "em_kernels._C"), ("cuda", "em_kernels._cuda")])
 def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(choice, "BUILD_RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(availability, "BUILD_RECORD", tmp_path / "_build.json")
     usual = choice.why_not(impl)
     assert "is missing" in usual and "; install " in usual
     for text in ("{}", "{bro", "[]", "null", '{"em_kernels.other": "no"}'):
-        choice.BUILD_RECORD.write_text(text)
+        availability.BUILD_RECORD.write_text(text)
         assert choice.why_not(impl) == usual
-    choice.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
+    availability.BUILD_RECORD.write_text(json.dumps({module: "built without torch"}))
     assert app.main(["info"]) == 0
     said = "was left out of this build (built without torch); change that and reinstall with `pip"
     assert said in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_a_part_that_was_left_out_says_why(impl, module, tmp_path, monkeypatch, 
     ),
 )
 def test_which_gpus_a_build_serves(built, capability, runs):
-    assert choice._runs_on(built, capability) is runs
+    assert cuda._runs_on(built, capability) is runs
 
 
 class Built:
@@ -314,8 +314,8 @@ def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
     for device in (None, torch.device("cuda", 0)):
         reason = choice.why_not("cuda", device)
         assert said in reason and "update the driver" in reason
-    monkeypatch.setattr(choice, "AUTO_ON_GPU", ("cuda", "reference"))
-    assert choice.backend("auto", torch.device("cuda", 0)) is reference
+    monkeypatch.delitem(choice.OPTIONAL, "triton")
+    assert choice.backend("auto", torch.device("cuda", 0)) is choice.REFERENCE
     with pytest.raises(ValueError, match="driver version is insufficient"):
         choice.backend("cuda", torch.device("cuda", 0))
 
@@ -323,16 +323,16 @@ def test_a_driver_older_than_the_runtime_is_told(on_a_gpu, monkeypatch):
 def test_triton_without_a_c_compiler_is_told(on_a_gpu, tmp_path, monkeypatch):
     on_a_gpu((9, 0))
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(choice.sysconfig, "get_path", lambda *names: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
     pretended = SimpleNamespace(interpreted=False)
-    monkeypatch.setitem(sys.modules, "em_kernels.backends.triton", pretended)
+    monkeypatch.setitem(sys.modules, "em_kernels.backends.triton.backend", pretended)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(choice.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     gpu = torch.device("cuda", 0)
     assert all("C compiler" in choice.why_not("triton", device) for device in (None, gpu))
     assert "its tensors must be on a GPU" in choice.why_not("triton", torch.device("cpu"))
     monkeypatch.setenv("CC", "tcc")
-    monkeypatch.setattr(choice.shutil, "which", {"tcc": "/opt/tcc"}.get)
+    monkeypatch.setattr(shutil, "which", {"tcc": "/opt/tcc"}.get)
     assert choice.why_not("triton", gpu) is None
     monkeypatch.delenv("CC")
     pretended.interpreted = True

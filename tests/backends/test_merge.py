@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from em_kernels.backends import reference, vocab_parallel
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec
 from em_kernels.backends.merge import merge, parts_of
+from em_kernels.backends.reference import Reference
 
 INF = math.inf
 
@@ -151,15 +151,21 @@ def two_shards(monkeypatch):
     return make
 
 
-def test_operations_of_a_chunk_on_a_gpu(two_shards):
-    """None waits for the device, and but for the first chunk none copies to it. What the backend
-    does in kernels of its own is left out."""
+class OnAGpu(Reference):
+    """What a backend does in kernels of its own is left out."""
+
     rows = torch.rand(4)
-    backend = SimpleNamespace(
-        stats=lambda logits, spec, outputs: [rows] * (3 + len(outputs)),
-        count_present=lambda logits, spec, top: torch.full((4,), -1),
-    )
-    module, logits = two_shards(backend, 40), torch.randn(1, 4, 40)
+
+    def stats(self, logits, spec, outputs):
+        return [self.rows] * (3 + len(outputs))
+
+    def count_present(self, logits, spec, top):
+        return torch.full((4,), -1)
+
+
+def test_operations_of_a_chunk_on_a_gpu(two_shards):
+    """None waits for the device, and but for the first chunk none copies to it."""
+    module, logits = two_shards(OnAGpu(), 40), torch.randn(1, 4, 40)
     spec = RowSpec(target=torch.arange(4), mask=torch.ones(4).bool(), valid_vocab=40)
     module.stats(logits, spec, ("logprob", "entropy"))
     with Operations() as operations:
@@ -172,7 +178,7 @@ def test_operations_of_a_chunk_on_a_gpu(two_shards):
 def test_results_of_shards_are_in_memory_of_their_own(two_shards):
     for dtype in (torch.float32, torch.float64):
         logits, spec = torch.randn(1, 4, 40, dtype=dtype), RowSpec(valid_vocab=40)
-        rows = two_shards(reference, 40).stats(logits, spec, ("entropy", "lse"))
+        rows = two_shards(Reference(), 40).stats(logits, spec, ("entropy", "lse"))
         assert len({row.untyped_storage().data_ptr() for row in rows}) == 5
 
 

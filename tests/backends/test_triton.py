@@ -28,9 +28,11 @@ from triton_rows import (
     upstream,
 )
 
-from em_kernels.backends import triton as backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.triton import elementary, kernels, launch, moments
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 

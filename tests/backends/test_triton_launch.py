@@ -14,9 +14,11 @@ import triton
 import triton_offline
 from triton_rows import DEVICE, DTYPES, NAMES, grad, plan_small_steps, stats, upstream
 
-from em_kernels.backends import triton as backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream
 from em_kernels.backends.triton import kernels, launch, linear
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 UP = Upstream(entropy=torch.ones(1, device="meta"))
@@ -212,8 +214,9 @@ def test_plan_of_tiles(dtype, memory):
 
 @pytest.mark.parametrize("setting, interpreted", [("true", True), ("on", True), ("0", False)])
 def test_interpreted_is_what_triton_reads(setting, interpreted):
-    code = "from em_kernels import backends; from em_kernels.backends import triton; "
-    code += "print(triton.interpreted, backends())"
+    code = "from em_kernels import backends; "
+    code += "from em_kernels.backends.triton.backend import interpreted; "
+    code += "print(interpreted, backends())"
     environment = {**os.environ, "TRITON_INTERPRET": setting}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

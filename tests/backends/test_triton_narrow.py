@@ -18,9 +18,11 @@ from triton_rows import (
     upstream,
 )
 
-from em_kernels.backends import triton as backend
 from em_kernels.backends.interface import OUTPUTS, Saved
 from em_kernels.backends.triton import kernels, launch
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 EACH_NARROW = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])

@@ -18,9 +18,11 @@ from triton_rows import (
     upstream,
 )
 
-from em_kernels.backends import triton as backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec
 from em_kernels.backends.triton import launch
+from em_kernels.backends.triton.backend import Triton
+
+backend = Triton()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Builds the emulated CUDA kernels and binds `em_kernels.backends.cuda` to them.
+"""Builds the emulated CUDA kernels and binds the backend `Cuda` to them.
 
 The kernels of csrc/cuda are compiled by the C++ compiler against emulated_device.h and run on CPU
 tensors. The build is kept in build/cuda_emulator under a hash of its sources.
@@ -18,11 +18,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import patch
 
 import torch
 
-import em_kernels
+from em_kernels.backends.cuda import Cuda
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -83,22 +82,23 @@ def library() -> ModuleType:
     return _load("emulated_cuda", built()[0])
 
 
-def backend(seed: int = 0, **limits: int) -> ModuleType:
-    """A copy of `em_kernels.backends.cuda` on emulated kernels, whose threads take turns by `seed`.
+class Emulated(Cuda):
+    """On emulated kernels."""
+
+    def __init__(self, seed: int, **limits: int):
+        self._compiled = library()
+        self._place = self._compiled.Device(**{**H200, **limits}), seed
+
+    def _where(self, device: torch.device):
+        return self._place
+
+
+def backend(seed: int = 0, **limits: int) -> Emulated:
+    """The CUDA backend on emulated kernels, whose threads take turns by `seed`.
 
     `limits` replaces what the emulated device, an H200, says of itself.
     """
-    emulated = library()
-    with (
-        patch.dict(sys.modules, {"em_kernels._cuda": emulated}),
-        patch.object(em_kernels, "_cuda", emulated, create=True),
-    ):
-        module = _load(
-            "emulated_backend", Path(em_kernels.__file__).with_name("backends") / "cuda.py"
-        )
-    device = emulated.Device(**{**H200, **limits})
-    module._where = lambda _: (device, seed)
-    return module
+    return Emulated(seed, **limits)
 
 
 def _load(name: str, path: Path) -> ModuleType:

@@ -6,7 +6,7 @@ from gpu_products import need_shapes_of_addmm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels.backends.interface import RowSpec, Saved, Upstream
+from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream
 from em_kernels.linear import chunks, products
 from em_kernels.linear.chunks import Linear, Needs, Rows
 
@@ -37,23 +37,20 @@ class Peak(TorchDispatchMode):
         return result
 
 
-class Kernels:
+class Kernels(Backend):
     """The row kernels allocate what they report and nothing else."""
 
-    narrows = True
+    name, narrows = "kernels", True
 
-    @staticmethod
-    def stats(logits, spec, outputs):
+    def stats(self, logits, spec, outputs):
         return [logits.new_empty(logits.shape[1]) for _ in range(3 + len(outputs))]
 
-    @staticmethod
-    def grad(logits, spec, saved, upstream, out):
+    def grad(self, logits, spec, saved, upstream, out):
         assert out.shape == logits.shape and out.dtype == torch.bfloat16
 
-    @staticmethod
-    def loss(logits, spec, upstream, outputs, out):
-        Kernels.grad(logits, spec, None, upstream, out)
-        return Kernels.stats(logits, spec, outputs)
+    def loss(self, logits, spec, upstream, outputs, out):
+        self.grad(logits, spec, None, upstream, out)
+        return self.stats(logits, spec, outputs)
 
 
 @pytest.fixture
@@ -87,11 +84,11 @@ def beyond(linear, function):
     with Peak(hidden.shape, weight.shape) as peak:
         hidden.view_as(hidden), weight.view_as(weight)  # seen whole before any part of them
         if function == "loss":
-            chunks.loss(linear, spec, upstream, ("entropy",), needs, Kernels)
+            chunks.loss(linear, spec, upstream, ("entropy",), needs, Kernels())
         elif function == "stats":
-            chunks.stats(linear, spec, ("entropy",), Kernels)
+            chunks.stats(linear, spec, ("entropy",), Kernels())
         else:
-            chunks.grad(linear, spec, Saved(rows, rows, rows), upstream, needs, Kernels)
+            chunks.grad(linear, spec, Saved(rows, rows, rows), upstream, needs, Kernels())
             summed = {shape for shape, dtype in peak.seen if dtype == torch.float32}
             outermost = hidden.shape if vocab > N else weight.shape
             assert {hidden.shape, weight.shape} & summed == {outermost}
@@ -114,7 +111,7 @@ def test_nearly_all_of_it_is_the_chunk(gpu, vocab, dim):
     """Next to the budget there are only dX of a chunk and the piece it is rounded from."""
     need_shapes_of_addmm()
     linear = operands(vocab, dim)
-    chunk = Rows.counted(linear, None, Kernels, Needs(True, True, False)).cut.chunk
+    chunk = Rows.counted(linear, None, Kernels(), Needs(True, True, False)).cut.chunk
     rest = 2 * chunk * dim + min(4 * chunk * dim, products.GPU_PIECE_BYTES) + (1 << 20)
     assert beyond(linear, "loss") < GIB + rest
 

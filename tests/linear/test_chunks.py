@@ -6,16 +6,18 @@ from gpu_products import defer_small_chunks, need_shapes_of_addmm, play_gpu
 from helpers import ON_CPU, error, make_linear, random_target, random_upstream, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_kernels.backends import reference
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
+from em_kernels.backends.reference import Reference
 from em_kernels.linear import chunks, cut, products
 from em_kernels.linear.chunks import Linear, Needs
 from em_kernels.linear.cut import Cut
 from em_kernels.linear.half import ready_dtype
 
+reference = Reference()
+
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-NARROWING = [name for name in ON_CPU if getattr(backend(name, torch.device("cpu")), "narrows", 0)]
+NARROWING = [name for name in ON_CPU if backend(name, torch.device("cpu")).narrows]
 ALL = Needs(True, True, True)
 N, D, V = 12, 16, 301
 
@@ -231,11 +233,10 @@ def test_products_read_the_deferred_gradient_beside_the_logits(deferring, name):
         assert wide.stride() == (cut.row_stride(V), 1)
 
 
-class Shard:
+class Shard(Reference):
     """The reference as a rank of a group sees it, the widest shard elsewhere."""
 
     widest_shard = 2 * V
-    narrows = True
 
 
 @pytest.mark.parametrize(
@@ -245,14 +246,20 @@ class Shard:
         (torch.float16, reference, ALL, True),
         (torch.float32, reference, ALL, False),  # nothing to narrow
         (torch.bfloat16, reference, Needs(True, False, True), False),  # no trips of dW
-        (torch.bfloat16, Shard, Needs(True, False, True), True),  # a rank that cuts like the others
+        (
+            torch.bfloat16,
+            Shard(),
+            Needs(True, False, True),
+            True,
+        ),  # a rank that cuts like the others
         (torch.bfloat16, reference, None, False),  # statistics
         (torch.bfloat16, "cpu", ALL, False),  # cannot narrow
     ),
 )
 def test_when_the_gradient_is_deferred(deferring, dtype, module, needs, deferred):
     if module == "cpu":
-        module = pytest.importorskip("em_kernels.backends.cpu")
+        pytest.importorskip("em_kernels._C")
+        module = backend("cpu", torch.device("cpu"))
     linear = Linear.cut(*operands(dtype), 5, None)
     assert chunks.Rows.counted(linear, None, module, needs).cut == Cut(5, 2 if deferred else 5)
 
@@ -267,7 +274,7 @@ def test_default_chunks_are_cut_for_the_widest_shard(deferring, monkeypatch):
     """20 bytes for an entry of its vocabulary: 5 rows in place, or 10 with the logits elsewhere."""
     monkeypatch.setattr(cut, "GPU_WORKSPACE_BYTES", 20 * cut.row_stride(2 * V))
     linear = Linear.cut(*operands(), None, None)
-    assert chunks.Rows.counted(linear, None, Shard, ALL).cut == Cut(6, 3)
+    assert chunks.Rows.counted(linear, None, Shard(), ALL).cut == Cut(6, 3)
 
 
 def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
@@ -276,14 +283,15 @@ def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
     hidden, weight = torch.empty(100, D).bfloat16(), torch.empty(V, D).bfloat16()
     linear = Linear.cut(hidden, weight, None, torch.float32)
     each = (None, Needs(False, True, False), Needs(True, False, False))
-    cuts = [chunks.Rows.counted(linear, None, WideShard, needs, True).cut for needs in each]
+    cuts = [chunks.Rows.counted(linear, None, WideShard(), needs, True).cut for needs in each]
     assert [cut.chunk for cut in cuts] == [32, 32, 32]
 
 
-class WideShard:
+class WideShard(Reference):
     """A rank whose backend writes the gradient as wide as the logits."""
 
     widest_shard = V
+    narrows = False
 
 
 @pytest.mark.parametrize("name", NARROWING)

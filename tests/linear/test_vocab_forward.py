@@ -17,12 +17,14 @@ from helpers import (
 )
 
 from em_kernels import linear_softmax_stats, linear_token_loss
+from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
 from em_kernels.linear import chunks, products
 from em_kernels.linear import cut as cutting
 from em_kernels.linear.plan import Linear, Needs
 
-cpu = pytest.importorskip("em_kernels.backends.cpu")
+pytest.importorskip("em_kernels._C")
+cpu = backend("cpu", torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 N, D, V = 13, 16, 301
 CHUNK = 3  # rows of logits that the memory holds: 69 columns of all rows, or blocks of 64
@@ -367,11 +369,11 @@ def test_parts_of_rows():
         parts = cpu.new_parts(6)
         for start, stop in pairwise(ends):
             own = spec._replace(valid_vocab=stop - start)
-            rows = cpu.stats(logits[..., start:stop], own, OUTPUTS, parts, start)
+            rows = cpu.part_stats(logits[..., start:stop], own, OUTPUTS, parts, start)
         for name, got, want in zip(("max", "log1p_r", "mean_d", *OUTPUTS), rows, whole):
             assert error(got, want) < 1e-6, name
     with pytest.raises(ValueError, match=r"parts must be those of new_parts\(6\)"):
-        cpu.stats(logits, spec, (), cpu.new_parts(5))
+        cpu.part_stats(logits, spec, (), cpu.new_parts(5), 0)
 
 
 @pytest.mark.parametrize("vocab", (4096, 4097, 50257, 151936))

@@ -1,12 +1,11 @@
-"""`ops.entropy_control` in one launch: a program goes through its row until it is done."""
+"""`backends.entropy_control` in one launch: a program goes through its row until it is done."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from em_kernels.backends.entropy_control import Descent, Goal
-from em_kernels.backends.interface import RowSpec, accumulate_dtype
+from em_kernels.backends.interface import Descent, Goal, RowSpec, accumulate_dtype
 from em_kernels.backends.triton.elementary import exp, log1p
 from em_kernels.backends.triton.launch import Rows, device_of, prepare
 from em_kernels.backends.triton.moments import distance, merge

@@ -20,6 +20,7 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    empty_rows,
 )
 from em_kernels.backends.triton import kernels
 from em_kernels.backends.triton.reads import numbers_of_a_lane
@@ -115,7 +116,7 @@ class Shared(NamedTuple):
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); as `em_kernels.backends.reference.stats`."""
-    outs = _empty(logits, outputs)
+    outs = empty_rows(logits, outputs)
     _launch(kernels.statistics, logits, spec, outputs, outs=Outs(**outs))
     return list(outs.values())
 
@@ -132,19 +133,10 @@ def loss(
     logits: Tensor, spec: RowSpec, upstream: Upstream, outputs: tuple[str, ...], out: Tensor
 ) -> list[Tensor]:
     """`stats` and then `grad` in one launch; as `em_kernels.backends.reference.loss`."""
-    outs = _empty(logits, outputs)
+    outs = empty_rows(logits, outputs)
     arguments = dict(outs=Outs(**outs), up=upstream)
     _launch(kernels.loss, logits, spec, outputs, **_into(out), **arguments)
     return list(outs.values())
-
-
-def _empty(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    count = logits.shape[0] * logits.shape[1]
-    wide = accumulate_dtype(logits.dtype)
-    return {
-        name: torch.empty(count, dtype=wide, device=logits.device)
-        for name in (*Saved._fields, *outputs)
-    }
 
 
 def _into(out: Tensor) -> dict:
