@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from em_kernels.linear import cut, products
+from em_kernels.linear import chunking, products
 
 
 class Product(NamedTuple):
@@ -49,13 +49,13 @@ def need_shapes_of_addmm() -> None:
 
 def defer_small_chunks(patch, logits_rows: int = 2) -> None:
     """Chunks of more than 2 * logits_rows rows are worth deferring their gradient."""
-    patch.setattr(cut, "GPU_LOGITS_ROWS", logits_rows)
-    patch.setattr(cut, "single_cut", lambda count, width, spare: None)
-    patch.setattr(cut, "GPU_TILE_ROWS", 1)
-    patch.setattr(cut, "CPU_TILE_ROWS", 1)
+    patch.setattr(chunking, "GPU_LOGITS_ROWS", logits_rows)
+    patch.setattr(chunking, "single_chunk", lambda count, width, spare: None)
+    patch.setattr(chunking, "GPU_TILE_ROWS", 1)
+    patch.setattr(chunking, "CPU_TILE_ROWS", 1)
 
 
 def block_small_vocabularies(patch) -> None:
     """A backward pass of several chunks has the vocabulary outermost from 8 columns a block on."""
-    patch.setattr(cut, "COLUMN_TILE", 4)
-    patch.setattr(cut, "LEAST_COLUMNS", 8)
+    patch.setattr(chunking, "COLUMN_TILE", 4)
+    patch.setattr(chunking, "LEAST_COLUMNS", 8)

@@ -28,7 +28,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels.backends.interface import RowSpec, Upstream
-from em_kernels.linear import chunks, cut
+from em_kernels.linear import chunking, chunks
 
 
 def message(call) -> str:
@@ -148,13 +148,13 @@ def uneven_chunks():
     """Collectives of a call whose smallest shard would fit in one chunk, the largest in two."""
     sizes = OTHER_SIZES[dist.get_world_size()][0]
     head, _ = draw_head(own_cut(sizes))
-    budget, cut.CPU_WORKSPACE_BYTES = cut.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
+    budget, chunking.CPU_WORKSPACE_BYTES = chunking.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
     try:
         return count_collectives(
             lambda: linear_softmax_stats(head.hidden, head.weight, group=dist.group.WORLD)
         )
     finally:
-        cut.CPU_WORKSPACE_BYTES = budget
+        chunking.CPU_WORKSPACE_BYTES = budget
 
 
 def opcheck():

@@ -2,15 +2,15 @@
 
 Forward is one matrix product, backward three (the logits again, dX, dW); where the loss weights
 are known before the forward pass, `loss` does all of it in three. Rows that are masked are taken
-out before the first product, or multiplied as zeros where finding them would wait (`_rows`). The
-gradient of a chunk takes the place of its logits: float32 logits of 16-bit operands are narrowed
-there where the backend can, and the products read it from there. Where it makes fewer chunks
-(`_cut`), the narrow gradient of a chunk of `loss` has memory of its own, and the logits of some of
-its rows at a time lie where dW will be. dW and db are summed over chunks in float32 (float64 for
-float64) and rounded once; the terms of both are the gradient rounded to the dtype of `hidden`. A
-backward pass of several chunks has blocks of the vocabulary outermost where that pays, and sums dX
-instead: `_vocab_blocks`. So has the forward pass of a backend that goes through rows in parts:
-`_vocab_forward`.
+out before the first product, or multiplied as zeros where finding them would wait (`row_index`).
+The gradient of a chunk takes the place of its logits: float32 logits of 16-bit operands are
+narrowed there where the backend can, and the products read it from there. Where it makes fewer
+chunks (`chunking`), the narrow gradient of a chunk of `loss` has memory of its own, and the logits
+of some of its rows at a time lie where dW will be. dW and db are summed over chunks in float32
+(float64 for float64) and rounded once; the terms of both are the gradient rounded to the dtype of
+`hidden`. A backward pass of several chunks has blocks of the vocabulary outermost where that pays,
+and sums dX instead: `vocab_blocks`. So has the forward pass of a backend that goes through rows in
+parts: `vocab_forward`.
 
 The backward pass multiplies logits in the same pieces as the forward pass, since a matrix library
 gives the same bits only for the same shapes: the maximum of a row must be found again to the last
@@ -19,13 +19,12 @@ bit, or the gradient of an entropy of 1e-9 is lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends import row_index
 from em_kernels.backends.interface import (
     Backend,
     RowSpec,
@@ -37,10 +36,10 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.row_index import kept_rows
 from em_kernels.linear import products, vocab_blocks, vocab_forward
-from em_kernels.linear.columns import BLOCK, kept_columns
-from em_kernels.linear.cut import LOGIT_BYTES, column_blocks, row_stride
-from em_kernels.linear.half import ready_dtype, rows_scale, scale_rows, unscaled
-from em_kernels.linear.plan import Linear, Needs, Rows, kept_shape
+from em_kernels.linear.chunking import LOGIT_BYTES, column_blocks, row_stride
+from em_kernels.linear.gradients import ChunkGradients
+from em_kernels.linear.half import ready_dtype
+from em_kernels.linear.plan import Linear, Needs, Rows, kept_shape, pick_rows
 from em_kernels.linear.workspace import lie_in, room_for_gradient
 
 
@@ -63,7 +62,7 @@ class Chunk(NamedTuple):
             logits = self.logits[: own.stop - start]
             for columns in self.blocks:
                 products.multiply(self.x[own], weight[columns], logits[:, columns])
-            rows = _pick_rows(self.rows, own)
+            rows = pick_rows(self.rows, own)
             yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
 
@@ -111,15 +110,15 @@ def grad(
     for rows whose logits are in `kept`, which stays as it is."""
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
-    if rows.cut.blocks > 1:
+    if rows.chunking.blocks > 1:
         return vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept)
-    sums = _Gradients(linear, spec, upstream, needs, backend, rows)
+    sums = ChunkGradients(linear, spec, upstream, needs, backend, rows)
     for chunk in _chunks(linear, spec, rows, backend, kept=kept, again=True):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))
             weights = pick(sums.upstream, part)
             backend.grad(logits[None], row_spec, part_saved, weights, out[None])
-        sums.add(chunk)
+        sums.add(chunk.rows, chunk.x, chunk.gradient)
     return sums.finish()
 
 
@@ -137,19 +136,18 @@ def loss(
     A gradient of float16 is float32 here: backward multiplies it by the loss scale and rounds it.
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
-    if needs == Needs(hidden=True) and vocab_forward.single_source(upstream):
-        rows = Rows.counted(linear, index, backend, needs, True)
-        if rows.in_parts:
-            forward = vocab_forward.Pass.over(linear, spec, backend, rows)
-            return _loss_of_hidden(forward, upstream, outputs)
-    rows = Rows.counted(linear, index, backend, needs)
+    frozen = needs == Needs(hidden=True) and vocab_forward.has_single_source(upstream)
+    rows = Rows.counted(linear, index, backend, needs, in_parts=frozen)
+    if rows.in_parts:
+        forward = vocab_forward.Pass.over(linear, spec, backend, rows)
+        return _loss_of_hidden(forward, upstream, outputs)
     results = _empty_rows(linear, rows, 3 + len(outputs))
-    sums = _Gradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
+    sums = ChunkGradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             weights = pick(sums.upstream, part)
             _put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
-        sums.add(chunk)
+        sums.add(chunk.rows, chunk.x, chunk.gradient)
     return [*results, *sums.finish()]
 
 
@@ -173,109 +171,6 @@ def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> N
         result[rows] = value
 
 
-class _Gradients:
-    """dX, dW and db, summed over chunks.
-
-    `result` says which dtype the gradient of a tensor of a dtype has. Those of float16 operands are
-    made of `upstream`, scaled as `_half` says, summed in float32 and divided by `scale`.
-    """
-
-    def __init__(
-        self,
-        linear: Linear,
-        spec: RowSpec,
-        upstream: Upstream,
-        needs: Needs,
-        backend: Backend,
-        rows: Rows,
-        result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
-    ):
-        self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
-        self.upstream = scale_rows(_counted(upstream, spec.mask), self.scale)
-        self.result = result
-        # Finding the columns waits for the device: a captured graph multiplies them all.
-        self.filter_eps = None if row_index.is_capturing(linear.hidden) else needs.filter_eps
-        hidden, weight = linear.hidden, linear.weight
-        wide = accumulate_dtype(hidden.dtype)
-        several, half = rows.count > rows.cut.chunk, self.scale is not None
-        early = several and needs.weight and rows.cut.logits < rows.cut.chunk
-        # Until `finish` the logits lie there.
-        self.rounded = weight.new_empty(weight.shape) if early else None
-        # The first chunk overwrites it: zeros would only cost the page faults.
-        self.started = self.filter_eps is not None
-        # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
-        shape = hidden.shape if needs.hidden else 0
-        self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
-        shape = weight.shape if needs.weight else (0,)
-        dtype = wide if several or half else weight.dtype
-        self.weight = backend.empty(shape, dtype, weight.device)
-        self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
-        self.bias = torch.zeros(
-            weight.shape[0] if needs.bias else 0, dtype=wide, device=weight.device
-        )
-
-    def add(self, chunk: Chunk) -> None:
-        gradient, kept = chunk.gradient, None
-        valid = self.spec.valid_vocab
-        if self.needs.bias:
-            self.bias[:valid] += gradient.sum(0, dtype=self.bias.dtype) / self.spec.logit_scale
-        if self.filter_eps is not None:
-            upstream = pick(self.upstream, chunk.rows)
-            kept = kept_columns(gradient, upstream, self.filter_eps)
-        if kept is None:
-            self._add_all(chunk, gradient.to(chunk.x.dtype), self.linear.weight[:valid])
-        elif len(kept):
-            self._add_columns(chunk, kept)
-
-    def _add_all(self, chunk: Chunk, gradient: Tensor, weight: Tensor) -> None:
-        if self.needs.hidden:
-            for own in products.pieces(gradient, weight):
-                rows = _pick_rows(chunk.rows, own)
-                product = unscaled(products.back_multiply(gradient[own], weight), self.scale)
-                self.hidden[rows] = product.to(self.hidden.dtype)
-        if self.needs.weight:
-            total = self.weight[: weight.shape[0]]
-            products.accumulate(total, gradient, chunk.x, self.started, self.backend)
-            self.started = True
-
-    def _add_columns(self, chunk: Chunk, kept: Tensor) -> None:
-        """The same for some of the columns, gathered a block at a time."""
-        x = chunk.x
-        wide = x.new_zeros(x.shape, dtype=accumulate_dtype(x.dtype))
-        for columns in kept.split(BLOCK):
-            part = chunk.gradient[:, columns].to(x.dtype)
-            if self.needs.hidden:
-                weight = self.linear.weight[columns]
-                products.accumulate(wide, part.T, weight, True, self.backend)
-            if self.needs.weight:
-                product = self.weight.new_empty(len(columns), x.shape[1])
-                products.accumulate(product, part, x, False, self.backend)
-                self.weight.index_add_(0, columns, product)
-        if self.needs.hidden:
-            self.hidden[chunk.rows] = unscaled(wide, self.scale).to(self.hidden.dtype)
-
-    def finish(self) -> list[Tensor]:
-        if self.spec.mask is not None and self.needs.hidden:
-            self.hidden.masked_fill_(~self.spec.mask[:, None], 0)  # 0 times an inf of the weight
-        weight = self._rounded()
-        bias = unscaled(self.bias, self.scale)
-        if self.spec.bias is not None:
-            bias = bias.to(self.result(self.spec.bias.dtype))
-        return [self.hidden, weight, bias]
-
-    def _rounded(self) -> Tensor:
-        """dW in the dtype that is asked for; to 16 bits in one pass, from `rounded` on if given."""
-        dtype = self.result(self.linear.weight.dtype)
-        if self.scale is None:
-            rounded = self.rounded
-            return self.weight.to(dtype) if rounded is None else rounded.copy_(self.weight)
-        out = self.weight
-        if out.dtype != dtype:
-            out = torch.empty_like(out, dtype=dtype) if self.rounded is None else self.rounded
-        return torch.mul(self.weight, self.scale.reciprocal(), out=out)
-
-
 def _chunks(
     linear: Linear,
     spec: RowSpec,
@@ -287,27 +182,29 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """The chunks in turn, all in the same memory; that of `spare` may be used. The logits of the
     first rows are in `kept`: they go there, or `again` have gone there."""
-    hidden, vocab, cut, held = linear.hidden, spec.valid_vocab, rows.cut, rows.held(kept)
-    width, blocks = row_stride(vocab), column_blocks(vocab, cut.blocks, cut.tile)
+    hidden, vocab, held = linear.hidden, spec.valid_vocab, rows.held(kept)
+    chunking = rows.chunking
+    width, blocks = row_stride(vocab), column_blocks(vocab, chunking.blocks, chunking.tile)
     least = 0 if held == rows.count and not again else rows.count
-    shape = (min(cut.logits, least), width)
+    shape = (min(chunking.logits, least), width)
     if spare is not None and shape[0] * width * LOGIT_BYTES <= spare.nbytes:
         logits = lie_in(spare, shape)
     else:
         logits = backend.empty(shape, linear.logits_dtype, hidden.device)
     logits = logits[:, :vocab]
-    if cut.logits < cut.chunk:
-        shape = (min(cut.chunk, rows.count), width)
+    if chunking.logits < chunking.chunk:
+        shape = (min(chunking.chunk, rows.count), width)
         gradient = backend.empty(shape, hidden.dtype, hidden.device)[:, :vocab]
     else:
         gradient = room_for_gradient(logits, hidden.dtype, backend)
     for own in rows.spans():
-        part, is_kept = rows.at(own), own.stop <= held
+        part = rows.at(own)
         x = hidden[part]
         if spec.mask is not None:
             x = torch.where(spec.mask[part, None], x, 0)
-        room = kept[own, :vocab] if is_kept else logits
-        unread = [] if is_kept and again else blocks
+        room, unread = logits, blocks
+        if kept is not None and own.stop <= held:
+            room, unread = kept[own, :vocab], [] if again else blocks
         yield Chunk(part, x, room, gradient[: x.shape[0]], unread)
 
 
@@ -317,17 +214,3 @@ def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:
     dtype = accumulate_dtype(hidden.dtype)
     make = torch.empty if rows.index is None else torch.zeros
     return [make(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(count)]
-
-
-def _pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
-    """Those of `rows` that stand at `own`."""
-    if isinstance(rows, slice):
-        return slice(rows.start + own.start, rows.start + own.stop)
-    return rows[own]
-
-
-def _counted(upstream: Upstream, mask: Tensor | None) -> Upstream:
-    """0 where the mask is."""
-    if mask is None:
-        return upstream
-    return Upstream(*(None if g is None else torch.where(mask, g, 0) for g in upstream))

@@ -1,8 +1,9 @@
-"""What the chunk driver is asked for, and how it cuts rows, vocabulary and memory for it."""
+"""What the chunk driver is asked for, and how rows, vocabulary and memory are divided for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from em_kernels.backends.interface import Argument, Backend, accumulate_dtype
 from em_kernels.linear import products
-from em_kernels.linear.cut import (
+from em_kernels.linear.chunking import (
     ROW_ALIGN,
-    Cut,
+    Chunking,
+    block_columns,
+    chunk_rows,
     count_blocks,
-    cut_columns,
-    cut_rows,
     row_stride,
     spare_rows,
     workspace_bytes,
@@ -42,7 +43,7 @@ class Needs(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """The product's operands and what the caller fixed of how it is cut."""
+    """The product's operands and what the caller fixed of its chunks."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -50,7 +51,7 @@ class Linear(NamedTuple):
     logits_dtype: torch.dtype
 
     @classmethod
-    def cut(
+    def of(
         cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
     ) -> Linear:
         """Flatten the leading dimensions and fill in the dtype of the logits."""
@@ -58,12 +59,13 @@ class Linear(NamedTuple):
         return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden))
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Which rows are computed, and how many at a time."""
 
     index: Tensor | None  # None is all of them
     count: int
-    cut: Cut
+    chunking: Chunking
 
     @classmethod
     def counted(
@@ -73,16 +75,21 @@ class Rows(NamedTuple):
         backend: Backend,
         needs: Needs | None = None,
         again: bool = False,
+        in_parts: bool = False,
     ) -> Rows:
-        """The rows of `index`, cut into chunks; `needs` is None for statistics alone. `again`: they
-        come first and the gradient later."""
+        """The rows of `index`, in chunks; `needs` is None for statistics alone.
+
+        `again`: they come first and the gradient later. `in_parts`: a loss that may have blocks of
+        the vocabulary in its forward pass.
+        """
         count = linear.hidden.shape[0] if index is None else index.shape[0]
-        return cls(index, count, _cut_for(linear, count, backend, needs, again))
+        rows_first = needs is not None and not (again or in_parts)
+        return cls(index, count, _chunking(linear, count, backend, needs, again, rows_first))
 
     def spans(self) -> Iterator[slice]:
         """Where the chunks stand among the counted rows."""
-        for start in range(0, self.count, self.cut.chunk):
-            yield slice(start, min(start + self.cut.chunk, self.count))
+        for start in range(0, self.count, self.chunking.chunk):
+            yield slice(start, min(start + self.chunking.chunk, self.count))
 
     def groups(self) -> list[list[slice]]:
         """The chunks that take a block of the vocabulary together: each by itself, or all."""
@@ -104,13 +111,15 @@ class Rows(NamedTuple):
     def in_parts(self) -> bool:
         """Whether a chunk is multiplied with a block of the vocabulary at a time, in both passes,
         and the next one then."""
-        return self.cut.blocks > 1 and self.cut.tile is not None
+        return self.chunking.blocks > 1 and self.chunking.tile is not None
 
     def kept_logits(self, kept: Tensor | None, own: slice, columns: slice) -> Tensor | None:
         """Where the logits of a chunk and a block lie in `kept`, None where it has no room."""
+        if kept is None:
+            return None
         if not self.in_parts:
             return kept[own, columns] if own.stop <= self.held(kept) else None
-        stride = 0 if kept is None else kept.numel() // self.count // ROW_ALIGN * ROW_ALIGN
+        stride = kept.numel() // self.count // ROW_ALIGN * ROW_ALIGN
         if columns.stop > stride:
             return None
         return kept.view(-1)[: self.count * stride].view(self.count, stride)[own, columns]
@@ -119,7 +128,9 @@ class Rows(NamedTuple):
         """How many of the counted rows, the first ones, have their logits in `kept`: all, or whole
         chunks of them, since part of a chunk would be multiplied again with the rest of it."""
         room = 0 if kept is None else kept.shape[0]
-        return self.count if room >= self.count else room // self.cut.chunk * self.cut.chunk
+        return (
+            self.count if room >= self.count else room // self.chunking.chunk * self.chunking.chunk
+        )
 
 
 def default_logits_dtype(hidden: Tensor) -> torch.dtype:
@@ -144,38 +155,50 @@ def kept_shape(linear: Linear, keep: int | None) -> tuple[int, int]:
     return torch.sym_min(linear.hidden.shape[0], rows), width
 
 
-def _cut_for(linear: Linear, count: int, backend: Backend, needs: Needs | None, again: bool) -> Cut:
+def _chunking(
+    linear: Linear,
+    count: int,
+    backend: Backend,
+    needs: Needs | None,
+    again: bool,
+    rows_first: bool,
+) -> Chunking:
     width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
-    alone = needs is None and backend.widest_shard is None  # ranks cut alike
+    alone = needs is None and backend.widest_shard is None  # ranks chunk alike
     size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
-    cut = cut_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
-    if needs is not None and (needs.filter_eps is not None or not again):
-        return cut
+    chunks = chunk_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
+    if rows_first or (needs is not None and needs.filter_eps is not None):
+        return chunks
     tokens = linear.chunk_tokens
     memory = tokens * width * size if tokens else workspace_bytes(gpu)
-    return _cut_columns_for(linear, count, backend, needs, cut, memory)
+    return _with_blocks(chunks, linear, count, backend, needs, memory)
 
 
-def _cut_columns_for(
-    linear: Linear, count: int, backend: Backend, needs: Needs | None, cut: Cut, memory: int
-) -> Cut:
+def _with_blocks(
+    chunks: Chunking,
+    linear: Linear,
+    count: int,
+    backend: Backend,
+    needs: Needs | None,
+    memory: int,
+) -> Chunking:
     """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
     width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
     if not (gpu or operand == accumulate_dtype(operand)):
-        return cut  # no product of a CPU adds 16-bit operands to a float32 dX
+        return chunks  # no product of a CPU adds 16-bit operands to a float32 dX
     tile = backend.part_entries
-    if tile is not None and own == operand and not gpu and count > cut.chunk:
-        parts = cut_columns(count, width, own.itemsize, memory, tile)
+    if tile is not None and own == operand and not gpu and count > chunks.chunk:
+        parts = block_columns(count, width, own.itemsize, memory, tile)
         if parts is not None and parts.blocks > 1:
             return parts
     if not (needs and needs.weight):
-        return cut
+        return chunks
     beside = 0 if own == operand else own.itemsize
-    blocks = count_blocks(count, width, cut.chunk, operand.itemsize, beside, memory)
-    return cut._replace(blocks=blocks)
+    blocks = count_blocks(count, width, chunks.chunk, operand.itemsize, beside, memory)
+    return chunks._replace(blocks=blocks)
 
 
 def _bytes_per_logit(linear: Linear, backend: Backend) -> int:
@@ -189,7 +212,7 @@ def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
     """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
     fewer chunks would save no trips of dW.
 
-    Ranks of a group may not all need dW, and cut alike: one that has no room takes it elsewhere.
+    Ranks of a group may not all need dW, and chunk alike: one that has no room takes it elsewhere.
     """
     narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
     trips = needs.weight or backend.widest_shard is not None
@@ -199,6 +222,13 @@ def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
 
 
 def _widest(linear: Linear, backend: Backend) -> int:
-    """Entries of the vocabulary to cut for: all ranks of a group must cut alike."""
+    """Entries of the vocabulary to plan for: all ranks of a group must chunk alike."""
     widest = backend.widest_shard
     return linear.weight.shape[0] if widest is None else widest
+
+
+def pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:
+    """Those of `rows` that stand at `own`."""
+    if isinstance(rows, slice):
+        return slice(rows.start + own.start, rows.start + own.stop)
+    return rows[own]

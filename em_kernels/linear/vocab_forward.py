@@ -31,8 +31,9 @@ from em_kernels.backends.interface import (
     select_rows,
 )
 from em_kernels.linear import products
-from em_kernels.linear.cut import block_stride, column_blocks, width_of
+from em_kernels.linear.chunking import column_blocks, width_of
 from em_kernels.linear.plan import Linear, Rows
+from em_kernels.linear.workspace import BlockMemory
 
 
 class Block(NamedTuple):
@@ -61,17 +62,17 @@ class Pass(NamedTuple):
         self, own: slice, outputs: tuple[str, ...], kept: Tensor | None = None
     ) -> Iterator[Block]:
         """The blocks of a chunk in turn, those `kept` has no room for all in the same memory."""
-        linear, cut, backend = self.linear, self.rows.cut, self.backend
+        linear, chunking, backend = self.linear, self.rows.chunking, self.backend
         count, x = own.stop - own.start, self.x[own]
         picked, parts = select_rows(self.spec, self.rows.at(own)), backend.new_parts(count)
-        blocks, room = column_blocks(self.spec.valid_vocab, cut.blocks, cut.tile), None
-        stride = block_stride(max(map(width_of, blocks)), gpu=False)
+        blocks = column_blocks(self.spec.valid_vocab, chunking.blocks, chunking.tile)
+        widest, room = max(map(width_of, blocks)), None
         for columns in blocks:
             logits = self.rows.kept_logits(kept, own, columns)
             if logits is None:
                 if room is None:
-                    room = backend.empty((count, stride), linear.logits_dtype, x.device)
-                logits = room[:, : width_of(columns)]
+                    room = BlockMemory(backend, count, widest, linear.logits_dtype, x)
+                logits = room.matrix(count, width_of(columns))
             products.multiply(x, linear.weight[columns], logits)
             bias = None if self.spec.bias is None else self.spec.bias[columns]
             spec = picked._replace(bias=bias, valid_vocab=width_of(columns))
@@ -88,8 +89,8 @@ class Pass(NamedTuple):
         return values
 
     def loss(self, own: slice, upstream: Upstream, outputs: tuple[str, ...]) -> list[Tensor]:
-        """[*`stats`, dX] of a chunk where `upstream` has a `single_source`; two products."""
-        part, source = self.rows.at(own), single_source(upstream)
+        """[*`stats`, dX] of a chunk where `upstream` has a single source; two products."""
+        part, (source, weights) = self.rows.at(own), _source(upstream)
         kind = _LogprobSum if source == "logprob" else _LseSum
         row_spec = select_rows(self.spec, part)
         total = kind(self.linear, row_spec, self.backend, own.stop - own.start)
@@ -97,15 +98,21 @@ class Pass(NamedTuple):
         for block in self.blocks(own, asked):
             total.add(block)
         values, place = block.values, len(Saved._fields) + asked.index(source)
-        grad = total.finish(values, values[place]) * getattr(upstream, source)[part][:, None]
+        grad = total.finish(values, values[place]) * weights[part][:, None]
         grad.masked_fill_(values[0].isnan()[:, None], torch.nan)
         return [*values[: len(Saved._fields) + len(outputs)], grad]
 
 
-def single_source(upstream: Upstream) -> str | None:
-    """The output that brings the whole gradient of a loss, if `Pass.loss` can make that."""
+def has_single_source(upstream: Upstream) -> bool:
+    """Whether logprob or lse alone bring the gradient of a loss, which `Pass.loss` can make."""
     given = [name for name, g in upstream._asdict().items() if g is not None]
-    return given[0] if given in (["logprob"], ["lse"]) else None
+    return given in (["logprob"], ["lse"])
+
+
+def _source(upstream: Upstream) -> tuple[str, Tensor]:
+    """(the single source, its weights)"""
+    ((name, weights),) = ((n, g) for n, g in upstream._asdict().items() if g is not None)
+    return name, weights
 
 
 class _LseSum:

@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import Backend
+from em_kernels.linear import products
+from em_kernels.linear.chunking import block_stride
+
+
+class BlockMemory:
+    """Room for a block of columns of some rows, which all blocks go through."""
+
+    def __init__(
+        self, backend: Backend, rows: int, widest: int, dtype: torch.dtype, like: Tensor
+    ) -> None:
+        self._gpu = products.is_gpu(like)
+        self._memory = backend.empty((rows * block_stride(widest, self._gpu),), dtype, like.device)
+
+    def matrix(self, rows: int, width: int) -> Tensor:
+        """(rows, width), at the beginning of the memory."""
+        stride = block_stride(width, self._gpu)
+        return self._memory[: rows * stride].view(rows, stride)[:, :width]
 
 
 def narrows(linear_dtype: torch.dtype, logits_dtype: torch.dtype, backend: Backend) -> bool:

@@ -194,7 +194,7 @@ def _serve_linear(
     chunk, dtype = call.chunk_tokens, call.logits_dtype
     vocab, options = call.weight.shape[0], (*options, chunk, dtype)
     module, spec = _serve(call.impl, call.hidden, vocab, call.spec, options, check)
-    return module, spec, Linear.cut(call.hidden, call.weight, chunk, dtype)
+    return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype)
 
 
 def _serve(

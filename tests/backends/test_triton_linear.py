@@ -360,7 +360,7 @@ def test_what_does_not_go_together_is_refused(arguments, pattern):
 def test_without_triton_it_says_so(monkeypatch):
     hidden, weight, _ = make()
     monkeypatch.setattr(
-        "em_kernels.ops.registry.why_not", lambda impl, device: "there is none; install it"
+        "em_kernels.backends.choice.why_not", lambda impl, device: "there is none; install it"
     )
     with pytest.raises(ValueError, match="fuse_product=True needs the Triton backend: there is"):
         linear_softmax_stats(hidden, weight, fuse_product=True)

@@ -1,5 +1,7 @@
 """Memory of the chunk driver on a GPU at full size: the meta device holds sizes and no numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_products import need_shapes_of_addmm
@@ -64,15 +66,16 @@ def gathered(monkeypatch):
     """Rows as a mask leaves them, copied chunk by chunk: here none less than all."""
     counted = Rows.counted
 
-    def indexed(*args):
-        return counted(*args)._replace(index=torch.empty(N, dtype=torch.int64, device="meta"))
+    def indexed(*args, **kwargs):
+        index = torch.empty(N, dtype=torch.int64, device="meta")
+        return replace(counted(*args, **kwargs), index=index)
 
     monkeypatch.setattr(Rows, "counted", indexed)
 
 
 def operands(vocab, dim):
     hidden = torch.empty(N, dim, dtype=torch.bfloat16, device="meta")
-    return Linear.cut(hidden, hidden.new_empty(vocab, dim), None, None)
+    return Linear.of(hidden, hidden.new_empty(vocab, dim), None, None)
 
 
 def beyond(linear, function):
@@ -111,7 +114,7 @@ def test_nearly_all_of_it_is_the_chunk(gpu, vocab, dim):
     """Next to the budget there are only dX of a chunk and the piece it is rounded from."""
     need_shapes_of_addmm()
     linear = operands(vocab, dim)
-    chunk = Rows.counted(linear, None, Kernels(), Needs(True, True, False)).cut.chunk
+    chunk = Rows.counted(linear, None, Kernels(), Needs(True, True, False)).chunking.chunk
     rest = 2 * chunk * dim + min(4 * chunk * dim, products.GPU_PIECE_BYTES) + (1 << 20)
     assert beyond(linear, "loss") < GIB + rest
 

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
 from em_kernels.backends.reference import Reference
-from em_kernels.linear import chunks, cut, products
+from em_kernels.linear import chunking, chunks, products
+from em_kernels.linear import gradients as sums
+from em_kernels.linear.chunking import Chunking
 from em_kernels.linear.chunks import Linear, Needs
-from em_kernels.linear.cut import Cut
 from em_kernels.linear.half import ready_dtype
 
 reference = Reference()
@@ -42,7 +43,7 @@ def operands(dtype=torch.bfloat16, vocab=V):
 
 def gradients(hidden, weight, spec, upstream, chunk, module, needs=ALL):
     """[dX, dW, db] by `loss`, having seen that `stats` and `grad` agree with it."""
-    linear = Linear.cut(hidden, weight, chunk, None)
+    linear = Linear.of(hidden, weight, chunk, None)
     results = chunks.loss(linear, spec, upstream, (), needs, module)
     saved = Saved(*chunks.stats(linear, spec, (), module))
     again = chunks.grad(linear, spec, saved, upstream, needs, module)
@@ -96,7 +97,7 @@ def test_gradients_on_a_gpu(gpu, monkeypatch, name, dtype, chunk, masked, adds):
 @pytest.mark.parametrize("name", NARROWING)
 def test_products_read_the_narrow_gradient_where_the_logits_were(gpu, name):
     (hidden, weight), (spec, upstream) = operands(), call()
-    linear = Linear.cut(hidden, weight, 5, None)
+    linear = Linear.of(hidden, weight, 5, None)
     chunks.loss(linear, spec, upstream, (), ALL, backend(name, torch.device("cpu")))
     logits = [product.out for product in gpu if product.out.shape[1] == V]
     operands_of_dx = [product.a for product in gpu if product.a.shape[1] == V]
@@ -112,7 +113,7 @@ def test_products_read_the_narrow_gradient_where_the_logits_were(gpu, name):
 
 def test_the_weight_gradient_is_summed_in_its_product(gpu):
     (hidden, weight), (spec, upstream) = operands(), call()
-    chunks.loss(Linear.cut(hidden, weight, 4, None), spec, upstream, (), ALL, reference)
+    chunks.loss(Linear.of(hidden, weight, 4, None), spec, upstream, (), ALL, reference)
     sums = weight_gradients(gpu)
     assert [product.kind for product in sums] == ["mm", "addmm", "addmm"]
     assert len({product.out.data_ptr() for product in sums}) == 1
@@ -121,7 +122,7 @@ def test_the_weight_gradient_is_summed_in_its_product(gpu):
 
 def test_a_single_chunk_writes_the_weight_gradient_at_once(gpu):
     (hidden, weight), (spec, upstream) = operands(), call()
-    chunks.loss(Linear.cut(hidden, weight, N, None), spec, upstream, (), ALL, reference)
+    chunks.loss(Linear.of(hidden, weight, N, None), spec, upstream, (), ALL, reference)
     assert [product.out.shape for product in gpu] == [(N, V), (N, D)], "dW is not among the wider"
 
 
@@ -130,7 +131,7 @@ def test_a_single_chunk_writes_the_weight_gradient_at_once(gpu):
 def test_filtered_products_on_a_gpu(gpu, monkeypatch, adds, chunk):
     """Only gathered columns meet the wide products, and the result is close to the exact one."""
     monkeypatch.setattr(products, "adds_to_float32", lambda device, dtype: adds)
-    monkeypatch.setattr(chunks, "BLOCK", 40)
+    monkeypatch.setattr(sums, "BLOCK", 40)
     (hidden, weight), (spec, upstream) = operands(), call()
     weight = 3 * weight
     filtered = gradients(hidden, weight, spec, upstream, chunk, reference, Needs(*ALL[:3], 1e-3))
@@ -144,7 +145,7 @@ def test_pieces_are_bounded(gpu, monkeypatch):
     monkeypatch.setattr(products, "adds_to_float32", lambda device, dtype: False)
     monkeypatch.setattr(products, "GPU_PIECE_BYTES", 128 * D * 4)
     (hidden, weight), (spec, upstream) = operands(), call()
-    chunks.loss(Linear.cut(hidden, weight, 6, None), spec, upstream, (), ALL, reference)
+    chunks.loss(Linear.of(hidden, weight, 6, None), spec, upstream, (), ALL, reference)
     sums = [product.out for product in weight_gradients(gpu)]
     assert [len(out) for out in sums] == [V, 128, 128, V - 256]
     assert len({out.data_ptr() for out in sums[1:]}) == 1
@@ -162,7 +163,7 @@ def test_the_host_waits_for_the_device_once_at_most(gpu, masked):
 
     (hidden, weight), (spec, upstream) = operands(), call(masked)
     with Waits():
-        chunks.loss(Linear.cut(hidden, weight, 4, None), spec, upstream, (), ALL, reference)
+        chunks.loss(Linear.of(hidden, weight, 4, None), spec, upstream, (), ALL, reference)
     assert names == (["nonzero"] if masked else [])
 
 
@@ -218,7 +219,7 @@ def test_deferred_gradients(deferring, monkeypatch, name, dtype, masked, adds):
 @pytest.mark.parametrize("name", NARROWING)
 def test_products_read_the_deferred_gradient_beside_the_logits(deferring, name):
     (hidden, weight), (spec, upstream) = operands(), call()
-    linear = Linear.cut(hidden, weight, 5, None)
+    linear = Linear.of(hidden, weight, 5, None)
     *_, dw, _ = chunks.loss(linear, spec, upstream, (), ALL, backend(name, torch.device("cpu")))
     logits = [product.out for product in deferring if product.out.shape[1] == V]
     operands_of_dx = [product.a for product in deferring if product.a.shape[1] == V]
@@ -227,10 +228,10 @@ def test_products_read_the_deferred_gradient_beside_the_logits(deferring, name):
     for narrow, same in zip(operands_of_dx, operands_of_dw, strict=True):
         assert narrow.data_ptr() == same.data_ptr() == operands_of_dx[0].data_ptr()
         assert narrow.shape == same.shape and narrow.dtype == torch.bfloat16
-        assert narrow.stride() == same.stride() == (cut.row_stride(V), 1)
+        assert narrow.stride() == same.stride() == (chunking.row_stride(V), 1)
     for wide in logits:
         assert wide.dtype == torch.float32 and wide.data_ptr() == dw.data_ptr(), "not where dW goes"
-        assert wide.stride() == (cut.row_stride(V), 1)
+        assert wide.stride() == (chunking.row_stride(V), 1)
 
 
 class Shard(Reference):
@@ -260,31 +261,33 @@ def test_when_the_gradient_is_deferred(deferring, dtype, module, needs, deferred
     if module == "cpu":
         pytest.importorskip("em_kernels._C")
         module = backend("cpu", torch.device("cpu"))
-    linear = Linear.cut(*operands(dtype), 5, None)
-    assert chunks.Rows.counted(linear, None, module, needs).cut == Cut(5, 2 if deferred else 5)
+    linear = Linear.of(*operands(dtype), 5, None)
+    assert chunks.Rows.counted(linear, None, module, needs).chunking == Chunking(
+        5, 2 if deferred else 5
+    )
 
 
 def test_on_a_cpu_the_gradient_is_not_deferred(monkeypatch):
     defer_small_chunks(monkeypatch)
-    linear = Linear.cut(*operands(), 5, torch.float32)
-    assert chunks.Rows.counted(linear, None, reference, ALL).cut == Cut(5, 5)
+    linear = Linear.of(*operands(), 5, torch.float32)
+    assert chunks.Rows.counted(linear, None, reference, ALL).chunking == Chunking(5, 5)
 
 
 def test_default_chunks_are_cut_for_the_widest_shard(deferring, monkeypatch):
     """20 bytes for an entry of its vocabulary: 5 rows in place, or 10 with the logits elsewhere."""
-    monkeypatch.setattr(cut, "GPU_WORKSPACE_BYTES", 20 * cut.row_stride(2 * V))
-    linear = Linear.cut(*operands(), None, None)
-    assert chunks.Rows.counted(linear, None, Shard(), ALL).cut == Cut(6, 3)
+    monkeypatch.setattr(chunking, "GPU_WORKSPACE_BYTES", 20 * chunking.row_stride(2 * V))
+    linear = Linear.of(*operands(), None, None)
+    assert chunks.Rows.counted(linear, None, Shard(), ALL).chunking == Chunking(6, 3)
 
 
 def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
     """They meet once a chunk. 4 bytes of a logit are 48 rows; the cast of a gradient leaves 32."""
-    monkeypatch.setattr(cut, "CPU_WORKSPACE_BYTES", 192 * cut.row_stride(V))
+    monkeypatch.setattr(chunking, "CPU_WORKSPACE_BYTES", 192 * chunking.row_stride(V))
     hidden, weight = torch.empty(100, D).bfloat16(), torch.empty(V, D).bfloat16()
-    linear = Linear.cut(hidden, weight, None, torch.float32)
+    linear = Linear.of(hidden, weight, None, torch.float32)
     each = (None, Needs(False, True, False), Needs(True, False, False))
-    cuts = [chunks.Rows.counted(linear, None, WideShard(), needs, True).cut for needs in each]
-    assert [cut.chunk for cut in cuts] == [32, 32, 32]
+    made = [chunks.Rows.counted(linear, None, WideShard(), needs, True).chunking for needs in each]
+    assert [chunking.chunk for chunking in made] == [32, 32, 32]
 
 
 class WideShard(Reference):
@@ -297,7 +300,7 @@ class WideShard(Reference):
 @pytest.mark.parametrize("name", NARROWING)
 def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name):
     """Fewer trips of dW out of the same budget, and the same gradients."""
-    monkeypatch.setattr(cut, "GPU_WORKSPACE_BYTES", 20 * cut.row_stride(V))
+    monkeypatch.setattr(chunking, "GPU_WORKSPACE_BYTES", 20 * chunking.row_stride(V))
     (hidden, weight), (spec, upstream) = operands(), call()
     out = gradients(hidden, weight, spec, upstream, None, backend(name, torch.device("cpu")))
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
@@ -310,12 +313,12 @@ def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name, dtype):
     """No sum of dW: its product is the last, and writes bfloat16 at once."""
-    monkeypatch.setattr(cut, "GPU_LOGITS_ROWS", 2)
-    monkeypatch.setattr(cut, "GPU_TILE_ROWS", 1)
-    monkeypatch.setattr(cut, "CPU_TILE_ROWS", 1)
-    monkeypatch.setattr(cut, "GPU_WORKSPACE_BYTES", 20 * cut.row_stride(V))
+    monkeypatch.setattr(chunking, "GPU_LOGITS_ROWS", 2)
+    monkeypatch.setattr(chunking, "GPU_TILE_ROWS", 1)
+    monkeypatch.setattr(chunking, "CPU_TILE_ROWS", 1)
+    monkeypatch.setattr(chunking, "GPU_WORKSPACE_BYTES", 20 * chunking.row_stride(V))
     (hidden, weight), (spec, upstream) = operands(dtype), call()
-    linear, module = Linear.cut(hidden, weight, None, None), backend(name, torch.device("cpu"))
+    linear, module = Linear.of(hidden, weight, None, None), backend(name, torch.device("cpu"))
     out = chunks.loss(linear, spec, upstream, (), ALL, module)[3:]
     for grad, ref in zip(out, exact(hidden, weight, spec, upstream), strict=True):
         assert error(grad, ref) < {torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
@@ -331,7 +334,7 @@ def test_columns_are_kept_by_all_the_rows_of_a_deferred_chunk(deferring, monkeyp
     (hidden, weight), (spec, upstream) = operands(), call()
     arguments = (hidden, 3 * weight, spec, upstream, 5, reference, Needs(*ALL[:3], eps))
     deferred = gradients(*arguments)
-    monkeypatch.setattr(cut, "GPU_LOGITS_ROWS", 5)
+    monkeypatch.setattr(chunking, "GPU_LOGITS_ROWS", 5)
     in_place = gradients(*arguments)
     left_out = (in_place[1] == 0).all(1)
     assert left_out.any() and torch.equal((deferred[1] == 0).all(1), left_out)
@@ -366,12 +369,12 @@ def test_every_byte_of_a_logit_counts_towards_the_budget(gpu, monkeypatch, name,
     """Float32 logits with their gradient narrowed in place, or with a 16-bit cast beside them."""
     if name not in ON_CPU:
         pytest.skip(f"{name} is not available here")
-    monkeypatch.setattr(cut, "GPU_WORKSPACE_BYTES", 4 * 32 * cut.row_stride(V))
-    monkeypatch.setattr(cut, "GPU_TILE_ROWS", 4)
-    monkeypatch.setattr(cut, "CPU_TILE_ROWS", 4)
+    monkeypatch.setattr(chunking, "GPU_WORKSPACE_BYTES", 4 * 32 * chunking.row_stride(V))
+    monkeypatch.setattr(chunking, "GPU_TILE_ROWS", 4)
+    monkeypatch.setattr(chunking, "CPU_TILE_ROWS", 4)
     hidden, weight = make_linear(96, dim=D, vocab=V, dtype=torch.bfloat16)
     spec, upstream = RowSpec(valid_vocab=V), Upstream(entropy=torch.ones(96))
-    linear = Linear.cut(hidden.detach(), weight.detach(), None, None)
+    linear = Linear.of(hidden.detach(), weight.detach(), None, None)
     module = backend(name, torch.device("cpu"))
     chunks.loss(linear, spec, upstream, (), ALL, module)
     chunk = next(len(product.out) for product in gpu if product.out.shape[1] == V)
@@ -383,7 +386,7 @@ def test_a_target_or_temperature_that_cannot_be_checked_gives_nan():
     (hidden, weight), (spec, upstream) = operands(), call()
     spec.target[2], spec.target[5] = V, -3
     spec = spec._replace(temperature_rows=torch.ones(N).index_fill_(0, torch.tensor([7]), 0.0))
-    linear = Linear.cut(hidden, weight, 5, None)
+    linear = Linear.of(hidden, weight, 5, None)
     rows = chunks.loss(linear, spec, upstream, ("entropy",), ALL, reference)
     bad = torch.zeros(N, dtype=torch.bool).index_fill_(0, torch.tensor([2, 5, 7]), True)
     for values in rows[:4]:
@@ -397,7 +400,7 @@ def test_gradients_are_contiguous_whatever_the_strides_of_hidden(filter_eps):
     hidden, weight = operands(torch.float32)
     spec = RowSpec(target=random_target(N, vocab=V), valid_vocab=V)
     upstream, needs = Upstream(**random_upstream(N)), ALL._replace(filter_eps=filter_eps)
-    linear = Linear.cut(hidden, weight, 5, None)
+    linear = Linear.of(hidden, weight, 5, None)
     want = chunks.loss(linear, spec, upstream, (), needs, reference)[3:]
     linear = linear._replace(hidden=hidden.T.contiguous().T)
     for got, ref in zip(chunks.loss(linear, spec, upstream, (), needs, reference)[3:], want):

@@ -6,7 +6,7 @@ from helpers import FAST_IMPLS, error, product_flops, random_target, same_bits
 
 from benchmarks import filter_eps
 from em_kernels import linear_entropy_loss, linear_softmax_stats, linear_token_loss
-from em_kernels.linear import chunks
+from em_kernels.linear import gradients as sums
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 FAST_IMPL = pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -117,7 +117,7 @@ def test_flat_rows_can_lose_their_whole_gradient(impl, device):
 def test_columns_are_gathered_in_blocks(impl, device, block, monkeypatch):
     hidden, weight = peaked(device)
     expected, _ = gradients(hidden, weight, filter_eps=1e-3, impl=impl, chunk_tokens=5)
-    monkeypatch.setattr(chunks, "BLOCK", block)
+    monkeypatch.setattr(sums, "BLOCK", block)
     out, _ = gradients(hidden, weight, filter_eps=1e-3, impl=impl, chunk_tokens=5)
     assert (expected[1] != 0).any(1).sum() > 3 * 7
     for a, b in zip(out, expected, strict=True):

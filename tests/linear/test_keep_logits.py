@@ -121,7 +121,7 @@ def test_how_many_rows_are_kept(monkeypatch):
     assert kept_by(monkeypatch, chunk_tokens=5, keep_logits=0) == (0, WIDTH)
     assert kept_by(monkeypatch, keep_logits=7 * ROW + 3) == (7, WIDTH)
     assert kept_by(monkeypatch, keep_logits=1 << 50) == (N, WIDTH)
-    monkeypatch.setattr("em_kernels.linear.cut.CPU_WORKSPACE_BYTES", 6 * ROW)
+    monkeypatch.setattr("em_kernels.linear.chunking.CPU_WORKSPACE_BYTES", 6 * ROW)
     assert kept_by(monkeypatch) == (6, WIDTH)
 
 

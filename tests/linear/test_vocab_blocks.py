@@ -9,8 +9,8 @@ from em_kernels import linear_softmax_stats
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
 from em_kernels.linear import chunks, products, vocab_blocks
+from em_kernels.linear.chunking import column_blocks
 from em_kernels.linear.chunks import Linear, Needs
-from em_kernels.linear.cut import column_blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 N, D, V = 13, 16, 301
@@ -101,7 +101,7 @@ def test_gradients_of_16_bit_operands_on_a_gpu(monkeypatch, blocks, name, dtype,
     mask = torch.arange(N) % 3 > 0 if masked else None
     spec = RowSpec(bias=bias, target=random_target(N, vocab=V), mask=mask, valid_vocab=V)
     upstream, needs = Upstream(**random_upstream(N)), Needs(True, True, True)
-    linear, module = Linear.cut(hidden, weight, 5, None), backend(name, torch.device("cpu"))
+    linear, module = Linear.of(hidden, weight, 5, None), backend(name, torch.device("cpu"))
     saved = Saved(*chunks.stats(linear, spec, (), module, needs)[:3])
     got = chunks.grad(linear, spec, saved, upstream, needs, module)
     wide = [x.double().requires_grad_() for x in (hidden, weight, bias)]
@@ -140,8 +140,8 @@ def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, e
     if frozen:
         weight.requires_grad_(False)
     for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES"):
-        monkeypatch.setattr(f"em_kernels.linear.cut.{name}", 4 * 24 * 304)
-    monkeypatch.setattr("em_kernels.linear.cut.CPU_TILE_ROWS", 1)
+        monkeypatch.setattr(f"em_kernels.linear.chunking.{name}", 4 * 24 * 304)
+    monkeypatch.setattr("em_kernels.linear.chunking.CPU_TILE_ROWS", 1)
     impl = "cpu" if "cpu" in ON_CPU else "reference"
     options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl)
     stats = linear_softmax_stats(hidden, weight, outputs=("entropy", "lse"), **options)

@@ -19,8 +19,7 @@ from helpers import (
 from em_kernels import linear_softmax_stats, linear_token_loss
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
-from em_kernels.linear import chunks, products
-from em_kernels.linear import cut as cutting
+from em_kernels.linear import chunking, chunks, products
 from em_kernels.linear.plan import Linear, Needs
 
 pytest.importorskip("em_kernels._C")
@@ -150,8 +149,8 @@ def test_columns_that_are_kept_cost_no_product_again(parts, rows, columns):
 
 def test_a_block_is_kept_by_default(parts, monkeypatch):
     """Also where it takes the last byte of the memory of a chunk, which no whole row does."""
-    monkeypatch.setattr(cutting, "CPU_WORKSPACE_BYTES", 4 * N * 64 + 4)
-    monkeypatch.setattr(cutting, "CPU_TILE_ROWS", 1)
+    monkeypatch.setattr(chunking, "CPU_WORKSPACE_BYTES", 4 * N * 64 + 4)
+    monkeypatch.setattr(chunking, "CPU_TILE_ROWS", 1)
     hidden, weight, _ = leaves()
 
     def run():
@@ -282,7 +281,7 @@ def test_a_target_that_is_excluded(parts, temperature, softcap):
 
 def test_a_loss_without_a_gradient_makes_none(parts):
     hidden, weight, _ = (x.detach() for x in leaves())
-    linear, spec = Linear.cut(hidden, weight, CHUNK, None), RowSpec(valid_vocab=V)
+    linear, spec = Linear.of(hidden, weight, CHUNK, None), RowSpec(valid_vocab=V)
     *rows, grad, _, _ = chunks.loss(linear, spec, Upstream(lse=torch.ones(N)), (), Needs(), cpu)
     assert grad.numel() == 0 and all(len(row) == N for row in rows)
 
@@ -378,17 +377,18 @@ def test_parts_of_rows():
 
 @pytest.mark.parametrize("vocab", (4096, 4097, 50257, 151936))
 @pytest.mark.parametrize("size", (4, 8))
-@pytest.mark.parametrize("memory", (cutting.CPU_WORKSPACE_BYTES, 1 << 21, 1 << 18))
+@pytest.mark.parametrize("memory", (chunking.CPU_WORKSPACE_BYTES, 1 << 21, 1 << 18))
 def test_blocks_of_many_rows_fit_the_memory(vocab, size, memory):
     for count in (1, 100, 1024, 5000, 10_000, 32_768):
-        cut = cutting.cut_columns(count, vocab, size, memory, 4096)
+        made = chunking.block_columns(count, vocab, size, memory, 4096)
         if memory < 16 * size * 2 * 4096:
-            assert cut is None
+            assert made is None
             continue
         widths = [
-            cutting.width_of(block) for block in cutting.column_blocks(vocab, cut.blocks, cut.tile)
+            chunking.width_of(block)
+            for block in chunking.column_blocks(vocab, made.blocks, made.tile)
         ]
-        assert max(widths) * size * cut.chunk <= memory and sum(widths) == vocab
+        assert max(widths) * size * made.chunk <= memory and sum(widths) == vocab
         assert all(width % 4096 == 0 for width in widths[:-1])
         most = memory // (size * 2 * 4096) // 16 * 16
-        assert cut.chunk == count or -(-count // cut.chunk) == -(-count // most)
+        assert made.chunk == count or -(-count // made.chunk) == -(-count // most)

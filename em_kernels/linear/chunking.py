@@ -1,4 +1,4 @@
-"""How the chunk driver cuts rows and vocabulary: arithmetic on sizes, no tensors.
+"""How the chunk driver divides rows and vocabulary: arithmetic on sizes, no tensors.
 
 In place, a chunk of R rows holds R rows of logits, and then their gradient in the same memory.
 Deferred, it holds the 16-bit gradient of R rows while float32 logits exist for only S of them: the
@@ -6,8 +6,8 @@ rows of a chunk are gone through S at a time, and the products of dX and dW foll
 logits lie where dW will be rounded to 16 bits after the last chunk, if that has room for them.
 
 Where statistics are known, several chunks are gone through block by block of the vocabulary
-instead (`_vocab_blocks`): the gradient of all rows, but of C columns only. So is the forward pass
-where the backend can go through rows in parts (`_vocab_forward`): then a chunk is all rows, or as
+instead (`vocab_blocks`): the gradient of all rows, but of C columns only. So is the forward pass
+where the backend can go through rows in parts (`vocab_forward`): then a chunk is all rows, or as
 many as have blocks that are wide enough, and is finished before the next.
 """
 
@@ -28,7 +28,7 @@ LOGIT_BYTES, GRADIENT_BYTES = 4, 2  # where they are deferred
 COLUMN_TILE, LEAST_COLUMNS = 128, 1024
 
 
-class Cut(NamedTuple):
+class Chunking(NamedTuple):
     """Rows per chunk, R, and how many of them have logits at once, S; S = R is in place. In how
     many blocks of the vocabulary logits are multiplied, each some tiles wide: with one, rows are
     outermost throughout."""
@@ -39,7 +39,7 @@ class Cut(NamedTuple):
     tile: int | None = None  # of `column_blocks`; given where blocks are in forward too
 
 
-def cut_rows(
+def chunk_rows(
     count: int,
     width: int,
     bytes_per_logit: int,
@@ -48,7 +48,7 @@ def cut_rows(
     chunk_tokens: int | None = None,
     wide: bool = False,
     alone: bool = False,
-) -> Cut:
+) -> Chunking:
     """Deferred where that is possible and pays, else in place; `alone`: statistics, no gradient.
 
     `spare` is the rows of logits that the memory of dW holds, None where nothing can be deferred.
@@ -56,14 +56,14 @@ def cut_rows(
     makes fewer chunks out of the same budget. `wide`: a single chunk sums dW in float32 too.
     """
     chunk = chunk_tokens or default_chunk_tokens(count, width, bytes_per_logit, gpu, alone)
-    in_place = Cut(chunk, chunk)
+    in_place = Chunking(chunk, chunk)
     if spare is None or count <= chunk:
         return in_place
     if chunk_tokens:
-        deferred = Cut(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
+        deferred = Chunking(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
         return deferred if chunk > 2 * GPU_LOGITS_ROWS else in_place
-    single = single_cut(count, width, spare // 2 if wide else spare)
-    deferred = single or deferred_cut(count, width, spare)
+    single = single_chunk(count, width, spare // 2 if wide else spare)
+    deferred = single or deferred_chunks(count, width, spare)
     fewer = deferred is not None and _pieces(count, deferred.chunk) < _pieces(count, chunk)
     return deferred if fewer else in_place
 
@@ -90,7 +90,7 @@ def default_chunk_tokens(
     return _evenly(max(1, count), max(tile, limit // tile * tile), tile)
 
 
-def deferred_cut(count: int, width: int, spare: int) -> Cut | None:
+def deferred_chunks(count: int, width: int, spare: int) -> Chunking | None:
     """The same with the gradient deferred; None where that holds no more rows than in place.
 
     The product of S rows does S operations for each byte of weight it reads, and an H200 about 180
@@ -104,15 +104,15 @@ def deferred_cut(count: int, width: int, spare: int) -> Cut | None:
     alone = column // GRADIENT_BYTES // tile * tile
     if spare >= GPU_LOGITS_ROWS and 2 * GPU_LOGITS_ROWS < alone < count:
         chunk = _evenly(count, alone, tile)
-        return Cut(chunk, _part_of(chunk, spare))
+        return Chunking(chunk, _part_of(chunk, spare))
     limit = (column - LOGIT_BYTES * GPU_LOGITS_ROWS) // GRADIENT_BYTES // tile * tile
     if limit <= 2 * GPU_LOGITS_ROWS:
         return None
     chunk = _evenly(count, limit, tile)
-    return Cut(chunk, _part_of(chunk, (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES))
+    return Chunking(chunk, _part_of(chunk, (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES))
 
 
-def single_cut(count: int, width: int, spare: int) -> Cut | None:
+def single_chunk(count: int, width: int, spare: int) -> Chunking | None:
     """All rows in one chunk, where that takes no more memory than several; else None.
 
     The product of a single chunk writes dW in 16 bits. Several sum it in float32, which makes a
@@ -124,7 +124,7 @@ def single_cut(count: int, width: int, spare: int) -> Cut | None:
     logits = (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES
     if chunk <= 2 * GPU_LOGITS_ROWS or logits < GPU_LOGITS_ROWS:
         return None
-    return Cut(chunk, _part_of(chunk, logits))
+    return Chunking(chunk, _part_of(chunk, logits))
 
 
 def count_blocks(
@@ -143,7 +143,7 @@ def count_blocks(
     return _pieces(width, limit - COLUMN_TILE) if limit >= LEAST_COLUMNS + COLUMN_TILE else 1
 
 
-def cut_columns(count: int, width: int, size: int, memory: int, tile: int) -> Cut | None:
+def block_columns(count: int, width: int, size: int, memory: int, tile: int) -> Chunking | None:
     """All rows in one chunk, and its logits, of `size` bytes each, in as few blocks of whole tiles
     as `memory` allows.
 
@@ -154,7 +154,9 @@ def cut_columns(count: int, width: int, size: int, memory: int, tile: int) -> Cu
     if most == 0:
         return None
     chunk = _evenly(count, most, CPU_TILE_ROWS) if count > most else count
-    return Cut(chunk, chunk, _pieces(_pieces(width, tile), memory // (size * chunk * tile)), tile)
+    return Chunking(
+        chunk, chunk, _pieces(_pieces(width, tile), memory // (size * chunk * tile)), tile
+    )
 
 
 def column_blocks(vocab: int, blocks: int, tile: int | None = None) -> list[slice]:

@@ -1,16 +1,16 @@
-"""How many rows the chunk driver takes at a time: `_cut`."""
+"""How many rows the chunk driver takes at a time: `chunking`."""
 
 import pytest
 
-from em_kernels.linear import cut as cutting
-from em_kernels.linear.cut import (
-    Cut,
+from em_kernels.linear import chunking
+from em_kernels.linear.chunking import (
+    Chunking,
+    chunk_rows,
     column_blocks,
     count_blocks,
-    cut_rows,
     default_chunk_tokens,
-    deferred_cut,
-    single_cut,
+    deferred_chunks,
+    single_chunk,
     spare_rows,
 )
 
@@ -37,7 +37,7 @@ VOCABS = (1000, 32000, 50264, 131072, 151936, 152064, 262144, 1 << 20, 1 << 26)
 )
 def test_default_chunks_on_a_gpu(count, vocab, size, rows):
     assert default_chunk_tokens(count, vocab, size, gpu=True) == rows
-    assert cut_rows(count, vocab, size, gpu=True) == Cut(rows, rows)
+    assert chunk_rows(count, vocab, size, gpu=True) == Chunking(rows, rows)
 
 
 # (rows, vocabulary, bytes a logit) -> rows per chunk on a GPU of a call without a gradient
@@ -52,16 +52,16 @@ def test_default_chunks_on_a_gpu(count, vocab, size, rows):
     ),
 )
 def test_chunks_of_statistics_alone_on_a_gpu(count, vocab, size, rows):
-    assert cut_rows(count, vocab, size, gpu=True, alone=True) == Cut(rows, rows)
+    assert chunk_rows(count, vocab, size, gpu=True, alone=True) == Chunking(rows, rows)
     assert rows * vocab * size <= 256 << 20 or rows == 16
-    on_cpu = [cut_rows(count, vocab, size, gpu=False, alone=alone) for alone in (False, True)]
+    on_cpu = [chunk_rows(count, vocab, size, gpu=False, alone=alone) for alone in (False, True)]
     assert on_cpu[0] == on_cpu[1]
 
 
 @pytest.mark.parametrize("gpu_rows", (True, False))
 @pytest.mark.parametrize("size", (2, 4, 6, 8))
 def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, size):
-    budget = cutting.GPU_WORKSPACE_BYTES if gpu_rows else cutting.CPU_WORKSPACE_BYTES
+    budget = chunking.GPU_WORKSPACE_BYTES if gpu_rows else chunking.CPU_WORKSPACE_BYTES
     tile = 128 if gpu_rows else 16
     for vocab in (1000, 32000, 50257, 131072, 151936, 262144):
         limit = budget // (vocab * size) // tile * tile
@@ -77,45 +77,51 @@ def test_default_chunks_fit_the_budget_and_are_as_few_as_it_allows(gpu_rows, siz
 @pytest.mark.parametrize(
     "count, vocab, dim, cut, chunks",
     (
-        (8192, 131072, 4096, Cut(8192, 2048), 1),  # in place 4 of 2048; no float32 dW
-        (11264, 131072, 4096, Cut(11264, 512), 1),
-        (11265, 131072, 4096, Cut(3840, 1920), 3),  # in one chunk it would take more than that dW
-        (32768, 131072, 4096, Cut(4096, 2048), 8),  # in place 16
-        (8192, 152064, 3584, Cut(8192, 1024), 1),  # in place 5
-        (32768, 152064, 3584, Cut(3328, 1664), 10),  # in place 20
-        (8192, 131072, 896, Cut(2816, 640), 3),  # dW has no room for 512 rows of logits
-        (32768, 131072, 896, Cut(3072, 512), 11),
-        (2049, 131072, 4096, Cut(2176, 768), 1),  # a single chunk rounds dW in its product
-        (2048, 131072, 4096, Cut(2048, 2048), 1),
-        (4096, 131072, 4096, Cut(4096, 2048), 1),
-        (4096, 131072, 896, Cut(4096, 896), 1),
-        (4096, 131072, 64, Cut(2048, 2048), 2),  # as many as deferred
-        (32768, 32000, 4096, Cut(16384, 2048), 2),
-        (32768, 262144, 4096, Cut(2048, 1024), 16),
-        (32768, 262144, 896, Cut(1024, 1024), 32),  # 512 rows of logits leave room for no more
-        (8192, 1 << 26, 4096, Cut(16, 16), 512),
-        (0, 131072, 4096, Cut(128, 128), 0),
+        (8192, 131072, 4096, Chunking(8192, 2048), 1),  # in place 4 of 2048; no float32 dW
+        (11264, 131072, 4096, Chunking(11264, 512), 1),
+        (
+            11265,
+            131072,
+            4096,
+            Chunking(3840, 1920),
+            3,
+        ),  # in one chunk it would take more than that dW
+        (32768, 131072, 4096, Chunking(4096, 2048), 8),  # in place 16
+        (8192, 152064, 3584, Chunking(8192, 1024), 1),  # in place 5
+        (32768, 152064, 3584, Chunking(3328, 1664), 10),  # in place 20
+        (8192, 131072, 896, Chunking(2816, 640), 3),  # dW has no room for 512 rows of logits
+        (32768, 131072, 896, Chunking(3072, 512), 11),
+        (2049, 131072, 4096, Chunking(2176, 768), 1),  # a single chunk rounds dW in its product
+        (2048, 131072, 4096, Chunking(2048, 2048), 1),
+        (4096, 131072, 4096, Chunking(4096, 2048), 1),
+        (4096, 131072, 896, Chunking(4096, 896), 1),
+        (4096, 131072, 64, Chunking(2048, 2048), 2),  # as many as deferred
+        (32768, 32000, 4096, Chunking(16384, 2048), 2),
+        (32768, 262144, 4096, Chunking(2048, 1024), 16),
+        (32768, 262144, 896, Chunking(1024, 1024), 32),  # 512 rows of logits leave room for no more
+        (8192, 1 << 26, 4096, Chunking(16, 16), 512),
+        (0, 131072, 4096, Chunking(128, 128), 0),
     ),
 )
 def test_default_cuts_where_the_gradient_can_be_deferred(count, vocab, dim, cut, chunks):
-    assert cut_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim)) == cut
+    assert chunk_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim)) == cut
     assert -(-count // cut.chunk) == chunks
 
 
 @pytest.mark.parametrize("dim", (64, 896, 1024, 4096))
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_deferred_chunks_fit_the_budget_and_are_as_few_as_it_allows(vocab, dim):
-    column, spare = cutting.GPU_WORKSPACE_BYTES // vocab, spare_rows(vocab, dim)
+    column, spare = chunking.GPU_WORKSPACE_BYTES // vocab, spare_rows(vocab, dim)
     beside = (column - 4 * 512) // 2 // 128 * 128
     alone = column // 2 // 128 * 128
     for count in COUNTS:
-        cut = deferred_cut(count, vocab, spare)
+        cut = deferred_chunks(count, vocab, spare)
         borrows = spare >= 512 and 1024 < alone < count
         longest = alone if borrows else beside
         assert (cut is None) == (longest <= 1024)
         if cut is not None:
             held = 2 * cut.chunk + (0 if borrows else 4 * cut.logits)
-            assert held * vocab <= cutting.GPU_WORKSPACE_BYTES
+            assert held * vocab <= chunking.GPU_WORKSPACE_BYTES
             assert not borrows or 4 * cut.logits * vocab <= 2 * vocab * dim
             assert cut.chunk % 128 == cut.logits % 128 == 0
             assert -(-count // cut.chunk) == -(-count // longest)
@@ -127,20 +133,20 @@ def test_deferred_chunks_fit_the_budget_and_are_as_few_as_it_allows(vocab, dim):
 def test_a_single_chunk_takes_no_more_than_the_budget_and_the_sum_it_saves(vocab, dim):
     spare = spare_rows(vocab, dim)
     for count in COUNTS:
-        cut = single_cut(count, vocab, spare)
+        cut = single_chunk(count, vocab, spare)
         if cut is not None:
             held = 2 * cut.chunk + 4 * cut.logits
-            assert held * vocab <= cutting.GPU_WORKSPACE_BYTES + 4 * vocab * dim
+            assert held * vocab <= chunking.GPU_WORKSPACE_BYTES + 4 * vocab * dim
             assert count <= cut.chunk < count + 128 and 256 <= cut.logits <= cut.chunk // 2
-            assert cut_rows(count, vocab, 4, gpu=True, spare=spare).chunk >= count
+            assert chunk_rows(count, vocab, 4, gpu=True, spare=spare).chunk >= count
 
 
 @pytest.mark.parametrize("dim", (64, 896, 4096))
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_the_gradient_is_deferred_only_for_fewer_chunks(vocab, dim):
     for count in COUNTS:
-        in_place = cut_rows(count, vocab, 4, gpu=True)
-        cut = cut_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim))
+        in_place = chunk_rows(count, vocab, 4, gpu=True)
+        cut = chunk_rows(count, vocab, 4, gpu=True, spare=spare_rows(vocab, dim))
         assert in_place.chunk == in_place.logits
         if cut != in_place:
             assert -(-count // cut.chunk) < -(-count // in_place.chunk)
@@ -150,32 +156,32 @@ def test_the_gradient_is_deferred_only_for_fewer_chunks(vocab, dim):
 @pytest.mark.parametrize(
     "count, given, spare, cut",
     (
-        (8192, 3000, 0, Cut(3000, 512)),
-        (8192, 3000, 2048, Cut(3000, 1024)),  # 3 of 1024, 1024 and 952: even parts
-        (8192, 1280, 0, Cut(1280, 512)),
-        (8192, 1100, 0, Cut(1100, 384)),
-        (8192, 1024, 2048, Cut(1024, 1024)),  # deferring would take as much memory
-        (8192, 100, 2048, Cut(100, 100)),
-        (3000, 3000, 2048, Cut(3000, 3000)),  # a single chunk
+        (8192, 3000, 0, Chunking(3000, 512)),
+        (8192, 3000, 2048, Chunking(3000, 1024)),  # 3 of 1024, 1024 and 952: even parts
+        (8192, 1280, 0, Chunking(1280, 512)),
+        (8192, 1100, 0, Chunking(1100, 384)),
+        (8192, 1024, 2048, Chunking(1024, 1024)),  # deferring would take as much memory
+        (8192, 100, 2048, Chunking(100, 100)),
+        (3000, 3000, 2048, Chunking(3000, 3000)),  # a single chunk
     ),
 )
 def test_chunk_tokens_are_the_rows_of_the_gradient(count, given, spare, cut):
-    assert cut_rows(count, 131072, 4, True, spare, chunk_tokens=given) == cut
-    assert cut_rows(count, 131072, 4, True, chunk_tokens=given) == Cut(given, given)
+    assert chunk_rows(count, 131072, 4, True, spare, chunk_tokens=given) == cut
+    assert chunk_rows(count, 131072, 4, True, chunk_tokens=given) == Chunking(given, given)
 
 
 @pytest.mark.parametrize("vocab", (1, 7, 8, 50257, 131072))
 @pytest.mark.parametrize("dim", (1, 16, 1024))
 def test_spare_rows_fit_where_dw_goes(vocab, dim):
-    rows, row = spare_rows(vocab, dim), 4 * cutting.row_stride(vocab)
+    rows, row = spare_rows(vocab, dim), 4 * chunking.row_stride(vocab)
     assert rows * row <= 2 * vocab * dim < (rows + 1) * row
 
 
 @pytest.mark.parametrize("vocab", (1, 15, 16, 32001, 50257, 128257, 151665, 152065))
 def test_rows_are_multiples_of_what_triton_takes_for_aligned(vocab):
     """It specialises kernels on strides that 16 divides, whatever the bytes of an entry."""
-    assert cutting.row_stride(vocab) % 16 == 0
-    assert vocab <= cutting.row_stride(vocab) < vocab + 16
+    assert chunking.row_stride(vocab) % 16 == 0
+    assert vocab <= chunking.row_stride(vocab) < vocab + 16
 
 
 # (rows, vocabulary, bytes of a gradient, of a logit beside it, GPU) -> blocks of the vocabulary
@@ -192,14 +198,14 @@ def test_rows_are_multiples_of_what_triton_takes_for_aligned(vocab):
 )
 def test_blocks_of_the_vocabulary(count, vocab, gradient, logit, gpu, blocks):
     chunk = default_chunk_tokens(count, vocab, 4, gpu)
-    memory = cutting.workspace_bytes(gpu)
+    memory = chunking.workspace_bytes(gpu)
     assert count_blocks(count, vocab, chunk, gradient, logit, memory) == blocks
 
 
 @pytest.mark.parametrize("logit", (0, 4))
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_blocks_are_even_and_fit_the_memory(vocab, logit):
-    for memory in (cutting.CPU_WORKSPACE_BYTES, cutting.GPU_WORKSPACE_BYTES, 5000 * vocab):
+    for memory in (chunking.CPU_WORKSPACE_BYTES, chunking.GPU_WORKSPACE_BYTES, 5000 * vocab):
         for count in COUNTS:
             chunk = default_chunk_tokens(count, vocab, 4, gpu=True)
             blocks = column_blocks(vocab, count_blocks(count, vocab, chunk, 2, logit, memory))
