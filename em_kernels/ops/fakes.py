@@ -81,7 +81,7 @@ def entropy_descent(call: EntropyDescent) -> list[Tensor]:
 def linear_stats(call: LinearStats) -> list[Tensor]:
     rows = empty_rows(call.hidden, call.outputs)
     if any(call.needs.inputs):
-        linear = Linear.cut(call.hidden, call.weight, call.chunk_tokens, call.logits_dtype)
+        linear = Linear.of(call.hidden, call.weight, call.chunk_tokens, call.logits_dtype)
         shape = kept_shape(linear, call.keep_logits)
         rows.append(call.hidden.new_empty(shape, dtype=linear.logits_dtype))
     return rows

@@ -10,7 +10,7 @@ from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
 from em_kernels.backends.reference import Reference
 from em_kernels.linear import chunking, chunks, products
-from em_kernels.linear import gradients as sums
+from em_kernels.linear import gradients as added
 from em_kernels.linear.chunking import Chunking
 from em_kernels.linear.chunks import Linear, Needs
 from em_kernels.linear.half import ready_dtype
@@ -131,7 +131,7 @@ def test_a_single_chunk_writes_the_weight_gradient_at_once(gpu):
 def test_filtered_products_on_a_gpu(gpu, monkeypatch, adds, chunk):
     """Only gathered columns meet the wide products, and the result is close to the exact one."""
     monkeypatch.setattr(products, "adds_to_float32", lambda device, dtype: adds)
-    monkeypatch.setattr(sums, "BLOCK", 40)
+    monkeypatch.setattr(added, "BLOCK", 40)
     (hidden, weight), (spec, upstream) = operands(), call()
     weight = 3 * weight
     filtered = gradients(hidden, weight, spec, upstream, chunk, reference, Needs(*ALL[:3], 1e-3))
