@@ -92,8 +92,9 @@ class RowSpec(NamedTuple):
     valid_vocab: Size = 0  # 1 <= valid_vocab <= V; with a group over all ranks, 0 for all
     group: str | None = None  # name of the vocabulary-parallel process group
     numbers: Tensor | None = None  # see `Numbers`
-    compact: bool = True  # rows may be looked for though that waits for the device; see `_rows`
-    index: Tensor | None = None  # (K,) int64, where `mask` is True, if that was looked for
+    compact: bool = True  # rows may be looked for though that waits for the device; see `row_index`
+    # (K,) int64, where `mask` is True, if that was looked for. It hides a method of tuples.
+    index: Tensor | None = None  # type: ignore[assignment]
 
 
 class Numbers(NamedTuple):
@@ -299,7 +300,7 @@ def spec_of_slice(spec: RowSpec, start: int, size: int) -> RowSpec:
 def upstream_of_slice(spec: RowSpec, upstream: Upstream, start: int, size: int) -> Upstream:
     """d logprob / dz_v is 1[v = y] - p_v, and of that only -p_v, which is -d lse / dz_v, where the
     target lies outside of the slice."""
-    if upstream.logprob is None:
+    if upstream.logprob is None or spec.target is None:
         return upstream
     owned = _inside(spec.target - start, size)
     elsewhere = torch.where(owned, 0, upstream.logprob)

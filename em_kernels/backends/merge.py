@@ -43,8 +43,10 @@ _FAR = -1e100  # in place of -inf: a weight of 0 times its square is 0
 def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics of a shard from which `merge` makes `outputs`, `Saved` first."""
     needed = {part for name in outputs for part in _PARTS.get(name, ())}
-    order = ("logprob", "varentropy", "collision", "is_top1", "self_certainty")
-    order += ("logit_mean", "logit_var", "logit_skew", "entropy_slope", "count")
+    order = (
+        *("logprob", "varentropy", "collision", "is_top1", "self_certainty"),
+        *("logit_mean", "logit_var", "logit_skew", "entropy_slope", "count"),
+    )
     return (*Saved._fields, *(name for name in order if name in needed))
 
 

@@ -70,7 +70,7 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
 
     values = {"entropy": log1p_r - mean_d, "lse": m[:, 0] + log1p_r, "max_prob": 1 / (1 + r)}
     if spec.target is not None:
-        target = _safe_target(spec)
+        target = _safe_target(spec.target, spec)
         d_target = torch.where(excluded, -math.inf, d).gather(1, target[:, None])[:, 0]
         values["logprob"] = d_target - log1p_r
         values["is_top1"] = (target == argmax[:, 0]).to(z.dtype)
@@ -126,8 +126,9 @@ def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: T
         gz += upstream.entropy[:, None] * p * (saved.mean_d[:, None] - d)
     if upstream.lse is not None:
         gz += upstream.lse[:, None] * p
-    if upstream.logprob is not None:
-        gz += upstream.logprob[:, None] * _logprob_grad(p, d, excluded, spec, saved)
+    if upstream.logprob is not None and spec.target is not None:
+        target = _safe_target(spec.target, spec)
+        gz += upstream.logprob[:, None] * _logprob_grad(p, d, excluded, target, saved)
     gx = gz * _slope(z, excluded, spec)
     # 0 * NaN would leak a masked row's NaN, and exp() forgets that a saved maximum was NaN.
     gx = torch.where(saved.max.isnan()[:, None], math.nan, gx)
@@ -147,11 +148,11 @@ def loss(
     return rows
 
 
-def _logprob_grad(p: Tensor, d: Tensor, excluded: Tensor, spec: RowSpec, saved: Saved) -> Tensor:
+def _logprob_grad(p: Tensor, d: Tensor, excluded: Tensor, target: Tensor, saved: Saved) -> Tensor:
     """1[v=y] - p_v, with 1 - p_y taken as -expm1(log p_y): exact as p_y -> 1."""
-    target = _safe_target(spec)[:, None]
     log_p = torch.where(excluded, -math.inf, d - saved.log1p_r[:, None])
-    return (-p).scatter(1, target, -torch.expm1(log_p.gather(1, target)))
+    own = target[:, None]
+    return (-p).scatter(1, own, -torch.expm1(log_p.gather(1, own)))
 
 
 def _slope(z: Tensor, excluded: Tensor, spec: RowSpec) -> Tensor | float:
@@ -169,18 +170,18 @@ def _temperature(spec: RowSpec, like: Tensor) -> Tensor | float:
     return spec.temperature_rows.to(like.dtype)[:, None]
 
 
-def _safe_target(spec: RowSpec) -> Tensor:
+def _safe_target(target: Tensor, spec: RowSpec) -> Tensor:
     """Targets out of range, as those of rows that are not computed may be, read index 0."""
-    return torch.where(_in_range(spec), spec.target, 0)
+    return torch.where(_in_range(target, spec), target, 0)
 
 
-def _in_range(spec: RowSpec) -> Tensor:
-    return (spec.target >= 0) & (spec.target < spec.valid_vocab)
+def _in_range(target: Tensor, spec: RowSpec) -> Tensor:
+    return (target >= 0) & (target < spec.valid_vocab)
 
 
 def _good_arguments(spec: RowSpec) -> Tensor | bool:
     """False in rows of a target out of range or a temperature not positive and finite."""
-    good = True if spec.target is None else _in_range(spec)
+    good = True if spec.target is None else _in_range(spec.target, spec)
     if spec.temperature_rows is None:
         return good
     return good & (spec.temperature_rows > 0) & spec.temperature_rows.isfinite()

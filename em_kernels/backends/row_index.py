@@ -8,13 +8,15 @@ nothing can wait. On a CPU looking costs nothing, and every row that is left out
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import RowSpec
 
 
-def has_values(x: Tensor | None) -> bool:
+def has_values(x: Tensor | None) -> TypeGuard[Tensor]:
     """Whether `x` is a tensor whose values can be looked at: in a trace none can."""
     return not torch.compiler.is_compiling() and type(x) is Tensor and not x.is_meta
 

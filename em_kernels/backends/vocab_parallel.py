@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class Shards(NamedTuple):
 
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group that torch.distributed registered under `name`."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
@@ -78,7 +78,7 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
 
     `options` is whatever else must be the same; `like` has the rows and the device.
     """
-    group = resolve(spec.group)
+    group = resolve(cast(str, spec.group))
     tokens = like.shape[:-1].numel()
     common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
     own = torch.tensor([vocab, tokens, 0, 0, zlib.crc32(repr(common).encode())])
@@ -140,7 +140,7 @@ class VocabParallel(Backend):
         parts = dict(zip(names, every.unbind(1)))
         owner = None
         if spec.target is not None:
-            owner, known = self._owner(spec)
+            owner, known = self._owner(spec.target)
             parts["max"] = parts["max"].masked_fill(~known, torch.nan)
         rows = merge(parts, owner, outputs)
         if spec.mask is not None:
@@ -194,12 +194,12 @@ class VocabParallel(Backend):
     def _own_spec(self, spec: RowSpec) -> RowSpec:
         return spec_of_slice(spec, self.first_entry, self.shards.size)
 
-    def _owner(self, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    def _owner(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """(the rank that has the target, whether there is one)"""
         if self._ends is None:
-            self._ends = torch.tensor(self.shards.ends, device=spec.target.device)
-        owner = torch.searchsorted(self._ends, spec.target, right=True)
-        known = (spec.target >= 0) & (spec.target < self.shards.ends[-1])
+            self._ends = torch.tensor(self.shards.ends, device=target.device)
+        owner = torch.searchsorted(self._ends, target, right=True)
+        known = (target >= 0) & (target < self.shards.ends[-1])
         return owner.clamp_(max=len(self.shards.ends) - 1), known
 
 

@@ -60,11 +60,11 @@ def chunk_rows(
     if spare is None or count <= chunk:
         return in_place
     if chunk_tokens:
-        deferred = Chunking(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
-        return deferred if chunk > 2 * GPU_LOGITS_ROWS else in_place
+        asked = Chunking(chunk, _part_of(chunk, max(spare, GPU_LOGITS_ROWS)))
+        return asked if chunk > 2 * GPU_LOGITS_ROWS else in_place
     single = single_chunk(count, width, spare // 2 if wide else spare)
-    deferred = single or deferred_chunks(count, width, spare)
-    fewer = deferred is not None and _pieces(count, deferred.chunk) < _pieces(count, chunk)
+    deferred = single or deferred_chunks(count, width, spare) or in_place
+    fewer = _pieces(count, deferred.chunk) < _pieces(count, chunk)
     return deferred if fewer else in_place
 
 
@@ -173,7 +173,8 @@ def column_blocks(vocab: int, blocks: int, tile: int | None = None) -> list[slic
 
 
 def width_of(columns: slice) -> int:
-    return columns.stop - columns.start
+    width: int = columns.stop - columns.start
+    return width
 
 
 def workspace_bytes(gpu: bool) -> int:

@@ -7,6 +7,8 @@ weights are multiplied by a power of two first, which is exact, and the results 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,13 @@ def scale_rows(upstream: Upstream, scale: Tensor | None) -> Upstream:
 
 def _slope(spec: RowSpec, device: torch.device) -> float | Tensor:
     """|logit_scale| / T, one or of each row."""
-    temperature, logit_scale = spec.temperature, spec.logit_scale
+    temperature: Any = spec.temperature
+    logit_scale: Any = spec.logit_scale
     if spec.numbers is not None:
-        numbers = Numbers(*spec.numbers.to(device, torch.float32).unbind())
-        temperature, logit_scale = numbers.temperature, numbers.logit_scale
+        given = spec.numbers.to(device, torch.float32)
+        temperature = given[Numbers._fields.index("temperature")]
+        logit_scale = given[Numbers._fields.index("logit_scale")]
     if spec.temperature_rows is not None:
         temperature = spec.temperature_rows
-    return abs(logit_scale) / temperature
+    slope: float | Tensor = abs(logit_scale) / temperature
+    return slope

@@ -9,7 +9,7 @@ rounded to float16, whose range it may leave.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, update_wrapper
 
 import torch
 from torch import Tensor
@@ -127,34 +127,36 @@ def addmm_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
     torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def tried_once(product: Callable[[Tensor, Tensor], None]) -> Callable:
-    """Whether (total, operand) -> None works on a device for a dtype; tried anew only where torch's
-    setting that makes its products refuse float32 sums is another."""
+class TriedOnce:
+    """Whether a product, (total, operand) -> None, works on a device for a dtype.
 
-    @cache
-    def works(accumulates_in_float16: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    Tried anew only where torch's setting that makes its products refuse float32 sums is another.
+    """
+
+    def __init__(self, product: Callable[[Tensor, Tensor], None]) -> None:
+        self._product, self._works = product, cache(self._try)
+        self.cache_clear = self._works.cache_clear
+        update_wrapper(self, product)
+
+    def __call__(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return self._works(torch.backends.cuda.matmul.allow_fp16_accumulation, device, dtype)
+
+    def _try(self, in_float16: bool, device: torch.device, dtype: torch.dtype) -> bool:
         total = torch.zeros(16, 16, device=device)
         try:
-            product(total, torch.zeros(16, 16, dtype=dtype, device=device))
+            self._product(total, torch.zeros(16, 16, dtype=dtype, device=device))
         except RuntimeError:
             return False
         return True
 
-    @wraps(product)
-    def tried(device: torch.device, dtype: torch.dtype) -> bool:
-        return works(torch.backends.cuda.matmul.allow_fp16_accumulation, device, dtype)
 
-    tried.cache_clear = works.cache_clear
-    return tried
-
-
-@tried_once
+@TriedOnce
 def adds_to_float32(total: Tensor, operand: Tensor) -> None:
     """Whether `addmm_wide` works there: some versions of torch want `total` of 16 bits as well."""
     addmm_wide(total, operand, operand)
 
 
-@tried_once
+@TriedOnce
 def multiplies_to_float32(total: Tensor, operand: Tensor) -> None:
     """Whether `torch.mm` does: not with allow_fp16_accumulation, nor in every build of torch."""
     torch.mm(operand, operand, out_dtype=total.dtype, out=total)

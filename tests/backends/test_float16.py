@@ -266,7 +266,7 @@ def test_losses_where_products_refuse_to_widen(refusing, dtype):
 
 def test_what_products_can_do_is_tried_anew_with_another_setting(monkeypatch):
     settings = torch.backends.cuda.matmul
-    tried = products.tried_once(lambda total, operand: seen.append(operand.dtype))
+    tried = products.TriedOnce(lambda total, operand: seen.append(operand.dtype))
     seen, arguments = [], (torch.device("cpu"), torch.float16)
     assert tried(*arguments) and tried(*arguments) and len(seen) == 1
     before = settings.allow_fp16_accumulation

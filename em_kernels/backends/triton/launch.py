@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -88,7 +89,7 @@ class Rows(NamedTuple):
 
 
 _NAMES = (*Saved._fields, *OUTPUTS)
-Outs = namedtuple("Outs", _NAMES, defaults=[None] * len(_NAMES))
+Outs = namedtuple("Outs", _NAMES, defaults=[None] * len(_NAMES))  # type: ignore[misc]
 """Where the results go, None where not asked for: Saved and then OUTPUTS."""
 
 
@@ -139,7 +140,7 @@ def loss(
     return list(outs.values())
 
 
-def _into(out: Tensor) -> dict:
+def _into(out: Tensor) -> dict[str, Any]:
     return {"out": out, "out_view": View.of(out)}
 
 
@@ -180,7 +181,9 @@ def _how(
     return How(*map(tl.constexpr, values))
 
 
-def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **arguments) -> None:
+def _launch(
+    kernel: Any, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **arguments: Any
+) -> None:
     count = logits.shape[0] * logits.shape[1]
     if count == 0:
         return
@@ -204,7 +207,9 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], **a
         )
 
 
-def prepare(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], *written: Tensor) -> dict:
+def prepare(
+    logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], *written: Tensor
+) -> dict[str, Any]:
     """What every kernel over the rows of `logits` is given; some also write the rows of others."""
     sizes = plan(spec.valid_vocab, logits.dtype, spec.softcap > 0, warp_size())
     how = how_of(logits.dtype, spec, outputs, sizes, aligned(logits, *written))
@@ -239,8 +244,9 @@ def warp_size() -> int:
 
 
 @cache
-def _warp_size_of(active) -> int:
-    return active.get_current_target().warp_size
+def _warp_size_of(active: Any) -> int:
+    size: int = active.get_current_target().warp_size
+    return size
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -251,6 +257,7 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-def device_of(x: Tensor):
+def device_of(x: Tensor) -> AbstractContextManager[None]:
     """Kernels run on the current device; make it the tensor's."""
-    return torch.cuda.device_of(x)
+    current: AbstractContextManager[None] = torch.cuda.device_of(x)
+    return current

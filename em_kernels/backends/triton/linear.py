@@ -17,7 +17,7 @@ What limits it, by arithmetic alone (bfloat16, sm_90, a tile of 128 x 256):
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from em_kernels.backends.interface import RowSpec, Saved, accumulate_dtype, select_rows
 from em_kernels.backends.row_index import kept_rows
-from em_kernels.backends.triton.launch import UNFUSED, Outs, Plan, Rows, device_of, how_of
+from em_kernels.backends.triton.launch import UNFUSED, How, Outs, Plan, Rows, device_of, how_of
 from em_kernels.backends.triton.tiles import (
     MOMENTS,
     SECOND,
@@ -83,7 +83,9 @@ def linear_stats(
     return [row.index_copy_(0, index, value) for row, value in zip(every, rows)]
 
 
-def _stats(hidden: Tensor, weight: Tensor, spec: RowSpec, outputs, names) -> list[Tensor]:
+def _stats(
+    hidden: Tensor, weight: Tensor, spec: RowSpec, outputs: tuple[str, ...], names: tuple[str, ...]
+) -> list[Tensor]:
     wide = accumulate_dtype(hidden.dtype)
     results = {name: hidden.new_empty(hidden.shape[0], dtype=wide) for name in names}
     if hidden.shape[0] > 0:
@@ -105,7 +107,9 @@ def describable(x: Tensor) -> bool:
     return x.stride(1) == 1 and rows_aligned and x.data_ptr() % 16 == 0
 
 
-def _launch(hidden, weight, spec: RowSpec, outputs, outs: Outs) -> None:
+def _launch(
+    hidden: Tensor, weight: Tensor, spec: RowSpec, outputs: tuple[str, ...], outs: Any
+) -> None:
     count, depth = hidden.shape
     how = how_of(hidden.dtype, spec, outputs, Plan(0, 0, 0))
     heavy = (how.capped, how.second, how.moments, how.top1)
@@ -163,7 +167,7 @@ def copies_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _parts(like: Tensor, how, count: int, splits: int) -> Parts:
+def _parts(like: Tensor, how: How, count: int, splits: int) -> Parts:
     names = ["hi", "r", "q", *(SECOND * how.second.value), *(MOMENTS * how.moments.value)]
     parts = {name: like.new_empty((count, splits)) for name in names}
     if how.top1.value:
