@@ -11,7 +11,11 @@ from em_kernels.ops.covariance import (
     token_covariance,
 )
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
-from em_kernels.ops.softmax_stats import softmax_stats
+from em_kernels.ops.softmax_stats import (
+    entropy_from_logits,
+    selective_log_softmax_and_entropy,
+    softmax_stats,
+)
 from em_kernels.ops.token_loss import (
     EntropyLoss,
     LinearEntropyLoss,
@@ -21,7 +25,6 @@ from em_kernels.ops.token_loss import (
     linear_token_loss,
     token_loss,
 )
-from em_kernels.ops.trl import entropy_from_logits, selective_log_softmax_and_entropy
 
 if TYPE_CHECKING:  # a module that can be called, which type checkers do not know
     from em_kernels.backends.choice import backends

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, TokenStats, accumulate_dtype
+from em_kernels.backends.interface import OUTPUTS, TokenStats, accumulate_dtype
 from em_kernels.integrations._arguments import check_none_of_ours
 from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
 from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
@@ -34,7 +34,7 @@ from em_kernels.lm.head_call import (
     taken_of,
 )
 from em_kernels.lm.heads import causal_lm, read_head
-from em_kernels.ops.arguments import check_number
+from em_kernels.ops.arguments import check_number, output_names
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import token_loss
 
@@ -308,7 +308,7 @@ def _statistics(model, args, kwargs, names, options) -> TokenStatsOutput:
     labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     items = kwargs.pop("num_items_in_batch", None)
     target = shifted if labels is None or shifted is not None else next_token_targets(labels)
-    names = _check_names(names, target)
+    names = output_names(names, target is not None, "em_outputs", "labels")
     outputs, hidden = _run_with_labels(model, args, kwargs, shifted if labels is None else labels)
     head = gathered_as(read_head(model), hidden.dtype)
     check_dtypes(head, hidden)
@@ -327,18 +327,6 @@ def _statistics(model, args, kwargs, names, options) -> TokenStatsOutput:
     loss = None if target is None else _loss(model, outputs, stats.logprob, target, items)
     values = {name: value for name, value in stats._asdict().items() if name in names}
     return TokenStatsOutput(**{**_other_fields(outputs), "loss": loss, **values})
-
-
-def _check_names(names, target: Tensor | None) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise TypeError(f"em_outputs must be a tuple of names, got the string {names!r}")
-    names = tuple(names)
-    for name in names:
-        if name not in OUTPUTS:
-            raise ValueError(f"em_outputs must be among {OUTPUTS}, got {name!r}")
-        if name in NEEDS_TARGET and target is None:
-            raise ValueError(f"em_outputs: {name!r} needs labels, got labels=None")
-    return names
 
 
 def _attended(kwargs: dict, hidden: Tensor) -> Tensor | None:

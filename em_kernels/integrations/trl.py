@@ -36,8 +36,7 @@ from em_kernels.integrations._labels import (
 from em_kernels.integrations._rebind import rebind
 from em_kernels.ops.arguments import NEVER_IGNORED
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
-from em_kernels.ops.softmax_stats import softmax_stats
-from em_kernels.ops.trl import selective_log_softmax_and_entropy
+from em_kernels.ops.softmax_stats import selective_log_softmax_and_entropy, softmax_stats
 
 if not hasattr(trl.kernels, "ChunkedLogProbFunction"):
     raise ImportError(f"trl must be 1.16 or newer, got {trl.__version__}")

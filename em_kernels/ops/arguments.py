@@ -7,7 +7,8 @@ be traced by torch.compile; the values of CPU tensors are checked inside the ope
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,12 @@ from em_kernels.backends.choice import IMPLS
 from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
+from em_kernels.ops.options import DEFAULTS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 1 << 63
+DEFAULT_OUTPUTS: tuple[str, ...] = DEFAULTS["outputs"]
 NEVER_IGNORED = -(1 << 62)  # an `ignore_index` that no target is
-DEFAULT_OUTPUTS = ("logprob", "entropy")
 
 
 def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> None:
@@ -92,44 +94,48 @@ def check_filter_eps(eps: float | None) -> None:
         check_number("filter_eps", eps, lambda v: 0 < v < 1, "in (0, 1) or None")
 
 
-def check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
-    """The outputs in their canonical order, each once."""
+def check_outputs(options: Mapping[str, Any], target: Tensor | None) -> tuple[str, ...]:
+    """The `outputs` of the options as `output_names`; not given, the default that there can be."""
+    if "outputs" in options:
+        return output_names(options["outputs"], target is not None)
+    return tuple(n for n in DEFAULT_OUTPUTS if target is not None or n not in NEEDS_TARGET)
+
+
+def output_names(
+    outputs: Iterable[str], has_target: bool, name: str = "outputs", target: str = "a target"
+) -> tuple[str, ...]:
+    """The outputs in their canonical order, each once; `name` and `target` are what the caller
+    calls them."""
     if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+        raise TypeError(f"{name} must be a tuple of names, got the string {outputs!r}")
     if not isinstance(outputs, Iterable):
-        raise TypeError(f"outputs must be a tuple of names, got {type(outputs).__name__}")
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs must be among {OUTPUTS}, got {unknown[0]!r}")
-    if target is None:
-        if tuple(outputs) == DEFAULT_OUTPUTS:
-            outputs = ("entropy",)
-        for name in outputs:
-            if name in NEEDS_TARGET:
-                raise ValueError(f"outputs: {name!r} needs a target, got target=None")
-    return tuple(name for name in OUTPUTS if name in outputs)
+        raise TypeError(f"{name} must be a tuple of names, got {type(outputs).__name__}")
+    outputs = tuple(outputs)
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise ValueError(f"{name} must be among {OUTPUTS}, got {output!r}")
+        if output in NEEDS_TARGET and not has_target:
+            got = f"{target.removeprefix('a ')}=None"
+            raise ValueError(
+                f"{name}: {output!r} needs {target}, got {got}; leave it out or give one"
+            )
+    return tuple(output for output in OUTPUTS if output in outputs)
 
 
 def make_spec(
     x: Tensor,
     vocab: int,
     target: Tensor | None,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    mask: Tensor | None,
-    valid_vocab: int | None,
-    group,
-    impl: str,
+    options: Mapping[str, Any],
     bias: Tensor | None = None,
-    filter_eps: float | None = None,
 ) -> RowSpec:
-    """Check the arguments that every public function shares; `x` gives leading shape and device."""
+    """Check the options that every public function shares; `x` gives leading shape and device."""
+    impl, group = options["impl"], options["group"]
+    softcap, logit_scale = options["softcap"], options["logit_scale"]
+    ignore_index = options["ignore_index"]
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
-    per_row, scalar = _temperature(temperature, x)
+    per_row, scalar = _temperature(options["temperature"], x)
     if softcap is not None:
         check_number("softcap", softcap, lambda v: v > 0, "positive or None")
     check_number("logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
@@ -137,23 +143,23 @@ def make_spec(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not _is_int(ignore_index, -_MOST):
         raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
-    numbers = Numbers(scalar, softcap or 0.0, logit_scale, filter_eps or 0.0)
+    numbers = Numbers(scalar, softcap or 0.0, logit_scale, options.get("filter_eps") or 0.0)
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
         numbers = Numbers()
     return RowSpec(
         bias=bias,
         target=_target(target, x),
-        mask=row_mask(x, target, ignore_index, mask),
+        mask=row_mask(x, target, ignore_index, options["mask"]),
         temperature_rows=per_row,
         temperature=float(numbers.temperature),
         softcap=float(numbers.softcap),
         logit_scale=float(numbers.logit_scale),
-        valid_vocab=_valid_vocab(valid_vocab, vocab, group),
+        valid_vocab=_valid_vocab(options["valid_vocab"], vocab, group),
         group=check_group(group),
         numbers=row_numbers,
         # The ranks of a group wait for each other anyway.
-        compact=mask is not None or group is not None,
+        compact=options["mask"] is not None or group is not None,
     )
 
 

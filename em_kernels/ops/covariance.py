@@ -26,10 +26,17 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.ops.arguments import check_floating, check_group, check_number, count_mask, row_mask
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.options import (
+    DEFAULTS,
+    CovarianceOptions,
+    LinearStatsOptions,
+    takes_options,
+)
 
 
 def token_covariance(
@@ -69,6 +76,7 @@ def token_covariance(
     return torch.where(counted, cov, 0).to(accumulate_dtype(dtype))
 
 
+@takes_options
 def linear_token_covariance(
     hidden: Tensor,
     weight: Tensor,
@@ -76,32 +84,31 @@ def linear_token_covariance(
     advantage: Tensor,
     mask: Tensor | None = None,
     *,
-    ignore_index: int = -100,
-    group=None,
-    vocab_group=None,
-    **kwargs,
+    bias: Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    **options: Unpack[CovarianceOptions],
 ) -> Tensor:
     """`token_covariance` with logprob of softmax(hidden @ weight.T), without all the logits.
 
     Tokens whose target is `ignore_index` do not count. On a GPU a `mask` is looked at, which waits
-    for the device: tokens where it is 0 are left out of the product. Further arguments (bias,
-    temperature, softcap, logit_scale, valid_vocab, impl, chunk_tokens, logits_dtype) as in
-    `linear_softmax_stats`; `group` is the data-parallel group of `token_covariance`, `vocab_group`
-    the vocabulary-parallel one that `linear_softmax_stats` calls `group`.
+    for the device: tokens where it is 0 are left out of the product.
+
+    Args:
+        hidden, weight, target, bias: as in `linear_softmax_stats`.
+        advantage, mask, group: as in `token_covariance`; `group` is the data-parallel one.
+        vocab_group: the vocabulary-parallel group, `group` of `linear_softmax_stats`.
     """
+    stats_options: LinearStatsOptions = {
+        **options,
+        "mask": mask,
+        "outputs": ("logprob",),
+        "group": vocab_group,
+    }
     with torch.no_grad():
-        stats = linear_softmax_stats(
-            hidden,
-            weight,
-            target,
-            mask=mask,
-            outputs=("logprob",),
-            ignore_index=ignore_index,
-            group=vocab_group,
-            **kwargs,
-        )
-    counted = row_mask(hidden, target, ignore_index, mask)
-    return token_covariance(stats.logprob, advantage, counted, group=group)
+        stats = linear_softmax_stats(hidden, weight, target, bias=bias, **stats_options)
+    ignored = options.get("ignore_index", DEFAULTS["ignore_index"])
+    counted = row_mask(hidden, target, ignored, mask)
+    return token_covariance(stats.logprob, advantage, counted, group=options.get("group"))
 
 
 def clip_cov_mask(

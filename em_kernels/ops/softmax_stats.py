@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from em_kernels.backends.interface import TokenStats
 from em_kernels.ops.arguments import (
+    NEVER_IGNORED,
     check_entropy_requires_grad,
     check_logits,
     check_outputs,
     make_spec,
 )
 from em_kernels.ops.dtensor import local_logits
+from em_kernels.ops.options import DEFAULTS, StatsOptions, takes_options
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import SoftmaxStats
 from em_kernels.ops.sources import FromLogits
 from em_kernels.ops.statistics import Call, pack_stats, statistics
 
 
+@takes_options
 def softmax_stats(
-    logits: Tensor,
-    target: Tensor | None = None,
-    *,
-    outputs: tuple[str, ...] = ("logprob", "entropy"),
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    valid_vocab: int | None = None,
-    group=None,
-    impl: str = "auto",
-    entropy_requires_grad: bool = True,
+    logits: Tensor, target: Tensor | None = None, **options: Unpack[StatsOptions]
 ) -> TokenStats:
     """Entropy, log-probability and related statistics of every row of `logits`, in one pass.
 
@@ -51,24 +45,6 @@ def softmax_stats(
         target: (...) int64 token ids y; needed by logprob, is_top1 and entropy_slope. An id outside
             the vocabulary is an error unless its row is ignored or masked: where -1 or a padding id
             stands for no token, say so by `ignore_index` or `mask`.
-        outputs: names of `TokenStats` to compute; nothing else is computed. `logprob` of the
-            default is left out where there is no target.
-        temperature: positive, a float or a tensor of the leading shape; no gradient.
-        softcap: c > 0 or None.
-        logit_scale: non-zero factor on the logits.
-        ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
-        mask: (...) bool or numeric; rows where it is 0 are treated the same way. It does not weigh:
-            a floating mask that holds anything but 0 and 1 is an error. Nothing waits for the
-            device to look at it.
-        valid_vocab: only the first `valid_vocab` entries of a row count (a padded vocabulary).
-        group: torch.distributed process group between whose ranks the vocabulary is cut. `logits`
-            are then this rank's entries, in the order of the ranks and as many as it has, be it
-            none; target and valid_vocab count in the whole vocabulary. Everything else, and the
-            upstream gradients, must be the same on every rank, and so are the results, bit for bit.
-            The ranks compare what they were given, which waits for the device. Logits that are a
-            DTensor sharded on the vocabulary bring their own group.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
-        entropy_requires_grad: False takes `entropy` as a number only: it has no gradient.
 
     Returns:
         TokenStats of float32 (float64 for float64) tensors of the leading shape, each in memory of
@@ -87,25 +63,41 @@ def softmax_stats(
     arXiv:2505.22617, its covariance theorem, for entropy_slope; Zhao et al., "Learning to Reason
     without External Rewards" (2025) for self_certainty.
     """
-    check_entropy_requires_grad(entropy_requires_grad)
-    logits, group = local_logits(logits, group)
-    check_logits(logits, empty=group is not None)
-    spec = make_spec(
-        logits,
-        logits.shape[-1],
-        target,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        mask=mask,
-        valid_vocab=valid_vocab,
-        group=group,
-        impl=impl,
-    )
-    outputs = check_outputs(outputs, target)
+    given = {**DEFAULTS, **options}
+    check_entropy_requires_grad(given["entropy_requires_grad"])
+    logits, given["group"] = local_logits(logits, given["group"])
+    check_logits(logits, empty=given["group"] is not None)
+    spec = make_spec(logits, logits.shape[-1], target, given)
+    outputs, impl = check_outputs(options, target), given["impl"]
     if torch.compiler.is_exporting():  # a program keeps the operator and no autograd function
-        rows = record(SoftmaxStats(logits, spec, outputs, impl))
+        rows: Sequence[Tensor] = record(SoftmaxStats(logits, spec, outputs, impl))
     else:
         rows = statistics(Call(logits, None, spec, outputs, FromLogits(impl)))
-    return pack_stats(outputs, rows, entropy_requires_grad)
+    return pack_stats(outputs, rows, given["entropy_requires_grad"])
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """H = -sum_v p_v log p_v of softmax(logits), in nats: (..., V) -> (...), differentiable.
+
+    As TRL's function of the same name; the result is float32 (float64 for float64 logits) whatever
+    the dtype of the logits. Errors as in `softmax_stats`.
+    """
+    return softmax_stats(logits, outputs=("entropy",)).entropy
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log p_index, H) of softmax(logits / temperature), both (...) and differentiable.
+
+    As `trl.kernels.selective_log_softmax_and_entropy`: rows where `row_mask` is 0 are skipped and
+    give zeros. Results are float32 (float64 for float64). Unlike there an index of -100 is an error
+    unless its row is masked. Errors as in `softmax_stats`.
+    """
+    stats = softmax_stats(
+        logits, index, temperature=temperature, mask=row_mask, ignore_index=NEVER_IGNORED
+    )
+    return stats.logprob, stats.entropy

@@ -7,10 +7,12 @@ vocabulary is kept or computed twice.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from em_kernels.backends.interface import (
     RowSpec,
@@ -19,12 +21,8 @@ from em_kernels.backends.interface import (
     accumulate_dtype,
     serializable,
 )
-from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
-    check_cut,
-    check_filter_eps,
-    check_linear,
     check_logits,
     check_number,
     check_outputs,
@@ -34,11 +32,23 @@ from em_kernels.ops.arguments import (
 )
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss
-from em_kernels.ops.linear_softmax_stats import autocast_inputs
+from em_kernels.ops.linear_softmax_stats import (
+    autocast_inputs,
+    check_product,
+    cut_of,
+    needs_of,
+)
+from em_kernels.ops.options import (
+    DEFAULTS,
+    ChunkOptions,
+    EntropyOptions,
+    LinearEntropyOptions,
+    RowOptions,
+    takes_options,
+)
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.sources import FromHidden, FromLogits, copy_to_ranks
-from em_kernels.ops.statistics import wanted_gradients
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 
@@ -51,6 +61,7 @@ class TokenLoss(NamedTuple):
     stats: TokenStats
 
 
+@takes_options
 def token_loss(
     logits: Tensor,
     target: Tensor | None = None,
@@ -58,15 +69,7 @@ def token_loss(
     entropy_weight: Tensor | None = None,
     logprob_weight: Tensor | None = None,
     inplace: bool = False,
-    outputs: tuple[str, ...] = ("logprob", "entropy"),
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    valid_vocab: int | None = None,
-    group=None,
-    impl: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> TokenLoss:
     """loss = sum_i entropy_weight_i H_i + logprob_weight_i logprob_i, gradient included.
 
@@ -75,7 +78,7 @@ def token_loss(
     on-policy policy gradient.
 
     Args:
-        logits, target, outputs and all others: as in `softmax_stats`.
+        logits, target: as in `softmax_stats`.
         entropy_weight, logprob_weight: (...) constants (no gradient), at least one of them;
             `logprob_weight` needs a target. A token with no weight is treated as masked: it is
             not computed and its statistics are 0.
@@ -90,21 +93,12 @@ def token_loss(
     Raises:
         TypeError, ValueError: naming the argument and what was received.
     """
-    logits, group = local_logits(logits, group)
-    check_logits(logits, empty=group is not None)
-    arguments = dict(
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        mask=mask,
-        valid_vocab=valid_vocab,
-        group=group,
-        impl=impl,
-    )
-    spec = make_spec(logits, logits.shape[-1], target, **arguments)
+    given = {**DEFAULTS, **options}
+    logits, given["group"] = local_logits(logits, given["group"])
+    check_logits(logits, empty=given["group"] is not None)
+    spec = make_spec(logits, logits.shape[-1], target, given)
     weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
-    outputs = check_outputs(outputs, target)
+    outputs, impl = check_outputs(options, target), given["impl"]
     if torch.compiler.is_exporting():
         names = all_outputs(outputs, weights)
         rows = record(SoftmaxStats(logits, spec, names, impl))
@@ -115,6 +109,7 @@ def token_loss(
     return _pack_loss(outputs, loss(Call(logits, None, spec, weights, outputs, source, memory)))
 
 
+@takes_options
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -123,71 +118,50 @@ def linear_token_loss(
     bias: Tensor | None = None,
     entropy_weight: Tensor | None = None,
     logprob_weight: Tensor | None = None,
-    outputs: tuple[str, ...] = ("logprob", "entropy"),
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    valid_vocab: int | None = None,
-    group=None,
-    allreduce_dgrad: bool = True,
-    impl: str = "auto",
-    chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    filter_eps: float | None = None,
+    **options: Unpack[ChunkOptions],
 ) -> TokenLoss:
     """`token_loss(hidden @ weight.T)` in three matrix products, a chunk of rows at a time.
 
-    Args: as in `token_loss` and `linear_softmax_stats` (the upstream gradients of `filter_eps` are
-    the weights here). On a GPU rows are left out of the products only where a `mask` is given,
-    which waits for the device, once; `mask=target != ignore_index` leaves out the ignored. Memory
-    beyond inputs and gradients: the logits of `chunk_tokens` rows and, for 16-bit weights cut into
-    several chunks, one float32 accumulator of the weight's shape. Gradients of float16 operands are
-    float32 until backward has multiplied them by the loss scale, and rounded once.
+    On a GPU rows are left out of the products only where a `mask` is given, which waits for the
+    device, once; `mask=target != ignore_index` leaves out the ignored. Memory beyond inputs and
+    gradients: the logits of `chunk_tokens` rows and, for 16-bit weights cut into several chunks,
+    one float32 accumulator of the weight's shape. Gradients of float16 operands are float32 until
+    backward has multiplied them by the loss scale, and rounded once.
+
+    Args:
+        hidden, weight, bias, group: as in `linear_softmax_stats`.
+        target, entropy_weight, logprob_weight: as in `token_loss`; the weights are the upstream
+            gradients of `filter_eps`.
 
     Returns, raises: as `token_loss`.
     """
-    check_allreduce_dgrad(allreduce_dgrad, hidden)
-    hidden, weight, bias, group = local_operands(hidden, weight, bias, group)
-    given = hidden, weight, bias
+    given = {**DEFAULTS, **options}
+    check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
+    hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
+    own = hidden, weight, bias
     hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias, empty=group is not None)
-    check_cut(chunk_tokens, logits_dtype, hidden)
-    check_filter_eps(filter_eps)
-    arguments = dict(
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        mask=mask,
-        valid_vocab=valid_vocab,
-        group=group,
-        impl=impl,
-        bias=bias,
-    )
-    spec = make_spec(hidden, weight.shape[0], target, filter_eps=filter_eps, **arguments)
+    check_product(hidden, weight, bias, given)
+    spec = make_spec(hidden, weight.shape[0], target, given, bias)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
-    outputs = check_outputs(outputs, target)
-    cut = (chunk_tokens, logits_dtype, impl)
+    outputs = check_outputs(options, target)
     if torch.compiler.is_exporting():
         names = all_outputs(outputs, weights)
-        rows = record(LinearStats(hidden, weight, spec, names, *cut))
+        rows = record(LinearStats(hidden, weight, spec, names, *cut_of(given)))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
-    wanted = wanted_gradients(("loss",), hidden, weight, bias)
-    source = FromHidden(Needs(*wanted, filter_eps if spec.numbers is None else None), *cut)
-    hidden = copy_to_ranks(hidden, spec.group if allreduce_dgrad else None)
-    memory = remember(given, spec, weights, hidden.dtype)
+    needs = needs_of(("loss",), hidden, weight, spec, given)
+    source = FromHidden(needs, *cut_of(given))
+    hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
+    memory = remember(own, spec, weights, hidden.dtype)
     return _pack_loss(outputs, loss(Call(hidden, weight, spec, weights, outputs, source, memory)))
 
 
+@takes_options
 def entropy_loss(
     logits: Tensor,
     mask: Tensor | None = None,
     *,
     reduction: str | float = "token_mean",
-    temperature: float | Tensor = 1.0,
-    **kwargs,
+    **options: Unpack[EntropyOptions],
 ) -> Tensor:
     """The entropy-minimisation loss: the reduced entropy of softmax(z / T) over masked tokens.
 
@@ -196,16 +170,20 @@ def entropy_loss(
                     that have a token
     sum:            sum_t mask_t H_t;  a float c: sum_t mask_t H_t / c
 
-    No token at all gives 0. Further arguments (softcap, logit_scale, valid_vocab, inplace, group,
-    impl) as in `token_loss`.
+    No token at all gives 0.
+
+    Args:
+        logits, mask: as in `softmax_stats`.
+        reduction: one of the names above, or c > 0.
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
-    check_logits(logits, empty=kwargs.get("group") is not None)
-    kwargs = dict(temperature=temperature, outputs=(), **kwargs)
-    return token_loss(logits, **_reduced(logits, mask, reduction), **kwargs).loss
+    check_logits(logits, empty=options.get("group") is not None)
+    reduced = _reduced(logits, mask, reduction)
+    return token_loss(logits, outputs=(), **reduced, **options).loss
 
 
+@takes_options
 def linear_entropy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -213,28 +191,30 @@ def linear_entropy_loss(
     *,
     bias: Tensor | None = None,
     reduction: str | float = "token_mean",
-    temperature: float | Tensor = 1.0,
-    **kwargs,
+    **options: Unpack[LinearEntropyOptions],
 ) -> Tensor:
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
 
     Rows where a `mask` is 0 are left out of them; on a GPU finding the others waits for the device.
-    Further arguments (softcap, logit_scale, valid_vocab, chunk_tokens, logits_dtype, filter_eps,
-    group, allreduce_dgrad, impl) as in `linear_token_loss`.
+
+    Args:
+        hidden, weight, bias, group: as in `linear_softmax_stats`.
+        mask, reduction: as in `entropy_loss`.
     """
     check_logits(hidden, "hidden")
-    kwargs = dict(bias=bias, temperature=temperature, outputs=(), **kwargs)
-    return linear_token_loss(hidden, weight, **_reduced(hidden, mask, reduction), **kwargs).loss
+    reduced = _reduced(hidden, mask, reduction)
+    return linear_token_loss(hidden, weight, bias=bias, outputs=(), **reduced, **options).loss
 
 
 class EntropyLoss(nn.Module):
     """`entropy_loss` with its options fixed; call it with (logits, mask=None)."""
 
+    @takes_options
     def __init__(
-        self, *, reduction: str | float = "token_mean", temperature: float = 1.0, **kwargs
-    ):
+        self, *, reduction: str | float = "token_mean", **options: Unpack[EntropyOptions]
+    ) -> None:
         super().__init__()
-        self.options = dict(reduction=reduction, temperature=temperature, **kwargs)
+        self.options = _fixed(reduction, options)
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         return entropy_loss(logits, mask, **self.options)
@@ -246,10 +226,21 @@ class EntropyLoss(nn.Module):
 class LinearEntropyLoss(EntropyLoss):
     """`linear_entropy_loss` with its options fixed; call it with (hidden, weight, mask, bias)."""
 
-    def forward(
+    @takes_options
+    def __init__(
+        self, *, reduction: str | float = "token_mean", **options: Unpack[LinearEntropyOptions]
+    ) -> None:
+        super().__init__()
+        self.options = _fixed(reduction, options)
+
+    def forward(  # type: ignore[override]  # it is a loss of other inputs
         self, hidden: Tensor, weight: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         return linear_entropy_loss(hidden, weight, mask, bias=bias, **self.options)
+
+
+def _fixed(reduction: str | float, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"reduction": reduction, "temperature": DEFAULTS["temperature"], **options}
 
 
 def _weigh(
@@ -286,7 +277,7 @@ class _Reduction(NamedTuple):
     weight: Tensor
 
 
-def _reduced(x: Tensor, mask: Tensor | None, reduction: str | float) -> dict:
+def _reduced(x: Tensor, mask: Tensor | None, reduction: str | float) -> dict[str, Any]:
     """The arguments of `token_loss` that make it the reduced entropy."""
     mask = row_mask(x, None, 0, mask)
     counted = torch.ones(x.shape[:-1], device=x.device) if mask is None else mask

@@ -328,6 +328,8 @@ def test_calls_that_make_no_sense_are_refused():
     inputs = batch()
     with pytest.raises(TypeError, match="em_outputs must be a tuple of names, got the string"):
         model(**inputs, em_outputs="entropy")
+    with pytest.raises(TypeError, match="em_outputs must be a tuple of names, got int"):
+        model(**inputs, em_outputs=3)
     with pytest.raises(ValueError, match=r"em_outputs must be among .*got 'perplexity'"):
         model(**inputs, em_outputs=("perplexity",))
     # transformers would take it for its own, and ignore it.
@@ -335,7 +337,7 @@ def test_calls_that_make_no_sense_are_refused():
         with pytest.raises(TypeError, match=f"a patched model takes em_.*, got {[*given][-1]}$"):
             model(**inputs, **given)
     with pytest.raises(ValueError, match="em_outputs: 'logprob' needs labels, got labels=None"):
-        model(inputs["input_ids"], em_outputs=("logprob",))
+        model(inputs["input_ids"], em_outputs=(name for name in ("logprob", "entropy")))
     with pytest.raises(ValueError, match="logits_to_keep cannot be combined"):
         model(**inputs, em_outputs=("entropy",), logits_to_keep=2)
     with pytest.raises(TypeError, match="must be passed by name"):
