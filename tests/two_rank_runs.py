@@ -16,7 +16,9 @@ from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels import tiny_math
 from em_kernels.lm.ranks import joined_ranks
-from em_kernels.trainer import Rollout, TrainConfig, load_model, loop, train
+from em_kernels.trainer import Rollout, TrainConfig, load_model, train
+from em_kernels.trainer.entropy_update import EntropyUpdate, entropy_minimisation
+from em_kernels.trainer.policy_update import accumulate_gradients
 from em_kernels.trainer.run import start_run
 
 SECOND_PROMPT = "Tom has 5 apples and buys 3 more. How many apples does Tom have?"
@@ -138,19 +140,20 @@ def gradients(**changes) -> dict:
     settings = config(responses=5, **changes)
     with joined_ranks("cpu") as ranks:
         run = start_run(settings, None, None, False, ranks)
-        batch = loop._batch(run, made_rollout(), loop._entropy_minimisation(settings))
-        loss, entropy = loop._accumulate_gradients(run, batch)
-        grads = [p.grad for p in run.weights.trained.parameters()]
+        update = EntropyUpdate(run, entropy_minimisation(settings))
+        parts = update.parts(update.weigh(made_rollout()))
+        sums = accumulate_gradients(run, 1, 0, parts, update.loss)
+        grads = [p.grad for p in run.strategy.trained.parameters()]
         grads = [g.full_tensor() if ranks.size > 1 else g for g in grads]
         held = sum(
-            p.to_local().numel() if ranks.size > 1 else 0 for p in run.weights.trained.parameters()
+            p.to_local().numel() if ranks.size > 1 else 0 for p in run.strategy.trained.parameters()
         )
         whole = sum(p.numel() for p in run.model.parameters())
-    dtypes = {p.dtype for p in run.weights.trained.parameters()} | {g.dtype for g in grads}
+    dtypes = {p.dtype for p in run.strategy.trained.parameters()} | {g.dtype for g in grads}
     flat = torch.cat([g.flatten() for g in grads])
     return {
-        "loss": loss,
-        "entropy": entropy,
+        "loss": sums["loss"],
+        "entropy": sums["mean_entropy"],
         "gradient": flat,
         "dtypes": dtypes,
         "held": held,
@@ -237,7 +240,7 @@ def errors(folder: Path) -> dict:
     blocked = config(output=folder / "blocked", updates=1)
     if rank == 0:
         (folder / "blocked").mkdir()
-        (folder / "blocked" / ".checkpoint-1.shards.tmp").write_text("in the way")
+        (folder / "blocked" / ".checkpoint-1.tmp").write_text("in the way")
     dist.barrier()
     found["shards"] = outcome(lambda: train(blocked, **run))
 

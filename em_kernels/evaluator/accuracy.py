@@ -15,7 +15,6 @@ from em_kernels.evaluator.records import Answer, by_problem, share_correct, writ
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
-from em_kernels.lm.random_state import RandomState
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ def evaluate(
     temperatures = [temperature] * (samples > 0) + [0.0] * greedy
     size = batch_size or default_batch_size(model)
     plan = Plan(temperatures, samples, top_p, max_new_tokens, size)
-    started, state = time.perf_counter(), RandomState(seed)
+    started = time.perf_counter()
     asked = Asked(model, tokenizer, judge)
-    batches = ask_all(asked, plan, asked_for, prompts, lambda *_: state, progress=progress)
+    batches = ask_all(asked, plan, asked_for, prompts, seed, progress=progress)
     records = (record for batch in batches for record in batch)
     found = by_problem(records, lambda answer: answer)
     drawn, likeliest = found.get(temperature, {}), found.get(0.0, {})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from em_kernels.lm.judge.judges import Judge, final_answer
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.problems import Problem
+from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout, Sampling, aligned_mask, sample
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
@@ -54,12 +54,16 @@ class Asked(NamedTuple):
     head: Head | None = None
 
     def ask(
-        self, prompts: Sequence[Sequence[int]], rights: Sequence[Any], sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        rights: Sequence[Any],
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> list[Answer]:
         """One answer to each prompt (token ids), judged against `rights`, in one batch."""
         if not prompts:
             return []
-        rollout = sample(self.model, self.tokenizer, prompts, sampling, len(prompts))
+        rollout = sample(self.model, self.tokenizer, prompts, sampling, len(prompts), seeds=seeds)
         tokens = [ids.tolist() for ids in rollout.answers()]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = [
@@ -102,16 +106,16 @@ class Plan(NamedTuple):
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.top_p, max_new_tokens=self.max_new_tokens)
 
-    def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[Key]]]:
-        """(number within its temperature, keys of its answers) of each batch.
+    def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Key]]:
+        """The keys of the answers of each batch.
 
         Problems of similar length go together.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for temperature in self.temperatures:
             keys = [(i, temperature, s) for i in order for s in range(self.times(temperature))]
-            for number, start in enumerate(range(0, len(keys), self.batch_size)):
-                yield number, keys[start : start + self.batch_size]
+            for start in range(0, len(keys), self.batch_size):
+                yield keys[start : start + self.batch_size]
 
 
 def ask_all(
@@ -119,7 +123,7 @@ def ask_all(
     plan: Plan,
     problems: Sequence[Problem],
     prompts: Sequence[Sequence[int]],
-    random_state: Callable[[float, int], AbstractContextManager],
+    seed: int,
     *,
     done: Collection[Key] = (),
     too_long: Collection[int] = (),
@@ -130,7 +134,7 @@ def ask_all(
     Args:
         asked, plan: whom, and how.
         problems, prompts: what, and the token ids that put it to the model.
-        random_state: of a batch, by temperature and number, to draw its answers in.
+        seed: with its key, of every answer.
         done: keys of the records that are there already.
         too_long: numbers of the problems that are not asked: `NOT_ASKED` is their answer.
         progress: show a bar.
@@ -140,15 +144,14 @@ def ask_all(
     done = frozenset(done)
     options: dict[str, Any] = dict(desc="eval", unit="answer", disable=not progress)
     with tqdm(total=plan.answers(len(prompts)), initial=len(done), **options) as bar:
-        for number, keys in plan.batches(prompts):
+        for keys in plan.batches(prompts):
             if done.issuperset(keys):
                 continue
-            temperature, askable = keys[0][1], [i for i, *_ in keys if i not in too_long]
-            rights = [problems[i].answer for i in askable]
-            with random_state(temperature, number):
-                found = iter(
-                    asked.ask([prompts[i] for i in askable], rights, plan.sampling(temperature))
-                )
+            askable = [key for key in keys if key[0] not in too_long]
+            rights = [problems[i].answer for i, *_ in askable]
+            seeds = [seed_of(seed, i, round(t * 1e6), s) for i, t, s in askable]
+            sampling = plan.sampling(keys[0][1])
+            found = iter(asked.ask([prompts[i] for i, *_ in askable], rights, sampling, seeds))
             records = [Record(*k, NOT_ASKED if k[0] in too_long else next(found)) for k in keys]
             new = [record for record in records if record.key not in done]
             yield new

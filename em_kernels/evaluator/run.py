@@ -2,7 +2,7 @@
 
 The folder of an evaluation holds eval.json (the settings, the problems, what was left out),
 records.jsonl (one line an answer) and summary.json. A stopped evaluation goes on where it was: each
-batch is drawn from its own seed, so the answers are those of an uninterrupted one.
+answer is drawn from its own seed, so they are those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ from em_kernels.lm.problems import (
     find_template,
     load_problems,
 )
-from em_kernels.lm.random_state import RandomState
 from em_kernels.lm.settings import (
     at_least,
     check_settings,
@@ -200,7 +199,7 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
         config.plan,
         loaded.problems,
         prompts,
-        lambda temperature, number: RandomState(_batch_seed(config.seed, temperature, number)),
+        config.seed,
         done={record.key for record in records},
         too_long=set(too_long),
         progress=progress,
@@ -258,9 +257,3 @@ def _check_same(folder: Path, old: dict, new: dict) -> None:
     for name in ("problems", "too_long", "weights"):
         if old[name] != new[name]:
             raise EvalError(f"{folder} holds an evaluation of other {name}; give another folder")
-
-
-def _batch_seed(seed: int, temperature: float, number: int) -> int:
-    from numpy.random import SeedSequence
-
-    return int(SeedSequence([seed, round(temperature * 1e6), number]).generate_state(1)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -11,8 +11,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-
-from em_kernels.lm.random_state import RandomState
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that evaluates or writes a checkpoint
@@ -59,8 +57,13 @@ class Ranks:
         """What make() gives on rank 0, on every rank; it is called there only."""
         return self.gather(make if self.is_first else lambda: None)[0]
 
+    def share(self, rows: Sequence[int], make: Callable[[list[int]], list[T]]) -> list[T]:
+        """What make(rows) lists, each rank for its share of the rows; all of it on every rank."""
+        own = [rows[i] for i in torch.arange(len(rows)).tensor_split(self.size)[self.rank].tolist()]
+        return [value for share in self.gather(lambda: make(own)) for value in share]
+
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Ranks leave the block together, or all with an error."""
         error = None
         try:
@@ -87,7 +90,7 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values)
 
-    def deal(self, parts: Iterable[T]) -> Iterator[T]:
+    def shard_micro_batches(self, parts: Iterable[T]) -> Iterator[T]:
         """This rank's micro-batches: every size-th of them, and as many on every rank.
 
         A rank that has none left takes part with one that has no weight.
@@ -95,15 +98,6 @@ class Ranks:
         parts = iter(parts)
         while group := list(islice(parts, self.size)):
             yield group[self.rank] if self.rank < len(group) else group[-1].without_weight()
-
-    @contextmanager
-    def apart(self, seed: int) -> Iterator[None]:
-        """Random numbers of this rank's own (dropout), then the shared state again."""
-        if self.size == 1:
-            yield
-            return
-        with RandomState(seed * self.size + self.rank):
-            yield
 
 
 @contextmanager

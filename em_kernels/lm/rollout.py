@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from em_kernels.lm.heads import causal_lm
 from em_kernels.lm.models import require_transformers
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.ranks import Ranks
-from em_kernels.lm.shared_sampling import SharedDraw, generate_share
 
 NO_TOKEN = -1  # beside an answer, until padding takes its place, which may be an end token's id
 
@@ -97,53 +96,64 @@ def sample(
     sampling: Sampling,
     batch: int,
     ranks: Ranks | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
 ) -> Rollout:
-    """One answer to each prompt (token ids), `batch` at a time, from the global random state.
+    """One answer to each prompt (token ids), `batch` at a time.
 
-    Several ranks, in the same random state, share the rows of each batch: every rank is given all
-    the answers, which are those that one process would draw.
+    An answer depends on its prompt and its seed, up to the rounding that a model's results have in
+    another batch. So several ranks share the rows, and every one is given all the answers, which
+    are those of one process.
+
+    Args:
+        seeds: one for each prompt; None takes them from torch's global random state.
     """
+    ranks = ranks or Ranks()
     ends = end_tokens(model, tokenizer)
     filler = pad_token(tokenizer, ends)
-    ids, mask = left_pad(prompts, filler)
+    ids, mask = (part.to(model.device) for part in left_pad(prompts, filler))
     room = room_for_answers(model, ids.shape[1], sampling.max_new_tokens)
-    sampling = replace(sampling, max_new_tokens=room)
-    answers = []
+    settings = _generation_config(replace(sampling, max_new_tokens=room), ends, filler)
+    if seeds is None:
+        seeds = torch.randint(1 << 62, (len(prompts),)).tolist()
+
+    def generate(rows: list[int]) -> Tensor:
+        options: dict = dict(input_ids=ids[rows], attention_mask=mask[rows].long())
+        if sampling.temperature > 0:
+            own = [seeds[row] for row in rows]
+            options["logits_processor"] = [SeededDraw(_warpers(sampling), own, ids.device)]
+        return model.generate(generation_config=settings, **options)[:, ids.shape[1] :].cpu()
+
+    def draw(rows: list[int]) -> list[Tensor]:
+        return [generate(part) for part in _cut(rows, -(-batch // ranks.size))]
+
     with eval_mode(model), _checkpoint_settings_put_aside(model):
-        for part_ids, part_mask in zip(ids.split(batch), mask.split(batch)):
-            part = (part_ids.to(model.device), part_mask.to(model.device).long())
-            if ranks is None or ranks.size == 1:
-                answers.append(_generate(model, *part, sampling, ends, filler))
-            else:
-                answers.append(_generate_share(model, *part, sampling, ends, filler, ranks))
-    return join_answers(ids.to(model.device), mask.to(model.device), answers, ends, filler)
+        answers = ranks.share(range(len(prompts)), draw)
+    return join_answers(ids, mask, answers, ends, filler)
 
 
-def _generate(
-    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, **options
-) -> Tensor:
-    """The answers (B, longest) to prompts (B, T)."""
-    settings = _generation_config(sampling, ends, filler)
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=settings, **options
-    )
-    return output[:, ids.shape[1] :]
+class SeededDraw:
+    """A logits processor that makes the likeliest token of a row the one that its seed draws.
+
+    That is argmax_v p_v / e_v with e_v ~ Exp(1), which is how torch.multinomial draws one. The e of
+    a row are made of its own seed; rounding of p seldom changes the token. It comes last, and
+    applies `warpers` (temperature, top_k, top_p) itself.
+    """
+
+    def __init__(self, warpers: Callable, seeds: Sequence[int], device: torch.device):
+        self.warpers = warpers
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probability = self.warpers(input_ids, scores).softmax(-1)
+        noise = torch.empty_like(probability)
+        for row, generator in zip(noise, self.generators):
+            row.exponential_(generator=generator)
+        return probability / noise
 
 
-def _generate_share(
-    model, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], filler: int, ranks: Ranks
-) -> Tensor:
-    """The same, where this rank generates its share of the rows."""
-    drawn = sampling.temperature > 0
-    likeliest = replace(sampling, temperature=0)
-
-    def generate(rows: Tensor, draw: SharedDraw) -> Tensor:
-        options = {"logits_processor": [draw]} if drawn else {}
-        return _generate(model, ids[rows], mask[rows], likeliest, ends, filler, **options)
-
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    warpers = _warpers(sampling) if drawn else None
-    return generate_share(ranks, generate, warpers, ids.shape[0], vocabulary, filler)
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
@@ -175,22 +185,14 @@ def official_masks(rollout: Rollout, filler: int) -> tuple[Tensor, Tensor]:
 
 
 def _generation_config(sampling: Sampling, ends: list[int], filler: int):
-    GenerationConfig = require_transformers().GenerationConfig
-    common = dict(
+    """Of taking the likeliest token; what draws another comes as a processor of logits."""
+    return require_transformers().GenerationConfig(
+        do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=ends or None,
         pad_token_id=filler,
         use_cache=True,
-    )
-    if sampling.temperature == 0:
-        return GenerationConfig(do_sample=False, **common)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        **common,
     )
 
 

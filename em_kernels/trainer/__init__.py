@@ -5,11 +5,12 @@ from em_kernels.lm.heads import ModelError
 from em_kernels.lm.models import load_model
 from em_kernels.lm.ranks import RankError
 from em_kernels.lm.rollout import Rollout, Sampling, sample
-from em_kernels.trainer.checkpoint import CheckpointError, read_config
+from em_kernels.trainer.checkpoint import merge_checkpoint, read_config
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.loop import Objective, TrainResult, train
+from em_kernels.trainer.entropy_update import Objective
+from em_kernels.trainer.loop import TrainResult, train
 from em_kernels.trainer.rl_config import RLConfig
-from em_kernels.trainer.sharded_checkpoint import merge_checkpoint
+from em_kernels.trainer.state import CheckpointError
 
 __all__ = [
     "ONE_SHOT_PROMPT",

@@ -5,8 +5,7 @@ A run's folder:
     adapter.json          of a PEFT model: the settings of its adapter
     metrics.jsonl         one line per update
     checkpoint-<update>/  a model folder for transformers, or an adapter (see adapters.py), and
-                          trainer_state.pt to go on from; of several ranks, also shards/ (see
-                          sharded_checkpoint.py)
+                          shards/ to go on from: what each rank wrote (see state.py)
 """
 
 from __future__ import annotations
@@ -14,80 +13,119 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from em_kernels.lm.adapters import MERGED, has_adapter, write_model
+from em_kernels.lm.adapters import MERGED, has_adapter, is_adapted, merged_copy, write_model
 from em_kernels.lm.data import read_jsonl
-from em_kernels.lm.models import SHARDS, list_checkpoints, newest_checkpoint
+from em_kernels.lm.models import (
+    SHARDS,
+    list_checkpoints,
+    load_architecture,
+    load_model,
+    newest_checkpoint,
+)
+from em_kernels.lm.ranks import RankError, Ranks
 from em_kernels.lm.text import one_line
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
+from em_kernels.trainer.state import (
+    CheckpointError,
+    cause,
+    load_weights_from_parts,
+    weights_in_parts,
+)
 
 CONFIG_FILE = "train_config.json"
 ADAPTER_NOTE = "adapter.json"
 METRICS_FILE = "metrics.jsonl"
-STATE_FILE = "trainer_state.pt"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read."""
+@contextmanager
+def new_checkpoint(folder: Path, update: int, keep: int, ranks: Ranks) -> Iterator[Path]:
+    """A folder that becomes checkpoint-<update> once every rank has written what it has to.
 
-
-def save_checkpoint(
-    folder: Path,
-    update: int,
-    model,
-    tokenizer,
-    state: dict,
-    keep: int,
-    shards: Path | None = None,
-    merged: bool = False,
-) -> Path:
-    """Write checkpoint-<update>: to a temporary folder, then renamed, so that it is all there.
-
-    `model` is what `save_pretrained` writes: the model, or its config alone. `shards`, a folder
-    that is written already, becomes part of the checkpoint. `merged` adds the whole model that an
-    adapter makes.
+    It is a temporary one until then, so that a checkpoint is all there. `keep` is how many stay.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
     """
     final = folder / f"checkpoint-{update}"
     temporary = folder / f".{final.name}.tmp"
+    with ranks.raise_together():
+        try:
+            ranks.first(lambda: _begin(temporary))
+            yield temporary
+            ranks.first(lambda: _finish(temporary, final))
+        except RankError:
+            raise
+        except (Exception, CheckpointException) as error:
+            last = newest_checkpoint(folder)
+            kept = f"the last good checkpoint is {last}" if last else "there is no earlier one"
+            reason = one_line(cause(error), None)
+            raise CheckpointError(f"cannot write {final}: {reason}; {kept}") from error
+        finally:
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+    ranks.first(lambda: _remove_oldest(folder, keep))
+
+
+def _begin(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_model(model, temporary, merged)
-        for place in [temporary, temporary / MERGED] if merged else [temporary]:
-            tokenizer.save_pretrained(place)
-        torch.save({"update": update, **state}, temporary / STATE_FILE)
-        if shards:
-            shards.rename(temporary / SHARDS)
-        _flush(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(folder)
-    except Exception as error:
-        last = newest_checkpoint(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot write {final}: {one_line(error, None)}; {kept}") from error
-    finally:
-        for leftover in filter(None, (temporary, shards)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    _remove_oldest(folder, keep)
-    return final
+    temporary.mkdir()
 
 
-def load_state(checkpoint: Path, device: torch.device) -> dict:
-    """update, optimizer and random of a checkpoint."""
-    try:
-        return torch.load(checkpoint / STATE_FILE, map_location=device, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot resume from {checkpoint}: {one_line(error, None)}"
-        ) from error
+def _finish(temporary: Path, final: Path) -> None:
+    _flush(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def write_published(model, tokenizer, folder: Path, merged: bool) -> None:
+    """What transformers loads: a model (or its config alone) or an adapter, with the tokenizer.
+
+    `merged` adds the whole model that an adapter makes.
+    """
+    write_model(model, folder, merged)
+    for place in [folder, folder / MERGED] if merged else [folder]:
+        tokenizer.save_pretrained(place)
+
+
+def updates_of(checkpoint: Path) -> int:
+    """The updates behind it, which its name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
+    """Make a model folder for transformers of a checkpoint's parts; needs no other process.
+
+    Of an adapter, trained by however many ranks, with the model below it, in float32.
+
+    Raises:
+        ValueError: `checkpoint` has no parts and is no adapter, or `output` is there already.
+        ModelError: the model below the adapter is not there, or the two cannot be merged.
+        CheckpointError: the parts cannot be read.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if not (checkpoint / SHARDS).is_dir() and not has_adapter(checkpoint):
+        raise ValueError(
+            f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
+            "which holds no adapter either"
+        )
+    if output.exists():
+        raise ValueError(f"output must be a new folder, {output} is there already")
+    if weights_in_parts(checkpoint):
+        model, tokenizer = load_architecture(checkpoint, "cpu")
+        load_weights_from_parts(checkpoint, model, Ranks())
+    else:
+        model, tokenizer = load_model(str(checkpoint), "cpu")
+    write_published(merged_copy(model) if is_adapted(model) else model, tokenizer, output, False)
+    return output
 
 
 def check_free(folder: Path) -> None:

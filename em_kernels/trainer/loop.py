@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from em_kernels.lm.modes import modes_kept
+from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import joined_ranks
-from em_kernels.lm.rollout import Rollout, aligned_mask, official_masks
-from em_kernels.objectives.em import (
-    micro_batch_mean_weights,
-    sequence_mean_weights,
-    token_mean_weights,
-)
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.loss import Batch, micro_batch_loss
-from em_kernels.trainer.rl import Learner, initial_model
-from em_kernels.trainer.run import Run, save_run, start_run
+from em_kernels.trainer.entropy_update import EntropyUpdate, Objective, entropy_minimisation
+from em_kernels.trainer.policy_update import PolicyUpdate
+from em_kernels.trainer.run import Run, initial_model, save_run, start_run
 from em_kernels.trainer.schedule import Stage, current_stage
-from em_kernels.trainer.step import draw, set_learning_rate, take_step
-
-Objective = Callable[[Rollout, Tensor], tuple[Tensor | None, Tensor | None]]
-"""(rollout, loss mask) -> (entropy_weight, logprob_weight), over the whole update at once."""
 
 
 @dataclass
@@ -84,7 +74,7 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds. Of an RLConfig also those of `Learner.update`.
+        loss_seconds. Of an RLConfig also those of `PolicyUpdate`.
 
     Raises:
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
@@ -95,96 +85,37 @@ def train(
     with joined_ranks(config.device) as ranks:
         reference = initial_model(config, model, ranks)
         run = start_run(config, model, tokenizer, resume, ranks)
-        learner = Learner(run, reference) if any(s.policy for s in config.stages) else None
+        updates: dict[bool, Any] = {
+            False: EntropyUpdate(run, objective or entropy_minimisation(config))
+        }
+        if any(stage.policy for stage in config.stages):
+            updates[True] = PolicyUpdate(run, reference)
         with modes_kept(run.model):
-            _run_updates(
-                run, learner, objective or _entropy_minimisation(config), on_step, progress
-            )
+            _run_updates(run, updates, on_step, progress)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
 
 def _run_updates(
-    run: Run, learner: Learner | None, objective: Objective, on_step: Callable | None, show: bool
+    run: Run,
+    updates: dict[bool, Callable[[int, int, Stage], dict]],
+    on_step: Callable | None,
+    show: bool,
 ) -> None:
-    """Every update that is still to do, with its checkpoints."""
+    """Every update that is still to do, with its checkpoints; `updates`: by whether by rewards."""
     config = run.config
     for update, index, stage in _progress(run, show):
-        set_learning_rate(run, stage.learning_rate or config.learning_rate)
-        with run.random:
-            if stage.policy:
-                line = learner.update(update, index, stage)
-            else:
-                line = _update(run, update, objective)
-        line = _shown(run, {**line, **config.labels(index, stage)}, on_step)
-        with run.ranks.together():
+        set_learning_rate(run.optimizer, stage.learning_rate or config.learning_rate)
+        with seeded(config.seed, update):
+            line = updates[stage.policy is not None](update, index, stage)
+        line = _shown(run, {"update": update, **line, **config.labels(index, stage)}, on_step)
+        with run.ranks.raise_together():
             run.metrics.add(line)
         run.done = update
         if _is_due(run):
             save_run(run)
     if not _is_saved(run):
         save_run(run)
-    run.weights.finish()
-
-
-def _update(run: Run, update: int, objective: Objective) -> dict:
-    """Sample, then one optimiser step; returns the metrics."""
-    config, started = run.config, time.perf_counter()
-    rollout = draw(run, _prompts_of(run, update), update)
-    sampled = time.perf_counter()
-    with run.ranks.together():
-        batch = _batch(run, rollout, objective)
-    with run.ranks.apart(update):
-        loss, means = _accumulate_gradients(run, batch)
-    grad_norm = take_step(run, update, loss)
-    ended = time.perf_counter()
-    tokens = int(rollout.response_mask.sum())
-    return {
-        "update": update,
-        "step": update * config.steps_per_update,
-        "loss": loss,
-        **means,
-        "response_length": tokens / config.responses,
-        "response_tokens": tokens,
-        "truncated": 1 - rollout.finished.float().mean().item(),
-        "grad_norm": grad_norm,
-        "tokens_per_second": tokens / (ended - started),
-        "sample_seconds": sampled - started,
-        "loss_seconds": ended - sampled,
-    }
-
-
-def _batch(run: Run, rollout: Rollout, objective: Objective) -> Batch:
-    """The masks and weights of the whole update, before it is cut."""
-    ids, attention_mask, positions = rollout.input_ids, rollout.attention_mask, None
-    loss_mask = aligned_mask(rollout)
-    if run.config.compat == "official":
-        attention_mask, loss_mask = official_masks(rollout, run.filler)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    weights = objective(rollout, loss_mask)
-    weighted = torch.stack([w != 0 for w in weights if w is not None]).any(0)
-    return Batch(ids, attention_mask, positions, loss_mask & weighted, *weights)
-
-
-def _accumulate_gradients(run: Run, batch: Batch) -> tuple[float, dict[str, float]]:
-    """Backward through the update, a micro-batch at a time: (loss, mean statistics)."""
-    names = {"mean_entropy": "entropy"}
-    if run.config.stop_skew is not None:
-        names["logit_skew"] = "logit_skew"
-    sums = [0.0] * (1 + len(names))
-    compute = partial(micro_batch_loss, outputs=tuple(names.values()))
-    run.weights.train()
-    for part in run.ranks.deal(_micro_batches(run.config, batch)):
-        result = run.weights.loss(part, compute)
-        result.loss.backward()
-        values = [result.loss, *(_total(result.stats, name, part) for name in names.values())]
-        sums = [total + value.item() for total, value in zip(sums, values)]
-    loss, *sums = run.ranks.sum(*sums)
-    count = max(int(batch.loss_mask.sum()), 1)
-    return loss, {name: total / count for name, total in zip(names, sums)}
-
-
-def _total(stats, name: str, part: Batch) -> Tensor:
-    return (getattr(stats, name) * part.loss_mask).sum()
+    run.strategy.finish()
 
 
 def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:
@@ -192,36 +123,13 @@ def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:
     run.model.eval()
     if on_step is None:
         return run.ranks.first(lambda: line)
-    with run.weights.on_first() as model:
+    with run.strategy.full_model_on_first() as model:
         return run.ranks.first(lambda: {**line, **(on_step(dict(line), model) or {})})
 
 
-def _micro_batches(config: TrainConfig, batch: Batch) -> Iterator[Batch]:
-    """`micro_batch` rows at a time, long answers first, without columns that are all padding."""
-    order = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
-    if config.compat != "official":
-        order = batch.attention_mask.sum(1).argsort(descending=True, stable=True)
-    for rows in order.split(config.micro_batch):
-        used = batch.attention_mask[rows].any(0).nonzero()[:, 0]
-        columns = slice(int(used[0]), int(used[-1]) + 1)
-        yield Batch(*(None if x is None else x[rows, columns] for x in batch))
-
-
-def _entropy_minimisation(config: TrainConfig) -> Objective:
-    def weigh(rollout: Rollout, loss_mask: Tensor) -> tuple[Tensor, None]:
-        if config.compat == "official":
-            return micro_batch_mean_weights(loss_mask, config.micro_batch), None
-        if config.reduction == "sequence_mean":
-            return sequence_mean_weights(loss_mask), None
-        return token_mean_weights(loss_mask), None
-
-    return weigh
-
-
-def _prompts_of(run: Run, update: int) -> list[list[int]]:
-    """Prompts take turns, over the whole run."""
-    first = (update - 1) * run.config.responses
-    return [run.prompts[(first + i) % len(run.prompts)] for i in range(run.config.responses)]
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _is_due(run: Run) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,26 +21,27 @@ from em_kernels.lm.adapters import (
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.heads import ModelError, causal_lm, read_head
 from em_kernels.lm.models import (
+    SHARDS,
     check_causal,
     enable_gradient_checkpointing,
     load_architecture,
     load_model,
     newest_checkpoint,
 )
-from em_kernels.lm.random_state import RandomState
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import end_tokens, pad_token
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
-from em_kernels.trainer.distributed import Sharded, Whole, place
 from em_kernels.trainer.reached import check_reached
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.samplers import Sampler, make_sampler
-from em_kernels.trainer.sharded_checkpoint import (
-    has_shards,
-    load_shards,
-    load_whole_optimizer,
-    save_shards,
+from em_kernels.trainer.state import (
+    load_optimizer,
+    load_weights_from_parts,
+    save_parts,
+    weights_in_parts,
 )
+from em_kernels.trainer.strategy import FSDPStrategy, SingleProcessStrategy, make_strategy
 
 
 @dataclass
@@ -49,12 +51,11 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     model: nn.Module
-    weights: Whole | Sharded
+    strategy: SingleProcessStrategy | FSDPStrategy
     tokenizer: object
     sampler: Sampler
     prompts: list[list[int]]
     optimizer: torch.optim.Optimizer
-    random: RandomState
     metrics: checkpoints.Metrics
     folder: Path | None
     checkpoint: Path | None
@@ -71,7 +72,7 @@ def start_run(
     """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
     ranks = ranks or Ranks()
     folder = Path(config.output) if config.output else None
-    with ranks.together():
+    with ranks.raise_together():
         checkpoint = _checkpoint_to_resume(config, folder) if resume else None
         if folder and not resume:
             checkpoints.check_free(folder)
@@ -94,17 +95,16 @@ def start_run(
         _check_trainable(model)
         check_shardable(model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
-    weights = place(model, config.loss_temperature, config.dtype, ranks)
+    strategy = make_strategy(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,
         ranks=ranks,
         model=model,
-        weights=weights,
+        strategy=strategy,
         tokenizer=tokenizer,
         sampler=sampler,
         prompts=prompts,
-        optimizer=_optimizer(config, weights.trained),
-        random=RandomState(config.seed),
+        optimizer=_optimizer(config, strategy.trained),
         metrics=checkpoints.Metrics(folder if ranks.is_first else None),
         folder=folder,
         checkpoint=checkpoint,
@@ -116,6 +116,26 @@ def start_run(
     run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run
+
+
+def initial_model(config, model, ranks: Ranks):
+    """The reference of a KL penalty, before anything trains the model; None where none is asked.
+
+    It shares the weights that an adapter leaves alone; several ranks take those apart.
+    """
+    if not isinstance(config, RLConfig) or config.ref_kl == 0:
+        return None
+    if model is None and config.model is None:
+        raise ValueError(
+            "model must be given with ref_kl: the model that the run was started with, got None"
+        )
+    if model is None:
+        model, _ = load_model(str(config.model), config.device)
+        return model.eval().requires_grad_(False)
+    shared = {}
+    if is_adapted(model) and ranks.size == 1:
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:
@@ -137,7 +157,7 @@ def _get_model(
         if name is None:
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
         device = "cpu" if ranks.size > 1 else config.device
-        if checkpoint and has_shards(checkpoint) and not has_adapter(checkpoint):
+        if checkpoint and weights_in_parts(checkpoint):
             return load_architecture(checkpoint, device)
         dtype = base_dtype(name) if checkpoint else None
         return load_model(str(name), device, dtype or torch.float32)
@@ -165,7 +185,7 @@ def _load_into(model, checkpoint: Path) -> None:
     """The weights of a checkpoint into a model that was passed."""
     if has_adapter(checkpoint):
         load_weights(model, checkpoint)
-    elif not has_shards(checkpoint):
+    elif not weights_in_parts(checkpoint):
         saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
         causal_lm(model).load_state_dict(saved.state_dict())
 
@@ -213,18 +233,13 @@ def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
 
 
 def _restore(run: Run) -> None:
-    """Put weights, optimiser, random state and metrics where the checkpoint left them."""
+    """Put weights, optimiser and metrics where the checkpoint left them."""
     if run.checkpoint:
-        with run.ranks.together():
-            state = checkpoints.load_state(run.checkpoint, torch.device("cpu"))
-        if has_shards(run.checkpoint):
-            load_shards(run.checkpoint, run.weights.trained, run.optimizer, run.ranks)
-        else:
-            load_whole_optimizer(run.optimizer, state["optimizer"])
-        run.random.state = state["random"]
-        if run.ranks.size > 1:  # rank 0 drew the same numbers on its GPU as each does on its own
-            run.random.state["cuda"] = state["random"]["cuda"][:1] * torch.cuda.device_count()
-        run.done = state["update"]
+        trained = run.strategy.trained
+        if weights_in_parts(run.checkpoint):
+            load_weights_from_parts(run.checkpoint, trained, run.ranks)
+        load_optimizer(run.checkpoint, trained, run.optimizer, run.ranks)
+        run.done = checkpoints.updates_of(run.checkpoint)
     if run.folder:
         if run.ranks.is_first:
             run.metrics.rewind(run.done)
@@ -233,20 +248,18 @@ def _restore(run: Run) -> None:
 
 def save_run(run: Run) -> None:
     """Write a checkpoint of where the run is now."""
-    state = {"random": run.random.state}
-    if run.ranks.size == 1:
-        state["optimizer"] = run.optimizer.state_dict()
-        run.checkpoint = _write(run, run.model, state)
-        return
-    shards = save_shards(run.folder, run.done, run.weights.trained, run.optimizer, run.ranks)
-    if run.config.shards_only:
-        run.checkpoint = run.ranks.first(lambda: _write(run, run.model.config, state, shards))
-        return
-    with run.weights.on_first("cpu") as model:
-        run.checkpoint = run.ranks.first(lambda: _write(run, model, state, shards))
+    config, parts_only = run.config, run.config.shards_only and run.ranks.size > 1
+    keep, done = config.keep_checkpoints, run.done
+    with checkpoints.new_checkpoint(run.folder, done, keep, run.ranks) as folder:
+        parts = (folder / SHARDS, run.strategy.trained, run.optimizer)
+        save_parts(*parts, weights=parts_only, ranks=run.ranks)
 
+        def publish(model) -> None:
+            checkpoints.write_published(model, run.tokenizer, folder, config.save_merged)
 
-def _write(run: Run, model, state: dict, shards: Path | None = None) -> Path:
-    arguments = (run.folder, run.done, model, run.tokenizer, state)
-    keep, merged = run.config.keep_checkpoints, run.config.save_merged
-    return checkpoints.save_checkpoint(*arguments, keep, shards, merged)
+        if parts_only:
+            run.ranks.first(lambda: publish(run.model.config))
+        else:
+            with run.strategy.full_model_on_first("cpu") as model:
+                run.ranks.first(lambda: publish(model))
+    run.checkpoint = run.folder / f"checkpoint-{done}"

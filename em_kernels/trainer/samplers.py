@@ -1,7 +1,7 @@
 """What draws the answers of an update: transformers' generate, or vLLM.
 
-A sampler is called with the model (whole, as it is now), the prompts and the number of the update,
-by all ranks together; every rank is given all the answers.
+A sampler is called with the model (whole, as it is now), the prompts and a seed for each, by all
+ranks together; every rank is given all the answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from em_kernels.lm.rollout import (
 )
 from em_kernels.trainer.config import TrainConfig
 
-Sampler = Callable[[torch.nn.Module, list[list[int]], int], Rollout]
+Sampler = Callable[[torch.nn.Module, list[list[int]], list[int]], Rollout]
 
 
 def make_sampler(
@@ -43,8 +43,9 @@ def make_sampler(
     if config.sampler == "vllm":
         return VllmSampler(config, model, tokenizer, longest_prompt, ranks)
 
-    def draw(model, prompts: list[list[int]], update: int) -> Rollout:
-        return sample(model, tokenizer, prompts, sampling(config), config.sample_batch, ranks)
+    def draw(model, prompts: list[list[int]], seeds: list[int]) -> Rollout:
+        settings, batch = sampling(config), config.sample_batch
+        return sample(model, tokenizer, prompts, settings, batch, ranks, seeds=seeds)
 
     return draw
 
@@ -63,9 +64,8 @@ class VllmSampler:
     """A vLLM engine in each rank's process, given the model's weights before each update; those of
     a PEFT model with its adapter merged into a copy.
 
-    Answer i of update u is drawn with a seed of its own, made of the run's seed, u and i: not the
-    numbers that transformers would draw, but the same for any number of ranks, as far as vLLM's
-    results do not depend on the batch.
+    An answer is drawn with its seed: not the numbers that transformers would draw, but the same for
+    any number of ranks, as far as vLLM's results do not depend on the batch.
     """
 
     def __init__(self, config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks):
@@ -89,19 +89,18 @@ class VllmSampler:
             gpu_memory_utilization=config.vllm_memory,
         )
 
-    def __call__(self, model, prompts: list[list[int]], update: int) -> Rollout:
+    def __call__(self, model, prompts: list[list[int]], seeds: list[int]) -> Rollout:
         ends = end_tokens(model, self.tokenizer)
         filler = pad_token(self.tokenizer, ends)
         room = room_for_answers(model, max(map(len, prompts)), self.config.max_new_tokens)
         settings = replace(sampling(self.config), max_new_tokens=room)
-        own = torch.arange(len(prompts)).tensor_split(self.ranks.size)[self.ranks.rank].tolist()
 
-        def draw() -> list[list[int]]:
+        def draw(rows: list[int]) -> list[list[int]]:
             self._push_weights(model)
-            seeds = [self._seed(update, row) for row in own]
-            return self._generate([prompts[row] for row in own], seeds, settings, ends)
+            own = [prompts[row] for row in rows]
+            return self._generate(own, [seeds[row] for row in rows], settings, ends)
 
-        drawn = [answer for share in self.ranks.gather(draw) for answer in share]
+        drawn = self.ranks.share(range(len(prompts)), draw)
         answers = [torch.tensor([answer], dtype=torch.long) for answer in drawn]
         rollout = join_answers(*left_pad(prompts, filler), answers, ends, filler)
         return Rollout(*(part.to(model.device) for part in rollout))
@@ -138,10 +137,6 @@ class VllmSampler:
             seed=seed,
             detokenize=False,
         )
-
-    def _seed(self, update: int, row: int) -> int:
-        """Different for every answer of a run, and of runs with other seeds."""
-        return (self.config.seed * 1_000_003 + update * self.config.responses + row) % 2**63
 
 
 def _load_weights(worker, weights: list) -> None:

@@ -271,9 +271,9 @@ def test_errors_of_resume(model, tmp_path, capsys):
     assert "seed cannot change" in error_of(capsys, "train", "--resume", run, "--seed", 3)
     moved = ("train", "--resume", run, "--output", tmp_path / "b")
     assert "--output cannot be given with --resume" in error_of(capsys, *moved)
-    (run / "checkpoint-1" / "trainer_state.pt").write_bytes(b"broken")
+    (run / "checkpoint-1" / "shards" / ".metadata").write_bytes(b"broken")
     resumed = error_of(capsys, "train", "--resume", run, "--updates", 2, "--quiet")
-    assert f"cannot resume from {run / 'checkpoint-1'}" in resumed
+    assert f"cannot read {run / 'checkpoint-1' / 'shards'}" in resumed
 
 
 def test_errors_of_eval(model, problems, tmp_path, capsys):

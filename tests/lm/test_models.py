@@ -13,7 +13,7 @@ from em_kernels.lm.heads import read_head
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.objectives.em import token_mean_weights
 from em_kernels.trainer import ModelError, load_model, read_prompts, train
-from em_kernels.trainer.loss import Batch, micro_batch_loss
+from em_kernels.trainer.batch import Tokens, token_loss
 
 SMALL = dict(
     vocab_size=len(WORDS),
@@ -56,8 +56,8 @@ def test_heads_with_softcap_scale_and_bias_match_the_models_logits(name):
         actual = head.logits(hidden[row, start:])
         assert torch.allclose(actual, expected, atol=1e-4 * expected.abs().max().item())
         entropies.append(plain_entropy(expected, 0.5)[counted[row, start:] > 0])
-    batch = Batch(ids, mask, None, counted, token_mean_weights(counted), None)
-    loss = micro_batch_loss(model, head, batch, 0.5).loss
+    batch = Tokens(ids, mask, counted, entropy_weight=token_mean_weights(counted))
+    loss = token_loss(model, head, batch, 0.5).loss
     assert loss.item() == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 
 

@@ -7,7 +7,10 @@ import torch
 from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.random_state import seed_of
+from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import (
+    SeededDraw,
     aligned_mask,
     answer_mask,
     join_answers,
@@ -15,7 +18,7 @@ from em_kernels.lm.rollout import (
     official_masks,
 )
 from em_kernels.trainer import Rollout, Sampling, sample
-from em_kernels.trainer.rl_collect import join_rollouts
+from em_kernels.trainer.collect import join_rollouts
 
 torch.set_num_threads(1)
 
@@ -157,3 +160,75 @@ def test_answers_are_cut_to_the_models_positions():
     assert not rollout.finished.any()
     with pytest.raises(ValueError, match="64 positions, got 70 tokens"):
         sample(model, make_tokenizer(), [[5] * 70], Sampling(), batch=1)
+
+
+class OneOf(Ranks):
+    """One of several ranks, whose answers are kept for whoever joins them."""
+
+    def __init__(self, rank: int, size: int, shares: list):
+        super().__init__(rank, size, torch.device("cpu"))
+        self.shares = shares
+
+    def gather(self, make) -> list:
+        self.shares.append(make())
+        missing = 5 - sum(len(part) for share in self.shares for part in share)
+        return [*self.shares, [torch.zeros(missing, 1).long()]]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_together_draw_the_answers_of_one(size):
+    """Row by row its own numbers: neither the batch nor the number of ranks has a part in them."""
+    model, tokenizer = make_model(), make_tokenizer()
+    prompts = [encode_prompt(tokenizer, text) for text in ("1 2 3 4", "1", "5 6", "7 8 9", "2")]
+    sampling = Sampling(max_new_tokens=12, top_p=0.95, repetition_penalty=1.1)
+    options = dict(seeds=[seed_of(3, 1, row) for row in range(5)])
+    whole = sample(model, tokenizer, prompts, sampling, 5, **options)
+    shares: list = []
+    for rank in range(size):
+        ranks = OneOf(rank, size, shares)
+        joined = sample(model, tokenizer, prompts, sampling, 4, ranks, **options)
+    rows = [sum(map(len, share)) for share in shares]
+    assert rows == [len(part) for part in torch.arange(5).tensor_split(size)]
+    for ours, theirs in zip(joined, whole):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_answer_is_its_seeds_whatever_it_is_drawn_with():
+    model, tokenizer = make_model(), make_tokenizer()
+    prompt, sampling = encode_prompt(tokenizer, "1 2"), Sampling(max_new_tokens=12)
+    seeds = [seed_of(0, row) for row in range(6)]
+    drawn = sample(model, tokenizer, [prompt] * 6, sampling, 6, seeds=seeds).answers()
+    alone = sample(model, tokenizer, [prompt] * 6, sampling, 1, seeds=seeds[::-1]).answers()
+    assert [a.tolist() for a in drawn] == [a.tolist() for a in alone[::-1]]
+    assert len({tuple(a.tolist()) for a in drawn}) == 6
+    torch.manual_seed(1)
+    first = sample(model, tokenizer, [prompt] * 2, sampling, 2).answers()
+    torch.manual_seed(1)
+    again = sample(model, tokenizer, [prompt] * 2, sampling, 2).answers()
+    assert [a.tolist() for a in first] == [a.tolist() for a in again]
+    assert first[0].tolist() != first[1].tolist()
+
+
+def test_tokens_are_drawn_by_their_probability_and_never_without():
+    rows = 4000
+    logits = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]).expand(rows, 6)
+    draw = SeededDraw(lambda ids, scores: scores / 2, range(rows), logits.device)
+    drawn = [draw(None, logits).argmax(-1) for _ in range(3)]
+    expected = (logits[0] / 2).softmax(-1)
+    for tokens in drawn:
+        share = tokens.bincount(minlength=6) / rows
+        assert share[expected == 0].sum() == 0
+        assert (share - expected).abs().max() < 3 * (0.25 / rows) ** 0.5  # standard errors
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_rounding_seldom_changes_what_is_drawn():
+    """Of many unlikely tokens too: probabilities that differ by 1e-3 draw the same."""
+    scores = torch.randn(300, 5000, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(300, 5000, generator=torch.Generator().manual_seed(1))
+    seeds, device = range(300), torch.device("cpu")
+    first, second = (
+        SeededDraw(lambda ids, scores: scores, seeds, device)(None, x).argmax(-1)
+        for x in (scores, scores + 1e-3 * noise)
+    )
+    assert (first != second).sum() <= 3

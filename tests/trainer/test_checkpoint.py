@@ -131,17 +131,17 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_good_one(tmp_path, file_
 
 def test_a_disk_that_fills_up_after_the_weights_leaves_the_last_good_one(tmp_path, monkeypatch):
     config = settings(output=tmp_path, updates=2, save_every=1)
-    kept = torch.save
+    kept = checkpoints.write_published
 
-    def full(value, path):
-        kept(value, path)
-        if value["update"] == 2:
+    def full(model, tokenizer, folder, merged):
+        kept(model, tokenizer, folder, merged)
+        if "checkpoint-2" in folder.name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoints, "write_published", full)
     with pytest.raises(CheckpointError, match="No space left on device; the last good"):
         run(config)
-    monkeypatch.setattr(torch, "save", kept)
+    monkeypatch.setattr(checkpoints, "write_published", kept)
     check_first_checkpoint_survived(tmp_path, config)
 
 

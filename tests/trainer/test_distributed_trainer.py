@@ -32,8 +32,6 @@ from two_rank_runs import (
 )
 
 from em_kernels import cli
-from em_kernels.lm.ranks import Ranks
-from em_kernels.lm.shared_sampling import SharedDraw
 from em_kernels.trainer import (
     CheckpointError,
     ModelError,
@@ -99,21 +97,6 @@ def test_each_rank_holds_its_half_of_the_parameters(ranks):
     held = [by_size[1]["held"] for by_size in ranks("cuts")]
     assert sum(held) == total and max(held) < 0.51 * total
     assert [by_size[1]["whole"] for by_size in ranks("cuts")] == [0, 0]
-
-
-def test_random_numbers_apart_leave_the_shared_state_alone():
-    """Dropout differs between ranks; what is drawn next does not."""
-    before = torch.get_rng_state()
-    drawn = []
-    for rank in (0, 1):
-        for update in (1, 2):
-            with Ranks(rank, 2).apart(update):
-                drawn.append(torch.rand(()).item())
-            assert torch.equal(torch.get_rng_state(), before)
-    assert len(set(drawn)) == 4
-    with Ranks().apart(1):
-        torch.rand(())
-    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_bfloat16_computes_in_bfloat16_around_float32_shards(ranks):
@@ -220,19 +203,6 @@ def test_ranks_go_on_after_an_error_that_all_saw(ranks):
         assert found["first run"][0] == found["afterwards"][0] == "no error"
         kind, message = found["device"]
         assert kind == "ValueError" and "got 'cuda:1'" in message
-
-
-def test_a_shared_draw_is_that_of_multinomial():
-    scores = torch.randn(5, 5, 30)
-    torch.manual_seed(4)
-    expected = [torch.multinomial(s.softmax(-1), 1)[:, 0] for s in scores]
-    for rows in (torch.tensor([0, 1, 2]), torch.tensor([3, 4])):
-        torch.manual_seed(4)
-        draw = SharedDraw(lambda ids, scores: scores, rows, 5, 30)
-        for step in range(3):
-            assert torch.equal(draw(None, scores[step][rows]).argmax(-1), expected[step][rows])
-        draw.catch_up(4, torch.device("cpu"))
-        assert torch.equal(draw(None, scores[4][rows]).argmax(-1), expected[4][rows])
 
 
 def test_a_peft_model_on_two_ranks(shared, ranks, tmp_path):

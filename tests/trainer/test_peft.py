@@ -29,8 +29,7 @@ from em_kernels.trainer import (
     sample,
     train,
 )
-from em_kernels.trainer.rl import initial_model
-from em_kernels.trainer.run import check_shardable
+from em_kernels.trainer.run import check_shardable, initial_model
 
 peft = pytest.importorskip("peft")
 

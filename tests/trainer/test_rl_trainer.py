@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 from trainer_runs import without_times
 
 from em_kernels import clip_cov_mask, high_entropy_mask, kl_cov_mask, token_covariance
-from em_kernels.trainer import rl
-from em_kernels.trainer.rl_collect import Practice
+from em_kernels.trainer import policy_update
+from em_kernels.trainer.collect import ProblemOrder
 from em_kernels.trainer.rl_config import OBJECTIVES
 
 POLICY = [name for name in OBJECTIVES if name != "em"]
@@ -39,21 +39,23 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.weights, self.tokens, self.gradients = [], [], []
-        take, inner = rl.take_step, rl.Learner._step
+        accumulate = policy_update.accumulate_gradients
+        inner = policy_update.PolicyUpdate._step
 
-        def step(learner, update, stage, tokens, *args):
-            state = learner.run.model.state_dict()
+        def step(update, number, index, stage, tokens, *args):
+            state = update.run.model.state_dict()
             self.weights.append({name: value.clone() for name, value in state.items()})
             self.tokens.append(tokens)
-            return inner(learner, update, stage, tokens, *args)
+            return inner(update, number, index, stage, tokens, *args)
 
-        def take_step(run, update, loss):
+        def accumulate_gradients(run, *args):
+            sums = accumulate(run, *args)
             parameters = run.model.parameters()
             self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-            return take(run, update, loss)
+            return sums
 
-        monkeypatch.setattr(rl.Learner, "_step", step)
-        monkeypatch.setattr(rl, "take_step", take_step)
+        monkeypatch.setattr(policy_update.PolicyUpdate, "_step", step)
+        monkeypatch.setattr(policy_update, "accumulate_gradients", accumulate_gradients)
 
 
 def plain_statistics(model, tokens):
@@ -266,8 +268,8 @@ def test_empo_leaves_out_prompts_the_model_agrees_on():
 
 def test_problems_take_turns_in_a_shuffled_order():
     config = rl_settings(problems=tuple((str(i), "1") for i in range(6)))
-    practice = Practice(config, make_tokenizer())
-    laps = [[practice.turn(lap * 6 + i) for i in range(6)] for lap in range(3)]
+    order = ProblemOrder(config, make_tokenizer())
+    laps = [[order.turn(lap * 6 + i) for i in range(6)] for lap in range(3)]
     assert all(sorted(lap) == list(range(6)) for lap in laps)
     assert laps[0] != laps[1] or laps[1] != laps[2]
 

@@ -17,7 +17,9 @@ from em_kernels.objectives.em import (
     sequence_mean_weights,
     token_mean_weights,
 )
-from em_kernels.trainer import ONE_SHOT_PROMPT, Rollout, TrainConfig, loop
+from em_kernels.trainer import ONE_SHOT_PROMPT, Rollout, TrainConfig
+from em_kernels.trainer.entropy_update import EntropyUpdate, entropy_minimisation
+from em_kernels.trainer.policy_update import accumulate_gradients
 from em_kernels.trainer.run import start_run
 
 
@@ -70,8 +72,9 @@ def gradients(config: TrainConfig, rollout: Rollout, **changes) -> tuple[float, 
     """The loss of a given rollout, and its gradient as one vector."""
     config = dataclasses.replace(config, **changes)
     state = start_run(config, make_model(), make_tokenizer(), resume=False)
-    batch = loop._batch(state, rollout, loop._entropy_minimisation(config))
-    loss, _ = loop._accumulate_gradients(state, batch)
+    update = EntropyUpdate(state, entropy_minimisation(config))
+    parts = update.parts(update.weigh(rollout))
+    loss = accumulate_gradients(state, 1, 0, parts, update.loss)["loss"]
     return loss, torch.cat([p.grad.flatten() for p in state.model.parameters()])
 
 

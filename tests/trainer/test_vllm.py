@@ -150,7 +150,8 @@ def test_ranks_draw_their_share_with_the_seeds_of_one(vllm, tmp_path):
     config = settings(model=save(tmp_path / "model"), sampler="vllm", responses=5)
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [[2, 5, 3], [2, 6, 7, 3], [2, 8, 3], [2, 9, 3], [2, 5, 5, 3]]
-    expected = VllmSampler(config, model, tokenizer, 5, Ranks())(model, prompts, 3)
+    seeds = [31, 32, 33, 34, 35]
+    expected = VllmSampler(config, model, tokenizer, 5, Ranks())(model, prompts, seeds)
     shares = []
 
     class OneByOne(Ranks):
@@ -160,7 +161,7 @@ def test_ranks_draw_their_share_with_the_seeds_of_one(vllm, tmp_path):
 
     for rank in (0, 1):
         ranks = OneByOne(rank, 2, torch.device("cpu"))
-        rollout = VllmSampler(config, model, tokenizer, 5, ranks)(model, prompts, 3)
+        rollout = VllmSampler(config, model, tokenizer, 5, ranks)(model, prompts, seeds)
     assert [len(share) for share in shares] == [3, 2]
     assert torch.equal(rollout.input_ids, expected.input_ids)
     assert torch.equal(rollout.response_mask, expected.response_mask)

@@ -11,13 +11,15 @@ from torch.nn.functional import pad
 
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import make_judge
+from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
+from em_kernels.trainer.rewards import Answers, describe, text_reward
 from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
-from em_kernels.trainer.rl_rewards import Answers, describe, text_reward
+from em_kernels.trainer.run import Run
 
 
-class Practice:
+class ProblemOrder:
     """The problems of a run and how they take turns: all of them, in a new order each time."""
 
     def __init__(self, config: RLConfig, tokenizer):
@@ -51,44 +53,69 @@ class Collected(NamedTuple):
     mixed: bool
 
 
-def collect(run, practice: Practice, objective: str, asked: int, draw) -> Collected:
-    """Sample `config.responses` answers; `draw(prompts) -> Rollout` samples one to each prompt.
+def draw(run: Run, prompts: list[list[int]], update: int, first: int = 0) -> Rollout:
+    """One answer of the current model to each prompt (token ids), on every rank all of them.
+
+    `first` is the number of the first one among the answers of the update.
+    """
+    rows = range(first, first + len(prompts))
+    seeds = [seed_of(run.config.seed, update, row) for row in rows]
+    with run.strategy.full_model() as model:
+        rollout = run.sampler(model, prompts, seeds)
+    if run.model.device.type == "cuda":
+        torch.cuda.synchronize(run.model.device)  # the clock between sampling and loss
+    return rollout
+
+
+def collect(run: Run, order: ProblemOrder, objective: str, update: int) -> Collected:
+    """Sample `config.responses` answers.
 
     With grpo++, groups that are all right or all wrong make room for new problems, for
     `sampling_rounds` rounds; there may then be fewer answers.
     """
-    groups = run.config.responses // run.config.group_size
-    if objective != "grpo++":
-        rollout, answers = _ask(run, practice, objective, asked, groups, draw)
-        return _collected([(rollout, answers)], rollout, answers, asked + groups, True)
-    seen, kept = [], []
-    for _ in range(run.config.sampling_rounds):
-        missing = groups - sum(len(a.texts) for _, a in kept) // run.config.group_size
-        seen.append(_ask(run, practice, objective, asked, missing, draw))
+    config, lines = run.config, run.metrics.lines
+    asked = max((line.get("problems_asked", 0) for line in lines), default=0)
+    missing = config.responses // config.group_size
+    seen: list[tuple[Rollout, Answers]] = []
+    kept: list[tuple[Rollout, Answers]] = []
+    for _ in range(config.sampling_rounds if objective == "grpo++" else 1):
+        first = sum(len(answers.texts) for _, answers in seen)
+        seen.append(_ask(run, order, objective, update, asked, missing, first))
         asked += missing
         rollout, answers = seen[-1]
+        if objective != "grpo++":
+            return _collected(seen, rollout, answers, asked, True)
         mixed = dynamic_sampling_mask(answers.reward, answers.group)
         if mixed.any():
             kept.append((_rows(rollout, mixed), _rows(answers, mixed)))
-        if missing * run.config.group_size == int(mixed.sum()):
+        missing -= int(mixed.sum()) // config.group_size
+        if not missing:
             break
-    rollouts, answers = zip(*(kept or seen[-1:]))
+    rollouts, parts = zip(*(kept or seen[-1:]))
     joined = join_rollouts(rollouts, run.filler)
-    return _collected(seen, joined, join_answers(answers), asked, bool(kept))
+    return _collected(seen, joined, join_answers(parts), asked, bool(kept))
 
 
-def _ask(run, practice: Practice, objective: str, asked: int, groups: int, draw):
+def _ask(
+    run: Run,
+    order: ProblemOrder,
+    objective: str,
+    update: int,
+    asked: int,
+    groups: int,
+    first: int,
+) -> tuple[Rollout, Answers]:
     """`groups` new problems, answered `group_size` times each."""
     config = run.config
-    numbers = [practice.turn(asked + i) for i in range(groups) for _ in range(config.group_size)]
-    rollout = draw([practice.prompts[number] for number in numbers])
-    tasks = [practice.tasks[number] for number in numbers]
+    numbers = [order.turn(asked + i) for i in range(groups) for _ in range(config.group_size)]
+    rollout = draw(run, [order.prompts[number] for number in numbers], update, first)
+    tasks = [order.tasks[number] for number in numbers]
     tokens = [ids.tolist() for ids in rollout.answers()]
     texts = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     length = torch.tensor([len(ids) for ids in tokens])
 
     def look() -> Answers:
-        return describe(config, objective, texts, tasks, length, practice.judge)
+        return describe(config, objective, texts, tasks, length, order.judge)
 
     answers, name = run.ranks.first(look), config.reward_of(objective)
     if name in MODEL_REWARDS:

@@ -1,4 +1,4 @@
-"""One process or several: how a model is trained, whole or sharded over ranks (FSDP2).
+"""How a model is trained: by one process, or sharded over the ranks (FSDP2).
 
 The loop is the same for both. Every rank knows all the answers of an update and works on its share
 of the micro-batches.
@@ -9,21 +9,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from em_kernels.lm.heads import causal_lm
+from em_kernels.lm.heads import causal_lm, read_head
 from em_kernels.lm.modes import Modes
 from em_kernels.lm.ranks import Ranks
-from em_kernels.trainer.loss import LossModule, micro_batch_loss
 
 
-def place(model, temperature: float, dtype: str, ranks: Ranks) -> Whole | Sharded:
+def make_strategy(
+    model, temperature: float, dtype: str, ranks: Ranks
+) -> SingleProcessStrategy | FSDPStrategy:
     """Make the model ready to be trained by these ranks."""
     if ranks.size == 1:
-        return Whole(model, temperature, dtype)
-    return Sharded(model, temperature, dtype, ranks)
+        return SingleProcessStrategy(model, temperature, dtype)
+    return FSDPStrategy(model, temperature, dtype, ranks)
+
+
+class LossModule(nn.Module):
+    """A function of (model, head, part, temperature) as a module's forward, where FSDP2 has the
+    head's weight gathered.
+
+    The head is read at every call: its parameter is another object while it is gathered.
+    """
+
+    def __init__(self, model, temperature: float):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, part, compute: Callable) -> Any:
+        return compute(self.model, read_head(self.model), part, self.temperature)
 
 
 class TrainMode:
@@ -42,7 +60,7 @@ class TrainMode:
             self._modes.restore(model)
 
 
-class Whole:
+class SingleProcessStrategy:
     """A model trained by one process; bfloat16 is autocast."""
 
     def __init__(self, model, temperature: float, dtype: str):
@@ -50,8 +68,8 @@ class Whole:
         self.trained, self.module = model, LossModule(model, temperature)
         self._train_mode = TrainMode(model)
 
-    def loss(self, part, compute: Callable = micro_batch_loss):
-        """`compute(model, head, part, temperature)`, by default the loss of a `Batch`."""
+    def compute(self, part, compute: Callable) -> Any:
+        """compute(model, head, part, temperature)."""
         with self._autocast():
             return self.module(part, compute)
 
@@ -59,12 +77,12 @@ class Whole:
         self._train_mode(self.trained)
 
     @contextmanager
-    def sampling(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         with self._autocast():
             yield self.model
 
     @contextmanager
-    def on_first(self, device: str | None = None) -> Iterator[nn.Module]:
+    def full_model_on_first(self, device: str | None = None) -> Iterator[nn.Module]:
         yield self.model
 
     def clip_gradient(self, parameters: list[nn.Parameter], largest: float) -> float:
@@ -78,11 +96,11 @@ class Whole:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
-class Sharded:
+class FSDPStrategy:
     """A model trained by several: `trained` holds a shard of every parameter, `model` is whole.
 
     `trained` is a copy under FSDP2, by decoder layer; it computes the loss and nothing else.
-    `model` has no weights, but for the time that `sampling` or `on_first` gather them into it: so
+    `model` has no weights, but for the time that `full_model` and its kin gather them into it: so
     generating, evaluating and saving are those of one process, and no rank waits for another.
     With bfloat16 the gathered parameters are bfloat16, the shards, gradients and their sum over
     ranks float32. Gradients are summed over the ranks, not averaged.
@@ -99,7 +117,7 @@ class Sharded:
         self._release()
         model.to(ranks.device)
 
-    def loss(self, part, compute: Callable = micro_batch_loss):
+    def compute(self, part, compute: Callable) -> Any:
         result = self.module(part, compute)
         if not torch.is_grad_enabled():  # no backward pass will
             self.module.reshard()
@@ -109,7 +127,7 @@ class Sharded:
         self._train_mode(self.trained)
 
     @contextmanager
-    def sampling(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         """The whole model on every rank, in the dtype that it computes in."""
         self._fill(dtype=self.compute_dtype)
         try:
@@ -118,7 +136,7 @@ class Sharded:
             self._release()
 
     @contextmanager
-    def on_first(self, device: str | None = None) -> Iterator[nn.Module]:
+    def full_model_on_first(self, device: str | None = None) -> Iterator[nn.Module]:
         """The whole model in its own dtype on rank 0 (on `device`); without weights elsewhere."""
         self._fill(device=device, everywhere=False)
         try:

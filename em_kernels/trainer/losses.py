@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from em_kernels.lm.models import hidden_states
 from em_kernels.objectives.aggregation import aggregate_loss, aggregation_denominator
 from em_kernels.objectives.bonus import entropy_bonus
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
@@ -20,41 +18,10 @@ from em_kernels.objectives.high_entropy import high_entropy_loss
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
 from em_kernels.objectives.ppl import ppl_loss, pseudo_label_kl
 from em_kernels.ops.covariance import high_entropy_mask
-from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.trainer.batch import Tokens
 from em_kernels.trainer.rl_config import RLConfig
 
 SELECTING = ("clip_cov", "kl_cov", "high_entropy")
-
-
-class Tokens(NamedTuple):
-    """Answers and what is known of their tokens before a step; all (B, T).
-
-    Position t holds the distribution that token t + 1 was drawn from; `loss_mask` marks those of
-    generated tokens. `advantage` is the same along a row.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    old_logprob: Tensor
-    advantage: Tensor
-    ref_logprob: Tensor | None = None
-    selected: Tensor | None = None
-
-    def at(self, rows, columns=slice(None)) -> Tokens:
-        return Tokens(*(None if x is None else x[rows][:, columns] for x in self))
-
-    def sampled_by(self, stats) -> Tokens:
-        """The same tokens, sampled by the very policy that `stats` are of.
-
-        On-policy the ratio is 1 and its logarithm 0 exactly. Stored log-probabilities would differ
-        from it by rounding, and the sign of that is what kl_cov's penalty has its gradient from.
-        """
-        return self._replace(old_logprob=stats.logprob.detach())
-
-    def without_weight(self) -> Tokens:
-        """The same tokens, none of which counts: loss and gradient are zero."""
-        return self._replace(loss_mask=torch.zeros_like(self.loss_mask))
 
 
 class StepLoss(NamedTuple):
@@ -62,20 +29,6 @@ class StepLoss(NamedTuple):
 
     loss: Tensor
     sums: dict[str, float]
-
-
-def token_stats(model, head, part, temperature: float, outputs: tuple[str, ...]):
-    """The statistics of the tokens that count, (B, T) each, with gradient where there is one."""
-    hidden = hidden_states(model, part.input_ids, part.attention_mask)
-    return linear_softmax_stats(
-        hidden,
-        head.weight,
-        part.input_ids.roll(-1, 1),
-        outputs=outputs,
-        temperature=temperature,
-        mask=part.loss_mask,
-        **head.arguments,
-    )
 
 
 def select_tokens(

@@ -1,0 +1,96 @@
+"""The tokens of an update, the micro-batches they are cut into, and what is computed from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_kernels.backends.interface import TokenStats
+from em_kernels.lm.heads import Head
+from em_kernels.lm.models import hidden_states
+from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
+
+
+class Tokens(NamedTuple):
+    """Answers and what is known of their tokens; all (B, T), T columns of prompt and answer.
+
+    Position t holds the distribution that token t + 1 was drawn from; `loss_mask` marks those of
+    generated tokens that count. `advantage` is the same along a row. The entropy and logprob
+    weights are those of `linear_token_loss`; `selected` is what the objective chose of all tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor | None = None
+    entropy_weight: Tensor | None = None
+    logprob_weight: Tensor | None = None
+    old_logprob: Tensor | None = None
+    advantage: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    selected: Tensor | None = None
+
+    def at(self, rows, columns=slice(None)) -> Tokens:
+        return Tokens(*(None if x is None else x[rows][:, columns] for x in self))
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of the tokens of a step, and the columns of them that are not all padding."""
+
+    rows: Tensor
+    columns: slice
+    tokens: Tokens
+
+    def without_weight(self) -> MicroBatch:
+        """The same tokens, none of which counts: loss and gradient are zero."""
+        nothing = torch.zeros_like(self.tokens.loss_mask)
+        return self._replace(tokens=self.tokens._replace(loss_mask=nothing))
+
+
+def micro_batches(tokens: Tokens, size: int, *, in_order: bool = False) -> Iterator[MicroBatch]:
+    """`size` rows at a time: long answers first, unless they are to stay in order."""
+    order = torch.arange(len(tokens.input_ids), device=tokens.input_ids.device)
+    if not in_order:
+        order = tokens.attention_mask.sum(1).argsort(descending=True, stable=True)
+    for rows in order.split(size):
+        used = tokens.attention_mask[rows].any(0).nonzero()[:, 0]
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        yield MicroBatch(rows, columns, tokens.at(rows, columns))
+
+
+def token_loss(
+    model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...] = ("entropy",)
+) -> TokenLoss:
+    """sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1), and detached statistics."""
+    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+    return linear_token_loss(
+        hidden,
+        head.weight,
+        part.input_ids.roll(-1, 1),
+        entropy_weight=part.entropy_weight,
+        logprob_weight=part.logprob_weight,
+        outputs=outputs,
+        temperature=temperature,
+        mask=part.loss_mask,
+        **head.arguments,
+    )
+
+
+def token_stats(
+    model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...]
+) -> TokenStats:
+    """The statistics of the tokens that count, (B, T) each, with gradient where there is one."""
+    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+    return linear_softmax_stats(
+        hidden,
+        head.weight,
+        part.input_ids.roll(-1, 1),
+        outputs=outputs,
+        temperature=temperature,
+        mask=part.loss_mask,
+        **head.arguments,
+    )

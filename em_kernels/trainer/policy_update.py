@@ -1,0 +1,225 @@
+"""One update by rewards, as papers write it down: sample, reward, advantage, loss, step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.random_state import seeded
+from em_kernels.lm.rollout import aligned_mask
+from em_kernels.trainer.batch import MicroBatch, Tokens, micro_batches, token_stats
+from em_kernels.trainer.collect import Collected, ProblemOrder, collect
+from em_kernels.trainer.losses import SELECTING, StepLoss, select_tokens, step_loss, step_size
+from em_kernels.trainer.metrics import Clock, answer_metrics, mean_of, mean_over_steps
+from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, score
+from em_kernels.trainer.run import Run
+from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
+from em_kernels.trainer.strategy import SingleProcessStrategy
+
+
+class PolicyUpdate:
+    """Group-relative policy optimisation and its kin: the objectives that need rewards."""
+
+    def __init__(self, run: Run, reference=None):
+        self.run, self.config = run, run.config
+        self.order = ProblemOrder(run.config, run.tokenizer)
+        self.reference = None
+        if reference is not None:
+            settings = (run.config.loss_temperature, run.config.dtype)
+            self.reference = SingleProcessStrategy(reference.to(run.model.device), *settings)
+
+    def __call__(self, update: int, index: int, stage: Stage) -> dict:
+        """Sample, reward, step; returns the metrics.
+
+        Besides those of entropy minimisation (response_length is over all answers drawn, loss and
+        grad_norm are means over the steps):
+            reward_mean; accuracy (None without known answers); advantage_nonzero (share of the
+            answers); answers_used (trained on); optimizer_steps; problems_asked (by the run);
+            mean_entropy, logit_skew, cov_mean and its quantiles cov_p50 ... cov_p99.9: of the
+            answers' tokens under the policy that sampled them;
+            clip_fraction, selected_fraction, policy_kl, ref_kl, ...: of the objective, means over
+            tokens and steps; entropy_coef: weight of the bonus;
+            entropy_change: of the mean entropy of the same tokens by the update;
+            predicted_entropy_change: learning rate x mean of A x entropy_slope, what a plain
+            gradient step of that size in each token's own logits would change. AdamW and shared
+            weights move further: compare signs and courses, not sizes.
+        """
+        run, objective, clock = self.run, stage.policy, Clock()
+        coef = self._entropy_coef(index, stage)
+        # sample group_size answers to each problem
+        found = collect(run, self.order, objective, update)
+        clock.sampled()
+        # reward them, and compare each with the others of its group
+        tokens, before = self._read(found, objective)
+        scores = self._score(objective, found, before, tokens.loss_mask)
+        advantage = scores.advantage.to(tokens.loss_mask.device)[:, None] * tokens.loss_mask
+        tokens = tokens._replace(advantage=advantage)
+        # loss and step, until every answer that counts has had its turns
+        rows, steps = self._rows(objective, found, scores), []
+        for own in self._steps(objective, rows):
+            current = None if steps else {name: values[own] for name, values in before.items()}
+            steps.append(self._step(update, len(steps), stage, tokens.at(own), current, coef))
+        line = answer_metrics(found, scores, tokens, before, self.config.learning_rate)
+        if self.config.measure_change:
+            after = self._statistics(run.strategy, tokens, ("entropy",))["entropy"]
+            line["entropy_change"] = mean_of(after, tokens.loss_mask) - line["mean_entropy"]
+        return {
+            **mean_over_steps(steps),
+            **line,
+            "step": update,
+            "entropy_coef": coef,
+            "answers_used": len(rows),
+            "optimizer_steps": len(steps),
+            "problems_asked": found.asked,
+            **clock.metrics(line["response_tokens"]),
+        }
+
+    def _entropy_coef(self, index: int, stage: Stage) -> float:
+        """Of the next update; mixed stages subtract the weight of EM when it is used."""
+        return entropy_coef(
+            self.config.setting("entropy_coef", stage.policy),
+            stage_lines(self.run.metrics.lines, index),
+            target=self.config.entropy_target,
+            step=self.config.entropy_step,
+        )
+
+    def _read(self, found: Collected, objective: str) -> tuple[Tokens, dict[str, Tensor]]:
+        """The tokens, with old and reference log-probabilities, and statistics of the policy."""
+        rollout = found.rollout
+        tokens = Tokens(rollout.input_ids, rollout.attention_mask, aligned_mask(rollout))
+        outputs = ["logprob", "entropy", "entropy_slope", "logit_skew"]
+        if self.config.reward_of(objective) == "self_certainty":
+            outputs.append("self_certainty")
+        before = self._statistics(self.run.strategy, tokens, tuple(outputs))
+        reference = None
+        if self.reference is not None:
+            reference = self._statistics(self.reference, tokens, ("logprob",))["logprob"]
+        return tokens._replace(old_logprob=before["logprob"], ref_logprob=reference), before
+
+    def _statistics(self, strategy, tokens: Tokens, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        """(B, T) each, without gradient; 0 where no token counts. Ranks share the work."""
+        shape, device = tokens.input_ids.shape, tokens.input_ids.device
+        found = {name: torch.zeros(shape, device=device) for name in outputs}
+        compute, parts = partial(token_stats, outputs=outputs), self._parts(tokens, 1)
+        with torch.no_grad(), eval_mode(strategy.trained):
+            for part in self.run.ranks.shard_micro_batches(parts):
+                stats = strategy.compute(part.tokens, compute)
+                for name, values in found.items():
+                    values[part.rows, part.columns] = getattr(stats, name).to(values)
+        for values in found.values():
+            self.run.ranks.sum_tensor(values)
+        return found
+
+    def _score(self, objective: str, found: Collected, before: dict, mask: Tensor) -> Scores:
+        name, reward = self.config.reward_of(objective), found.answers.reward
+        if reward is None:
+            values = before["entropy" if name == "negative_entropy" else "self_certainty"]
+            reward = model_reward(name, values, mask).cpu()
+        return score(self.config, objective, found.answers, reward)
+
+    def _rows(self, objective: str, found: Collected, scores: Scores) -> list[int]:
+        """The answers to train on; for ppl in pairs: chosen, rejected, chosen, ..."""
+        if not found.mixed:
+            return []
+        if objective == "ppl":
+            return preference_pairs(scores.reward, found.answers.group)
+        return scores.kept.nonzero()[:, 0].tolist()
+
+    def _steps(self, objective: str, rows: list[int]) -> Iterator[Tensor]:
+        """The rows of each optimiser step."""
+        units = torch.tensor(rows).view(-1, _unit(objective))
+        for _ in range(self.config.epochs if rows else 0):
+            order = units[torch.randperm(len(units))]
+            for own in order.tensor_split(min(self.config.minibatches, len(units))):
+                yield own.reshape(-1)
+
+    def _step(
+        self,
+        update: int,
+        step: int,
+        stage: Stage,
+        tokens: Tokens,
+        current: dict[str, Tensor] | None,
+        coef: float,
+    ) -> dict[str, float]:
+        """One optimiser step: select among all its tokens, then micro-batch by micro-batch.
+
+        `current` are the statistics of the tokens where the policy is still the one that sampled.
+        On-policy the ratio is 1 and its logarithm 0 exactly: stored log-probabilities would differ
+        from it by rounding, and the sign of that is what kl_cov's penalty has its gradient from.
+        """
+        run, config, objective, on_policy = self.run, self.config, stage.policy, current is not None
+        if objective in SELECTING:
+            names = ("logprob", "entropy")
+            current = current or self._statistics(run.strategy, tokens, names)
+            chosen = select_tokens(config, objective, tokens, *(current[name] for name in names))
+            tokens = tokens._replace(selected=chosen)
+        coef -= config.em_coef if "em" in stage.objectives else 0.0
+        compute = partial(token_stats, outputs=("logprob", "entropy") if coef else ("logprob",))
+        size = step_size(config, objective, tokens)
+
+        def loss(part: MicroBatch) -> StepLoss:
+            stats, own = run.strategy.compute(part.tokens, compute), part.tokens
+            if on_policy:
+                own = own._replace(old_logprob=stats.logprob.detach())
+            return step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
+
+        sums = take_step(run, update, step, self._parts(tokens, _unit(objective)), loss)
+        number, kept = max(sums.pop("tokens"), 1), ("loss", "grad_norm")
+        return {name: value if name in kept else value / number for name, value in sums.items()}
+
+    def _parts(self, tokens: Tokens, unit: int) -> Iterator[MicroBatch]:
+        """Micro-batches of whole units: long answers first, unless rows belong together."""
+        size = max(self.config.micro_batch // unit, 1) * unit
+        return micro_batches(tokens, size, in_order=unit > 1)
+
+
+def take_step(
+    run: Run,
+    update: int,
+    step: int,
+    parts: Iterator[MicroBatch],
+    loss_of: Callable[[MicroBatch], StepLoss],
+) -> dict[str, float]:
+    """One step of the optimiser; returns loss, sums over the tokens, and the gradient's norm."""
+    sums = accumulate_gradients(run, update, step, parts, loss_of)
+    parameters = run.optimizer.param_groups[0]["params"]
+    grad_norm = run.strategy.clip_gradient(parameters, run.config.clip)
+    with run.ranks.raise_together():
+        if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"update {update}: the loss is {sums['loss']} and its gradient's norm {grad_norm}; "
+                "the step was not taken"
+            )
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return {**sums, "grad_norm": grad_norm}
+
+
+def accumulate_gradients(
+    run: Run,
+    update: int,
+    step: int,
+    parts: Iterator[MicroBatch],
+    loss_of: Callable[[MicroBatch], StepLoss],
+) -> dict[str, float]:
+    """Backward through a step, a micro-batch at a time: its loss, and sums over its tokens."""
+    sums = {"loss": 0.0}
+    run.strategy.train()
+    with seeded(run.config.seed, update, step, run.ranks.rank):  # dropout, each rank its own
+        for part in run.ranks.shard_micro_batches(parts):
+            loss, more = loss_of(part)
+            loss.backward()
+            for name, value in {"loss": loss.item(), **more}.items():
+                sums[name] = sums.get(name, 0.0) + value
+    return dict(zip(sums, run.ranks.sum(*sums.values())))
+
+
+def _unit(objective: str) -> int:
+    """Rows that belong together: one answer, or a pair of them."""
+    return 2 if objective == "ppl" else 1
