@@ -172,7 +172,7 @@ def graph_inputs(numbers: Numbers) -> Tensor | None:
     return torch.stack([one * value for value in numbers])
 
 
-def check_group(group) -> str | None:
+def check_group(group: Any) -> str | None:
     """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
     if group is None:
         return None
@@ -230,7 +230,7 @@ def check_shape(name: str, value: Tensor, like: Tensor) -> None:
     check_device(name, value, like)
 
 
-def check_tensor(name: str, value) -> None:
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
@@ -282,7 +282,7 @@ def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None,
     return temperature.to(accumulate_dtype(x.dtype)), 1.0
 
 
-def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
+def _valid_vocab(valid_vocab: int | None, vocab: int, group: Any) -> int:
     """With a group the size of the whole vocabulary is only known in the operator; 0 is all."""
     if valid_vocab is None:
         return vocab if group is None else 0
@@ -294,14 +294,14 @@ def _valid_vocab(valid_vocab: int | None, vocab: int, group) -> int:
     return valid_vocab
 
 
-def _is_int(value, least: int | None = None) -> bool:
+def _is_int(value: Any, least: int | None = None) -> bool:
     """With `least`: from it on, and of 64 bits as all that an operator takes."""
     if not isinstance(value, int) or isinstance(value, bool):
         return False
     return least is None or least <= value < _MOST
 
 
-def _got(value) -> str:
+def _got(value: Any) -> str:
     """What an argument that `_is_int` refuses is."""
     if not _is_int(value):
         return repr(value)

@@ -40,7 +40,11 @@ from em_kernels.ops.options import (
 
 
 def token_covariance(
-    logprob: Tensor, advantage: Tensor, mask: Tensor | None = None, *, group=None
+    logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """c_i = (A_i - mean A)(logprob_i - mean logprob), means over the masked tokens of the batch.
 
@@ -120,7 +124,7 @@ def clip_cov_mask(
     upper: float = 5.0,
     exclude: Tensor | None = None,
     generator: torch.Generator | None = None,
-    group=None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Clip-Cov's tokens: max(floor(ratio N), 1) drawn uniformly from lower < cov < upper.
 
@@ -157,7 +161,11 @@ def clip_cov_mask(
 
 
 def kl_cov_mask(
-    cov: Tensor, mask: Tensor | None = None, *, ratio: float = 2e-4, group=None
+    cov: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float = 2e-4,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """KL-Cov's tokens: the max(floor(ratio N), 1) masked tokens of the largest covariance.
 
@@ -173,7 +181,11 @@ def kl_cov_mask(
 
 
 def high_entropy_mask(
-    entropy: Tensor, mask: Tensor | None = None, *, ratio: float = 0.2, group=None
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float = 0.2,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """1[H_t >= tau] with tau the (1 - ratio) quantile of H over the masked tokens of the batch.
 
@@ -199,7 +211,7 @@ def high_entropy_mask(
 class _Batch:
     """The flattened tokens of this process, or of all ranks of a group joined in rank order."""
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, group):
+    def __init__(self, tokens: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None):
         check_group(group)
         self.shape, self.group = tokens.shape, group
         self.sizes = [tokens.numel()]
@@ -224,7 +236,8 @@ class _Batch:
         """This rank's, in memory of their own."""
         if self.group is not None:
             tokens = tokens.split(self.sizes)[dist.get_rank(self.group)].clone()
-        return torch.ops.aten._unsafe_view(tokens, self.shape)
+        own: Tensor = torch.ops.aten._unsafe_view(tokens, self.shape)
+        return own
 
     def take(self, ratio: float) -> Tensor:
         """max(floor(ratio N), 1), on the device."""

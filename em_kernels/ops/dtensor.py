@@ -5,7 +5,7 @@ A gradient comes back as a DTensor with the placement of what was given.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ Data-parallel sharding (FSDP2) cuts dimension 0 as well; only the name of the me
 """
 
 
-def local_logits(logits: Tensor, group) -> tuple[Tensor, object]:
+def local_logits(logits: Tensor, group: Any) -> tuple[Tensor, Any]:
     """(logits of this rank, the group they are cut over): vocabulary-sharded or replicated."""
     if not is_dtensor(logits):
         return logits, group
@@ -37,8 +37,8 @@ def local_logits(logits: Tensor, group) -> tuple[Tensor, object]:
 
 
 def local_operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, group
-) -> tuple[Tensor, Tensor, Tensor | None, object]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """(hidden, this rank's weight and bias, their group).
 
     A weight cut over a tensor-parallel mesh stays cut; one cut over any other is gathered, and its
@@ -56,11 +56,11 @@ def local_operands(
     return hidden, weight, bias, found
 
 
-def is_dtensor(x) -> bool:
+def is_dtensor(x: Any) -> TypeGuard[DTensor]:
     return isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 
-def _local_weight(weight: DTensor, name: str, group) -> tuple[Tensor, object]:
+def _local_weight(weight: DTensor, name: str, group: Any) -> tuple[Tensor, Any]:
     from torch.distributed.tensor import Partial, Replicate
 
     mesh = weight.device_mesh
@@ -83,14 +83,14 @@ def _local_weight(weight: DTensor, name: str, group) -> tuple[Tensor, object]:
     return local, found
 
 
-def _cuts_vocabulary(mesh, dim: int, group) -> bool:
+def _cuts_vocabulary(mesh: Any, dim: int, group: Any) -> bool:
     if group is not None:
         return mesh.get_group(dim) is group
     names = mesh.mesh_dim_names
     return names is not None and names[dim] in VOCABULARY_DIMS
 
 
-def _group_of(x: DTensor, name: str, kept: list[int], group):
+def _group_of(x: DTensor, name: str, kept: list[int], group: Any) -> Any:
     """The group of the mesh dimension over which `x` is cut, which must be `group` if given."""
     if len(kept) > 1:
         raise ValueError(f"{name} must be cut over one mesh dimension, got {x.placements}")

@@ -48,7 +48,7 @@ def _finish(
     impl: str,
     results: tuple[Tensor, ...],
     grads: Gradients,
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, Any, Any],
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """(loss, *outputs, empty): all but the loss without gradient; `grads`, `scale` times those in
@@ -128,7 +128,9 @@ class Call(NamedTuple):
 
 def loss(call: Call) -> tuple[Tensor, ...]:
     """(loss, *outputs), the loss with its gradient."""
-    return Loss.apply(*flat(call))[:-1]
+    apply: Any = Loss.apply
+    *results, _ = apply(*flat(call))
+    return tuple(results)
 
 
 class Loss(torch.autograd.Function):
@@ -145,6 +147,6 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         of_x, of_weight, of_bias = _gradients(ctx, upstream)
-        none = nothing(Call)
+        none: Any = nothing(Call)
         found = none._replace(x=of_x, weight=of_weight, spec=none.spec._replace(bias=of_bias))
         return tuple(flat(found))

@@ -119,8 +119,10 @@ def needs_of(
     given: Mapping[str, Any],
 ) -> Needs:
     """What a backward pass will want, where a gradient may come for the names in `brings`."""
-    wanted = wanted_gradients(brings, hidden, weight, spec.bias)
-    return Needs(*wanted, given["filter_eps"] if spec.numbers is None else None)
+    of_hidden, of_weight, of_bias = wanted_gradients(brings, hidden, weight, spec.bias)
+    return Needs(
+        of_hidden, of_weight, of_bias, given["filter_eps"] if spec.numbers is None else None
+    )
 
 
 def cut_of(given: Mapping[str, Any]) -> tuple[int | None, torch.dtype | None, str]:

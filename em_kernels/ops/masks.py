@@ -22,7 +22,8 @@ def nonzero(name: str, mask: Tensor) -> Tensor:
     """
     if not (mask.is_floating_point() or mask.is_complex()):
         return mask != 0
-    return torch.ops.em_kernels.zero_or_one(mask.detach(), name)
+    counted: Tensor = torch.ops.em_kernels.zero_or_one(mask.detach(), name)
+    return counted
 
 
 def _zero_or_one(mask: Tensor, name: str) -> Tensor:

@@ -9,9 +9,9 @@ operator that autograd meets by itself, as in an exported program (`differentiat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from em_kernels.backends.interface import (
     Backend,
     RowSpec,
     Saved,
+    Upstream,
     accumulate_dtype,
     as_rows,
     flatten_spec,
@@ -48,6 +49,8 @@ from em_kernels.ops.schemas import (
     unflat,
     with_numbers,
 )
+
+_Rows = TypeVar("_Rows", Saved, Upstream)
 
 
 def _softmax_stats(call: SoftmaxStats) -> list[Tensor]:
@@ -99,15 +102,14 @@ def _linear_stats(call: LinearStats) -> list[Tensor]:
     module, spec, linear = _serve_linear(call, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
-    *rows, kept = results if needs is not None else (*results, None)
-    rows = _shape_rows(rows, outputs, hidden.shape[:-1])
-    return rows if kept is None else [*rows, kept]
+    kept = [] if needs is None else [results.pop()]
+    return [*_shape_rows(results, outputs, hidden.shape[:-1]), *kept]
 
 
 def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
-    module, rows = fusing(hidden.device), hidden.reshape(-1, hidden.shape[-1])
-    rows = module.linear_stats(rows, call.weight, _checked(call.spec), tuple(outputs))
+    module, x = fusing(hidden.device), hidden.reshape(-1, hidden.shape[-1])
+    rows = module.linear_stats(x, call.weight, _checked(call.spec), tuple(outputs))
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -165,12 +167,13 @@ def _entropy_descent(call: EntropyDescent) -> list[Tensor]:
     return [torch.ops.aten._unsafe_view(z, logits.shape)]
 
 
-def _flat(rows: tuple) -> tuple:
+def _flat(rows: _Rows) -> _Rows:
     """The same NamedTuple with each per-row tensor flattened to (N,)."""
-    return type(rows)(*(None if t is None else t.reshape(-1).contiguous() for t in rows))
+    flattened: Any = (None if t is None else t.reshape(-1).contiguous() for t in rows)
+    return type(rows)(*flattened)
 
 
-def _shape_rows(rows: list[Tensor], outputs: list[str], shape: torch.Size) -> list[Tensor]:
+def _shape_rows(rows: list[Tensor], outputs: Sequence[str], shape: torch.Size) -> list[Tensor]:
     """Give per-row results the leading shape; `is_top1` becomes bool.
 
     A result is not a view, as autograd counts them: it can be changed in place.
@@ -202,7 +205,7 @@ def _serve(
     x: Tensor,
     vocab: int,
     spec: RowSpec,
-    options: tuple = (),
+    options: tuple[Any, ...] = (),
     check: bool = True,
     loss_of: Tensor | None = None,
 ) -> tuple[Backend, RowSpec]:
@@ -297,7 +300,9 @@ _NAMES = {operator.arguments: name for name, operator in OPERATORS.items()}
 
 def record(arguments: tuple[Any, ...]) -> list[Tensor]:
     """The operator of these arguments, as a program that is exported keeps it."""
-    return getattr(torch.ops.em_kernels, _NAMES[type(arguments)])(*flat(arguments))
+    operator: Callable[..., list[Tensor]]
+    operator = getattr(torch.ops.em_kernels, _NAMES[type(arguments)])
+    return operator(*flat(arguments))
 
 
 def call(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -308,14 +313,14 @@ def call(arguments: tuple[Any, ...]) -> list[Tensor]:
         return record(arguments)
 
 
-def differentiate(name: str, derive: Callable) -> None:
+def differentiate(name: str, derive: Callable[..., list[Tensor]]) -> None:
     """What autograd does with an operator that is called outside of the public functions.
 
     `derive`, given the operator's arguments, returns its results with their history.
     """
     operator = getattr(torch.ops.em_kernels, name).default
 
-    def kernel(keyset, *args):
+    def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return derive(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -328,22 +333,23 @@ class _Underived(torch.autograd.Function):
     """An operator with no derivative: its results can be used, a backward pass through them not."""
 
     @staticmethod
-    def forward(ctx, name, *args):
+    def forward(ctx: Any, name: str, *args: Any) -> tuple[Tensor, ...]:
         ctx.name = name
         return tuple(call(unflat(OPERATORS[name].arguments, args)))
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"em_kernels::{ctx.name} has no derivative; {_REMEDY}")
 
 
 _REMEDY = "the functions of em_kernels have first derivatives; else call it under torch.no_grad()"
 
 
-def _underived(name: str, *args) -> list[Tensor]:
+def _underived(name: str, *args: Any) -> list[Tensor]:
     if name.endswith("_"):
         raise RuntimeError(f"em_kernels::{name} works in place and has no derivative; {_REMEDY}")
-    return list(_Underived.apply(name, *args))
+    apply: Any = _Underived.apply
+    return list(apply(name, *args))
 
 
 for _name, _operator in OPERATORS.items():

@@ -13,9 +13,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 import torch
 from torch import Tensor
 
-from em_kernels.backends.entropy_control import Descent, Goal
 from em_kernels.backends.interface import (
     Argument,
+    Descent,
+    Goal,
     Numbers,
     RowSpec,
     Saved,
@@ -26,7 +27,7 @@ from em_kernels.backends.interface import (
 from em_kernels.linear.plan import Needs
 
 _Record = TypeVar("_Record", bound=tuple[Any, ...])
-_TYPES = {
+_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     torch.dtype: "ScalarType",
     Sequence[str]: "str[]",
@@ -112,7 +113,7 @@ def _declared(name: str, hint: Any) -> str:
 def _type(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         base, note = get_args(hint)
-        return note.type or _type(base)
+        return str(note.type or _type(base))
     if get_origin(hint) in (Union, UnionType):
         base, _ = get_args(hint)  # with None
         return f"{_type(base)}?"

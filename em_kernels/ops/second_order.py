@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from em_kernels.backends.interface import (
 _UPSTREAM_LENGTH = len(Upstream._fields)
 
 
-def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
+def weighted_sum(inputs: tuple[Any, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
     """sum_i upstream_i statistic_i of (logits, None, None) or of (hidden, weight, bias),
     differentiable."""
     if spec.group is not None:
@@ -46,7 +47,8 @@ def weighted_sum(inputs: tuple[Tensor | None, ...], spec: RowSpec, upstream: Ups
         x, spec = x.to(wide) @ weight.to(wide).T, spec._replace(bias=bias)
     given = {name: g for name, g in zip(DIFFERENTIABLE, rows) if g is not None}
     values = reference.stats(x, spec, tuple(given))[len(Saved._fields) :]
-    return sum((g * value).sum() for g, value in zip(given.values(), values))
+    first, *more = ((g * value).sum() for g, value in zip(given.values(), values, strict=True))
+    return sum(more, first)
 
 
 def wanted() -> bool:
@@ -54,7 +56,7 @@ def wanted() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def statistic_sum(spec: RowSpec) -> Callable[[tuple, tuple], Tensor]:
+def statistic_sum(spec: RowSpec) -> Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor]:
     """`weighted_sum` as `differentiable` wants it, rest being (*upstream, *row_tensors(spec))."""
     common = with_row_tensors(spec._replace(bias=None), (None, None, None))
 
@@ -67,7 +69,7 @@ def statistic_sum(spec: RowSpec) -> Callable[[tuple, tuple], Tensor]:
 
 def differentiable(
     compute: Callable[[], tuple[Tensor | None, ...]],
-    value: Callable[[tuple, tuple], Tensor],
+    value: Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor],
     inputs: tuple[Tensor | None, ...],
     rest: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -78,12 +80,14 @@ def differentiable(
     """
     if not wanted():
         return compute()
-    return _Gradient.apply(compute, value, len(inputs), *inputs, *rest)
+    apply: Any = _Gradient.apply
+    grads: tuple[Tensor | None, ...] = apply(compute, value, len(inputs), *inputs, *rest)
+    return grads
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, value, count, *tensors):
+    def forward(ctx: Any, compute: Any, value: Any, count: int, *tensors: Any) -> Any:
         grads = compute()
         ctx.value, ctx.count = value, count
         ctx.wanted = [i for i, g in enumerate(grads) if g is not None]
@@ -92,13 +96,13 @@ class _Gradient(torch.autograd.Function):
         return grads
 
     @staticmethod
-    def backward(ctx, *given):
+    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         wanted = [i for i in ctx.wanted if given[i] is not None]
         if not wanted:
-            return (None,) * (3 + len(ctx.saved_tensors))
+            return None, None, None, *(None for _ in ctx.saved_tensors)
         with torch.enable_grad():
-            own = [_own(x, again) for x in ctx.saved_tensors]
+            own: list[Any] = [_own(x, again) for x in ctx.saved_tensors]
             value = ctx.value(tuple(own[: ctx.count]), tuple(own[ctx.count :]))
             first = torch.autograd.grad(value, [own[i] for i in wanted], create_graph=True)
             total = sum((g * given[i]).sum() for i, g in zip(wanted, first))
@@ -144,9 +148,10 @@ class Memory:
         *operands, bias = inputs
         return *(x if x is None else x.to(self.dtype) for x in operands), bias
 
-    def value(self, inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
+    def value(self, inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         upstream, *rows = rest
-        return upstream * self.sum(inputs, tuple(rows))
+        total: Tensor = upstream * self.sum(inputs, tuple(rows))
+        return total
 
     def _versions(self, inputs: tuple[Tensor | None, ...]) -> list[int | None]:
         """Inference tensors count no changes: 0."""
@@ -154,14 +159,14 @@ class Memory:
         return [None if x is None else 0 if x.is_inference() else x._version for x in every]
 
 
-def grouped(*_) -> Tensor:
+def grouped(*_: Any) -> Tensor:
     raise RuntimeError(
         "em_kernels: with a group there is no second derivative: detach the gradient to take it as "
         "a constant"
     )
 
 
-def forgotten(*_) -> Tensor:
+def forgotten(*_: Any) -> Tensor:
     raise RuntimeError(
         "em_kernels: the second derivative of a loss needs what the loss was given, which is gone "
         "or was changed in place: keep the logits, or hidden, weight and bias, until then; or take "

@@ -148,13 +148,14 @@ class FromHidden:
         if self.single is not None:
             given = getattr(upstream, self.single)
             counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
-            return (kept * counted[..., None]).to(x.dtype), None, None
+            unit: Any = kept
+            return (unit * counted[..., None]).to(x.dtype), None, None
         cut = (self.chunk_tokens, self.logits_dtype, self.impl)
         arguments = LinearGrad(x, weight, spec, saved, upstream, self.needs, *cut, kept)
         return self._wanted(call(arguments))
 
     def loss(
-        self, x: Tensor, weight: Tensor, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
+        self, x: Tensor, weight: Any, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
     ) -> Loss:
         cut = (self.chunk_tokens, self.logits_dtype, self.impl)
         if not any(self.needs.inputs):
@@ -175,7 +176,8 @@ Source = FromLogits | FromHidden
 
 def copy_to_ranks(hidden: Tensor, group: str | None) -> Tensor:
     """`hidden`, the same on every rank of the group; backward sums its gradient over them."""
-    return hidden if group is None else _CopyToRanks.apply(hidden, group)
+    apply: Any = _CopyToRanks.apply
+    return hidden if group is None else apply(hidden, group)
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -187,7 +189,8 @@ class _CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if grad is None else _SumOverRanks.apply(grad, ctx.group), None
+        apply: Any = _SumOverRanks.apply
+        return None if grad is None else apply(grad, ctx.group), None
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -80,7 +80,9 @@ class _Kept(NamedTuple):
 
 def statistics(call: Call) -> Sequence[Tensor]:
     """The rows, `Saved` and then the outputs, with their history."""
-    return Statistics.apply(*flat(call))
+    apply: Any = Statistics.apply
+    rows: Sequence[Tensor] = apply(*flat(call))
+    return rows
 
 
 class Statistics(torch.autograd.Function):
@@ -104,13 +106,13 @@ class Statistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = dict(zip(ctx.outputs, grads[len(Saved._fields) :]))
         upstream = Upstream(*(given.get(name) for name in Upstream._fields))
-        none = nothing(Call)
+        none: Any = nothing(Call)
         if all(g is None for g in upstream):
             return tuple(flat(none))
         x, weight, made, saved, tensors = unflat(_Kept, ctx.saved_tensors)
         spec = _with_tensors(ctx.spec, tensors)
 
-        def compute() -> tuple[Tensor | None, ...]:
+        def compute() -> Any:
             return ctx.source.grad(x, weight, spec, saved, upstream, made)
 
         inputs, rest = (x, weight, spec.bias), (*upstream, *row_tensors(spec))
@@ -121,12 +123,14 @@ class Statistics(torch.autograd.Function):
 
 def _without_tensors(spec: RowSpec) -> tuple[RowSpec, RowSpec]:
     """(what is no tensor, the tensors): None where the other has a value."""
-    rest = RowSpec(*(None if isinstance(x, Tensor) else x for x in spec))
-    return rest, RowSpec(*(x if isinstance(x, Tensor) else None for x in spec))
+    values: Any = (None if isinstance(x, Tensor) else x for x in spec)
+    tensors: Any = (x if isinstance(x, Tensor) else None for x in spec)
+    return RowSpec(*values), RowSpec(*tensors)
 
 
 def _with_tensors(spec: RowSpec, tensors: RowSpec) -> RowSpec:
-    return RowSpec(*(x if tensor is None else tensor for x, tensor in zip(spec, tensors)))
+    values: Any = (x if tensor is None else tensor for x, tensor in zip(spec, tensors, strict=True))
+    return RowSpec(*values)
 
 
 def _derive_softmax_stats(*args: Any) -> list[Tensor]:

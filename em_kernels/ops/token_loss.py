@@ -244,7 +244,7 @@ def _fixed(reduction: str | float, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _weigh(
-    x: Tensor, spec: RowSpec, entropy_weight: Tensor | None, logprob_weight: Tensor | None
+    x: Tensor, spec: RowSpec, entropy_weight: Any, logprob_weight: Tensor | None
 ) -> tuple[Upstream, RowSpec]:
     """Check the weights; return them and the spec, with weightless rows masked out.
 
@@ -255,8 +255,8 @@ def _weigh(
     if logprob_weight is not None and spec.target is None:
         raise ValueError("logprob_weight needs a target, got target=None")
     reduced = isinstance(entropy_weight, _Reduction)
-    if reduced:
-        (entropy_weight,) = entropy_weight
+    if isinstance(entropy_weight, _Reduction):
+        entropy_weight = entropy_weight.weight
     weights, mask = [], spec.mask
     for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
         if weight is not None:
