@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.evaluator.statistics import fit_entropy_law
 from em_kernels.evaluator.summary import summarise
+from em_kernels.lm.data import is_number
 from em_kernels.trainer.checkpoint import METRICS_FILE
 
 PERFORMANCE = ("accuracy", "reward_mean", "reward")
@@ -25,7 +25,7 @@ def entropy_law(
     why, where the points do not determine one.
     """
     rows = [{"label": label, "entropy": h, "performance": r} for label, h, r in points]
-    result: dict = {"kind": "law", "points": rows, "fit": None, "reason": None}
+    result: dict[str, Any] = {"kind": "law", "points": rows, "fit": None, "reason": None}
     result["left_out"] = left_out or {}
     try:
         found = fit_entropy_law([h for _, h, _ in points], [r for *_, r in points])
@@ -70,13 +70,9 @@ def _of_run(folder: Path) -> Points:
     points: list[tuple[str, float, float]] = []
     left_out = Counter(broken)
     for line in lines:
-        entropy, reached = line.get("mean_entropy"), line.get(name)
-        if is_finite(entropy) and is_finite(reached):
-            points.append((f"update {line['update']}", float(entropy), float(reached)))
+        entropy, performance = line.get("mean_entropy"), line.get(name)
+        if is_number(entropy) and is_number(performance):
+            points.append((f"update {line['update']}", float(entropy), float(performance)))
         else:
             left_out[f"no 'mean_entropy' or no {name!r}"] += 1
     return Points(points, dict(left_out))
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)

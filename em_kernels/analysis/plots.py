@@ -12,7 +12,7 @@ from em_kernels.analysis.tables import temperature_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 INTERVAL = "bars: 95 % bootstrap interval over"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

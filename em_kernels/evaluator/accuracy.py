@@ -15,6 +15,7 @@ from em_kernels.evaluator.records import Answer, by_problem, share_correct, writ
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
+from em_kernels.lm.settings import check_int, fraction, positive
 
 
 @dataclass(frozen=True)
@@ -99,53 +100,49 @@ def evaluate(
     """
     _check_arguments(problems, samples, temperature, top_p, greedy, batch_size)
     judge = make_judge(judge) if isinstance(judge, str) else judge
-    asked_for = problem_pairs(problems, answers_needed=True)
-    prompts = [encode_prompt(tokenizer, problem) for problem, _ in asked_for]
+    pairs = problem_pairs(problems, answers_needed=True)
+    prompts = [encode_prompt(tokenizer, problem) for problem, _ in pairs]
     temperatures = [temperature] * (samples > 0) + [0.0] * greedy
     size = batch_size or default_batch_size(model)
     plan = Plan(temperatures, samples, top_p, max_new_tokens, size)
     started = time.perf_counter()
     asked = Asked(model, tokenizer, judge)
-    batches = ask_all(asked, plan, asked_for, prompts, seed, progress=progress)
+    batches = ask_all(asked, plan, pairs, prompts, seed, progress=progress)
     records = (record for batch in batches for record in batch)
     found = by_problem(records, lambda answer: answer)
     drawn, likeliest = found.get(temperature, {}), found.get(0.0, {})
     answers = [a for by in found.values() for of_problem in by.values() for a in of_problem]
-    sampled, best = ([share_correct(a) for a in by.values()] for by in (drawn, likeliest))
     return EvalResult(
-        problems=len(prompts),
-        samples=samples,
-        temperature=temperature,
-        sampled_accuracy=statistics.fmean(sampled) if sampled else None,
-        sampled_stderr=_standard_error(sampled),
-        greedy_accuracy=statistics.fmean(best) if best else None,
-        greedy_stderr=_standard_error(best),
+        len(prompts),
+        samples,
+        temperature,
+        *_accuracy(drawn),
+        *_accuracy(likeliest),
         response_length=statistics.fmean(a.tokens for a in answers),
         truncated=statistics.fmean(not a.finished for a in answers),
         judge=judge_name(judge),
         seconds=time.perf_counter() - started,
         records=[
-            ProblemRecord(*problem, drawn.get(i, []), likeliest[i][0] if greedy else None)
-            for i, problem in enumerate(asked_for)
+            ProblemRecord(problem, answer or "", drawn.get(i, []), *likeliest.get(i, [None]))
+            for i, (problem, answer) in enumerate(pairs)
         ],
     )
 
 
-def _standard_error(values: list[float]) -> float | None:
-    """Of the mean; None below two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def _accuracy(by_problem: dict[int, list[Answer]]) -> tuple[float | None, float | None]:
+    """The mean over problems, None without any, and its standard error, None below two."""
+    values = [share_correct(answers) for answers in by_problem.values()]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values) if values else None, error
 
 
 def _check_arguments(problems, samples, temperature, top_p, greedy, batch_size) -> None:
     if not problems:
         raise ValueError("problems must have at least one problem, got none")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples must be an int, 0 or more, got {samples!r}")
+    check_int("samples", samples, 0)
     if samples == 0 and not greedy:
         raise ValueError("samples must be 1 or more where greedy=False, got 0: nothing to do")
-    if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    positive("temperature", temperature)
+    fraction("top_p", top_p)
+    if batch_size is not None:
+        check_int("batch_size", batch_size, 1)

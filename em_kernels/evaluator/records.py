@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from em_kernels.lm.data import PLACE
 
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
 VERSION = 2  # of eval.json
-UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+UTF8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 """How texts are written, whatever is in them: half of a surrogate pair, which UTF-8 cannot hold,
 becomes its escape, which JSON reads back."""
 

@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeGuard
 
 ONE_SHOT_PROMPT = (
     "The pressure P exerted by wind on a sail varies jointly as the area A of the sail and the "
@@ -86,7 +87,7 @@ def check_unicode(name: str, text: str) -> None:
         raise ValueError(f"{name} must be Unicode text, got {reason}")
 
 
-def is_number(value) -> bool:
+def is_number(value) -> TypeGuard[float]:
     """Finite, and not a bool; JSON as Python reads it has NaN and Infinity too."""
     if isinstance(value, float):
         return math.isfinite(value)
@@ -96,14 +97,16 @@ def is_number(value) -> bool:
 def text_field(row: Mapping, *names: str, several: bool = False) -> str:
     """The first of the fields `names` that a row has: text that is not blank, or a number as text.
 
+    A field that is null is taken for one that is not there, if there is another.
     Numbers are written without an exponent; `several` of either, in a list, become one text.
 
     Raises:
         ValueError: the row has none of them, or it is something else; the caller says where.
     """
-    name = next((name for name in names if name in row), None)
-    if name is None:
+    present = [name for name in names if name in row]
+    if not present:
         raise ValueError(f"no field {' or '.join(map(repr, names))}, only {sorted(row)}")
+    name = next((name for name in present if row[name] is not None), present[0])
     text = _text(row[name], several)
     if text is None:
         raise ValueError(f"{name!r} must be text that is not empty, got {reprlib.repr(row[name])}")
@@ -128,7 +131,7 @@ def _number_text(value: float) -> str:
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file of lines {"prompt": ...} or {"problem": ...}.
+    """The prompts of a file of lines {"prompt": ...}, or with a "problem" or a "question".
 
     Raises:
         FileNotFoundError, ValueError: no such file; no prompt, or a broken line, by its number.
@@ -136,7 +139,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     prompts = []
     for number, row in read_jsonl(path):
         try:
-            prompts.append(text_field(row, "prompt", "problem"))
+            prompts.append(text_field(row, "prompt", "problem", "question"))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:

@@ -193,8 +193,8 @@ def load_problems(
         source: where they are, or the name of it, see `find_source`.
         limit: at most so many problems.
         strict: a row that is no problem is an error; otherwise it is one of those skipped.
-        answers_needed: a row without any of the fields of answers is no problem; otherwise it is
-            one with the answer None.
+        answers_needed: a row without any of the fields of answers, or with null in them, is no
+            problem; otherwise it is one with the answer None.
 
     Raises:
         FileNotFoundError: no such file.
@@ -260,6 +260,7 @@ def _problem(row: Mapping | str, source: Source, answers_needed: bool) -> Proble
     if isinstance(row, str):
         raise ValueError(row)
     problem = text_field(row, *source.problem)
-    if not source.answer or not (answers_needed or any(name in row for name in source.answer)):
+    known = any(row.get(name) is not None for name in source.answer)
+    if not source.answer or not (answers_needed or known):
         return Problem(problem, None)
     return Problem(problem, text_field(row, *source.answer, several=True))

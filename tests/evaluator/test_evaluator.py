@@ -202,11 +202,11 @@ def test_auto_falls_back_to_exact(monkeypatch):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(samples=-1), "samples must be an int, 0 or more, got -1"),
+        (dict(samples=-1), "samples must be 0 or more, got -1"),
         (dict(samples=0, greedy=False), "nothing to do"),
         (dict(temperature=0.0), "temperature must be positive and finite, got 0.0"),
         (dict(top_p=0.0), "top_p must be in"),
-        (dict(batch_size=0), "batch_size must be a positive int or None, got 0"),
+        (dict(batch_size=0), "batch_size must be 1 or more, got 0"),
         (dict(judge="oracle"), "judge must be one of .*, got 'oracle'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_failed_start_leaves_no_run_behind(tmp_path):
     [
         ('{"prompt": "1"}\n{"prompt": \n', "line 2: not valid JSON"),
         ('{"prompt": "1"}\n\n["1"]\n', "line 3: not a JSON object but list"),
-        ('{"text": "1"}\n', "line 1: no field 'prompt' or 'problem', only"),
+        ('{"text": "1"}\n', "line 1: no field 'prompt' or 'problem' or 'question', only"),
         ('{"prompt": "1"}\n{"prompt": " "}\n', "line 2: 'prompt' must be text that is not empty"),
         ('{"problem": null}\n', "line 1: 'problem' must be text that is not empty, got None"),
         ('{"prompt": "1"}\n{"prompt": "1 \\ud835"}\n', "line 2: 'prompt' must be Unicode text"),
@@ -175,8 +175,8 @@ def test_lines_that_are_not_utf8_are_named_by_number(tmp_path):
 
 def test_prompts_of_either_field_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one"}\n{"problem": "two", "answer": 2}\n')
-    assert read_prompts(path) == ("one", "two")
+    path.write_text('{"prompt": "one"}\n{"problem": "two", "answer": 2}\n{"question": 3}\n')
+    assert read_prompts(path) == ("one", "two", "3")
 
 
 def test_a_tokenizer_without_chat_template_takes_the_bare_prompt():

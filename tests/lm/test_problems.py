@@ -335,3 +335,14 @@ def test_a_path_that_is_not_there_asks_no_hub(name):
 def test_bad_limit(tmp_path):
     with pytest.raises(ValueError, match="limit must be 1 or more"):
         load_problems(write_lines(tmp_path / "r.jsonl", [ROWS["aime25"][0]]), limit=0)
+
+
+def test_a_field_that_is_null_is_not_there_if_there_is_another(tmp_path):
+    row = {"problem": None, "question": "p", "answer": None, "solution": "1"}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    assert load_problems(path).problems == [("p", "1")]
+    assert RLConfig(problems=path).tasks == (("p", "1"),)
+    write_lines(tmp_path / "rows.jsonl", [{"problem": "p", "answer": None}])
+    assert RLConfig(problems=path, reward="majority").tasks == (("p", None),)
+    with pytest.raises(ValueError, match="'answer' must be text that is not empty, got None"):
+        load_problems(path)
