@@ -31,6 +31,11 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces this; torch 2.11's own function says so of all it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def kept_rows(spec: RowSpec, count: int) -> tuple[Tensor | None, RowSpec]:
     """(indices of the rows to multiply, None for all `count`; their spec).
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from em_kernels.backends.choice import IMPLS
 from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
+from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
 from em_kernels.ops.options import DEFAULTS
@@ -80,7 +81,7 @@ def check_keep_logits(keep_logits: int | None) -> None:
 def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
     if not isinstance(allreduce_dgrad, bool):
         raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")
-    if not allreduce_dgrad and torch.compiler.is_exporting():
+    if not allreduce_dgrad and is_exporting():
         raise ValueError("allreduce_dgrad must be True where a program is exported, got False")
     if not allreduce_dgrad and is_dtensor(hidden):
         raise ValueError(

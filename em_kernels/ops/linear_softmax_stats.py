@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from em_kernels.backends.interface import RowSpec, TokenStats, accumulate_dtype
+from em_kernels.backends.row_index import is_exporting
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
@@ -85,7 +86,7 @@ def linear_softmax_stats(
         _check_fused((hidden, weight, bias), given)
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     outputs = check_outputs(options, target)
-    if torch.compiler.is_exporting() and not given["fuse_product"]:
+    if is_exporting() and not given["fuse_product"]:
         rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *cut_of(given)))
     else:
         hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)

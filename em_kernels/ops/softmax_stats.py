@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from em_kernels.backends.interface import TokenStats
+from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     NEVER_IGNORED,
     check_entropy_requires_grad,
@@ -69,7 +69,7 @@ def softmax_stats(
     check_logits(logits, empty=given["group"] is not None)
     spec = make_spec(logits, logits.shape[-1], target, given)
     outputs, impl = check_outputs(options, target), given["impl"]
-    if torch.compiler.is_exporting():  # a program keeps the operator and no autograd function
+    if is_exporting():  # a program keeps the operator and no autograd function
         rows: Sequence[Tensor] = record(SoftmaxStats(logits, spec, outputs, impl))
     else:
         rows = statistics(Call(logits, None, spec, outputs, FromLogits(impl)))

@@ -21,6 +21,7 @@ from em_kernels.backends.interface import (
     accumulate_dtype,
     serializable,
 )
+from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_logits,
@@ -99,7 +100,7 @@ def token_loss(
     spec = make_spec(logits, logits.shape[-1], target, given)
     weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
     outputs, impl = check_outputs(options, target), given["impl"]
-    if torch.compiler.is_exporting():
+    if is_exporting():
         names = all_outputs(outputs, weights)
         rows = record(SoftmaxStats(logits, spec, names, impl))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
@@ -144,7 +145,7 @@ def linear_token_loss(
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(options, target)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         names = all_outputs(outputs, weights)
         rows = record(LinearStats(hidden, weight, spec, names, *cut_of(given)))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
