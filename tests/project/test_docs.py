@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import em_kernels
 from em_kernels import tiny_math
 
 ROOT = Path(__file__).parents[2]
@@ -116,9 +117,23 @@ def test_links_lead_to_files(path):
         ), target
 
 
+ROOMS = [path.parent.name for path in (ROOT / "em_kernels").glob("*/__init__.py")]
+
+
 def test_files_that_are_named_exist():
-    """`examples/...`, `benchmarks/...`, `em_kernels/...` and `tests/...` in the prose."""
-    pattern = r"`((?:examples|benchmarks|em_kernels|tests|csrc|docs)/[\w./-]*[\w/])`"
+    """`examples/...`, `benchmarks/...`, and by its room `backends/...` in the prose."""
+    places = ("em_kernels", "examples", "benchmarks", "tests", "csrc", "docs", *ROOMS)
+    pattern = rf"`((?:{'|'.join(places)})/[\w./-]*[\w/])`"
     for path in [*PAGES, ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"]:
         for name in re.findall(pattern, path.read_text()):
-            assert (ROOT / name).exists(), f"{path.name} names {name}"
+            place = ROOT / "em_kernels" if name.split("/")[0] in ROOMS else ROOT
+            assert (place / name).exists() or (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_every_output_and_public_name_is_on_its_page():
+    """The guide lists what there is; the API page is made of `__all__`."""
+    text = (ROOT / "docs/guide/statistics.md").read_text()
+    listed = text.partition("Statistics: ")[2].partition(". Only")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(em_kernels.TokenStats._fields)
+    public = set(em_kernels.__all__) - {"TokenLoss", "TokenStats"}
+    assert {name for name in public if f"`{name}" not in text and f".{name}(" not in text} == set()

@@ -72,8 +72,13 @@ def requirements(extra: str) -> set[str]:
         if name == PROJECT["name"]:
             found = found.union(*(requirements(each.strip()) for each in inner.split(",")))
         else:
-            found.add(name.lower())
+            found.add(normal(name))
     return found
+
+
+def normal(name: str) -> str:
+    """As names of distributions are compared: typing_extensions is typing-extensions."""
+    return name.lower().replace("_", "-")
 
 
 def imported(path: Path) -> set[str]:
@@ -96,7 +101,7 @@ def test_whatever_is_imported_is_in_an_extra(room):
     missing = {}
     for path in (ROOT / room).rglob("*.py"):
         for module in imported(path) - own:
-            names = {name.lower() for name in distributions.get(module, [module])}
+            names = {normal(name) for name in distributions.get(module, [module])}
             if not names & named:
                 missing.setdefault(module, []).append(path.name)
     assert missing == {}
