@@ -14,6 +14,8 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels.backends import choice
+from em_kernels.backends.interface import Backend, Descent, Goal, RowSpec
+from em_kernels.backends.reference import Reference
 from em_kernels.ops import registry
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -138,3 +140,36 @@ def test_a_loss_says_whether_rows_begin_at_16_bytes(asked, logits, aligned):
     entropy_loss(logits)
     token_loss(logits, entropy_weight=torch.ones(logits.shape[:-1]), inplace=True)
     assert asked == [("loss", aligned)] * 2
+
+
+def test_no_backend_that_multiplies_by_itself(monkeypatch):
+    monkeypatch.delitem(choice.OPTIONAL, "triton")
+    with pytest.raises(ValueError, match="fuse_product=True needs a backend that multiplies by it"):
+        choice.fusing(CPU)
+
+
+def test_what_a_backend_leaves_out_is_left_to_its_callers():
+    plain, x, spec = Reference(), torch.ones(1, 2, 5), RowSpec(valid_vocab=5)
+    assert plain.local is plain and plain.part_entries is plain.widest_shard is None
+    assert plain.empty((2, 3), torch.bfloat16, CPU).shape == (2, 3)
+    assert not plain.scale_(x, torch.tensor(2.0)) and (x == 1).all()
+    assert not plain.add_product(torch.ones(5, 4), x[0], torch.ones(2, 4), True)
+    assert plain.count_present(x, spec, None) is None
+    assert plain.find_temperature(x, Goal(0.3, 0.0, 0.05, 3)) is None
+    assert plain.descend(x, Descent(0.3, 1.0, 2)) is None
+    for asked in (
+        lambda: plain.new_parts(2),
+        lambda: plain.part_stats(x, spec, (), torch.ones(2), 0),
+        lambda: plain.linear_stats(x[0], x[0], spec, ()),
+    ):
+        with pytest.raises(RuntimeError, match="reference"):
+            asked()
+
+
+def test_a_backend_has_statistics_gradient_and_loss():
+    class Half(Backend):
+        name = "half"
+        stats, grad = Reference.stats, Reference.grad
+
+    with pytest.raises(TypeError, match="loss"):
+        Half()
