@@ -16,8 +16,6 @@ def kept_columns(grad_logits: Tensor, upstream: Upstream, eps: float) -> Tensor 
 
     None stands for all of them: if more than MOST_KEPT are. A column with NaN is kept.
     """
-    if grad_logits.shape[0] == 0:
-        return None
     weights = [g.abs().amax() for g in upstream if g is not None]
     threshold = eps * torch.stack(weights).amax()
     peak = torch.maximum(grad_logits.amax(0), -grad_logits.amin(0)).to(threshold.dtype)
