@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -121,16 +121,19 @@ class Statistics(torch.autograd.Function):
         return tuple(flat(found))
 
 
+_TENSORS = [name for name, hint in get_type_hints(RowSpec).items() if hint == Tensor | None]
+_NO_TENSORS: dict[str, Any] = dict.fromkeys(_TENSORS)
+_TENSORS_ALONE: dict[str, Any] = {n: None for n in RowSpec._fields if n not in _TENSORS}
+
+
 def _without_tensors(spec: RowSpec) -> tuple[RowSpec, RowSpec]:
     """(what is no tensor, the tensors): None where the other has a value."""
-    values: Any = (None if isinstance(x, Tensor) else x for x in spec)
-    tensors: Any = (x if isinstance(x, Tensor) else None for x in spec)
-    return RowSpec(*values), RowSpec(*tensors)
+    return spec._replace(**_NO_TENSORS), spec._replace(**_TENSORS_ALONE)
 
 
 def _with_tensors(spec: RowSpec, tensors: RowSpec) -> RowSpec:
-    values: Any = (x if tensor is None else tensor for x, tensor in zip(spec, tensors, strict=True))
-    return RowSpec(*values)
+    given: dict[str, Any] = {name: getattr(tensors, name) for name in _TENSORS}
+    return spec._replace(**given)
 
 
 def _derive_softmax_stats(*args: Any) -> list[Tensor]:
