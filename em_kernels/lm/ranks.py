@@ -7,12 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self
 
 T = TypeVar("T")
+
+
+class Part(Protocol):
+    """A micro-batch."""
+
+    def without_weight(self) -> Self: ...
+
+
+P = TypeVar("P", bound=Part)
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that evaluates or writes a checkpoint
 
 
@@ -38,16 +48,17 @@ class Ranks:
         """
         if self.size == 1:
             return [make()]
-        value, error = None, None
+        value: Any = None
+        error: BaseException | None = None
         try:
             value = make()
         except BaseException as raised:
             error = raised
-        said = [None] * self.size
+        said: list[Any] = [None] * self.size
         reason = None if error is None else f"{type(error).__name__}: {error}"
         dist.all_gather_object(said, (value, reason))
         failed = [rank for rank, (_, reason) in enumerate(said) if reason is not None]
-        if failed and failed[0] == self.rank:
+        if error is not None and failed[0] == self.rank:
             raise error
         if failed:
             raise RankError(f"rank {failed[0]} failed: {said[failed[0]][1]}") from error
@@ -55,7 +66,7 @@ class Ranks:
 
     def first(self, make: Callable[[], T]) -> T:
         """What make() gives on rank 0, on every rank; it is called there only."""
-        return self.gather(make if self.is_first else lambda: None)[0]
+        return cast(T, self.gather(make if self.is_first else lambda: None)[0])
 
     def share(self, rows: Sequence[int], make: Callable[[list[int]], list[T]]) -> list[T]:
         """What make(rows) lists, each rank for its share of the rows; all of it on every rank."""
@@ -90,7 +101,7 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values)
 
-    def shard_micro_batches(self, parts: Iterable[T]) -> Iterator[T]:
+    def shard_micro_batches(self, parts: Iterable[P]) -> Iterator[P]:
         """This rank's micro-batches: every size-th of them, and as many on every rank.
 
         A rank that has none left takes part with one that has no weight.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from em_kernels.lm.models import hidden_states
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 
+_UNKNOWN: Any = None
+
 
 class Tokens(NamedTuple):
     """Answers and what is known of their tokens; all (B, T), T columns of prompt and answer.
@@ -21,6 +23,7 @@ class Tokens(NamedTuple):
     Position t holds the distribution that token t + 1 was drawn from; `loss_mask` marks those of
     generated tokens that count. `advantage` is the same along a row. The entropy and logprob
     weights are those of `linear_token_loss`; `selected` is what the objective chose of all tokens.
+    What is not known yet is None.
     """
 
     input_ids: Tensor
@@ -29,13 +32,14 @@ class Tokens(NamedTuple):
     position_ids: Tensor | None = None
     entropy_weight: Tensor | None = None
     logprob_weight: Tensor | None = None
-    old_logprob: Tensor | None = None
-    advantage: Tensor | None = None
     ref_logprob: Tensor | None = None
-    selected: Tensor | None = None
+    old_logprob: Tensor = _UNKNOWN
+    advantage: Tensor = _UNKNOWN
+    selected: Tensor = _UNKNOWN
 
     def at(self, rows, columns=slice(None)) -> Tokens:
-        return Tokens(*(None if x is None else x[rows][:, columns] for x in self))
+        parts: list[Any] = [None if x is None else x[rows][:, columns] for x in self]
+        return Tokens(*parts)
 
 
 class MicroBatch(NamedTuple):

@@ -169,6 +169,8 @@ class Metrics:
 
     def rewind(self, update: int) -> None:
         """Keep the lines of updates up to `update`: a killed run may have written more."""
+        if self.path is None:
+            return
         if self.path.is_file():
             text = self.path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1]

@@ -23,8 +23,7 @@ class ProblemOrder:
     """The problems of a run and how they take turns: all of them, in a new order each time."""
 
     def __init__(self, config: RLConfig, tokenizer):
-        self.seed, self.group_size = config.seed, config.group_size
-        self.tasks = config.tasks
+        self.config, self.tasks = config, config.tasks
         self.prompts = [encode_prompt(tokenizer, config.ask(task)) for task in self.tasks]
         self.judge = make_judge(config.judge)
 
@@ -32,7 +31,7 @@ class ProblemOrder:
         """The index of the problem that is asked as the `number`-th of the run, from 0."""
         lap, place = divmod(number, len(self.tasks))
         order = list(range(len(self.tasks)))
-        random.Random(f"{self.seed}-{lap}").shuffle(order)
+        random.Random(f"{self.config.seed}-{lap}").shuffle(order)
         return order[place]
 
 
@@ -62,8 +61,8 @@ def draw(run: Run, prompts: list[list[int]], update: int, first: int = 0) -> Rol
     seeds = [seed_of(run.config.seed, update, row) for row in rows]
     with run.strategy.full_model() as model:
         rollout = run.sampler(model, prompts, seeds)
-    if run.model.device.type == "cuda":
-        torch.cuda.synchronize(run.model.device)  # the clock between sampling and loss
+    if rollout.input_ids.is_cuda:
+        torch.cuda.synchronize(rollout.input_ids.device)  # the clock between sampling and loss
     return rollout
 
 
@@ -73,7 +72,7 @@ def collect(run: Run, order: ProblemOrder, objective: str, update: int) -> Colle
     With grpo++, groups that are all right or all wrong make room for new problems, for
     `sampling_rounds` rounds; there may then be fewer answers.
     """
-    config, lines = run.config, run.metrics.lines
+    config, lines = order.config, run.metrics.lines
     asked = max((line.get("problems_asked", 0) for line in lines), default=0)
     missing = config.responses // config.group_size
     seen: list[tuple[Rollout, Answers]] = []
@@ -106,7 +105,7 @@ def _ask(
     first: int,
 ) -> tuple[Rollout, Answers]:
     """`groups` new problems, answered `group_size` times each."""
-    config = run.config
+    config = order.config
     numbers = [order.turn(asked + i) for i in range(groups) for _ in range(config.group_size)]
     rollout = draw(run, [order.prompts[number] for number in numbers], update, first)
     tasks = [order.tasks[number] for number in numbers]
@@ -162,11 +161,6 @@ def join_answers(parts) -> Answers:
     for part in parts:
         groups.append(part.group + offset)
         offset = int(groups[-1].max()) + 1
-    return Answers(
-        [text for part in parts for text in part.texts],
-        torch.cat(groups),
-        *(
-            None if columns[0] is None else torch.cat(columns)
-            for columns in zip(*(part[2:] for part in parts))
-        ),
-    )
+    columns = [None if c[0] is None else torch.cat(c) for c in zip(*(p[2:] for p in parts))]
+    texts = [text for part in parts for text in part.texts]
+    return Answers(texts, torch.cat(groups), *columns)  # type: ignore[arg-type]

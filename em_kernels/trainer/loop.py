@@ -134,13 +134,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _is_due(run: Run) -> bool:
     every = run.config.save_every
-    return run.folder is not None and every > 0 and run.done % every == 0
+    return every > 0 and run.done % every == 0
 
 
 def _is_saved(run: Run) -> bool:
-    return run.folder is None or (
-        run.checkpoint is not None and run.checkpoint.name == f"checkpoint-{run.done}"
-    )
+    return run.checkpoint is not None and run.checkpoint.name == f"checkpoint-{run.done}"
 
 
 def _progress(run: Run, show: bool) -> Iterator[tuple[int, int, Stage]]:

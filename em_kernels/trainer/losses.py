@@ -6,10 +6,11 @@ tokens of the step at once, then `step_loss` is called for each micro-batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from em_kernels.objectives._inputs import PolicyLoss
 from em_kernels.objectives.aggregation import aggregate_loss, aggregation_denominator
 from em_kernels.objectives.bonus import entropy_bonus
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
@@ -33,8 +34,8 @@ class StepLoss(NamedTuple):
 
 def select_tokens(
     config: RLConfig, objective: str, tokens: Tokens, logprob: Tensor, entropy: Tensor
-) -> Tensor | None:
-    """First phase: what the objective selects of all the tokens of a step, (B, T) bool.
+) -> Tensor:
+    """First phase: what an objective of `SELECTING` takes of all the tokens of a step, (B, T) bool.
 
     Args:
         logprob, entropy: (B, T) under the current policy.
@@ -43,15 +44,21 @@ def select_tokens(
     inputs = (tokens.advantage, tokens.loss_mask)
     match objective:
         case "clip_cov":
-            clip = {name: config.setting(name, objective) for name in ("clip_low", "clip_high")}
-            bounds = dict(ratio=ratio, lower=config.cov_lower, upper=config.cov_upper)
-            return clip_cov_selection(logprob, tokens.old_logprob, *inputs, **bounds, **clip)
+            return clip_cov_selection(
+                logprob,
+                tokens.old_logprob,
+                *inputs,
+                ratio=ratio,
+                lower=config.cov_lower,
+                upper=config.cov_upper,
+                **_clip(config, objective),
+            )
         case "kl_cov":
             return kl_cov_selection(logprob, *inputs, ratio=ratio)
         case "high_entropy":
             return high_entropy_mask(entropy, tokens.loss_mask, ratio=ratio)
         case _:
-            return None
+            raise ValueError(f"objective must be one of {SELECTING}, got {objective!r}")
 
 
 def step_size(config: RLConfig, objective: str, tokens: Tokens) -> Tensor:
@@ -87,9 +94,9 @@ def step_loss(
     return StepLoss(whole, {**sums, "tokens": count})
 
 
-def _policy_loss(config: RLConfig, objective: str, logprob: Tensor, part: Tokens):
+def _policy_loss(config: RLConfig, objective: str, logprob: Tensor, part: Tokens) -> PolicyLoss:
     inputs = (logprob, part.old_logprob, part.advantage, part.loss_mask)
-    clip = {name: config.setting(name, objective) for name in ("clip_low", "clip_high")}
+    clip = _clip(config, objective)
     match objective:
         case "clip_cov":
             return clip_cov_loss(*inputs, part.selected, **clip)
@@ -98,15 +105,24 @@ def _policy_loss(config: RLConfig, objective: str, logprob: Tensor, part: Tokens
         case "high_entropy":
             return high_entropy_loss(*inputs, part.selected, **clip)
         case _:
-            kl = dict(kl_coef=config.ref_kl, kl_estimator=config.kl_estimator)
-            return grpo_loss(*inputs, ref_logprob=part.ref_logprob, **kl, **clip)
+            return grpo_loss(
+                *inputs,
+                ref_logprob=part.ref_logprob,
+                kl_coef=config.ref_kl,
+                kl_estimator=config.kl_estimator,
+                **clip,
+            )
+
+
+def _clip(config: RLConfig, objective: str) -> dict[str, Any]:
+    return {name: config.setting(name, objective) for name in ("clip_low", "clip_high")}
 
 
 def _pair_loss(config: RLConfig, stats, part: Tokens, size: Tensor) -> StepLoss:
     """Rows take turns: chosen, rejected, chosen, ..."""
     logprob, mask = stats.logprob, part.loss_mask
     kl = pseudo_label_kl(logprob) if config.ppl_label == "pseudo" else None
-    options = dict(gamma=config.gamma, alpha=config.alpha, length_normalize=True)
+    options: dict[str, Any] = dict(gamma=config.gamma, alpha=config.alpha, length_normalize=True)
     if kl is not None:
         options |= dict(chosen_kl=kl[0::2], rejected_kl=kl[1::2])
     loss, metrics = ppl_loss(logprob[0::2], logprob[1::2], mask[0::2], mask[1::2], **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from em_kernels.trainer.collect import Collected, ProblemOrder, collect
 from em_kernels.trainer.losses import SELECTING, StepLoss, select_tokens, step_loss, step_size
 from em_kernels.trainer.metrics import Clock, answer_metrics, mean_of, mean_over_steps
 from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, score
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
 from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
 from em_kernels.trainer.strategy import SingleProcessStrategy
@@ -26,8 +28,8 @@ class PolicyUpdate:
     """Group-relative policy optimisation and its kin: the objectives that need rewards."""
 
     def __init__(self, run: Run, reference=None):
-        self.run, self.config = run, run.config
-        self.order = ProblemOrder(run.config, run.tokenizer)
+        self.run, self.config = run, cast(RLConfig, run.config)
+        self.order = ProblemOrder(self.config, run.tokenizer)
         self.reference = None
         if reference is not None:
             settings = (run.config.loss_temperature, run.config.dtype)
@@ -49,7 +51,7 @@ class PolicyUpdate:
             gradient step of that size in each token's own logits would change. AdamW and shared
             weights move further: compare signs and courses, not sizes.
         """
-        run, objective, clock = self.run, stage.policy, Clock()
+        run, objective, clock = self.run, cast(str, stage.policy), Clock()
         coef = self._entropy_coef(index, stage)
         # sample group_size answers to each problem
         found = collect(run, self.order, objective, update)
@@ -60,7 +62,8 @@ class PolicyUpdate:
         advantage = scores.advantage.to(tokens.loss_mask.device)[:, None] * tokens.loss_mask
         tokens = tokens._replace(advantage=advantage)
         # loss and step, until every answer that counts has had its turns
-        rows, steps = self._rows(objective, found, scores), []
+        rows = self._rows(objective, found, scores)
+        steps: list[dict[str, float]] = []
         for own in self._steps(objective, rows):
             current = None if steps else {name: values[own] for name, values in before.items()}
             steps.append(self._step(update, len(steps), stage, tokens.at(own), current, coef))
@@ -82,7 +85,7 @@ class PolicyUpdate:
     def _entropy_coef(self, index: int, stage: Stage) -> float:
         """Of the next update; mixed stages subtract the weight of EM when it is used."""
         return entropy_coef(
-            self.config.setting("entropy_coef", stage.policy),
+            self.config.setting("entropy_coef", cast(str, stage.policy)),
             stage_lines(self.run.metrics.lines, index),
             target=self.config.entropy_target,
             step=self.config.entropy_step,
@@ -153,7 +156,8 @@ class PolicyUpdate:
         On-policy the ratio is 1 and its logarithm 0 exactly: stored log-probabilities would differ
         from it by rounding, and the sign of that is what kl_cov's penalty has its gradient from.
         """
-        run, config, objective, on_policy = self.run, self.config, stage.policy, current is not None
+        run, config, on_policy = self.run, self.config, current is not None
+        objective = cast(str, stage.policy)
         if objective in SELECTING:
             names = ("logprob", "entropy")
             current = current or self._statistics(run.strategy, tokens, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ class Answers(NamedTuple):
     texts: list[str]
     group: Tensor
     length: Tensor
-    correct: Tensor | None
-    cluster: Tensor | None
-    reward: Tensor | None = None
+    correct: Any
+    cluster: Any
+    reward: Any = None
 
 
 class Scores(NamedTuple):

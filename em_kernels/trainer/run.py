@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class Run:
     ranks: Ranks
     model: nn.Module
     strategy: SingleProcessStrategy | FSDPStrategy
-    tokenizer: object
+    tokenizer: Any
     sampler: Sampler
     prompts: list[list[int]]
     optimizer: torch.optim.Optimizer
@@ -78,7 +79,7 @@ def start_run(
             checkpoints.check_free(folder)
         passed = model is not None
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
-        if resume:
+        if resume and folder:
             _check_same_kind(folder, model)
         if checkpoint and passed:
             _load_into(model, checkpoint)
@@ -247,7 +248,9 @@ def _restore(run: Run) -> None:
 
 
 def save_run(run: Run) -> None:
-    """Write a checkpoint of where the run is now."""
+    """Write a checkpoint of where the run is now, in its folder if it has one."""
+    if run.folder is None:
+        return
     config, parts_only = run.config, run.config.shards_only and run.ranks.size > 1
     keep, done = config.keep_checkpoints, run.done
     with checkpoints.new_checkpoint(run.folder, done, keep, run.ranks) as folder:

@@ -111,7 +111,7 @@ class FSDPStrategy:
         self.compute_dtype = torch.bfloat16 if dtype == "bfloat16" else None
         parameters = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
         self.trained = copy.deepcopy(model, parameters)
-        self.module = LossModule(self.trained, temperature)
+        self.module: Any = LossModule(self.trained, temperature)
         self._train_mode = TrainMode(model)
         _fully_shard(self.module, self.compute_dtype, ranks)
         self._release()
@@ -146,7 +146,8 @@ class FSDPStrategy:
 
     def clip_gradient(self, parameters: list[nn.Parameter], largest: float) -> float:
         """The same, of the norm over all shards."""
-        return float(nn.utils.clip_grad_norm_(parameters, largest).full_tensor())
+        norm: Any = nn.utils.clip_grad_norm_(parameters, largest)
+        return float(norm.full_tensor())
 
     def finish(self) -> None:
         """Leave the trained weights in the model, on every rank."""
@@ -169,7 +170,7 @@ def _fully_shard(module: LossModule, compute_dtype: torch.dtype | None, ranks: R
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    mesh = init_device_mesh(str(torch.device(ranks.device or "cpu").type), (ranks.size,))
     reduce = compute_dtype and torch.float32
     lists = [m for m in module.model.get_decoder().children() if isinstance(m, nn.ModuleList)]
     for layer in (layer for layers in lists for layer in layers):
