@@ -1,6 +1,6 @@
 # make setup   .venv with the library, built here, and everything the demo and the tests need
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
-# make test    ruff and the test suite
+# make test    ruff, mypy and the test suite
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure, with GPU_PYTHON=python3;
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
@@ -41,6 +41,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests
 
 bench: setup

@@ -47,7 +47,9 @@ class TokenStats(NamedTuple):
         max_prob: max p.
         is_top1: y is the first argmax (bool).
         self_certainty: KL(U || p) = lse - mean z - log n, U uniform over the n finite logits.
-        logit_mean, logit_var, logit_skew: population moments of the finite z.
+        logit_mean: of the finite z, as the next two.
+        logit_var: population variance.
+        logit_skew: population skewness.
         entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per
             unit of learning rate x advantage in a policy-gradient step on token y, in logit space.
     """
