@@ -39,7 +39,9 @@ EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
     high.r += low.r;
     return high;
   }
-  const T delta = low.max - high.max;
+  // e is 0 long before -1000, and 0 times what lowest finite logits add up to must not be NaN.
+  const T apart = low.max - high.max;
+  const T delta = apart < T(-1000) ? T(-1000) : apart;  // NaN stays
   const T e = std::exp(delta);
   high.r += e * (1 + low.r);
   high.q += e * (low.q + delta * (1 + low.r));

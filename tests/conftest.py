@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("contract", "helpers")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
