@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import sys
 
 import hypothesis
@@ -72,6 +73,19 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a class that takes a sample, each test's first case and a seeded part of the others."""
+    seen, kept, left_out = set(), [], []
+    for item in items:
+        share = getattr(item.cls, "SAMPLE", 1.0)
+        drawn = item.originalname not in seen or random.Random(item.name).random() < share
+        seen.update({item.originalname} if share < 1 else ())
+        (kept if share == 1 or drawn else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.hookimpl(optionalhook=True)

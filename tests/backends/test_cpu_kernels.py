@@ -1,42 +1,41 @@
-"""The compiled CPU kernels, every instruction set, against `reference` in float64."""
+"""The compiled CPU kernels: the contract at every instruction set, and what is theirs alone."""
 
 from __future__ import annotations
 
 import math
 import mmap
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("em_kernels._C")
+from contract import Contract, Subject
+from contract.closeness import true_gradient, true_rows
+from helpers import error, same_bits
 
 from em_kernels import entropy_loss
-from em_kernels.backends import reference
 from em_kernels.backends.cpu import Cpu
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream
+from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
 
 cpu = Cpu()
 LEVELS = cpu.isa_levels()
 STATM = Path("/proc/self/statm")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Tolerance of per-row results, and of a gradient rounded to the input dtype: ||a - b|| / ||b||.
-ROW_TOLERANCE = {torch.float64: 1e-11}
-GRAD_TOLERANCE = {
-    torch.float64: 1e-13,
-    torch.float32: 2e-6,
-    torch.bfloat16: 4e-3,
-    torch.float16: 1e-3,
-}
-NAMES = ("max", "log1p_r", "mean_d", *OUTPUTS)
+
+
+@contextmanager
+def at_level(level):
+    before = cpu.get_isa()
+    cpu.set_isa(level)
+    yield level
+    cpu.set_isa(before)
 
 
 @pytest.fixture(params=LEVELS)
 def isa(request):
-    before = cpu.get_isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
+    with at_level(request.param) as level:
+        yield level
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +45,17 @@ def threads():
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+class TestCpu(Contract):
+    IMPLS, LONG = tuple(LEVELS), 9001
+    LENGTHS = (1, 2, 15, 16, 17, 37, 63, 64, 65, 4095, 4096, 4097)
+    PLACES = (0, 17, 4095, 4096, 9000)
+
+    @pytest.fixture
+    def subject(self, impl):
+        with at_level(impl):
+            yield Subject(cpu, fused=True, on_gpu=False)
 
 
 def make_logits(shape, dtype, seed=0, scale=4.0):
@@ -66,101 +76,6 @@ def make_upstream(rows, dtype, seed=1):
     return Upstream(*(torch.randn(rows, generator=generator).to(wide) for _ in range(3)))
 
 
-def double(values):
-    """The same NamedTuple with floating-point tensors in float64."""
-    return type(values)(
-        *(v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in values)
-    )
-
-
-def reference_loss(logits, spec, upstream, outputs=OUTPUTS):
-    out = torch.empty(logits.shape, dtype=torch.float64)
-    rows = reference.loss(logits.double(), double(spec), double(upstream), outputs, out)
-    return rows, out
-
-
-def relative_error(actual, expected, floor=1e-300):
-    """||a - b|| / max(||b||, floor) over finite entries; the others must be the same ones."""
-    actual, expected = actual.double(), expected.double()
-    finite = expected.isfinite()
-    assert torch.equal(actual[~finite].nan_to_num(0.5), expected[~finite].nan_to_num(0.5))
-    actual, expected = actual[finite], expected[finite]
-    return ((actual - expected).norm() / expected.norm().clamp(min=floor)).item()
-
-
-def same_bits(a, b):
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def check_against_reference(logits, spec):
-    dtype = logits.dtype
-    upstream = make_upstream(logits.shape[0] * logits.shape[1], dtype)
-    expected, expected_grad = reference_loss(logits, spec, upstream)
-    rows = cpu.stats(logits, spec, OUTPUTS)
-    for name, actual, want in zip(NAMES, rows, expected, strict=True):
-        floor = 1.0 if name in ("logit_mean", "logit_skew") else 1e-300  # sums that may cancel
-        assert relative_error(actual, want, floor) < ROW_TOLERANCE.get(dtype, 1e-5), name
-    out = torch.full_like(logits, math.nan)
-    cpu.grad(logits, spec, Saved(*rows[:3]), upstream, out)
-    assert relative_error(out, expected_grad) < GRAD_TOLERANCE[dtype]
-    fused = torch.full_like(logits, math.nan)
-    for a, b in zip(cpu.loss(logits, spec, upstream, OUTPUTS, fused), rows, strict=True):
-        assert same_bits(a, b)
-    assert same_bits(fused, out)
-    in_place = logits.clone()
-    cpu.loss(in_place, spec, upstream, OUTPUTS, in_place)
-    assert same_bits(in_place, out)
-
-
-VARIANTS = {
-    "plain": {},
-    "temperature": dict(temperature=0.7),
-    "negative_scale": dict(logit_scale=-1.5),
-    "softcap": dict(softcap=5.0),
-    "softcap_temperature_scale": dict(softcap=30.0, temperature=2.0, logit_scale=0.5),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 37), (1, 17, 4096), (2, 2, 9001)], ids=str)
-def test_matches_reference(isa, dtype, shape, variant):
-    spec = make_spec(shape[0] * shape[1], shape[2], **VARIANTS[variant])
-    check_against_reference(make_logits(shape, dtype), spec)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference_with_bias_row_temperature_mask_padding_and_strides(isa, dtype):
-    padded = make_logits((4, 7, 4200), dtype)
-    logits = padded[:, :-1, 8:4190]
-    rows, vocab = 24, 4182
-    generator = torch.Generator().manual_seed(2)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    spec = make_spec(
-        rows,
-        vocab,
-        bias=make_logits((vocab,), dtype, seed=3),
-        mask=torch.rand(rows, generator=generator) > 0.3,
-        temperature_rows=(torch.rand(rows, generator=generator) + 0.5).to(wide),
-        softcap=20.0,
-        valid_vocab=vocab - 5,
-    )
-    check_against_reference(logits, spec)
-    check_against_reference(logits, spec._replace(bias=None, softcap=0.0))
-
-
-@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 63, 64, 65, 4095, 4097])
-def test_every_tail_length(isa, vocab):
-    check_against_reference(make_logits((2, 3, vocab), torch.float32), make_spec(6, vocab))
-    check_against_reference(make_logits((2, 3, vocab), torch.bfloat16), make_spec(6, vocab))
-
-
-def test_no_rows(isa):
-    logits = torch.empty(1, 0, 50)
-    upstream = make_upstream(0, torch.float32)
-    assert all(r.shape == (0,) for r in cpu.loss(logits, make_spec(0, 50), upstream, (), logits))
-
-
 def certain_rows(vocab):
     """Rows whose entropy runs from about 1e-9 to log V: one logit leads the rest by `lead`."""
     lead = torch.linspace(0, 36, 40, dtype=torch.float64)
@@ -174,86 +89,14 @@ def test_near_certain_rows_keep_relative_accuracy(isa):
     logits = certain_rows(vocab)
     spec = make_spec(40, vocab)
     upstream = Upstream(entropy=torch.ones(40))
-    (*_, entropy), grad = reference_loss(logits, spec, upstream, ("entropy",))
+    entropy = true_rows(logits, spec, ("entropy",))["entropy"]
+    grad = true_gradient(logits, spec, upstream)
     assert entropy.min() < 1e-9 and entropy.max() > 0.95 * math.log(vocab)
     out = torch.empty_like(logits)
     *_, actual = cpu.loss(logits, spec, upstream, ("entropy",), out)
     assert ((actual.double() - entropy) / entropy).abs().max() < 1e-6
     per_row = (out.double() - grad).norm(dim=-1) / grad.norm(dim=-1)
     assert per_row.max() < 2e-6
-
-
-def test_gradient_sums_to_zero(isa):
-    logits = make_logits((1, 8, 30_000), torch.float32, scale=2.0)
-    for field in ("entropy", "logprob"):
-        out = torch.empty_like(logits)
-        upstream = Upstream(**{field: torch.ones(8)})
-        cpu.loss(logits, make_spec(8, 30_000), upstream, (), out)
-        assert (out.double().sum(-1).abs() / out.double().abs().sum(-1)).max() < 1e-6
-
-
-@pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_shifted_rows_are_exact(isa, shift):
-    logits = make_logits((1, 4, 5000), torch.float32).round()
-    spec = make_spec(4, 5000)
-    shifted = cpu.stats(logits + shift, spec, ("entropy", "logprob"))[3:]
-    for a, b in zip(shifted, cpu.stats(logits, spec, ("entropy", "logprob"))[3:]):
-        assert same_bits(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 10.0])
-@pytest.mark.parametrize("vocab", [40, 9000])
-def test_excluded_nan_and_infinite_logits(isa, dtype, softcap, vocab):
-    logits = make_logits((1, 8, vocab), dtype)
-    inf = math.inf
-    spec = make_spec(8, vocab, softcap=softcap)
-    spec.target[:] = 3
-    logits[0, 0, ::2] = -inf  # half of the row excluded, the target (3) not
-    logits[0, 1, 3] = -inf  # the target excluded
-    logits[0, 2, 5] = math.nan
-    logits[0, 3, 5] = inf
-    logits[0, 4] = -inf
-    logits[0, 5, : vocab // 2] = -inf  # whole blocks excluded
-    logits[0, 6] = math.nan
-    logits[0, 7, 1:] = -inf  # one token left
-    check_against_reference(logits, spec)
-    rows = dict(zip(NAMES, cpu.stats(logits, spec, OUTPUTS)))
-    assert rows["entropy"].isnan().tolist() == [False, False, True, True, True, False, True, False]
-    assert rows["logprob"][1] == -inf
-    assert rows["entropy"][7] == 0 and rows["max_prob"][7] == 1
-    out = torch.empty_like(logits)
-    cpu.loss(logits, spec, make_upstream(8, dtype), (), out)
-    assert (out[0, 0, ::2] == 0).all() and (out[0, 5, 4 : vocab // 2] == 0).all()
-
-
-@pytest.mark.parametrize("position", [0, 4000, 4999])
-def test_a_lone_nan_among_excluded_logits_is_seen(isa, position):
-    logits = torch.full((1, 1, 5000), -math.inf)
-    logits[0, 0, 2500] = 1.0
-    logits[0, 0, position] = math.nan
-    assert cpu.stats(logits, RowSpec(valid_vocab=5000), ("entropy",))[3].isnan().all()
-
-
-def test_masked_rows_are_not_read_and_padding_gets_zeros(isa):
-    logits = make_logits((1, 3, 100), torch.float32)
-    logits[0, 1] = math.nan
-    logits[0, :, 90:] = math.nan
-    spec = make_spec(3, 100, valid_vocab=90, mask=torch.tensor([True, False, True]))
-    spec.target[1] = -100
-    out = torch.full_like(logits, math.nan)
-    rows = cpu.loss(logits, spec, make_upstream(3, torch.float32), OUTPUTS, out)
-    assert all(row[1] == 0 and row.isfinite().all() for row in rows)
-    assert (out[0, 1] == 0).all() and (out[0, :, 90:] == 0).all() and out.isfinite().all()
-
-
-def test_ties_take_the_first_maximum(isa):
-    for first, second in ((3, 17), (100, 5000), (4095, 4096)):
-        logits = torch.zeros(1, 2, 9000)
-        logits[0, :, [first, second]] = 2.0
-        spec = RowSpec(target=torch.tensor([first, second]), valid_vocab=9000)
-        assert cpu.stats(logits, spec, ("is_top1",))[3].tolist() == [1, 0]
-    check_against_reference(torch.zeros(1, 3, 5000), make_spec(3, 5000))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -332,7 +175,7 @@ def test_add_product_does_not_round_the_product(rows, width, vocab, add):
         total.fill_(math.nan)
     if not cpu.add_product(total, g, x, add):
         pytest.skip("no bfloat16 product into float32 on this processor")
-    assert relative_error(total, expected) < 1e-6
+    assert error(total, expected) < 1e-6
 
 
 def test_bad_arguments_are_refused():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contract import Contract, Subject
 from helpers import (
     DIFFERENTIABLE,
     error,
@@ -33,6 +34,17 @@ def spec_of(x, target=None, *, temperature=1.0, softcap=None, logit_scale=1.0, v
         logit_scale=logit_scale,
         valid_vocab=valid_vocab or x.shape[-1],
     )
+
+
+class TestReference(Contract):
+    """In each dtype against itself in float64."""
+
+    IMPLS, LENGTHS, LONG, PLACES = ("reference",), (1, 2, 13, 100), 1000, (0, 500, 999)
+    test_entropy_slope_of_the_likeliest_token = None  # its sums cancel
+
+    @pytest.fixture
+    def subject(self, impl):
+        return Subject(reference, rowwise=False, condition={"self_certainty": 5})
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -46,24 +46,6 @@ def beginning_at(x, by, stride=None):
     return view
 
 
-@pytest.mark.parametrize(
-    "dtype, options",
-    [(torch.float32, "plain"), (torch.bfloat16, "everything"), (torch.float16, "plain")],
-)
-def test_bits_do_not_depend_on_where_a_row_begins(dtype, options):
-    """Rows an odd number of entries apart, one of them in the middle of a word, whose gradients lie
-    at other places or over them."""
-    logits, spec = make(dtype, **OPTIONS[options])
-    up = upstream(logits)
-    whole = beginning_at(logits, 0, stride=192)
-    moved = beginning_at(logits, 1, stride=logits.shape[-1] + 1)
-    assert launch.aligned(whole) and not launch.aligned(moved)
-    want_rows = backend.loss(whole, spec, up, OUTPUTS, whole)
-    for out in (beginning_at(torch.full_like(logits, math.nan), 3), moved):
-        rows = backend.loss(moved, spec, up, OUTPUTS, out)
-        assert all(map(torch.equal, rows, want_rows)) and torch.equal(out, whole)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 3, 9, 33])
 def test_short_rows_that_begin_anywhere(dtype, vocab):

@@ -22,14 +22,11 @@ class Contract(Values, Edges, Memory):
     LENGTHS: ClassVar[tuple[int, ...]]  # rows that end before, with and after a block, a vector
     LONG: ClassVar[int]  # several blocks, the last of which is not full
     PLACES: ClassVar[tuple[int, ...]]  # in a row of LONG: its ends, the ends of blocks
-
-    DTYPES: ClassVar = DTYPES  # fewer where a backend is slow
-    FLOATS: ClassVar = DTYPES[:2]
+    SAMPLE: ClassVar[float] = 1.0  # the share of the cases that is run, where a backend is slow
 
     def pytest_generate_tests(self, metafunc):
-        marked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
         values = {"impl": self.IMPLS, "vocab": self.LENGTHS, "place": self.PLACES}
-        values |= {"dtype": self.DTYPES, "float_dtype": self.FLOATS}
+        values |= {"dtype": DTYPES, "float_dtype": DTYPES[:2]}
         for name, given in values.items():
-            if name in metafunc.fixturenames and name not in marked:
+            if name in metafunc.fixturenames:
                 metafunc.parametrize(name, given, ids=lambda value: str(value).split(".")[-1])

@@ -18,7 +18,7 @@ from contract.closeness import (
     true_gradient,
     true_rows,
 )
-from contract.subject import EACH_DTYPE, FIRST_ORDER, INF, LOSS
+from contract.subject import FIRST_ORDER, INF, LOSS
 from em_kernels.backends.interface import RowSpec, Upstream, accumulate_dtype
 
 
@@ -30,7 +30,6 @@ def certain_rows(vocab: int):
 
 
 class Values:
-    @EACH_DTYPE
     def test_every_length(self, subject, dtype, vocab):
         subject.check(*subject.make(2, vocab, dtype))
 
@@ -55,7 +54,6 @@ class Values:
         options = {name: drawn.get(name, value) for name, value in options.items()}
         subject.check(*subject.make(2, self.LONG, dtype, **options))
 
-    @EACH_DTYPE
     def test_everything_at_once(self, subject, dtype):
         """Rows of a padded vocabulary in a larger tensor, some left out, with all that there is."""
         vocab, wide = self.LONG, accumulate_dtype(dtype)

@@ -13,6 +13,7 @@ NEWEST = Path(sys.prefix) / "newest"
 TESTS = Path(__file__).parents[1]
 FILES = (
     "integrations/test_transformers.py",
+    "integrations/test_transformers_losses.py",
     "lm/test_models.py",
     "integrations/test_patched_model.py",
 )

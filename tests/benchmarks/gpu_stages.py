@@ -5,6 +5,18 @@ import sys
 
 from benchmarks.gpu import Stage
 
+LOG = """\
+[gw1] [  3%] PASSED tests/test_a.py::test_one[float32-a b]
+[gw0] [  3%] FAILED tests/test_a.py::test_two
+tests/test_a.py::test_three
+[gw0] [ 10%] SKIPPED tests/test_b.py::test_four
+[gw0] [ 10%] PASSED tests/test_b.py::test_five
+=== short test summary info ===
+SKIPPED [1] tests/test_b.py:7: needs trl
+FAILED tests/test_a.py::test_two - AssertionError: 3 PASSED
+"""
+REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Sorry."
+
 
 def stage(name, code="print('done')", seconds=20.0, **options):
     options = {"log": f"{name}.log", "needs_gpu": False, **options}
