@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = datetime.timedelta(seconds=60)  # where one rank fails, the others stop waiting
+TIMEOUT = datetime.timedelta(seconds=600)  # where one rank fails, the others stop waiting
 
 
 def run_on_ranks(world: int, case, names: list[str], folder: Path) -> dict[str, list]:

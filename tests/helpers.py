@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -148,6 +150,14 @@ def rows_of_entropy(entropies: Tensor, vocab: int) -> Tensor:
         too_flat = truth(base * middle)["entropy"][:, None] > entropies.double()[:, None]
         low, high = torch.where(too_flat, middle, low), torch.where(too_flat, high, middle)
     return (base * high).float()
+
+
+def corners_and_sample(count: int, *axes: tuple) -> list[tuple]:
+    """Of a grid of cases those of the first and the last of each axis, and `count` others, drawn
+    once and for all."""
+    corners = list(itertools.product(*((axis[0], axis[-1]) for axis in axes)))
+    others = [case for case in itertools.product(*axes) if case not in corners]
+    return corners + random.Random(0).sample(others, count)
 
 
 def product_flops(call) -> int:

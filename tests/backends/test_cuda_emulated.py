@@ -32,7 +32,7 @@ EACH_DEVICE = pytest.mark.parametrize("device", DEVICES)
 
 
 class TestCuda(Contract):
-    IMPLS, LENGTHS, LONG, SAMPLE = tuple(DEVICES), LENGTHS, 3000, 0.4
+    IMPLS, LENGTHS, LONG, SAMPLE = tuple(DEVICES), LENGTHS, 3000, 0.25
     PLACES = (0, 1023, 2048, 2999)
 
     @pytest.fixture

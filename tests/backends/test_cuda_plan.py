@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_emulator.load import COMPILER, H200, library
+from helpers import corners_and_sample
 
 from em_kernels.backends.interface import OUTPUTS, Saved
 
@@ -62,10 +63,13 @@ def plan(
     )
 
 
-@pytest.mark.parametrize("capability", LIMITS)
-@pytest.mark.parametrize("dtype", BYTES)
-@pytest.mark.parametrize("operation", ("statistics", "gradient", "loss"))
-@pytest.mark.parametrize("vocab", VOCABS)
+OPERATIONS = ("statistics", "gradient", "loss")
+
+
+@pytest.mark.parametrize(
+    "vocab, operation, dtype, capability",
+    corners_and_sample(64, VOCABS, OPERATIONS, tuple(BYTES), tuple(LIMITS)),
+)
 def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capability):
     p = plan(operation, capability, dtype, vocab=vocab, rows=70_001)
     block, multiprocessor = LIMITS[capability]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_stages import LOG, REFUSED, row, saved, stage
+from gpu_stages import LOG, REFUSED, in_shell, row, saved, stage
 
 from benchmarks import gpu, gpu_logs, gpu_report, gpu_smoke, gpu_tests, gpu_truth
 from benchmarks.__main__ import main as bench
@@ -37,7 +37,7 @@ def test_a_failing_stage_keeps_what_is_before_and_after_it(stages, tmp_path, cap
     assert results["second"]["note"] == "exit code 3" and results["third"]["note"]
     assert "the reason" in (tmp_path / "second.log").read_text()
     markdown = next(tmp_path.glob("*.md")).read_text()
-    assert "| second | failed | 0 s | exit code 3 |" in markdown
+    assert re.search(r"\| second \| failed \| \d+ s \| exit code 3 \|", markdown)
     assert "| em_kernels | 10.00 |" in markdown and "| eager | 50.00 |" in markdown
     assert "second | failed" in capsys.readouterr().out
 
@@ -51,28 +51,23 @@ def test_all_stages_passed_is_exit_code_0(stages, tmp_path):
 
 def test_the_deadline_stops_and_skips_and_says_so(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
-    slow = "import time; print('began', flush=True); time.sleep(60)"
-    stages(stage("quick"), stage("endless", slow, seconds=600), stage("late"))
+    slow = in_shell(stage("endless", seconds=600), "echo began; exec sleep 600")
+    stages(in_shell(stage("quick"), "true"), slow, stage("late"))
     start = time.monotonic()
     assert gpu.main(["--out", str(tmp_path), "--seconds", "2.5"]) == 1
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 300
     quick, endless, late = saved(tmp_path)
     assert quick["status"] == "passed"
     assert endless["status"] == "failed"
-    assert endless["note"].startswith("stopped after 2 s; had 2 of its 600 s")
+    assert re.match(r"stopped after \d+ s; had [12] of its 600 s", endless["note"])
     assert "began" in (tmp_path / "endless.log").read_text()
     assert (late["status"], late["note"]) == ("skipped", "no time was left")
 
 
 def test_a_stage_is_stopped_at_its_own_limit_with_all_it_started(stages, tmp_path):
     file = tmp_path / "written"
-    child = f"import time; time.sleep(3); open({str(file)!r}, 'w')"
-    parent = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        f"print({json.dumps(row())!r}, flush=True)\ntime.sleep(60)"
-    )
-    stages(stage("bench", parent, seconds=1.5, read=read_rows), stage("next"))
+    parent = f"(sleep 3; touch '{file}') & echo '{json.dumps(row())}'; exec sleep 600"
+    stages(in_shell(stage("bench", seconds=1.5, read=read_rows), parent), stage("next"))
     gpu.main(["--out", str(tmp_path)])
     stopped, after = saved(tmp_path)
     assert stopped["status"] == "failed" and stopped["rows"] == [row()]
@@ -88,7 +83,7 @@ def test_the_report_is_written_after_every_stage(tmp_path):
         f"import os; print(os.listdir({str(tmp_path)!r}))",
         read=lambda text: seen.append(text) or {},
     )
-    gpu.run_all([stage("before"), look], tmp_path, 60)
+    gpu.run_all([stage("before"), look], tmp_path, 600)
     (text,) = seen
     assert "gpu-none-" in text and ".json" in text and ".md" in text
 
@@ -101,21 +96,21 @@ def test_stages_that_share_a_log_read_their_own_part(tmp_path):
         )
         for name in ("one", "two")
     ]
-    gpu.run_all(made, tmp_path, 60)
+    gpu.run_all(made, tmp_path, 600)
     assert [text.strip() for text in texts] == ["one", "two"]
     assert (tmp_path / "shared.log").read_text().split() == ["one", "two"]
 
 
 def test_a_log_that_cannot_be_read_fails_its_stage_only(tmp_path):
     broken = stage("broken", "print('no json')", read=gpu_logs.read_environment)
-    first, second = gpu.run_all([broken, stage("next")], tmp_path, 60)
+    first, second = gpu.run_all([broken, stage("next")], tmp_path, 600)
     assert first["status"] == "failed" and "its log cannot be read" in first["note"]
     assert second["status"] == "passed"
 
 
 def test_a_program_that_is_not_installed_fails_its_stage_only(tmp_path):
     missing = stage("sanitizer")._replace(command=["no-such-sanitizer", "python"])
-    first, second = gpu.run_all([missing, stage("next")], tmp_path, 60)
+    first, second = gpu.run_all([missing, stage("next")], tmp_path, 600)
     assert (first["status"], first["note"]) == ("failed", "exit code 127")
     assert (tmp_path / "sanitizer.log").read_text() == "no-such-sanitizer: not found\n"
     assert second["status"] == "passed"
@@ -140,7 +135,7 @@ def test_a_tool_that_refuses_the_gpu_is_excused_and_said(stages, tmp_path):
 
 def test_a_long_log_keeps_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LOG_BYTES", 1000)
-    gpu.run_all([stage("long", "print('x' * 5000); print('the end')")], tmp_path, 60)
+    gpu.run_all([stage("long", "print('x' * 5000); print('the end')")], tmp_path, 600)
     log = (tmp_path / "long.log").read_text()
     assert len(log) < 1100 and log.rstrip().endswith("the end")
 

@@ -47,7 +47,7 @@ def start(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not path.exists():
         if process.poll() is not None:

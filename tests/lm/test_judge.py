@@ -262,7 +262,7 @@ def test_the_process_survives_what_ends_an_answer(fresh_process):
     assert judge(boxed("1+x"), "x+1")
     begun, server = time.monotonic(), fresh_process.server
     assert not judge(boxed(SLOW), "5") and not judge(boxed("10^{10^{10}}"), "5")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 120  # the limit, 1 s here, ended both
     assert judge(boxed("2+x"), "x+2") and fresh_process.server is server
     server.process.kill()
     server.process.wait()

@@ -199,4 +199,4 @@ def test_math_verify_misjudges_at_most_one_in_a_hundred():
     assert len(bad) <= len(table) / 100, (len(table), bad)
     kinds = Counter(pair[0] for pair in bad) + Counter(pair[1] for pair in bad)
     assert max(kinds.values(), default=0) <= 3, bad
-    assert longest < TIME_LIMIT_SECONDS + 20, longest  # the machine may be busy
+    assert longest < TIME_LIMIT_SECONDS + 120, longest  # the machine may be busy
