@@ -20,7 +20,15 @@ NEEDED = {
 TESTS = Path(__file__).parents[1] / "tests"
 # A file is run if its tests take a backend or a device, or ask for a GPU; and these, which do not.
 TAKES = re.compile(r"\b\w*IMPLS\b|\bdef \w+\([^)]*\b(?:impl|device)\b|cuda\.is_available")
-ALSO = ("chunks", "chunk_memory", "cut", "inference", "triton", "triton_linear", "triton_narrow")
+ALSO = (
+    "chunks",
+    "chunk_memory",
+    "chunking",
+    "inference",
+    "triton",
+    "triton_linear",
+    "triton_narrow",
+)
 CPU_ONLY = (  # builds and emulators, pretended GPUs, processes over gloo
     *("choice", "choice_faults", "cpu_kernels", "cuda_build", "cuda_emulated", "gpu_command"),
     *("gpu_faults", "gpu_pretended", "gpu_report", "optional_parts", "reference", "vocab_parallel"),

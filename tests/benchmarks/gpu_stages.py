@@ -3,6 +3,9 @@
 import json
 import sys
 
+import pytest
+
+from benchmarks import gpu
 from benchmarks.gpu import Stage
 
 LOG = """\
@@ -16,6 +19,12 @@ SKIPPED [1] tests/test_b.py:7: needs trl
 FAILED tests/test_a.py::test_two - AssertionError: 3 PASSED
 """
 REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Sorry."
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Replace the stages of the command."""
+    return lambda *made: monkeypatch.setattr(gpu, "STAGES", made)
 
 
 def stage(name, code="print('done')", seconds=120.0, **options):

@@ -20,6 +20,8 @@ from benchmarks.gpu_logs import (
 )
 from benchmarks.gpu_report import markdown
 
+pytest_plugins = ("gpu_stages",)  # its fixture `stages`
+
 
 def test_a_failing_stage_keeps_what_is_before_and_after_it(stages, tmp_path, capsys):
     lines = [json.dumps(row()), json.dumps(row(implementation="eager", seconds=0.05))]

@@ -31,6 +31,8 @@ for number in range(first, 6):
 print(f"{6 - first} cases, 0 failed")
 """
 
+pytest_plugins = ("gpu_stages",)  # its fixture `stages`
+
 
 def test_a_case_that_ends_its_process_costs_itself_only(tmp_path):
     made = stage("cases", CASES_PROGRAM, read=read_cases, goes_on=True)
