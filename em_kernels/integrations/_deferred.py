@@ -123,7 +123,7 @@ class HeadCall:
 class HeadStand(Taken):
     """A `Taken` whose logits have the head's place in the graph, and which gives a `HeadCall`."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         self.model = model
         self.calls: list[HeadCall] = []  # the last, until it is taken
 

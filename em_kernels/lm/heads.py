@@ -1,7 +1,7 @@
 """The head of a transformers causal language model, as the ops take it.
 
 What the head is, is asked at every call: adapters, casts, hooks and quantisation can be put on it
-at any time. `_head_call.check_head` adds to that, once, a probe of what the model does with its
+at any time. `head_call.check_head` adds to that, once, a probe of what the model does with its
 results.
 """
 

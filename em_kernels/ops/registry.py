@@ -1,4 +1,4 @@
-"""The operators, implemented and derived; `_schemas` has their arguments, `_fakes` their traces.
+"""The operators, implemented and derived; `schemas` has their arguments, `fakes` their traces.
 
 An operator flattens its arguments, has a backend chosen (`backends/choice.py`) and calls it.
 
