@@ -1,6 +1,7 @@
 # make setup   .venv with the library, built here, and everything the demo and the tests need
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff, mypy and the test suite
+# make coverage  lines and branches of the package that no test runs; coverage-output/index.html
 # make bench   time every operator against its peers; ARGS="--quick" for a short run
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure, with GPU_PYTHON=python3;
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
@@ -22,7 +23,7 @@ MIB ?= 64
 OUT ?= gpu-output
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu gpu-wheels tables docs matrix study rl-study clean
+.PHONY: setup demo test coverage bench gpu gpu-wheels tables docs matrix study rl-study clean
 
 setup: $(VENV)/ready
 
@@ -43,6 +44,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests
+
+coverage: setup
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html tests
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
