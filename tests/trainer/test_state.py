@@ -94,7 +94,9 @@ def test_metadata_that_would_run_something_is_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "held", [{"a": 1}, torch.nn.Linear(1, 1), print, dcp.FileSystemReader("x")], ids=str
+    "held",
+    [{"a": 1}, torch.nn.Linear(1, 1), print, dcp.FileSystemReader("x")],
+    ids=("dict", "module", "function", "reader"),
 )
 def test_metadata_that_is_something_else_is_refused(checkpoint, held):
     (checkpoint / "shards" / ".metadata").write_bytes(pickle.dumps(held))
