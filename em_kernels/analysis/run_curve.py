@@ -8,6 +8,7 @@ from pathlib import Path
 from em_kernels.analysis.law import entropy_law
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.evaluator.summary import compare_folders, summarise
+from em_kernels.lm.data import is_number
 from em_kernels.lm.models import list_checkpoints
 from em_kernels.trainer.checkpoint import read_config
 
@@ -79,7 +80,7 @@ def follow(run: str | Path, updates: list[int]) -> dict:
 def _entropy_fell(points: list[dict], training: list[dict], peak: int) -> bool:
     """From the peak to the end."""
     measured = [line.get("mean_entropy") for line in training if line["at"] >= peak]
-    known = [h for h in measured if isinstance(h, (int, float))]
+    known = [h for h in measured if is_number(h)]
     if len(known) < 2:
         known = [p["entropy"] for p in points if p["update"] >= peak and p["entropy"] is not None]
     return len(known) > 1 and known[-1] < known[0]

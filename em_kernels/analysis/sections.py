@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from em_kernels.analysis import plots
+from em_kernels.analysis import summary_tables as made
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured
-from em_kernels.analysis.summary_tables import (
-    comparison_table,
-    eval_tables,
-    law_table,
-    metrics_table,
-    run_table,
-    selection_table,
-    settings_table,
-    shift_table,
-    temperature_table,
-    types_table,
-)
-from em_kernels.analysis.tables import interval, number, p_value, percent
+from em_kernels.analysis.tables import Table, interval, number, p_value, percent
 from em_kernels.analysis.tables import temperature as named
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
+from em_kernels.lm.data import is_number
 from em_kernels.trainer.checkpoint import read_config
 
 NO_PLOTS = "Without plots: matplotlib is not installed."
@@ -40,29 +31,34 @@ UNITS = {
     "sample_seconds": "s",
     "loss_seconds": "s",
 }
+Plot = tuple[Any, ...]
+"""What it shows, in words; what draws it, see `plots.png`, and of what."""
 
 
-def _plot(alt: str, draw: Callable[..., bytes], *arguments) -> tuple[list[Figure], list[str]]:
-    """The plot and no remark, or no plot and why not."""
+def _section(
+    title: str, notes: Sequence[str], tables: Sequence[Table], *drawn: Plot, **others
+) -> Section:
+    """With its plots, or with a note that says why there are none."""
     try:
-        return [Figure(draw(*arguments), alt)], []
+        figures = [Figure(plots.png(*draw), alt) for alt, *draw in drawn]
     except ImportError:
-        return [], [NO_PLOTS]
+        figures, notes = [], [*notes, NO_PLOTS]
+    return Section(title, notes, tables, figures, **others)
 
 
 def evaluation(summary: dict) -> Section:
-    tables, at = eval_tables(summary), summary["temperatures"]
+    tables, at = made.eval_tables(summary), summary["temperatures"]
     if not at:
         return Section("Accuracy", ["No answers yet."], tables)
-    figures: list[Figure] = []
     notes: list[str] = []
+    drawn: list[Plot] = []
     if summary["labelled"]:
-        figures, notes = _plot("accuracy at every temperature", plots.accuracy, summary)
+        drawn.append(("accuracy at every temperature", plots.accuracy, summary))
         if any(t["calibration"] for t in at):
-            figures += _plot("accuracy against confidence", plots.reliability, summary)[0]
+            drawn.append(("accuracy against confidence", plots.reliability, summary))
     if summary["missing_answers"]:
         notes.append(f"Not finished: {summary['missing_answers']} answers are missing.")
-    return Section("Accuracy", notes, tables, figures)
+    return _section("Accuracy", notes, tables, *drawn)
 
 
 def examples(folder: str | Path) -> Section:
@@ -85,7 +81,7 @@ def examples(folder: str | Path) -> Section:
         Part(f"Answers: {kind}", [_example(settings, record) for record in records])
         for kind, records in kinds.items()
     ]
-    folded = ("Settings", settings_table(settings["config"]))
+    folded = ("Settings", made.settings_table(settings["config"]))
     return Section("Settings and examples", folded=folded, parts=parts)
 
 
@@ -98,15 +94,15 @@ def _example(settings: dict, record: Record) -> Passage:
 
 
 def comparison(result: dict) -> Section:
-    rows, names = result["temperatures"], (result["a"], result["b"])
-    figures, notes = _plot("B - A at every temperature", plots.comparison, *names, rows)
-    return Section("B against A, pair by pair", notes, [comparison_table(*names, rows)], figures)
+    told = (result["a"], result["b"], result["temperatures"])
+    plot = ("B - A at every temperature", plots.comparison, *told)
+    return _section("B against A, pair by pair", [], [made.comparison_table(*told)], plot)
 
 
 def selection(result: dict) -> Section:
     rows, by = result["rows"], result["by"]
-    figures, notes = _plot("prompts by rank", plots.selection, rows, result["chosen"], by)
-    return Section("Selected prompts", notes, [selection_table(rows, by)], figures)
+    plot = ("prompts by rank", plots.selection, rows, result["chosen"], by)
+    return _section("Selected prompts", [], [made.selection_table(rows, by)], plot)
 
 
 def shift(result: dict) -> Section:
@@ -118,8 +114,8 @@ def shift(result: dict) -> Section:
         f"{_texts(result)} Tokens left out, not finite: "
         + ", ".join(str(model["not_finite"]) for model in result["models"]),
     ]
-    figures, more = _plot("skewness per token", plots.shift, result)
-    return Section("Logits shift", notes + more, [shift_table(result)], figures)
+    plot = ("skewness per token", plots.shift, result)
+    return _section("Logits shift", notes, [made.shift_table(result)], plot)
 
 
 def forks(result: dict) -> Section:
@@ -129,7 +125,7 @@ def forks(result: dict) -> Section:
         f"of all entropy. Mean entropy {result['mean']:.4f} nats. Model: {result['model']}. "
         f"{_texts(result)} Tokens left out, not finite: {result['not_finite']}.",
     ]
-    figures, more = _plot("entropies and forks", plots.forks, result)
+    plot = ("entropies and forks", plots.forks, result)
     top = result["quantiles"]["0.99"]
     texts = Part(
         "Texts, coloured by entropy",
@@ -144,7 +140,7 @@ def forks(result: dict) -> Section:
         f"From white (0) to orange ({top:.3g} nats and above); hold the pointer over a token for "
         "its entropy.",
     )
-    return Section("Forks", notes + more, [types_table(result)], figures, parts=[texts])
+    return _section("Forks", notes, [made.types_table(result)], plot, parts=[texts])
 
 
 def _texts(result: dict) -> str:
@@ -162,35 +158,39 @@ def temperature(result: dict) -> Section:
         "the entropy along texts drawn at T.",
         f"Model: {result['model']}. {_texts(result)}",
     ]
-    figures, more = _plot("entropy by temperature", plots.entropy_at_temperatures, result)
-    tables = [temperature_table(result)]
-    return Section("Entropy against temperature", notes + more, tables, figures)
+    plot = ("entropy by temperature", plots.entropy_at_temperatures, result)
+    return _section("Entropy against temperature", notes, [made.temperature_table(result)], plot)
 
 
 def law(result: dict) -> Section:
-    title = "Entropy and performance"
+    notes, tables, drawn = _law(result)
+    return _section("Entropy and performance", notes, tables, *drawn)
+
+
+def _law(result: dict) -> tuple[list[str], list[Table], list[Plot]]:
+    """Notes, tables and plots."""
     notes = ["The ceiling b - a is R extrapolated to H = 0."]
     if not result["fit"]:
         notes = [f"No fit: {result['reason']}."]
     if result["left_out"]:
         notes.append(f"Left out: {_counted(result['left_out'])}.")
     if not result["points"]:
-        return Section(title, notes)
-    figures, more = _plot("performance against entropy", plots.law, result)
-    return Section(title, notes + more, [law_table(result)], figures)
+        return notes, [], []
+    plot = ("performance against entropy", plots.law, result)
+    return notes, [made.law_table(result)], [plot]
 
 
 def run_curve(result: dict) -> Section:
-    figures, more = _plot("accuracy, entropy and loss by update", plots.run_curve, result)
-    fitted = law(result["law"])
-    notes = [verdict(result), *more]
+    notes, tables, drawn = _law(result["law"])
     if result["broken_lines"]:
-        notes.append("Not read of the metrics: " + "; ".join(result["broken_lines"]) + ".")
-    return Section(
+        notes.insert(0, "Not read of the metrics: " + "; ".join(result["broken_lines"]) + ".")
+    curve = ("accuracy, entropy and loss by update", plots.run_curve, result)
+    return _section(
         "Accuracy and entropy by update",
-        [*notes, *fitted.notes],
-        [run_table(result), *fitted.tables],
-        [*figures, *fitted.figures],
+        [verdict(result), *notes],
+        [made.run_table(result), *tables],
+        curve,
+        *drawn,
     )
 
 
@@ -214,23 +214,19 @@ def verdict(result: dict) -> str:
 def metrics(folder: str | Path) -> Section:
     """The settings of a run, and every number of its metrics by update."""
     lines, broken = read_metrics(folder)
-    folded = ("Settings", settings_table(read_config(folder).to_dict()))
+    folded = ("Settings", made.settings_table(read_config(folder).to_dict()))
     notes = ["Not read: " + "; ".join(broken) + "."] if broken else []
-    lines = [{k: v for k, v in line.items() if _is_number(v)} for line in lines]
+    lines = [{k: v for k, v in line.items() if is_number(v)} for line in lines]
     names = sorted({k for line in lines for k in line} - {"update", "step"}, key=_importance)
     if not names:
         return Section("Training", [*notes, "No updates yet."], folded=folded)
-    figures, more = _plot("metrics by update", plots.metrics, lines, names, UNITS)
+    plot = ("metrics by update", plots.metrics, lines, names, UNITS)
     last = number(lines[-1].get("mean_entropy"), 4)
     notes.append(f"{len(lines)} updates; mean entropy in the last: {last} nats per token.")
-    return Section("Training", notes + more, [metrics_table(lines, names)], figures, folded)
+    return _section("Training", notes, [made.metrics_table(lines, names)], plot, folded=folded)
 
 
 def _importance(name: str) -> tuple[int, str]:
     """What is asked about first comes first, how long it took last."""
     place = FIRST.index(name) if name in FIRST else len(FIRST)
     return place + (name.endswith(("seconds", "second"))), name
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

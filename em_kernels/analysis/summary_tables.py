@@ -8,17 +8,14 @@ from em_kernels.analysis.tables import (
     NONE,
     Table,
     interval,
-    interval_of,
     number,
-    number_of,
+    of,
     p_value,
     percent,
-    percent_of,
     short,
     table,
     temperature,
     temperature_of,
-    text_of,
 )
 from em_kernels.evaluator.select import SIGNALS
 
@@ -50,12 +47,12 @@ def accuracy_table(summary: dict) -> Table:
     )
     columns = {
         "": temperature_of,
-        "samples": text_of("samples"),
-        "accuracy": interval_of("mean"),
+        "samples": of("samples"),
+        "accuracy": of("mean", interval),
         f"pass@{widest}": best_pass,
         f"majority@{most}": lambda t: interval(t["majority"]) if t["samples"] == most > 1 else NONE,
-        "tokens": number_of("response_length", 1),
-        "entropy (nats)": number_of("entropy", 4),
+        "tokens": of("response_length", number, digits=1),
+        "entropy (nats)": of("entropy", number, digits=4),
     }
     return table(title, columns, at)
 
@@ -63,7 +60,7 @@ def accuracy_table(summary: dict) -> Table:
 def calibration_table(summary: dict) -> Table:
     measures = {"ECE": "ece", "Brier": "brier", "AUROC": "auroc"}
     rows = [{**t, **t["calibration"]} for t in summary["temperatures"] if t["calibration"]]
-    columns = {"": temperature_of, **{head: number_of(n) for head, n in measures.items()}}
+    columns = {"": temperature_of, **{head: of(n, number) for head, n in measures.items()}}
     return table(
         "Calibration of the confidence exp(mean log-probability) of an answer", columns, rows
     )
@@ -87,20 +84,20 @@ def comparison_table(a: str, b: str, rows: Sequence[dict]) -> Table:
     title = f"A = {a}, B = {b}; difference [95 % interval], p of a paired sign-flip test"
     columns = {
         "": temperature_of,
-        "problems": text_of("problems"),
-        "A": number_of("a"),
-        "B": number_of("b"),
+        "problems": of("problems"),
+        "A": of("a", number),
+        "B": of("b", number),
         "B - A": lambda row: interval(row, "difference", sign="+"),
-        "p": lambda row: p_value(row["p_value"]),
-        "B better": text_of("better"),
-        "B worse": text_of("worse"),
+        "p": of("p_value", p_value),
+        "B better": of("better"),
+        "B worse": of("worse"),
     }
     return table(title, columns, rows)
 
 
 def selection_table(rows: Sequence[dict], by: str) -> Table:
     """The first prompts, and their signals."""
-    signals = {name.replace("_", " "): number_of(name) for name in ("accuracy", *SIGNALS)}
+    signals = {name.replace("_", " "): of(name, number) for name in ("accuracy", *SIGNALS)}
     columns = {"prompt": lambda row: short(row["problem"]), **signals}
     title = f"First by {by.replace('_', ' ')} (entropies in nats)"
     return table(title, columns, rows[:SHOWN_ROWS])
@@ -130,10 +127,10 @@ def shift_table(result: dict) -> Table:
 def types_table(result: dict) -> Table:
     columns = {
         "token": lambda row: repr(row["token"]),
-        "times": text_of("count"),
-        "a fork": text_of("forks"),
+        "times": of("count"),
+        "a fork": of("forks"),
         "share": lambda row: percent(row["forks"] / row["count"]),
-        "mean entropy (nats)": number_of("mean_entropy", 4),
+        "mean entropy (nats)": of("mean_entropy", number, digits=4),
     }
     return table("Tokens that are forks most often", columns, result["types"])
 
@@ -141,17 +138,17 @@ def types_table(result: dict) -> Table:
 def temperature_table(result: dict) -> Table:
     columns = {
         "": lambda row: f"T = {row['temperature']:g}",
-        "mean over tokens (nats)": number_of("entropy", 4),
-        "mean over texts [95 % interval]": interval_of("over_texts", 4),
+        "mean over tokens (nats)": of("entropy", number, digits=4),
+        "mean over texts [95 % interval]": of("over_texts", interval, digits=4),
     }
     return table("Entropy against temperature", columns, result["temperatures"])
 
 
 def law_table(result: dict) -> Table:
     columns = {
-        "": text_of("label"),
-        "H (nats)": number_of("entropy", 4),
-        "R": number_of("performance"),
+        "": of("label"),
+        "H (nats)": of("entropy", number, digits=4),
+        "R": of("performance", number),
     }
     title, fit = "Entropy and performance", result["fit"]
     if fit:
@@ -164,13 +161,13 @@ def law_table(result: dict) -> Table:
 
 def run_table(result: dict) -> Table:
     columns = {
-        "update": text_of("update"),
-        f"accuracy, {temperature(result['points'][0]['temperature'])}": interval_of("accuracy"),
-        "greedy": interval_of("greedy"),
-        "entropy (nats)": number_of("entropy", 4),
-        "tokens": number_of("response_length", 1),
-        "no end": percent_of("without_end"),
-        "no final answer": percent_of("without_final_answer"),
+        "update": of("update"),
+        f"accuracy, {temperature(result['points'][0]['temperature'])}": of("accuracy", interval),
+        "greedy": of("greedy", interval),
+        "entropy (nats)": of("entropy", number, digits=4),
+        "tokens": of("response_length", number, digits=1),
+        "no end": of("without_end", percent),
+        "no final answer": of("without_final_answer", percent),
         "ECE": lambda p: number(p["calibration"]["ece"]) if p["calibration"] else NONE,
         "left out": lambda p: str(p["too_long"] + p["skipped_rows"] + p["missing_answers"]),
     }

@@ -69,23 +69,9 @@ def short(text: str, length: int = 50) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-# Cells of a row that is a dict, by the name of its entry.
-
-
-def text_of(name: str) -> Cell:
-    return lambda row: str(row[name])
-
-
-def number_of(name: str, digits: int = 3) -> Cell:
-    return lambda row: number(row[name], digits)
-
-
-def percent_of(name: str) -> Cell:
-    return lambda row: percent(row[name])
-
-
-def interval_of(name: str, digits: int = 3) -> Cell:
-    return lambda row: interval(row[name], digits=digits)
+def of(name: str, show: Callable[..., str] = str, **options) -> Cell:
+    """What `show` makes of the entry `name` of a row."""
+    return lambda row: show(row[name], **options)
 
 
 def temperature_of(row: Mapping) -> str:

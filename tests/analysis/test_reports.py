@@ -18,14 +18,7 @@ from em_kernels.analysis.metrics import read_metrics
 from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured, page
 from em_kernels.analysis.report import write_report
 from em_kernels.analysis.run_curve import follow, models_of_run
-from em_kernels.analysis.tables import (
-    Table,
-    interval,
-    number_of,
-    percent_of,
-    table,
-    text_of,
-)
+from em_kernels.analysis.tables import Table, interval, number, of, percent, table
 from em_kernels.evaluator import EvalConfig, Records, run_eval
 from em_kernels.trainer import TrainConfig
 from em_kernels.trainer.checkpoint import write_config
@@ -226,7 +219,7 @@ def test_tables():
 
 
 def test_rows_become_the_cells_of_columns():
-    columns = {"": text_of("name"), "share": percent_of("x"), "x": number_of("x", 1)}
+    columns = {"": of("name"), "share": of("x", percent), "x": of("x", number, digits=1)}
     rows = [{"name": "a", "x": 0.25}, {"name": "b", "x": None}]
     made = table("t", columns, rows)
     assert made == Table("t", ["", "share", "x"], [["a", "25.0%", "0.2"], ["b", "–", "–"]])
