@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from em_kernels.analysis import sections
 from em_kernels.analysis.page import Section, page
-from em_kernels.evaluator.records import SETTINGS, UTF8, EvalError, write_json
+from em_kernels.evaluator.records import SETTINGS, EvalError, write_json, write_text
 from em_kernels.evaluator.summary import summarise
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
@@ -56,11 +56,8 @@ def write_report(folder: str | Path) -> Report:
         raise EvalError(f"{folder} holds no run, no evaluation and no analysis")
     for name, section in found.items():
         _write_plots(folder, name, section)
-    path = folder / REPORT
-    aside = path.with_name(f"{REPORT}.new")
-    aside.write_text(page(_title(folder), list(found.values())), **UTF8)
-    aside.replace(path)
-    return Report(path, found)
+    write_text(folder / REPORT, page(_title(folder), list(found.values())))
+    return Report(folder / REPORT, found)
 
 
 def _title(folder: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from em_kernels.backends.interface import MaybeNone
 from em_kernels.evaluator.asking import Asked, Plan, ask_all, default_batch_size
-from em_kernels.evaluator.records import Answer, by_problem, share_correct, write_json
+from em_kernels.evaluator.records import Answer, by_problem, write_json
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
@@ -108,8 +108,7 @@ def evaluate(
     started = time.perf_counter()
     asked = Asked(model, tokenizer, judge)
     batches = ask_all(asked, plan, pairs, prompts, seed, progress=progress)
-    records = (record for batch in batches for record in batch)
-    found = by_problem(records, lambda answer: answer)
+    found = by_problem((record.key, record.answer) for batch in batches for record in batch)
     drawn, likeliest = found.get(temperature, {}), found.get(0.0, {})
     answers = [a for by in found.values() for of_problem in by.values() for a in of_problem]
     return EvalResult(
@@ -131,7 +130,7 @@ def evaluate(
 
 def _accuracy(by_problem: dict[int, list[Answer]]) -> tuple[float | None, float | None]:
     """The mean over problems, None without any, and its standard error, None below two."""
-    values = [share_correct(answers) for answers in by_problem.values()]
+    values = [statistics.fmean(a.correct for a in answers) for answers in by_problem.values()]
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values) if values else None, error
 

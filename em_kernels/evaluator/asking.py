@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from em_kernels.evaluator.records import Answer, Key, Record
 from em_kernels.lm.adapters import adapter_settings, is_adapted
@@ -103,9 +102,6 @@ class Plan(NamedTuple):
         """How many there will be."""
         return problems * sum(map(self.times, self.temperatures))
 
-    def sampling(self, temperature: float) -> Sampling:
-        return Sampling(temperature, self.top_p, max_new_tokens=self.max_new_tokens)
-
     def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Key]]:
         """The keys of the answers of each batch.
 
@@ -150,7 +146,7 @@ def ask_all(
             askable = [key for key in keys if key[0] not in too_long]
             rights = [problems[i].answer for i, *_ in askable]
             seeds = [seed_of(seed, i, round(t * 1e6), s) for i, t, s in askable]
-            sampling = plan.sampling(keys[0][1])
+            sampling = Sampling(keys[0][1], plan.top_p, max_new_tokens=plan.max_new_tokens)
             found = iter(asked.ask([prompts[i] for i, *_ in askable], rights, sampling, seeds))
             records = [Record(*k, NOT_ASKED if k[0] in too_long else next(found)) for k in keys]
             new = [record for record in records if record.key not in done]
@@ -162,22 +158,13 @@ def ask_all(
 def sequence_signals(model, head: Head, rollout: Rollout) -> list[tuple[float, float]]:
     """(mean entropy in nats, sum of log-probabilities) of each answer's tokens, at T = 1."""
     rows = max(1, _SIGNAL_TOKENS // rollout.input_ids.shape[1])
-    parts = zip(
-        rollout.input_ids.split(rows),
-        rollout.attention_mask.split(rows),
-        aligned_mask(rollout).split(rows),
-    )
+    tensors = rollout.input_ids, rollout.attention_mask, aligned_mask(rollout)
+    found: list[tuple[float, float]] = []
     with eval_mode(model):
-        return [pair for part in parts for pair in _signals(model, head, *part)]
-
-
-def _signals(model, head: Head, ids: Tensor, attention: Tensor, mask: Tensor):
-    stats = linear_softmax_stats(
-        hidden_states(model, ids, attention),
-        head.weight,
-        ids.roll(-1, 1),
-        mask=mask,
-        **head.arguments,
-    )
-    entropy = stats.entropy.sum(1) / mask.sum(1).clamp(min=1)
-    return zip(entropy.tolist(), stats.logprob.sum(1).tolist())
+        for ids, attention, mask in zip(*(tensor.split(rows) for tensor in tensors)):
+            hidden, targets = hidden_states(model, ids, attention), ids.roll(-1, 1)
+            options = {"mask": mask, **head.arguments}
+            stats = linear_softmax_stats(hidden, head.weight, targets, **options)
+            entropy = stats.entropy.sum(1) / mask.sum(1).clamp(min=1)
+            found += zip(entropy.tolist(), stats.logprob.sum(1).tolist())
+    return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from em_kernels.lm.data import PLACE
 
+Kept = TypeVar("Kept")
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
 VERSION = 2  # of eval.json
 UTF8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -49,12 +50,16 @@ def _bring_up_to_date(settings: dict) -> None:
         problem["answer"] = problem["answer"] or None
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), **UTF8)
+    aside.write_text(text, **UTF8)
     aside.replace(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -124,35 +129,14 @@ class Records:
                 yield Record(**{**value, "answer": Answer(**value["answer"])})
 
 
-class Judged(Protocol):
-    """An answer, whole or in short."""
-
-    @property
-    def correct(self) -> bool: ...
-
-
-Kept = TypeVar("Kept", bound=Judged)
-
-
-def by_problem(
-    records: Iterable[Record], keep: Callable[[Answer], Kept]
-) -> dict[float, dict[int, list[Kept]]]:
-    """temperature -> problem -> what `keep` leaves of its answers, by their sample numbers."""
-    found: dict[float, dict[int, dict[int, Kept]]] = {}
-    for record in records:
-        of_problem = found.setdefault(record.temperature, {}).setdefault(record.problem, {})
-        of_problem[record.sample] = keep(record.answer)
-    return {
-        temperature: {
-            i: [answers[s] for s in sorted(answers)] for i, answers in sorted(problems.items())
-        }
-        for temperature, problems in sorted(found.items())
-    }
-
-
-def share_correct(answers: Sequence[Judged]) -> float:
-    """The accuracy on one problem."""
-    return sum(answer.correct for answer in answers) / len(answers)
+def by_problem(records: Iterable[tuple[Key, Kept]]) -> dict[float, dict[int, list[Kept]]]:
+    """temperature -> problem -> the answers to it, all in order; of one key, the last."""
+    last = dict(records)
+    found: dict[float, dict[int, list[Kept]]] = {}
+    for key in sorted(last, key=lambda key: (key[1], key[0], key[2])):
+        problem, temperature, _ = key
+        found.setdefault(temperature, {}).setdefault(problem, []).append(last[key])
+    return found
 
 
 def repair_lines(path: Path) -> None:

@@ -8,7 +8,6 @@ answer is drawn from its own seed, so they are those of an uninterrupted one.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from em_kernels.lm.settings import (
     check_settings,
     documented,
     fraction,
+    not_negative,
     path_text,
     setting,
 )
@@ -71,10 +71,7 @@ def _temperatures(name: str, values) -> tuple[float, ...]:
     values = tuple(float(v) for v in ([values] if isinstance(values, (int, float)) else values))
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name} must be different numbers, got {values}")
-    for value in values:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"temperature must be 0 or more and finite, got {value!r}")
-    return values
+    return tuple(not_negative("temperature", value) for value in values)
 
 
 @documented
@@ -153,11 +150,7 @@ class EvalConfig:
     @property
     def plan(self) -> Plan:
         """Of a filled config."""
-        assert self.temperatures and self.samples and self.top_p
-        assert self.max_new_tokens and self.batch_size
-        return Plan(
-            self.temperatures, self.samples, self.top_p, self.max_new_tokens, self.batch_size
-        )
+        return Plan._make(getattr(self, name) for name in Plan._fields)
 
     def filled(self, batch_size: int) -> EvalConfig:
         """With what was left open taken from the source and the model, and the judge by name."""
@@ -184,7 +177,7 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
     """
     require_scipy()
     loaded = load_problems(config.source, config.limit)
-    judge = make_judge(config.judge) if config.labelled else _nothing_is_right
+    judge = make_judge(config.judge) if config.labelled else lambda response, answer: False
     if model is None:
         model, tokenizer = load_model(config.model, config.device, getattr(torch, config.dtype))
     config = config.filled(config.batch_size or default_batch_size(model))
@@ -209,10 +202,6 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
     summary = summarise(folder)
     write_json(folder / SUMMARY, summary)
     return summary
-
-
-def _nothing_is_right(response: str, answer: str) -> bool:
-    return False
 
 
 def _head(model, prompts: list[list[int]]) -> Head | None:

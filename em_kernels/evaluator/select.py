@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from em_kernels.evaluator.records import UTF8, EvalError, read_settings, share_correct
-from em_kernels.evaluator.summary import AnswerSummary, clusters_of, read_answers
+from em_kernels.evaluator.records import EvalError, read_settings, write_text
+from em_kernels.evaluator.summary import AnswerSummary, clusters_of, read_answers, share_correct
 from em_kernels.lm.data import fill_template
 from em_kernels.lm.judge.clusters import semantic_entropy, vote_margin
 from em_kernels.lm.judge.judges import Judge, make_judge
+from em_kernels.lm.settings import check_choice, check_int
 
 SIGNALS = {"variance": -1, "entropy": -1, "semantic_entropy": -1, "margin": 1}
 """Signal -> the sign that sorts the most uncertain prompt first."""
@@ -41,8 +42,7 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025): selection by variance of accuracy.
     """
-    if by not in SIGNALS:
-        raise ValueError(f"by must be one of {tuple(SIGNALS)}, got {by!r}")
+    check_choice("by", by, tuple(SIGNALS))
     check_top(top)
     settings = read_settings(folder)
     drawn = [t for t in settings["config"]["temperatures"] if t > 0]
@@ -58,34 +58,27 @@ def rank_prompts(folder: str | Path, by: str = "variance", top: int | None = Non
 
 
 def check_top(top: int | None) -> None:
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, got {top}")
+    if top is not None:
+        check_int("top", top, 1)
 
 
 def _row(settings: dict, i: int, answers: list[AnswerSummary], judge: Judge) -> dict:
     problem, config = settings["problems"][i], settings["config"]
     accuracy = share_correct(answers) if config["labelled"] else None
     votes = clusters_of(answers, judge)
+    known = [answer.entropy for answer in answers if answer.entropy is not None]
     return {
         "prompt": fill_template(config["template"], problem["problem"]),
         **problem,
         "samples": len(answers),
         "accuracy": accuracy,
         "variance": None if accuracy is None else accuracy * (1 - accuracy),
-        "entropy": _mean([a.entropy for a in answers]),
+        "entropy": sum(known) / len(known) if len(known) == len(answers) else None,
         "semantic_entropy": semantic_entropy(votes),
         "margin": vote_margin(votes),
     }
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(values) if len(known) == len(values) else None
-
-
 def write_prompts(rows: list[dict], path: str | Path) -> None:
     """As JSON lines that `em-kernels train --prompts` takes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, **UTF8)
+    write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -225,8 +225,7 @@ def auroc(score: Sequence[float] | ndarray, correct: Sequence[bool] | ndarray) -
     right, wrong = x[y], x[~y]
     if not len(right) or not len(wrong):
         return None
-    ranks = require_scipy().rankdata(np.concatenate([right, wrong]))
-    above = ranks[: len(right)].sum() - len(right) * (len(right) + 1) / 2
+    above = require_scipy().mannwhitneyu(right, wrong, method="asymptotic").statistic
     return float(above / (len(right) * len(wrong)))
 
 

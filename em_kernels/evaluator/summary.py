@@ -13,7 +13,6 @@ from em_kernels.evaluator.records import (
     Records,
     by_problem,
     read_settings,
-    share_correct,
 )
 from em_kernels.evaluator.statistics import (
     bootstrap,
@@ -50,7 +49,13 @@ class AnswerSummary(NamedTuple):
 
 def read_answers(folder: str | Path) -> dict[float, dict[int, list[AnswerSummary]]]:
     """temperature -> problem -> answers in the order of their sample numbers."""
-    return by_problem(Records(Path(folder) / RECORDS), AnswerSummary.of)
+    records = Records(Path(folder) / RECORDS)
+    return by_problem((record.key, AnswerSummary.of(record.answer)) for record in records)
+
+
+def share_correct(answers: Iterable[AnswerSummary]) -> float:
+    """The accuracy on one problem."""
+    return statistics.fmean(answer.correct for answer in answers)
 
 
 def clusters_of(answers: list[AnswerSummary], judge: Judge) -> list[int | None]:
