@@ -168,7 +168,7 @@ def _loss_of_hidden(
 
 def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> None:
     for result, value in zip(results, values, strict=True):
-        result[rows] = value
+        result[rows] = value.to(result)  # float32 of float64 operands, where that is asked for
 
 
 def _chunks(

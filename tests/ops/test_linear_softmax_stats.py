@@ -169,6 +169,20 @@ def test_logits_dtype_float32_keeps_the_product_unrounded(impl, device):
     assert errors[torch.float32] < 1e-6 < 1e-4 < errors[torch.bfloat16]
 
 
+@EACH_IMPL
+def test_float32_logits_of_float64_operands(impl, device):
+    """Less exact than the operands are, where it is asked for, with rows left out too."""
+    inputs = make_inputs(8, dtype=torch.float64, device=device)
+    upstream = random_upstream(8, dtype=torch.float64, device=device)
+    mask, _ = left_out(inputs)
+    settings = {"impl": impl, "logits_dtype": torch.float32}
+    whole, _ = ours(inputs, upstream, **settings)
+    stats, (grad_hidden, _) = ours(inputs, upstream, mask=mask, **settings)
+    assert stats.logprob.dtype == grad_hidden.dtype == torch.float64
+    assert error(stats.logprob[mask], whole.logprob[mask]) < 5e-6
+    assert not stats.logprob[~mask].any() and not grad_hidden[~mask].any()
+
+
 # What is left out costs nothing
 
 
