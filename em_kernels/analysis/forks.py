@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from em_kernels.analysis.tokens import TokenFile, TokenStats
+from em_kernels.lm.settings import fraction
 
 SHOWN_TYPES, SHOWN_TEXTS, SHOWN_TOKENS = 30, 6, 400
 BINS = 50
@@ -33,8 +34,7 @@ def forks(file: TokenFile, tokenizer, *, ratio: float = 0.2) -> dict:
     Source: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
     Reinforcement Learning for LLM Reasoning" (2025), arXiv:2506.01939.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")
+    fraction("ratio", ratio)
     read = [np.asarray(s.entropy, dtype=np.float32) for s in file]
     entropy = np.concatenate([np.empty(0, dtype=np.float32), *read])
     fine = entropy[np.isfinite(entropy)].astype(np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,11 +81,7 @@ def _template() -> Template:
 
 def coloured(pieces: Sequence[str], values: Sequence[float], top: float) -> list[Piece]:
     """Pieces of a text, white at 0 nats and orange at `top` and above; NaN is white."""
-    return [
-        Piece(piece, _shade(value, top), f"{value:.4f} nats")
-        for piece, value in zip(pieces, values)
-    ]
-
-
-def _shade(value: float, top: float) -> float:
-    return min(max(value / top, 0.0), 1.0) if top > 0 and not math.isnan(value) else 0.0
+    # Of 0 and NaN, max gives the first.
+    shades = [min(max(0.0, value / top), 1.0) if top > 0 else 0.0 for value in values]
+    tips = [f"{value:.4f} nats" for value in values]
+    return list(map(Piece, pieces, shades, tips))

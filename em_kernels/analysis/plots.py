@@ -88,7 +88,7 @@ def _of_many(at: dict, name: str) -> tuple[int, dict]:
     """(k, interval) of majority@k over all samples, or of the largest pass@k."""
     if name == "majority":
         return at["samples"], at["majority"]
-    return max(((int(k), found) for k, found in at["pass"].items()), key=lambda pair: pair[0])
+    return max(at["pass"].items())
 
 
 def reliability(figure, summary: dict) -> None:

@@ -13,6 +13,7 @@ from em_kernels.lm.models import list_checkpoints
 from em_kernels.trainer.checkpoint import read_config
 
 EVALUATIONS = "evaluations"
+MEASURED = ("entropy", "response_length", "without_end", "without_final_answer", "calibration")
 
 
 def models_of_run(run: str | Path) -> list[tuple[int, str]]:
@@ -97,11 +98,7 @@ def _point(run: str | Path, update: int) -> dict:
         "temperature": chosen["temperature"],
         "accuracy": chosen["mean"],
         "greedy": greedy and greedy["mean"],
-        "entropy": chosen["entropy"],
-        "response_length": chosen["response_length"],
-        "without_end": chosen["without_end"],
-        "without_final_answer": chosen["without_final_answer"],
-        "calibration": chosen["calibration"],
+        **{name: chosen[name] for name in MEASURED},
         "too_long": len(summary["too_long"]),
         "skipped_rows": len(summary["skipped_rows"]),
         "missing_answers": summary["missing_answers"],

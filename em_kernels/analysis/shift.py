@@ -29,10 +29,11 @@ def logits_shift(before: TokenFile, after: TokenFile | None = None) -> dict:
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025), the analysis of logits.
     """
-    models = [_moments(file) for file in ([before] if after is None else [before, after])]
+    models = [_moments(before)]
     if after is not None:
+        models.append(_moments(after))
         _check_same(before, after)
-    edges = _edges([m["skews"] for m in models])
+    edges = np.histogram_bin_edges(np.concatenate([m["skews"] for m in models]), BINS)
     histograms = [np.histogram(m.pop("skews"), edges)[0].tolist() for m in models]
     names = ("mean", "variance", "skewness", "compat")
     change = {name: models[-1][name] - models[0][name] for name in names}
@@ -46,9 +47,9 @@ def logits_shift(before: TokenFile, after: TokenFile | None = None) -> dict:
 
 
 def _moments(file: TokenFile) -> dict:
-    mean, variance, skewness = _columns(file)
-    fine = np.isfinite(mean) & np.isfinite(variance) & np.isfinite(skewness)
-    mean, variance, skewness = mean[fine], variance[fine], skewness[fine]
+    moments = _columns(file)
+    fine = np.isfinite(moments).all(axis=0)
+    mean, variance, skewness = moments[:, fine]
     if not len(mean):
         raise ValueError(f"{file.path} has no token with finite moments of its logits")
     pooled = pooled_moments(mean, variance, skewness)
@@ -83,13 +84,10 @@ def pooled_moments(
     return float(centre), float(total), float(third / total**1.5) if total > 0 else 0.0
 
 
-def _columns(file: Iterable[TokenStats]) -> list[np.ndarray]:
-    """Three numbers a token: all that is kept in memory."""
-    parts: list[list[np.ndarray]] = [[], [], []]
-    for stats in file:
-        for part, values in zip(parts, (stats.logit_mean, stats.logit_var, stats.logit_skew)):
-            part.append(np.asarray(values, dtype=np.float64))
-    return [np.concatenate(part or [np.empty(0)]) for part in parts]
+def _columns(file: Iterable[TokenStats]) -> np.ndarray:
+    """(3, tokens), float64: all that is kept in memory."""
+    parts = [np.array([s.logit_mean, s.logit_var, s.logit_skew], dtype=np.float64) for s in file]
+    return np.concatenate([np.empty((3, 0)), *parts], axis=1)
 
 
 def _check_same(before: TokenFile, after: TokenFile) -> None:
@@ -99,8 +97,3 @@ def _check_same(before: TokenFile, after: TokenFile) -> None:
             f"{before.path} and {after.path} must be of the same tokens: {len(first)} and "
             f"{len(second)} texts, {sum(first[k] == second.get(k) for k in first)} of them the same"
         )
-
-
-def _edges(skews: list[np.ndarray]) -> np.ndarray:
-    low, high = min(s.min() for s in skews), max(s.max() for s in skews)
-    return np.linspace(low, high if high > low else low + 1, BINS + 1)

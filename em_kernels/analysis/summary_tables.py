@@ -34,13 +34,8 @@ def eval_tables(summary: dict) -> list[Table]:
 
 def accuracy_table(summary: dict) -> Table:
     at = summary["temperatures"]
-    widest = max((max(map(int, t["pass"])) for t in at), default=1)
+    widest = max((max(t["pass"]) for t in at), default=1)
     most = max((t["samples"] for t in at), default=1)
-
-    def best_pass(row: dict) -> str:
-        found = {int(k): interval(one) for k, one in row["pass"].items() if int(k) > 1}
-        return found.get(widest, NONE)
-
     title = (
         f"{summary['model']}: {summary['problems']} problems of {summary['source']}, "
         f"judged by {summary['judge']}; mean [95 % interval]"
@@ -49,7 +44,7 @@ def accuracy_table(summary: dict) -> Table:
         "": temperature_of,
         "samples": of("samples"),
         "accuracy": of("mean", interval),
-        f"pass@{widest}": best_pass,
+        f"pass@{widest}": lambda t: interval(t["pass"].get(widest)) if widest > 1 else NONE,
         f"majority@{most}": lambda t: interval(t["majority"]) if t["samples"] == most > 1 else NONE,
         "tokens": of("response_length", number, digits=1),
         "entropy (nats)": of("entropy", number, digits=4),

@@ -16,17 +16,14 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def text(self) -> str:
-        lines = [list(map(str, line)) for line in (self.head, *self.rows)]
+        lines = (self.head, *self.rows)
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join([self.title, *(_line(line, widths) for line in lines)])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.rjust(width) if i else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths))
-    )
-    return "  " + "  ".join([first, *others]).rstrip()
+    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])]
+    return "  " + "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
 
 
 Cell = Callable[[Any], str]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from em_kernels.analysis.tables import temperature
 from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
 from em_kernels.lm.data import encode_prompt, fill_template, json_rows, not_unicode
+from em_kernels.lm.settings import check_int
 
 
 class Text(NamedTuple):
@@ -49,8 +50,8 @@ class Texts:
         limit: int | None = None,
         drawn_at: float | None = None,
     ):
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {limit}")
+        if limit is not None:
+            check_int("limit", limit, 1)
         self.source, self.tokenizer = Path(source), tokenizer
         self.longest, self.limit, self.drawn_at = longest, limit, drawn_at
         self.left_out: Counter[str] = Counter()

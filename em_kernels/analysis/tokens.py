@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from em_kernels.analysis.texts import Text, Texts
 from em_kernels.evaluator.asking import weights_digest
@@ -20,6 +21,7 @@ from em_kernels.evaluator.records import repair_lines
 from em_kernels.lm.heads import Head, read_head
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.settings import positive
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 OUTPUTS = ("logprob", "entropy", "logit_mean", "logit_var", "logit_skew")
@@ -93,16 +95,16 @@ def read_tokens(
         ValueError: a bad temperature, or texts of which none can be read.
     """
     for temperature in temperatures:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
+        positive("temperatures", temperature)
     head = read_head(model)
-    described: dict[str, object] = {
+    described = {
         "model": name,
         "source": str(texts.source),
         "limit": texts.limit,
+        "drawn_at": texts.drawn_at,
+        "weights": weights_digest(model),
+        "temperatures": [float(t) for t in temperatures],
     }
-    described |= {"drawn_at": texts.drawn_at, "weights": weights_digest(model)}
-    described["temperatures"] = [float(t) for t in temperatures]
     path = Path(path)
     done = _begin(path, described, texts)
     with eval_mode(model):
@@ -180,16 +182,12 @@ def _entropy(hidden: Tensor, head: Head, temperature: float) -> Tensor:
 
 def _padded(batch: list[Text], device) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, attention, which positions predict a token of an answer), all (B, T)."""
-    width = max(len(t.prompt) + len(t.answer) for t in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    attention = torch.zeros(len(batch), width, dtype=torch.bool)
-    predicts = torch.zeros(len(batch), width, dtype=torch.bool)
-    for row, text in enumerate(batch):
-        end = len(text.prompt) + len(text.answer)
-        ids[row, :end] = torch.tensor(text.prompt + text.answer)
-        attention[row, :end] = True
-        predicts[row, max(len(text.prompt) - 1, 0) : end - 1] = True
-    return ids.to(device), attention.to(device), predicts.to(device)
+    rows = [torch.tensor(text.prompt + text.answer, device=device) for text in batch]
+    ids = pad_sequence(rows, batch_first=True)
+    ends = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    starts = torch.tensor([max(len(text.prompt) - 1, 0) for text in batch], device=device)[:, None]
+    at = torch.arange(ids.shape[1], device=device)
+    return ids, at < ends, (at >= starts) & (at < ends - 1)
 
 
 def _stats(text: Text, ids: Tensor, columns: tuple[Tensor, ...]) -> TokenStats:

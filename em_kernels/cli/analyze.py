@@ -15,12 +15,11 @@ from em_kernels.analysis.temperature import entropy_at_temperatures
 from em_kernels.analysis.texts import Texts
 from em_kernels.analysis.tokens import TokenFile, read_tokens
 from em_kernels.cli.options import (
-    GO_ON,
     AddCommon,
     add_asking,
+    add_quiet,
     asking,
     quiet_transformers,
-    temperatures_of,
 )
 from em_kernels.evaluator.asking import longest_prompt
 from em_kernels.evaluator.records import SETTINGS, read_settings
@@ -66,7 +65,7 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
     add_flags(parser, EvalConfig, only=MODEL, defaults=MODEL)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
     add_common(parser, _tokens)
 
 
@@ -76,7 +75,6 @@ def _tokens(arguments: argparse.Namespace) -> int:
     from em_kernels.analysis.shift import logits_shift
 
     quiet_transformers()
-    arguments.go_on = GO_ON
     is_evaluation = (Path(arguments.source) / SETTINGS).is_file()
     output, model = arguments.output, arguments.model
     if is_evaluation:
@@ -125,20 +123,17 @@ def _add_run(kinds, add_common: AddCommon) -> None:
         "entropy by update, over-confidence, and the fit R = -a exp(H) + b.",
     )
     parser.add_argument("run", help="folder of the run; evaluations go into it")
-    parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
     add_asking(parser, without=["model"])
     add_common(parser, _run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     quiet_transformers()
-    arguments.go_on = GO_ON
-    temperatures = temperatures_of(arguments)
 
     def evaluate(model: str, folder: Path) -> dict:
         if not arguments.quiet:
             print(f"{folder.name}: {model}", flush=True)
-        config = asking(arguments, model=model, output=folder, temperatures=temperatures)
+        config = asking(arguments, model=model, output=folder)
         return run_eval(config, progress=not arguments.quiet)
 
     return _done(arguments.run, {"run": evaluate_run(arguments.run, evaluate)})

@@ -16,14 +16,7 @@ from em_kernels.analysis.summary_tables import (
     selection_table,
 )
 from em_kernels.cli.analyze import add_analyze
-from em_kernels.cli.options import (
-    GO_ON,
-    AddCommon,
-    add_asking,
-    asking,
-    quiet_transformers,
-    temperatures_of,
-)
+from em_kernels.cli.options import AddCommon, add_asking, asking, quiet_transformers
 from em_kernels.evaluator.records import RECORDS, EvalError, Records, write_json
 from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
@@ -47,7 +40,6 @@ def _add_eval(commands, add_common: AddCommon) -> None:
         "intervals over problems.",
     )
     parser.add_argument("--output", metavar="DIR", help="keep the answers here; goes on if stopped")
-    parser.add_argument("--no-greedy", action="store_true", help="leave out greedy accuracy")
     parser.add_argument("--json", metavar="FILE", help="write the result and every answer here")
     add_asking(parser)
     add_common(parser, _eval)
@@ -55,11 +47,11 @@ def _add_eval(commands, add_common: AddCommon) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     quiet_transformers()
-    arguments.go_on = GO_ON if arguments.output else ""
-    temperatures = temperatures_of(arguments)
+    if not arguments.output:
+        arguments.go_on = ""
     with tempfile.TemporaryDirectory() as passing:
         output = arguments.output or f"{passing}/eval"
-        config = asking(arguments, output=output, temperatures=temperatures)
+        config = asking(arguments, output=output)
         started = time.perf_counter()
         summary = run_eval(config, progress=not arguments.quiet)
         seconds = time.perf_counter() - started
@@ -125,7 +117,6 @@ def _select(arguments: argparse.Namespace) -> int:
         raise EvalError("--temperature must be above 0: greedy answers do not vary")
     check_top(arguments.top)
     quiet_transformers()
-    arguments.go_on = GO_ON
     path = Path(arguments.output)
     config = asking(
         arguments,

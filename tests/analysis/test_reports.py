@@ -146,6 +146,23 @@ def test_the_report_of_a_run_that_nothing_was_asked_of(tmp_path):
     assert "reward" in read_page(tmp_path).text
 
 
+def test_a_metric_that_is_not_finite_is_left_out(tmp_path):
+    write_config(tmp_path, TrainConfig(model="m", prompts="a"))
+    write_rows(tmp_path / "metrics.jsonl", [{"update": 1, "loss": math.inf, "reward": 0.25}])
+    write_report(tmp_path)
+    page = read_page(tmp_path)
+    assert len(page.loaded) == 1 and "reward" in page.text
+
+
+def test_plots_leave_the_backend_of_the_caller_alone(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
+    write_config(tmp_path, TrainConfig(model="m", prompts="a"))
+    write_rows(tmp_path / "metrics.jsonl", [{"update": 1, "loss": 2.5}])
+    write_report(tmp_path)
+    assert len(read_page(tmp_path).loaded) == 1 and matplotlib.get_backend() == "svg"
+
+
 def test_the_report_of_an_evaluation_escapes_and_counts(tmp_path):
     model = save_bigrams(tmp_path / "model", {"a": {"1": 0.5, "d": 0.5}})
     hostile = "<script>alert('&')</script>"
