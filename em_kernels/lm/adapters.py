@@ -9,7 +9,6 @@ A checkpoint of one holds the adapter that is active, not the weights below it:
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from em_kernels.lm.fingerprint import digest, is_packed
 from em_kernels.lm.heads import ModelError, causal_lm
+from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line
 
 ADAPTER_FILE = "adapter_config.json"
@@ -38,12 +38,7 @@ _SAME_ADAPTER = {  # settings that may differ between an adapter and its checkpo
 
 def require_peft() -> ModuleType:
     """The peft package, or how to get it."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ImportError(
-            f"peft cannot be imported ({error}); `pip install em-kernels[peft]`"
-        ) from error
+    return require("peft", "em-kernels[peft]")
 
 
 def is_adapted(model) -> bool:

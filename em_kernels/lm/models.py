@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from em_kernels.lm.adapters import ADAPTER_FILE, attach_adapter, base_name, has_
 from em_kernels.lm.head_call import check_head, head_input
 from em_kernels.lm.heads import Head, ModelError, causal_lm
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line
 
 DTYPES = ("float32", "bfloat16")  # that a model may be asked to compute in
@@ -23,12 +23,7 @@ SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrot
 
 def require_transformers() -> ModuleType:
     """The transformers package, or how to get it."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise ImportError(
-            f"transformers cannot be imported ({error}); `pip install em-kernels[train]`"
-        ) from error
+    transformers = require("transformers", "em-kernels[train]")
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ImportError(f"transformers must be 5.0 or newer, got {transformers.__version__}")
     return transformers
@@ -116,7 +111,18 @@ def load_architecture(folder: Path, device: str = "auto") -> tuple:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[len("checkpoint-") :].isdecimal()]
-    return sorted(filter(_holds_model, found), key=lambda p: int(p.name[len("checkpoint-") :]))
+    return sorted(filter(_holds_model, found), key=updates_of)
+
+
+def updates_of(checkpoint: Path) -> int:
+    """The updates behind it, which its name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def weights_in_parts(checkpoint: Path) -> bool:
+    """The checkpoint has its weights in the parts alone."""
+    published = any(checkpoint.glob("*.safetensors")) or has_adapter(checkpoint)
+    return (checkpoint / SHARDS).is_dir() and not published
 
 
 def _holds_model(folder: Path) -> bool:
@@ -204,7 +210,7 @@ def _check_path(name: str) -> None:
             newest = newest_checkpoint(path)
             hint = f"; did you mean {newest}?" if newest else ""
             raise ModelError(f"no model in the folder {name}: it has no config.json{hint}")
-        if (path / SHARDS).is_dir() and not any(path.glob("*.safetensors")):
+        if weights_in_parts(path):
             raise ModelError(f"{name} is in parts: `em-kernels merge {name}` makes a model of them")
     elif path.exists():
         raise ModelError(f"a model is a folder, got the file {name}")

@@ -6,15 +6,15 @@ import importlib
 from types import ModuleType
 
 
-def require(package: str, install: str) -> ModuleType:
+def require(package: str, install: str, instead: str = "") -> ModuleType:
     """The package.
 
     Raises:
-        ImportError: it cannot be imported; says why, and that `pip install INSTALL` brings it.
+        ImportError: it cannot be imported; says why, that `pip install INSTALL` brings it, and what
+            does `instead`.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f"{package} cannot be imported ({error}); `pip install {install}`"
-        ) from error
+        remedy = f"`pip install {install}`" + (f", or {instead}" if instead else "")
+        raise ImportError(f"{package} cannot be imported ({error}); {remedy}") from error

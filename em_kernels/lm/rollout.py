@@ -125,7 +125,8 @@ def sample(
         return model.generate(generation_config=settings, **options)[:, ids.shape[1] :].cpu()
 
     def draw(rows: list[int]) -> list[Tensor]:
-        return [generate(part) for part in _cut(rows, -(-batch // ranks.size))]
+        size = -(-batch // ranks.size)
+        return [generate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     with eval_mode(model), _checkpoint_settings_put_aside(model):
         answers = ranks.share(range(len(prompts)), draw)
@@ -150,10 +151,6 @@ class SeededDraw:
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return probability / noise
-
-
-def _cut(rows: list[int], size: int) -> list[list[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:

@@ -70,31 +70,26 @@ def token_loss(
     model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...] = ("entropy",)
 ) -> TokenLoss:
     """sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1), and detached statistics."""
-    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
-    return linear_token_loss(
-        hidden,
-        head.weight,
-        part.input_ids.roll(-1, 1),
-        entropy_weight=part.entropy_weight,
-        logprob_weight=part.logprob_weight,
-        outputs=outputs,
-        temperature=temperature,
-        mask=part.loss_mask,
-        **head.arguments,
-    )
+    weights = dict(entropy_weight=part.entropy_weight, logprob_weight=part.logprob_weight)
+    return _of_tokens(linear_token_loss, model, head, part, temperature, outputs, **weights)
 
 
 def token_stats(
     model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...]
 ) -> TokenStats:
     """The statistics of the tokens that count, (B, T) each, with gradient where there is one."""
+    return _of_tokens(linear_softmax_stats, model, head, part, temperature, outputs)
+
+
+def _of_tokens(function, model, head: Head, part: Tokens, temperature, outputs, **weights) -> Any:
     hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
-    return linear_softmax_stats(
+    return function(
         hidden,
         head.weight,
         part.input_ids.roll(-1, 1),
         outputs=outputs,
         temperature=temperature,
         mask=part.loss_mask,
+        **weights,
         **head.arguments,
     )

@@ -27,17 +27,13 @@ from em_kernels.lm.models import (
     load_architecture,
     load_model,
     newest_checkpoint,
+    weights_in_parts,
 )
 from em_kernels.lm.ranks import RankError, Ranks
 from em_kernels.lm.text import one_line
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
-from em_kernels.trainer.state import (
-    CheckpointError,
-    cause,
-    load_weights_from_parts,
-    weights_in_parts,
-)
+from em_kernels.trainer.state import CheckpointError, cause, load_weights_from_parts
 
 CONFIG_FILE = "train_config.json"
 ADAPTER_NOTE = "adapter.json"
@@ -94,11 +90,6 @@ def write_published(model, tokenizer, folder: Path, merged: bool) -> None:
     write_model(model, folder, merged)
     for place in [folder, folder / MERGED] if merged else [folder]:
         tokenizer.save_pretrained(place)
-
-
-def updates_of(checkpoint: Path) -> int:
-    """The updates behind it, which its name says."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
 from em_kernels.trainer.rewards import Answers, describe, text_reward
-from em_kernels.trainer.rl_config import MODEL_REWARDS, RLConfig
+from em_kernels.trainer.rl_config import TEXT_REWARDS, RLConfig
 from em_kernels.trainer.run import Run
 
 
@@ -73,26 +74,34 @@ def collect(run: Run, order: ProblemOrder, objective: str, update: int) -> Colle
     `sampling_rounds` rounds; there may then be fewer answers.
     """
     config, lines = order.config, run.metrics.lines
+    dynamic = objective == "grpo++"
     asked = max((line.get("problems_asked", 0) for line in lines), default=0)
-    missing = config.responses // config.group_size
+    missing, drawn = config.responses // config.group_size, 0
     seen: list[tuple[Rollout, Answers]] = []
     kept: list[tuple[Rollout, Answers]] = []
-    for _ in range(config.sampling_rounds if objective == "grpo++" else 1):
-        first = sum(len(answers.texts) for _, answers in seen)
-        seen.append(_ask(run, order, objective, update, asked, missing, first))
-        asked += missing
+    for _ in range(config.sampling_rounds if dynamic else 1):
+        seen.append(_ask(run, order, objective, update, asked, missing, drawn))
         rollout, answers = seen[-1]
-        if objective != "grpo++":
-            return _collected(seen, rollout, answers, asked, True)
-        mixed = dynamic_sampling_mask(answers.reward, answers.group)
-        if mixed.any():
-            kept.append((_rows(rollout, mixed), _rows(answers, mixed)))
-        missing -= int(mixed.sum()) // config.group_size
+        asked, drawn = asked + missing, drawn + len(answers.group)
+        used = torch.ones_like(answers.group, dtype=torch.bool)
+        if dynamic:
+            used = dynamic_sampling_mask(answers.reward, answers.group)
+        if used.any():
+            kept.append((_rows(rollout, used), _rows(answers, used)))
+        missing -= int(used.sum()) // config.group_size
         if not missing:
             break
     rollouts, parts = zip(*(kept or seen[-1:]))
-    joined = join_rollouts(rollouts, run.filler)
-    return _collected(seen, joined, join_answers(parts), asked, bool(kept))
+    every = join_answers([answers for _, answers in seen])
+    return Collected(
+        join_rollouts(rollouts, run.filler),
+        join_answers(parts),
+        asked,
+        drawn,
+        right=None if every.correct is None else every.correct.mean().item(),
+        length=every.length.float().mean().item(),
+        mixed=bool(kept),
+    )
 
 
 def _ask(
@@ -117,29 +126,14 @@ def _ask(
         return describe(config, objective, texts, tasks, length, order.judge)
 
     answers, name = run.ranks.first(look), config.reward_of(objective)
-    if name in MODEL_REWARDS:
-        return rollout, answers
-    return rollout, answers._replace(reward=text_reward(config, name, answers))
-
-
-def _collected(seen, rollout: Rollout, answers: Answers, asked: int, mixed: bool) -> Collected:
-    correct = [found.correct for _, found in seen]
-    length = torch.cat([found.length for _, found in seen]).float()
-    right = None
-    if all(c is not None for c in correct):
-        right = torch.cat(correct).mean().item()
-    return Collected(rollout, answers, asked, len(length), right, length.mean().item(), mixed)
+    if name in TEXT_REWARDS:
+        answers = answers._replace(reward=text_reward(config, name, texts, answers))
+    return rollout, answers
 
 
 def _rows(batch, mask: Tensor):
     """The rows of a Rollout or of Answers where the mask is True."""
-    numbers = mask.nonzero()[:, 0].tolist()
-    return type(batch)(
-        *(
-            None if x is None else [x[i] for i in numbers] if isinstance(x, list) else x[numbers]
-            for x in batch
-        )
-    )
+    return type(batch)(*(None if x is None else x[mask] for x in batch))
 
 
 def join_rollouts(rollouts, filler: int) -> Rollout:
@@ -155,12 +149,12 @@ def join_rollouts(rollouts, filler: int) -> Rollout:
     return Rollout(*(torch.cat(columns) for columns in zip(*parts)))
 
 
-def join_answers(parts) -> Answers:
-    """The rows of several; groups of different parts stay apart."""
+def join_answers(parts: Sequence[Answers]) -> Answers:
+    """The rows of several; groups of different parts stay apart. None where one part has None."""
     offset, groups = 0, []
     for part in parts:
         groups.append(part.group + offset)
         offset = int(groups[-1].max()) + 1
-    columns = [None if c[0] is None else torch.cat(c) for c in zip(*(p[2:] for p in parts))]
-    texts = [text for part in parts for text in part.texts]
-    return Answers(texts, torch.cat(groups), *columns)  # type: ignore[arg-type]
+    columns = zip(*(part._replace(group=group) for part, group in zip(parts, groups)))
+    known = [None if any(x is None for x in column) else torch.cat(column) for column in columns]
+    return Answers(*known)  # type: ignore[arg-type]

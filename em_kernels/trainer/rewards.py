@@ -24,13 +24,13 @@ from em_kernels.trainer.rl_config import RLConfig
 
 
 class Answers(NamedTuple):
-    """N sampled answers, by rows: text, number of the group, tokens, right or not, cluster, reward.
+    """N sampled answers, by rows: number of the group, tokens, right or not, cluster, reward.
 
-    `correct` is (N,) float32, None where some problem has no known answer; `cluster` (N,) int64,
-    None where nothing asks for it; `reward` (N,) float32, None if it is the model's own.
+    `group` and `length` are (N,) int64; `correct` (N,) float32, None where some problem has no
+    known answer; `cluster` (N,) int64, None where nothing asks for it; `reward` (N,) float32, None
+    if it is the model's own.
     """
 
-    texts: list[str]
     group: Tensor
     length: Tensor
     correct: Any
@@ -56,10 +56,10 @@ def describe(
         correct = verified_reward(texts, [task.answer for task in tasks], judge=judge)
     if objective == "empo" or config.reward_of(objective) in ("majority", "empo"):
         cluster = answer_clusters(texts, group, judge=judge)
-    return Answers(texts, group, length, correct, cluster)
+    return Answers(group, length, correct, cluster)
 
 
-def text_reward(config: RLConfig, name: str, answers: Answers) -> Tensor:
+def text_reward(config: RLConfig, name: str, texts: list[str], answers: Answers) -> Tensor:
     """The rewards that need no look at the model: (N,) float32."""
     limit = float(config.max_length or config.max_new_tokens)
     match name:
@@ -77,7 +77,7 @@ def text_reward(config: RLConfig, name: str, answers: Answers) -> Tensor:
         case "random":
             return random_reward(answers.length)
         case "format":
-            return format_reward(answers.texts)
+            return format_reward(texts)
         case _:
             raise ValueError(f"reward must be one of the text rewards, got {name!r}")
 

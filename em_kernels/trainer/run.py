@@ -28,6 +28,8 @@ from em_kernels.lm.models import (
     load_architecture,
     load_model,
     newest_checkpoint,
+    updates_of,
+    weights_in_parts,
 )
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import end_tokens, pad_token
@@ -36,12 +38,7 @@ from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.samplers import Sampler, make_sampler
-from em_kernels.trainer.state import (
-    load_optimizer,
-    load_weights_from_parts,
-    save_parts,
-    weights_in_parts,
-)
+from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
 from em_kernels.trainer.strategy import FSDPStrategy, SingleProcessStrategy, make_strategy
 
 
@@ -240,7 +237,7 @@ def _restore(run: Run) -> None:
         if weights_in_parts(run.checkpoint):
             load_weights_from_parts(run.checkpoint, trained, run.ranks)
         load_optimizer(run.checkpoint, trained, run.optimizer, run.ranks)
-        run.done = checkpoints.updates_of(run.checkpoint)
+        run.done = updates_of(run.checkpoint)
     if run.folder:
         if run.ranks.is_first:
             run.metrics.rewind(run.done)

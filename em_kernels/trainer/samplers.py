@@ -6,7 +6,6 @@ ranks together; every rank is given all the answers.
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from em_kernels.lm.adapters import check_same_head, is_adapted, merged_copy
 from em_kernels.lm.heads import causal_lm
+from em_kernels.lm.optional import require
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import (
     Rollout,
@@ -70,7 +70,7 @@ class VllmSampler:
 
     def __init__(self, config: TrainConfig, model, tokenizer, longest_prompt: int, ranks: Ranks):
         self.config, self.tokenizer, self.ranks = config, tokenizer, ranks
-        self.vllm = _require_vllm()
+        self.vllm = require("vllm", "vllm", "use sampler='transformers'")
         if is_adapted(model):
             check_same_head(model)
         name = causal_lm(model).name_or_path if is_adapted(model) else config.model
@@ -142,15 +142,6 @@ class VllmSampler:
 def _load_weights(worker, weights: list) -> None:
     """Run by vLLM in its worker: parameters under their names in transformers."""
     worker.model_runner.model.load_weights(weights)
-
-
-def _require_vllm():
-    try:
-        return importlib.import_module("vllm")
-    except ImportError as error:
-        raise ImportError(
-            f"vllm cannot be imported ({error}); `pip install vllm`, or use sampler='transformers'"
-        ) from error
 
 
 def _be_a_rank() -> None:

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from em_kernels.lm.adapters import has_adapter
 from em_kernels.lm.models import SHARDS
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.text import one_line
@@ -32,12 +31,6 @@ _OLD_STATE = "trainer_state.pt"  # of one process, before it wrote parts as seve
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read."""
-
-
-def weights_in_parts(checkpoint: Path) -> bool:
-    """The checkpoint has its weights in the parts alone."""
-    published = any(checkpoint.glob("*.safetensors")) or has_adapter(checkpoint)
-    return (checkpoint / SHARDS).is_dir() and not published
 
 
 def save_parts(

@@ -13,7 +13,8 @@ from trainer_runs import without_times
 
 from em_kernels import clip_cov_mask, high_entropy_mask, kl_cov_mask, token_covariance
 from em_kernels.trainer import policy_update
-from em_kernels.trainer.collect import ProblemOrder
+from em_kernels.trainer.collect import ProblemOrder, join_answers
+from em_kernels.trainer.rewards import Answers
 from em_kernels.trainer.rl_config import OBJECTIVES
 
 POLICY = [name for name in OBJECTIVES if name != "em"]
@@ -259,6 +260,16 @@ def test_grpo_plus_plus_trains_on_mixed_groups_and_asks_new_problems(monkeypatch
     assert line["problems_asked"] == 20
     for name, value in make_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_answers_of_rounds_with_and_without_right_ones_are_joined(unknown):
+    group, ones = torch.tensor([0, 0]), torch.ones(2)
+    parts = [Answers(group, group + 3, ones, None, ones) for _ in range(2)]
+    parts[unknown] = parts[unknown]._replace(correct=None)
+    joined = join_answers(parts)
+    assert joined.correct is None and joined.cluster is None
+    assert joined.group.tolist() == [0, 0, 1, 1] and joined.reward.tolist() == [1.0] * 4
 
 
 def test_empo_leaves_out_prompts_the_model_agrees_on():
