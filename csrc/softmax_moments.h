@@ -10,6 +10,19 @@
 // the same of two parts together. The maximum itself is left out of every sum: that keeps relative
 // accuracy when r is tiny. A part without a finite logit has max -inf and r 0. A NaN logit makes r
 // NaN, a +inf logit makes max +inf, and every merge keeps that.
+//
+// These are the names in every backend, in C++, CUDA, Triton and plain PyTorch:
+//
+//     max, argmax          m and a above; `m` where `max` is taken
+//     held                 the maxima of lanes that are still apart
+//     top                  the maximum on which sums are based, or re-based
+//     d, e                 z - max, exp(d)
+//     delta                the lesser maximum - the greater; of two means, the later - the earlier
+//     r, q, s, c, t        as above
+//     mass, mean_d         1 + r, q / mass
+//     count, mean, m2, m3  of the finite z; m2 and m3 are sums of powers of z - mean
+//     shift, s1, s2, s3    sums of powers of z - shift, from which the mean is found
+//     away                 z, or the mean of a part, less a shift or the mean of the whole
 #pragma once
 
 #include <cmath>
@@ -76,15 +89,14 @@ template <class T>
 EM_HOST_DEVICE inline LogitMoments<T> merge(const LogitMoments<T>& x, const LogitMoments<T>& y) {
   if (y.count == 0) return x;
   if (x.count == 0) return y;
-  const T n = x.count + y.count;
-  const T delta = y.mean - x.mean;
-  const T fx = x.count / n, fy = y.count / n;
   LogitMoments<T> out;
-  out.count = n;
-  out.mean = x.mean + delta * fy;
-  out.m2 = x.m2 + y.m2 + delta * delta * x.count * fy;
-  out.m3 = x.m3 + y.m3 + delta * delta * delta * x.count * fy * (fx - fy) +
-           3 * delta * (fx * y.m2 - fy * x.m2);
+  out.count = x.count + y.count;
+  const T delta = y.mean - x.mean;
+  const T share_x = x.count / out.count, share_y = y.count / out.count;
+  out.mean = x.mean + delta * share_y;
+  out.m2 = x.m2 + y.m2 + delta * delta * x.count * share_y;
+  out.m3 = x.m3 + y.m3 + delta * delta * delta * x.count * share_y * (share_x - share_y) +
+           3 * delta * (share_x * y.m2 - share_y * x.m2);
   return out;
 }
 

@@ -109,14 +109,14 @@ struct ExpSums {
       for (int j = 0; j < kUnroll; ++j) {
         EM_PREFETCH(next.start + (i + j * V::width) * next.element_bytes);
         const V d = clamp_exponent(V::load(z + i + j * V::width) - V::set(max));
-        const V w = vexp(d);
-        r[j] = r[j] + w;
-        q[j] = fma(w, d, q[j]);
+        const V e = vexp(d);
+        r[j] = r[j] + e;
+        q[j] = fma(e, d, q[j]);
         if constexpr (SecondOrder) {
-          const V w2 = w * w;
-          s[j] = fma(w * d, d, s[j]);
-          c[j] = c[j] + w2;
-          t[j] = fma(w2, d, t[j]);
+          const V e2 = e * e;
+          s[j] = fma(e * d, d, s[j]);
+          c[j] = c[j] + e2;
+          t[j] = fma(e2, d, t[j]);
         }
       }
     }
@@ -176,11 +176,11 @@ static LogitMoments<double> logit_moments(const Block<T>& block) {
   for (int64_t i = 0; i < block.size; i += kStep<V>) {
     for (int j = 0; j < kUnroll; ++j) {
       const V z = V::load(block.z + i + j * V::width);
-      const V centred = select(z == lowest, zero, z - V::set(shift));
-      const V square = centred * centred;
-      s1[j] = s1[j] + centred;
+      const V away = select(z == lowest, zero, z - V::set(shift));
+      const V square = away * away;
+      s1[j] = s1[j] + away;
       s2[j] = s2[j] + square;
-      s3[j] = fma(square, centred, s3[j]);
+      s3[j] = fma(square, away, s3[j]);
     }
   }
   const double offset = total(s1) / out.count, square = total(s2);

@@ -145,13 +145,13 @@ struct Rows {
     const double log1p_r = read(g->log1p_r, row), mean_d = read(g->mean_d, row);
     const double logprob = read(g->g_logprob, row), entropy = read(g->g_entropy, row);
     const double lse = read(g->g_lse, row);
-    const double factor = std::exp(-log1p_r) * f.scale_over_temperature;
+    const double share = std::exp(-log1p_r) * f.scale_over_temperature;
     const RowGradient<T> row_gradient{
-        max, T(factor * (entropy * mean_d + lse - logprob)), T(-factor * entropy)};
-    const bool has_target = g->g_logprob && begin <= p.target[row] && p.target[row] < end;
-    const Transformed<T> y = has_target ? at_target(row) : Transformed<T>{};
+        max, T(share * (entropy * mean_d + lse - logprob)), T(-share * entropy)};
+    const bool target_here = g->g_logprob && begin <= p.target[row] && p.target[row] < end;
+    const Transformed<T> y = target_here ? at_target(row) : Transformed<T>{};
     grad_block<K, V>(logits(row) + begin, bias(begin), end - begin, f, row_gradient, to + begin);
-    if (!has_target) return;
+    if (!target_here) return;
     const double d = double(y.z) - max, log_p = d - log1p_r, prob = std::exp(log_p);
     double own = -logprob * std::expm1(log_p);
     if (prob > 0) own += prob * (entropy * (mean_d - d) + lse);

@@ -90,7 +90,7 @@ EM_DEVICE Part<Real<In>> sum_up(
     for (int k = 0; k < kLoads; ++k) z[k] = summands(v[k], at[k]);
     sums.add(z, at, by, extras);
   };
-  for_each_chunk<Rows>(x, range, block_threads() * width, InGlobal(), body);
+  for_each_chunk<Rows>(x, range, block_threads() * width, InGlobal<false>(), body);
   return sums.total(by);
 }
 

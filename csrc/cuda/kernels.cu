@@ -119,7 +119,7 @@ stream_gradient(const Problem p, const Gradient g, const int slice, const int bl
         out + p.valid_vocab * size, rank + 1 < blocks ? 0 : (p.vocab - p.valid_vocab) * size};
   write_gradient<Rows, kPlain>(
       x + own.begin, own.count, out + own.begin * size, g.out_dtype, transform.from(own.begin),
-      terms, InGlobalLast());
+      terms, InGlobal<true>());
   sync_block();
   if (thread == 0 && last.target)
     store_number<In>(last.at_target, last.target, g.out_dtype, 0);

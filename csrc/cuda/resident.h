@@ -9,8 +9,8 @@ namespace em_kernels::cuda {
 
 #if defined(EM_HAS_CLUSTERS)
 
-// The sums of a block's numbers x, relative to the largest of them and without it, all in units of
-// x: r = sum e^d, q = sum e^d d.
+// The sums of a block's numbers, relative to the largest of them and without it, all in units of
+// what is summed.
 template <class T>
 struct alignas(16) HeldSums {
   T max, r, q;
@@ -152,12 +152,12 @@ EM_DEVICE Part<T> merge_cluster(
   HeldSums<T> x = {-INFINITY, 0, 0};
   if (lane < blocks) x = *of_peer(&own, lane);
   const T top = largest_of_warp(x.max);
-  const T d = by.distance(x.max, top), e = by.exponential(d);
+  const T delta = by.distance(x.max, top), e = by.exponential(delta);
   const T r = x.r + (lane == first_lane(x.max == top) ? 0 : 1);
   Part<T> out;
   out.softmax.max = multiply(top, by.to_z);
   out.softmax.r = sum_lanes<32>(multiply(e, r));
-  out.softmax.q = multiply(sum_lanes<32>(multiply(e, multiply_add(d, r, x.q))), by.to_z);
+  out.softmax.q = multiply(sum_lanes<32>(multiply(e, multiply_add(delta, r, x.q))), by.to_z);
   return out;
 }
 

@@ -37,11 +37,11 @@ struct PowerSums {
   EM_DEVICE void add(T x) {
     if (x == -INFINITY) return;
     if (count == 0) shift = x;
-    const T u = x - shift;
+    const T away = x - shift;
     count += 1;
-    s1 += u;
-    s2 = multiply_add(u, u, s2);
-    s3 = multiply_add(u * u, u, s3);
+    s1 += away;
+    s2 = multiply_add(away, away, s2);
+    s3 = multiply_add(away * away, away, s3);
   }
   EM_DEVICE LogitMoments<T> moments(T scale) const {
     LogitMoments<T> out;

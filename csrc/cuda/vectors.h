@@ -116,19 +116,16 @@ struct InShared {
     return load_aligned(x);
   }
 };
+template <bool kLast>
 struct InGlobal {
   template <class In>
   EM_DEVICE Vector<In> operator()(const In* x) const {
     uint32_t word[4];
-    read_global(x, word);
-    return as_vector<In>(word);
-  }
-};
-struct InGlobalLast {
-  template <class In>
-  EM_DEVICE Vector<In> operator()(const In* x) const {
-    uint32_t word[4];
-    read_global_last(x, word);
+    if constexpr (kLast) {
+      read_global_last(x, word);
+    } else {
+      read_global(x, word);
+    }
     return as_vector<In>(word);
   }
 };

@@ -85,17 +85,17 @@ class _Mixture(NamedTuple):
     @classmethod
     def of(cls, parts: dict[str, Tensor]) -> _Mixture:
         top, leader = parts["max"].max(0)
-        d = parts["max"] - top
-        log_weight = _log_softmax(d + parts["log1p_r"])
+        delta = parts["max"] - top
+        log_weight = _log_softmax(delta + parts["log1p_r"])
         weight = log_weight.exp()
-        distance = d.clamp(min=_FAR) + parts["mean_d"]
+        distance = delta.clamp(min=_FAR) + parts["mean_d"]
         mean_d = _sum(weight * distance)
         # max p = w_a max p_a in shard a, the leader: two terms of one sign in the logarithm.
         log1p_r = _at(leader, parts["log1p_r"] - log_weight)
         return cls(log_weight, weight, distance, leader, top, log1p_r, mean_d)
 
     @property
-    def shift(self) -> Tensor:
+    def away(self) -> Tensor:
         """The shard's mean of log p under p minus the row's."""
         return self.distance - self.mean_d
 
@@ -118,7 +118,7 @@ def _of_rows(
     if "max_prob" in outputs:
         values["max_prob"] = (-mixture.log1p_r).exp()
     if "varentropy" in outputs:
-        values["varentropy"] = _sum(mixture.weight * (parts["varentropy"] + mixture.shift**2))
+        values["varentropy"] = _sum(mixture.weight * (parts["varentropy"] + mixture.away**2))
     if "collision" in outputs:
         values["collision"] = _sum(mixture.weight**2 * parts["collision"])
     return values
@@ -138,20 +138,20 @@ def _of_target(
 
 
 def _entropy_slope(mixture: _Mixture, parts: dict[str, Tensor], owner: Tensor) -> Tensor:
-    """sum_v p_v^2 (l_v + H) - p_y (l_y + H), where l_v + H = l_{v|k} + H_k + shift_k.
+    """sum_v p_v^2 (l_v + H) - p_y (l_y + H), where l_v + H = l_{v|k} + H_k + away_k.
 
     A shard reports slope_k = sum p^2 (l + H_k) - own_k of its own distribution, with own_k the term
     of its target; away from the owner, own_k is added back. In the owner's shard the two terms
     nearly cancel as p_y -> 1, so their difference is kept together and 1 - w taken by expm1.
     """
-    weight, shift = mixture.weight, mixture.shift
+    weight, away = mixture.weight, mixture.away
     slope, collision, logprob = (parts[n] for n in ("entropy_slope", "collision", "logprob"))
     p = logprob.exp()
     entropy = parts["log1p_r"] - parts["mean_d"]
     own = torch.where(p > 0, p * (logprob + entropy), 0)
-    elsewhere = weight**2 * (slope + own + collision * shift)
+    elsewhere = weight**2 * (slope + own + collision * away)
     rest = -torch.expm1(mixture.log_weight)
-    at_owner = weight * (weight * slope - rest * own + shift * (weight * collision - p))
+    at_owner = weight * (weight * slope - rest * own + away * (weight * collision - p))
     shard = torch.arange(len(weight), device=owner.device)[:, None]
     return _sum(torch.where(shard == owner, at_owner, elsewhere))
 
@@ -169,13 +169,13 @@ def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Ten
         anchor = _at(mixture.leader, parts["logit_mean"])
         mean = anchor + _sum(share * (parts["logit_mean"] - anchor))
         values["logit_mean"] = mean
-        centred = parts["logit_mean"] - mean
+        away = parts["logit_mean"] - mean
     if "logit_var" in parts:
-        var = _sum(share * (parts["logit_var"] + centred**2))
+        var = _sum(share * (parts["logit_var"] + away**2))
         values["logit_var"] = var
     if "logit_skew" in parts:
         third = parts["logit_skew"] * parts["logit_var"] ** 1.5
-        third = _sum(share * (third + centred * (3 * parts["logit_var"] + centred**2)))
+        third = _sum(share * (third + away * (3 * parts["logit_var"] + away**2)))
         values["logit_skew"] = (third / var**1.5).masked_fill(var == 0, 0)
     return values
 

@@ -62,8 +62,8 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     d = z - m
     excluded = d == -math.inf
     d = d.masked_fill(excluded, 0)
-    weight = d.exp().masked_fill(excluded, 0)
-    others = weight.scatter(1, argmax, 0)
+    e = d.exp().masked_fill(excluded, 0)
+    others = e.scatter(1, argmax, 0)
     r = others.sum(-1)
     log1p_r = torch.log1p(r)
     mean_d = (others * d).sum(-1) / (1 + r)
@@ -75,7 +75,7 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
         values["logprob"] = d_target - log1p_r
         values["is_top1"] = (target == argmax[:, 0]).to(z.dtype)
     if NEEDS_SECOND_ORDER.intersection(outputs):
-        values.update(_second_order(weight / (1 + r)[:, None], d, log1p_r, mean_d, values))
+        values.update(_second_order(e / (1 + r)[:, None], d, log1p_r, mean_d, values))
     if NEEDS_LOGIT_MOMENTS.intersection(outputs):
         values.update(_logit_moments(z, z == -math.inf, values["lse"]))
 
@@ -87,9 +87,9 @@ def _second_order(
     p: Tensor, d: Tensor, log1p_r: Tensor, mean_d: Tensor, values: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """varentropy = sum p l^2 - H^2; collision = sum p^2; entropy_slope (see `softmax_stats`)."""
-    centred = d - mean_d[:, None]
+    away = d - mean_d[:, None]
     collision = (p * p).sum(-1)
-    out = {"varentropy": (p * centred * centred).sum(-1), "collision": collision}
+    out = {"varentropy": (p * away * away).sum(-1), "collision": collision}
     if "logprob" in values:
         logprob, entropy = values["logprob"], values["entropy"]
         p_target = logprob.exp()
@@ -103,9 +103,9 @@ def _logit_moments(z: Tensor, excluded: Tensor, lse: Tensor) -> dict[str, Tensor
     """Population mean, variance and skewness of the finite logits, and KL(uniform || p)."""
     count = (~excluded).sum(-1).to(z.dtype)
     mean = z.masked_fill(excluded, 0).sum(-1) / count
-    centred = (z - mean[:, None]).masked_fill(excluded, 0)
-    var = (centred**2).sum(-1) / count
-    third = (centred**3).sum(-1) / count
+    away = (z - mean[:, None]).masked_fill(excluded, 0)
+    var = (away**2).sum(-1) / count
+    third = (away**3).sum(-1) / count
     skew = torch.where(var > 0, third / var.clamp(min=torch.finfo(z.dtype).tiny) ** 1.5, 0)
     certainty = lse - mean - count.log()
     return {"logit_mean": mean, "logit_var": var, "logit_skew": skew, "self_certainty": certainty}

@@ -8,7 +8,7 @@ from torch import Tensor
 from em_kernels.backends.interface import Descent, Goal, RowSpec, accumulate_dtype
 from em_kernels.backends.triton.elementary import exp, log1p
 from em_kernels.backends.triton.launch import Rows, device_of, prepare
-from em_kernels.backends.triton.moments import distance, merge
+from em_kernels.backends.triton.moments import distance, merge_lanes
 from em_kernels.backends.triton.reads import load_z, read_row, row_of
 
 PLAIN = Rows(None, None, None, None)
@@ -18,8 +18,8 @@ PLAIN = Rows(None, None, None, None)
 def row_state(x, rows, vocab, inverse_t, how):
     """max, log1p(r), E of the row at `x`; H is log1p(r) - E."""
     constants = (inverse_t * 0 + 1, inverse_t * 0, inverse_t)
-    hi, sums, _, _ = read_row(x, rows, 0, vocab, constants, how)
-    m, r, q, _, _, _ = merge(hi, sums, how)
+    held, sums, _, _ = read_row(x, rows, 0, vocab, constants, how)
+    m, r, q, _, _, _ = merge_lanes(held, sums, how)
     r = tl.where(m == m, r, float("nan"))
     return m, log1p(r), q / (1 + r)
 

@@ -10,7 +10,12 @@ import triton.language as tl
 
 from em_kernels.backends.interface import OUTPUTS, Saved
 from em_kernels.backends.triton.elementary import exp, expm1, log1p
-from em_kernels.backends.triton.moments import distance, join_lanes, merge, merge_shifted
+from em_kernels.backends.triton.moments import (
+    distance,
+    merge_lane_moments,
+    merge_lanes,
+    merge_states,
+)
 from em_kernels.backends.triton.reads import (
     last_to_arrive,
     load_state,
@@ -61,36 +66,36 @@ def put_zeros(outs, row):
 
 
 @triton.jit
-def put_second_order(outs, row, r, q, t, c, b, d_target):
+def put_second_order(outs, row, r, q, s, c, t, d_target):
     """varentropy, collision, entropy_slope; the last is grouped so that nothing cancels when the
     target is the maximum."""
-    norm = 1 + r
-    mean_d = q / norm
-    put(outs.varentropy, row, t / norm)
-    put(outs.collision, row, (1 + c) / (norm * norm))
+    mass = 1 + r
+    mean_d = q / mass
+    put(outs.varentropy, row, s / mass)
+    put(outs.collision, row, (1 + c) / (mass * mass))
     if outs.entropy_slope is not None:
         d = distance(d_target, 0.0)
         e = exp(d)
-        value = mean_d * ((e - 1) + e * r - c) + b - e * d * norm
-        put(outs.entropy_slope, row, value / (norm * norm))
+        value = mean_d * ((e - 1) + e * r - c) + t - e * d * mass
+        put(outs.entropy_slope, row, value / (mass * mass))
 
 
 @triton.jit
 def put_moments(outs, row, moments, m, log1p_r):
     """Mean, variance and skewness of the finite z, and KL(uniform || p)."""
-    count, mean, second, third = merge_shifted(moments, m)
-    var = second / count
+    count, mean, m2, m3 = merge_lane_moments(moments, m)
+    var = m2 / count
     put(outs.logit_mean, row, m + mean)
     put(outs.logit_var, row, var)
-    put(outs.logit_skew, row, tl.where(var == 0, 0, third / count / (var * tl.sqrt(var))))
+    put(outs.logit_skew, row, tl.where(var == 0, 0, m3 / count / (var * tl.sqrt(var))))
     put(outs.self_certainty, row, log1p_r - mean - tl.log(count))
 
 
 @triton.jit
 def put_row(outs, row, state, y, known, z_target, how):
     """Merge the lanes, store what was asked for, return (max, log1p(r), E)."""
-    hi, sums, moments, first = state
-    m, r, q, t, c, b = merge(hi, sums, how)
+    held, sums, moments, argmax = state
+    m, r, q, s, c, t = merge_lanes(held, sums, how)
     if y is not None:
         m = tl.where(known, m, float("nan"))
     r = tl.where(m == m, r, float("nan"))
@@ -105,10 +110,10 @@ def put_row(outs, row, state, y, known, z_target, how):
     if y is not None:
         put(outs.logprob, row, z_target - m - log1p_r)
     if how.top1:
-        index = tl.min(tl.where(hi == m, first, 2147483647), 0)
+        index = tl.min(tl.where(held == m, argmax, 2147483647), 0)
         put(outs.is_top1, row, tl.where(m == m, tl.where(index == y, 1.0, 0.0), float("nan")))
     if how.second:
-        put_second_order(outs, row, r, q, t, c, b, m if y is None else z_target - m)
+        put_second_order(outs, row, r, q, s, c, t, m if y is None else z_target - m)
     if how.moments:
         put_moments(outs, row, moments, m, log1p_r)
     return m, log1p_r, mean_d
@@ -128,8 +133,8 @@ def gradient_terms(row, up, m, log1p_r, mean_d, constants):
         a += tl.load(up.lse + row)
     if up.logprob is not None:
         a -= tl.load(up.logprob + row)
-    norm = factor * exp(-log1p_r)
-    return factor, a * norm, b * norm
+    share = factor * exp(-log1p_r)
+    return factor, a * share, b * share
 
 
 @triton.jit
@@ -276,7 +281,7 @@ def statistics(
             if last_to_arrive(shared.arrived + row, parts):
                 state = nothing_read(how.wide, pairs, how)
                 for i in range(parts):
-                    state = join_lanes(state, load_state(states + i * size, pairs, how), how)
+                    state = merge_states(state, load_state(states + i * size, pairs, how), how)
                 finish_row(x, row, state, rows, outs, valid, constants, how)
     else:
         put_zeros(outs, row)

@@ -168,10 +168,10 @@ def copies_blocks(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _parts(like: Tensor, how: How, count: int, splits: int) -> Parts:
-    names = ["hi", "r", "q", *(SECOND * how.second.value), *(MOMENTS * how.moments.value)]
+    names = ["max", "r", "q", *(SECOND * how.second.value), *(MOMENTS * how.moments.value)]
     parts = {name: like.new_empty((count, splits)) for name in names}
     if how.top1.value:
-        parts["first"] = like.new_empty((count, splits), dtype=torch.int32)
+        parts["argmax"] = like.new_empty((count, splits), dtype=torch.int32)
     return Parts(**parts)
 
 

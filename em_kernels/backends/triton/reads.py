@@ -14,10 +14,10 @@ from triton.language.target_info import is_cuda
 from em_kernels.backends.triton.elementary import INTERPRETED, compares_pairs, tanh_half
 from em_kernels.backends.triton.moments import (
     INF,
-    absorb,
+    add_entries,
     centred,
     entries_of_lanes,
-    join_lanes,
+    merge_states,
     quarters,
 )
 
@@ -173,7 +173,7 @@ def load_z(x, rows, first, start, size, constants, how):
 
 @triton.jit
 def load_compared(x, rows, start, size, constants, packed: tl.constexpr, how):
-    """z as `absorb` wants it: if `packed`, as it lies in memory."""
+    """z as `add_entries` wants it: if `packed`, as it lies in memory."""
     if packed:
         z = load_block(x, start, size, how)
         if size is not None:
@@ -188,15 +188,15 @@ def nothing_read(dtype: tl.constexpr, pairs: tl.constexpr, how):
     """The state of lanes before their first entry: max, sums, moments, index of the max."""
     zero = tl.zeros((how.block // 4,), how.wide)
     sums = (zero, zero, zero, zero, zero)
-    first = entries_of_lanes(0, how.block, pairs)
-    return (zero - INF).to(dtype), sums, (zero - INF, zero, zero, zero, zero), first
+    argmax = entries_of_lanes(0, how.block, pairs)
+    return (zero - INF).to(dtype), sums, (zero - INF, zero, zero, zero, zero), argmax
 
 
 @triton.jit
 def closed(state, how):
     """The state at the end of a part, in `how.wide`."""
-    hi, sums, moments, first = state
-    return hi.to(how.wide), sums, centred(moments), first
+    held, sums, moments, argmax = state
+    return held.to(how.wide), sums, centred(moments), argmax
 
 
 @triton.jit
@@ -219,14 +219,14 @@ def read_row(x, rows, begin, end, constants, how):
         for k in tl.static_range(how.slices):
             z = load_compared(x, rows, start + k * how.block, None, constants, packed, how)
             slices = slices + quarters(z, pairs)
-        state = absorb(state, slices, start, pairs, how)
+        state = add_entries(state, slices, start, pairs, how)
         if (start + step) % how.part == 0:
-            before = join_lanes(before, closed(state, how), how)
+            before = merge_states(before, closed(state, how), how)
             state = nothing_read(raw if packed else how.wide, pairs, how)
     for start in range(whole, end, how.block):
         z = load_compared(x, rows, start, end - start, constants, packed, how)
-        state = absorb(state, quarters(z, pairs), start, pairs, how)
-    return join_lanes(before, closed(state, how), how)
+        state = add_entries(state, quarters(z, pairs), start, pairs, how)
+    return merge_states(before, closed(state, how), how)
 
 
 @triton.constexpr_function
@@ -238,14 +238,14 @@ def numbers_of_a_lane(second, moments, top1):
 @triton.jit
 def put_state(states, state, how):
     """Write down what the lanes of a program hold."""
-    hi, sums, moments, first = state
-    values = (hi, sums[0], sums[1])
+    held, sums, moments, argmax = state
+    values = (held, sums[0], sums[1])
     if how.second:
         values = values + sums[2:]
     if how.moments:
         values = values + moments
     if how.top1:
-        values = values + (first.to(how.wide, bitcast=how.wide == tl.float32),)
+        values = values + (argmax.to(how.wide, bitcast=how.wide == tl.float32),)
     lanes = tl.arange(0, how.block // 4)
     for i in tl.static_range(len(values)):
         tl.store(states + i * (how.block // 4) + lanes, values[i])
@@ -254,7 +254,7 @@ def put_state(states, state, how):
 @triton.jit
 def load_state(states, pairs: tl.constexpr, how):
     """What `put_state` has written."""
-    _, sums, moments, first = nothing_read(how.wide, pairs, how)
+    _, sums, moments, argmax = nothing_read(how.wide, pairs, how)
     lanes = tl.arange(0, how.block // 4)
     values = ()
     for i in tl.static_range(numbers_of_a_lane(how.second, how.moments, how.top1)):
@@ -265,8 +265,8 @@ def load_state(states, pairs: tl.constexpr, how):
     if how.moments:
         moments = values[3 + 3 * how.second : 8 + 3 * how.second]
     if how.top1:
-        first = values[len(values) - 1].to(tl.int32, bitcast=how.wide == tl.float32)
-    return values[0], sums, moments, first
+        argmax = values[len(values) - 1].to(tl.int32, bitcast=how.wide == tl.float32)
+    return values[0], sums, moments, argmax
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from em_kernels.backends.triton.elementary import INTERPRETED
 from em_kernels.backends.triton.kernels import put_row, row_constants, transform
-from em_kernels.backends.triton.moments import INF, join, join_moments, tile_moments, tile_part
+from em_kernels.backends.triton.moments import INF, merge, merge_moments, tile_moments, tile_part
 
 
 class Tile(NamedTuple):
@@ -32,9 +32,9 @@ class Tile(NamedTuple):
     bulk: bool = False  # the operands are tensor descriptors, whose blocks the GPU copies by itself
 
 
-SECOND = ("t", "c", "b")
-MOMENTS = ("n", "mean", "second", "third")
-_PARTS = ("hi", "r", "q", *SECOND, *MOMENTS, "first")
+SECOND = ("s", "c", "t")
+MOMENTS = ("count", "mean", "m2", "m3")
+_PARTS = ("max", "r", "q", *SECOND, *MOMENTS, "argmax")
 Parts = namedtuple("Parts", _PARTS, defaults=[None] * len(_PARTS))
 """The parts of all rows, each (N, parts): max, sums, moments of z, first argmax; None if unused."""
 
@@ -150,32 +150,32 @@ def keep_target(z_target, slices, begin, y, row, inside, tile):
 
 
 @triton.jit
-def first_at(slices, hi, begin):
-    """The index of the first entry of each row that equals `hi`."""
+def find_first_max(slices, m, begin):
+    """The index of the first entry of each row that equals `m`."""
     first = tl.full(slices[0].shape, 2147483647, tl.int32)
     for k in tl.static_range(len(slices)):
         entries = entries_of(begin, k, slices)
-        first = tl.minimum(first, tl.where(slices[k] == hi[:, None], entries[None, :], 2147483647))
+        first = tl.minimum(first, tl.where(slices[k] == m[:, None], entries[None, :], 2147483647))
     return tl.min(first, 1)
 
 
 @triton.jit
-def put_part(parts, at, inside, part, moments, first, how):
-    hi, sums = part
-    tl.store(parts.hi + at, tl.where(sums[0] == sums[0], hi, float("nan")), mask=inside)
+def put_part(parts, at, inside, part, moments, argmax, how):
+    m, sums = part
+    tl.store(parts.max + at, tl.where(sums[0] == sums[0], m, float("nan")), mask=inside)
     tl.store(parts.r + at, sums[0], mask=inside)
     tl.store(parts.q + at, sums[1], mask=inside)
     if how.second:
-        tl.store(parts.t + at, sums[2], mask=inside)
+        tl.store(parts.s + at, sums[2], mask=inside)
         tl.store(parts.c + at, sums[3], mask=inside)
-        tl.store(parts.b + at, sums[4], mask=inside)
+        tl.store(parts.t + at, sums[4], mask=inside)
     if how.moments:
-        tl.store(parts.n + at, moments[0], mask=inside)
+        tl.store(parts.count + at, moments[0], mask=inside)
         tl.store(parts.mean + at, moments[1], mask=inside)
-        tl.store(parts.second + at, moments[2], mask=inside)
-        tl.store(parts.third + at, moments[3], mask=inside)
+        tl.store(parts.m2 + at, moments[2], mask=inside)
+        tl.store(parts.m3 + at, moments[3], mask=inside)
     if how.top1:
-        tl.store(parts.first + at, first, mask=inside)
+        tl.store(parts.argmax + at, argmax, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
@@ -210,7 +210,7 @@ def statistics_of_parts(
     zero = tl.zeros((tile.rows,), how.wide)
     part = (zero - INF, (zero, zero, zero, zero, zero))
     moments = (zero, zero, zero, zero)
-    leader = tl.zeros((tile.rows,), tl.int32)
+    argmax = tl.zeros((tile.rows,), tl.int32)
     start = split * (tile.walk * tile.entries)
     stop = tl.minimum(start + tile.walk * tile.entries, valid)
     for begin in range(start, stop, tile.entries):
@@ -221,12 +221,12 @@ def statistics_of_parts(
             keep_target(z_target, slices, begin, y, row, inside, tile)
         found = tile_part(slices, how)
         if how.top1:
-            at = first_at(slices, found[0], begin)
-            leader = tl.where(found[0] > part[0], at, leader)
+            at = find_first_max(slices, found[0], begin)
+            argmax = tl.where(found[0] > part[0], at, argmax)
         if how.moments:
-            moments = join_moments(moments, tile_moments(slices))
-        part = join(part, found, how)
-    put_part(parts, row.to(tl.int64) * splits + split, inside, part, moments, leader, how)
+            moments = merge_moments(moments, tile_moments(slices))
+        part = merge(part, found, how)
+    put_part(parts, row.to(tl.int64) * splits + split, inside, part, moments, argmax, how)
 
 
 @triton.jit
@@ -245,18 +245,18 @@ def finish(parts, z_target, rows, outs, splits, valid, how, lanes: tl.constexpr)
     lane = tl.arange(0, lanes)
     inside = lane < splits
     at = row.to(tl.int64) * splits + lane
-    hi = load_lanes(parts.hi, at, inside, -INF, how.wide)
+    held = load_lanes(parts.max, at, inside, -INF, how.wide)
     sums = ()
     for i in tl.static_range(1, 6):
         sums = sums + (load_lanes(parts[i], at, inside, 0.0, how.wide),)
     mean = load_lanes(parts.mean, at, inside, 0.0, how.wide)
-    n = load_lanes(parts.n, at, inside, 0.0, how.wide)
-    second = load_lanes(parts.second, at, inside, 0.0, how.wide)
-    third = load_lanes(parts.third, at, inside, 0.0, how.wide)
-    first = load_lanes(parts.first, at, inside, 0, tl.int32)
+    count = load_lanes(parts.count, at, inside, 0.0, how.wide)
+    m2 = load_lanes(parts.m2, at, inside, 0.0, how.wide)
+    m3 = load_lanes(parts.m3, at, inside, 0.0, how.wide)
+    argmax = load_lanes(parts.argmax, at, inside, 0, tl.int32)
     y, known, z = None, None, None
     if rows.target is not None:
         y = tl.load(rows.target + row)
         known = (y >= 0) & (y < valid)
         z = tl.load(z_target + row)
-    put_row(outs, row, (hi, sums, (mean, n, n * 0, second, third), first), y, known, z, how)
+    put_row(outs, row, (held, sums, (mean, count, count * 0, m2, m3), argmax), y, known, z, how)
