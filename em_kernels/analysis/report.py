@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from em_kernels.analysis import sections
 from em_kernels.analysis.page import Section, page
-from em_kernels.evaluator.records import SETTINGS, EvalError, write_json, write_text
+from em_kernels.evaluator.records import SETTINGS, EvalError, write_json
 from em_kernels.evaluator.summary import summarise
+from em_kernels.lm.text import write_text
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
 REPORT = "report.html"

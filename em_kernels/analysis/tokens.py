@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from em_kernels.analysis.texts import Text, Texts
 from em_kernels.evaluator.asking import weights_digest
-from em_kernels.evaluator.records import repair_lines
 from em_kernels.lm.heads import Head, read_head
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.settings import positive
+from em_kernels.lm.text import repair_lines
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 OUTPUTS = ("logprob", "entropy", "logit_mean", "logit_var", "logit_skew")

@@ -8,16 +8,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from em_kernels.lm.data import PLACE
+from em_kernels.lm.text import UTF8, write_text
 
 Kept = TypeVar("Kept")
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
 VERSION = 2  # of eval.json
-UTF8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""How texts are written, whatever is in them: half of a surrogate pair, which UTF-8 cannot hold,
-becomes its escape, which JSON reads back."""
 
 
 class EvalError(ValueError):
@@ -48,14 +46,6 @@ def _bring_up_to_date(settings: dict) -> None:
     config["template"] = config["template"].format(problem=PLACE)
     for problem in settings["problems"]:
         problem["answer"] = problem["answer"] or None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, **UTF8)
-    aside.replace(path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -137,14 +127,3 @@ def by_problem(records: Iterable[tuple[Key, Kept]]) -> dict[float, dict[int, lis
         problem, temperature, _ = key
         found.setdefault(temperature, {}).setdefault(problem, []).append(last[key])
     return found
-
-
-def repair_lines(path: Path) -> None:
-    """Cut off what a crash left of an unfinished last line."""
-    if not path.is_file():
-        return
-    whole = 0
-    with path.open("rb+") as file:
-        for line in file:
-            whole += len(line) if line.endswith(b"\n") else 0
-        file.truncate(whole)

@@ -30,7 +30,6 @@ from em_kernels.evaluator.records import (
     EvalError,
     Records,
     read_settings,
-    repair_lines,
     write_json,
 )
 from em_kernels.evaluator.statistics import require_scipy
@@ -62,6 +61,7 @@ from em_kernels.lm.settings import (
     path_text,
     setting,
 )
+from em_kernels.lm.text import repair_lines
 
 USUAL: dict[str, Any] = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 2048}
 """Of the generation, where neither the caller nor the preset says anything."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from em_kernels.evaluator.records import EvalError, read_settings, write_text
+from em_kernels.evaluator.records import EvalError, read_settings
 from em_kernels.evaluator.summary import AnswerSummary, clusters_of, read_answers, share_correct
 from em_kernels.lm.data import fill_template
 from em_kernels.lm.judge.clusters import semantic_entropy, vote_margin
 from em_kernels.lm.judge.judges import Judge, make_judge
 from em_kernels.lm.settings import check_choice, check_int
+from em_kernels.lm.text import write_text
 
 SIGNALS = {"variance": -1, "entropy": -1, "semantic_entropy": -1, "margin": 1}
 """Signal -> the sign that sorts the most uncertain prompt first."""

@@ -1,6 +1,32 @@
-"""What another library's error says, for a message of this one's."""
+"""Text files that a stopped process leaves whole; another library's error in a message."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+UTF8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""How texts are written, whatever is in them: half of a surrogate pair, which UTF-8 cannot hold,
+becomes its escape, which JSON reads back."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Aside, then renamed: there is never half a file. Its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, **UTF8)
+    aside.replace(path)
+
+
+def repair_lines(path: Path) -> None:
+    """Cut off what a crash left of an unfinished last line."""
+    if not path.is_file():
+        return
+    whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)
 
 
 def one_line(error: BaseException, most: int | None = 400) -> str:

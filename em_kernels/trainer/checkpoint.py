@@ -30,7 +30,7 @@ from em_kernels.lm.models import (
     weights_in_parts,
 )
 from em_kernels.lm.ranks import RankError, Ranks
-from em_kernels.lm.text import one_line
+from em_kernels.lm.text import one_line, repair_lines, write_text
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.state import CheckpointError, cause, load_weights_from_parts
@@ -127,7 +127,6 @@ def check_free(folder: Path) -> None:
 
 def write_config(folder: Path, config: TrainConfig, adapter: dict | None = None) -> None:
     """Make the run's folder, with its settings, and those of the adapter it trains, in it."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     if adapter is not None:
         write_text(folder / ADAPTER_NOTE, json.dumps(adapter, indent=2) + "\n")
@@ -163,9 +162,7 @@ class Metrics:
         if self.path is None:
             return
         if self.path.is_file():
-            text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            write_text(self.path, whole)
+            repair_lines(self.path)
             self.lines = [m for _, m in read_jsonl(self.path) if m["update"] <= update]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -179,13 +176,6 @@ class Metrics:
                 raise CheckpointError(
                     f"cannot write {self.path}: {one_line(error, None)}"
                 ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one go."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _remove_oldest(folder: Path, keep: int) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from em_kernels.lm.modes import modes_kept
@@ -104,7 +103,8 @@ def _run_updates(
     """Every update that is still to do, with its checkpoints; `updates`: by whether by rewards."""
     config = run.config
     for update, index, stage in _progress(run, show):
-        set_learning_rate(run.optimizer, stage.learning_rate or config.learning_rate)
+        for group in run.optimizer.param_groups:
+            group["lr"] = stage.learning_rate or config.learning_rate
         with seeded(config.seed, update):
             line = updates[stage.policy is not None](update, index, stage)
         line = _shown(run, {"update": update, **line, **config.labels(index, stage)}, on_step)
@@ -125,11 +125,6 @@ def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:
         return run.ranks.first(lambda: line)
     with run.strategy.full_model_on_first() as model:
         return run.ranks.first(lambda: {**line, **(on_step(dict(line), model) or {})})
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _is_due(run: Run) -> bool:

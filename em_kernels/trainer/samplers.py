@@ -117,7 +117,19 @@ class VllmSampler:
         if not prompts:
             return []
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        drawn = [self._sampling_params(settings, seed, ends) for seed in seeds]
+        drawn = [
+            self.vllm.SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k or -1,
+                repetition_penalty=settings.repetition_penalty,
+                max_tokens=settings.max_new_tokens,
+                stop_token_ids=ends,
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
         outputs = self.engine.generate(inputs, sampling_params=drawn, use_tqdm=False)
         if len(outputs) != len(prompts):
             raise ValueError(f"vLLM gave {len(outputs)} answers to {len(prompts)} prompts")
@@ -125,18 +137,6 @@ class VllmSampler:
         return [
             [token for one in output.outputs[:1] for token in one.token_ids] for output in outputs
         ]
-
-    def _sampling_params(self, settings: Sampling, seed: int, ends: list[int]):
-        return self.vllm.SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k or -1,
-            repetition_penalty=settings.repetition_penalty,
-            max_tokens=settings.max_new_tokens,
-            stop_token_ids=ends,
-            seed=seed,
-            detokenize=False,
-        )
 
 
 def _load_weights(worker, weights: list) -> None:
