@@ -35,9 +35,10 @@ def forks(file: TokenFile, tokenizer, *, ratio: float = 0.2) -> dict:
     Reinforcement Learning for LLM Reasoning" (2025), arXiv:2506.01939.
     """
     fraction("ratio", ratio)
-    read = [np.asarray(s.entropy, dtype=np.float32) for s in file]
-    entropy = np.concatenate([np.empty(0, dtype=np.float32), *read])
-    fine = entropy[np.isfinite(entropy)].astype(np.float64)
+    read = [(np.array(s.ids, dtype=int), np.array(s.entropy, dtype=np.float32)) for s in file]
+    ids, entropy = map(np.concatenate, zip((np.empty(0, int), np.empty(0, np.float32)), *read))
+    finite = np.isfinite(entropy)
+    ids, fine = ids[finite], entropy[finite].astype(np.float64)
     if not len(fine):
         raise ValueError(f"{file.path} has no token with a finite entropy")
     tau = float(np.quantile(fine, 1 - ratio))
@@ -54,7 +55,7 @@ def forks(file: TokenFile, tokenizer, *, ratio: float = 0.2) -> dict:
         "mean": float(fine.mean()),
         "quantiles": quantiles,
         "share_of_entropy": _share(fine, tau),
-        "types": _types(file, tokenizer, tau),
+        "types": _types(ids, fine, tau, tokenizer),
         "histogram": {"edges": edges.tolist(), "tokens": counts.tolist()},
         "texts": _first_texts(file, tokenizer),
     }
@@ -65,21 +66,16 @@ def _share(entropy: np.ndarray, tau: float) -> float | None:
     return float(entropy[entropy >= tau].sum() / total) if total > 0 else None
 
 
-def _types(file: Iterable[TokenStats], tokenizer, tau: float) -> list[dict]:
+def _types(ids: np.ndarray, entropy: np.ndarray, tau: float, tokenizer) -> list[dict]:
     """Each token type that is ever a fork: how often it came, was one, and its mean entropy."""
-    found: dict[int, list[float]] = {}
-    for stats in file:
-        for token, entropy in zip(stats.ids, np.asarray(stats.entropy, dtype=np.float32).tolist()):
-            if np.isfinite(entropy):
-                counted = found.setdefault(token, [0, 0, 0.0])
-                counted[0] += 1
-                counted[1] += entropy >= tau
-                counted[2] += entropy
-    ordered = sorted(found.items(), key=lambda item: (-item[1][1], item[0]))
+    types, which, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    forks, totals = np.bincount(which, entropy >= tau), np.bincount(which, entropy)
+    first = np.lexsort((types, -forks))[:SHOWN_TYPES]
+    rows = zip(*(column[first].tolist() for column in (types, counts, forks, totals / counts)))
     return [
-        {"token": tokenizer.decode([token]), "id": token, "count": count, "forks": times}
-        | {"mean_entropy": total / count}
-        for token, (count, times, total) in ordered[:SHOWN_TYPES]
+        {"token": tokenizer.decode([token]), "id": token, "count": count, "forks": int(times)}
+        | {"mean_entropy": mean}
+        for token, count, times, mean in rows
         if times
     ]
 
