@@ -23,7 +23,6 @@ from em_kernels.linear import chunking, chunks, products
 from em_kernels.linear.plan import Linear, Needs
 
 pytest.importorskip("em_kernels._C")
-cpu = backend("cpu", torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 N, D, V = 13, 16, 301
 CHUNK = 3  # rows of logits that the memory holds: 69 columns of all rows, or blocks of 64
@@ -38,7 +37,13 @@ TRANSFORMS = {
 
 
 @pytest.fixture
-def parts(monkeypatch):
+def cpu():
+    """The one that calls are served by now: tests of the choice have it loaded anew."""
+    return backend("cpu", torch.device("cpu"))
+
+
+@pytest.fixture
+def parts(cpu, monkeypatch):
     """Blocks of multiples of 8 columns; the shapes of the products of logits that were run."""
     monkeypatch.setattr(cpu, "part_entries", 8)
     shapes, multiply = [], products.multiply
@@ -92,7 +97,7 @@ def test_statistics_and_gradients(parts, dtype, transform, masked):
 
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("dtype", WIDE)
-def test_the_bits_are_those_of_whole_rows(dtype, threads):
+def test_the_bits_are_those_of_whole_rows(cpu, dtype, threads):
     """Blocks begin where the kernel's own do, and these products are exact."""
     torch.manual_seed(1)
     vocab, rows = 3 * cpu.part_entries + 77, 5
@@ -279,14 +284,14 @@ def test_a_target_that_is_excluded(parts, temperature, softcap):
     assert error(got, want) < 1e-9
 
 
-def test_a_loss_without_a_gradient_makes_none(parts):
+def test_a_loss_without_a_gradient_makes_none(cpu, parts):
     hidden, weight, _ = (x.detach() for x in leaves())
     linear, spec = Linear.of(hidden, weight, CHUNK, None), RowSpec(valid_vocab=V)
     *rows, grad, _, _ = chunks.loss(linear, spec, Upstream(lse=torch.ones(N)), (), Needs(), cpu)
     assert grad.numel() == 0 and all(len(row) == N for row in rows)
 
 
-def test_a_vocabulary_of_a_single_block_is_cut_into_chunks_of_rows(parts, monkeypatch):
+def test_a_vocabulary_of_a_single_block_is_cut_into_chunks_of_rows(cpu, parts, monkeypatch):
     """As many as are asked for, where blocks of two tiles would hold fewer."""
     monkeypatch.setattr(cpu, "part_entries", 256)
     hidden, weight, _ = leaves(n=250)
@@ -297,7 +302,7 @@ def test_a_vocabulary_of_a_single_block_is_cut_into_chunks_of_rows(parts, monkey
 @pytest.mark.parametrize(
     "tile, keep", ((16, 0), (16, 6 * V * 4), (16, 1 << 40), (1 << 20, 0), (1 << 20, 1 << 40))
 )
-def test_rows_of_logits_begin_with_a_cache_line(monkeypatch, tile, keep):
+def test_rows_of_logits_begin_with_a_cache_line(cpu, monkeypatch, tile, keep):
     """Or a product, of a weight (V, D) stored as (D, V), could have other bits in backward."""
     monkeypatch.setattr(cpu, "part_entries", tile)
     places, multiply = [], products.multiply
@@ -358,7 +363,7 @@ def test_losses_with_a_frozen_head(parts):
     assert {columns for _, columns in parts} == {V}
 
 
-def test_parts_of_rows():
+def test_parts_of_rows(cpu):
     """The kernel itself: any cuts, the target in any part, a tie between parts."""
     logits = torch.randn(2, 3, 100)
     logits[0, 0, [4, 50, 99]] = 9
