@@ -11,7 +11,7 @@
 # make docs    the documentation as pages, in site/
 # make matrix  the core tests on every supported torch and Python that is found; ARGS=--cover for
 #              each once, ARGS="--torch 2.14 --python 3.12" for one pair
-# make study   the seeds and controls behind the README's table of the demo
+# make study   the seeds and controls behind the tables of docs/demo.md
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
 PYTHON ?= python3
 VENV ?= .venv

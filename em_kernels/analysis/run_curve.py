@@ -9,7 +9,7 @@ from em_kernels.analysis.law import entropy_law
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.evaluator.summary import compare_folders, summarise
 from em_kernels.lm.data import is_number
-from em_kernels.lm.models import list_checkpoints
+from em_kernels.lm.models import list_checkpoints, updates_of
 from em_kernels.trainer.checkpoint import read_config
 
 EVALUATIONS = "evaluations"
@@ -28,7 +28,7 @@ def models_of_run(run: str | Path) -> list[tuple[int, str]]:
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoint to evaluate")
     first = [] if config.model is None else [(0, config.model)]
-    return first + [(int(path.name.rpartition("-")[2]), str(path)) for path in checkpoints]
+    return first + [(updates_of(path), str(path)) for path in checkpoints]
 
 
 def evaluation_folder(run: str | Path, update: int) -> Path:

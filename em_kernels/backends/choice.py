@@ -86,10 +86,14 @@ def serving(device: torch.device) -> tuple[Backend, ...]:
     return tuple(_loaded(name) for name in OPTIONAL if why_not(name, device) is None)
 
 
+def fusing_names() -> tuple[str, ...]:
+    """The backends that have a `linear_stats`, the first that can serve a device taken."""
+    return tuple(name for name, entry in OPTIONAL.items() if entry.fuses_product)
+
+
 def fusing(device: torch.device) -> Backend:
     """The backend for fuse_product=True and tensors on `device`; ValueError if there is none."""
-    names = [name for name, entry in OPTIONAL.items() if entry.fuses_product]
-    reasons = {name: why_not(name, device) for name in names}
+    reasons = {name: why_not(name, device) for name in fusing_names()}
     for name, reason in reasons.items():
         if reason is None:
             return _loaded(name)

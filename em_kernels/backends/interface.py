@@ -69,7 +69,6 @@ class TokenStats(NamedTuple):
 
 
 OUTPUTS = TokenStats._fields
-DIFFERENTIABLE = ("logprob", "entropy", "lse")
 NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope"})
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
 NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
@@ -123,6 +122,9 @@ class Upstream(NamedTuple):
     logprob: Annotated[Tensor | None, Argument("g_logprob")] = None
     entropy: Annotated[Tensor | None, Argument("g_entropy")] = None
     lse: Annotated[Tensor | None, Argument("g_lse")] = None
+
+
+DIFFERENTIABLE = Upstream._fields
 
 
 class Goal(NamedTuple):

@@ -55,7 +55,9 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: boo
         check_device("bias", bias, hidden)
 
 
-def check_cut(chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor) -> None:
+def check_chunks(
+    chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor
+) -> None:
     if chunk_tokens is not None and not _is_int(chunk_tokens, 1):
         raise ValueError(f"chunk_tokens must be a positive int or None, got {_got(chunk_tokens)}")
     if logits_dtype not in (None, torch.float32, hidden.dtype):

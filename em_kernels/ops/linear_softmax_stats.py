@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from em_kernels.backends.choice import fusing_names
 from em_kernels.backends.interface import RowSpec, TokenStats, accumulate_dtype
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
-    check_cut,
+    check_chunks,
     check_entropy_requires_grad,
     check_filter_eps,
     check_keep_logits,
@@ -87,7 +88,8 @@ def linear_softmax_stats(
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     outputs = check_outputs(options, target)
     if is_exporting() and not given["fuse_product"]:
-        rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *cut_of(given)))
+        product = product_arguments(given)
+        rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *product))
     else:
         hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
         source = _source(hidden, weight, spec, outputs, given)
@@ -109,7 +111,7 @@ def _source(
     )
     single = brings[0] if alone else None
     keep, fused = given["keep_logits"], given["fuse_product"]
-    return FromHidden(needs, *cut_of(given), keep, fused, single)
+    return FromHidden(needs, *product_arguments(given), keep, fused, single)
 
 
 def needs_of(
@@ -126,7 +128,7 @@ def needs_of(
     )
 
 
-def cut_of(given: Mapping[str, Any]) -> tuple[int | None, torch.dtype | None, str]:
+def product_arguments(given: Mapping[str, Any]) -> tuple[int | None, torch.dtype | None, str]:
     """(chunk_tokens, logits_dtype, impl), as the operators take them."""
     return given["chunk_tokens"], given["logits_dtype"], given["impl"]
 
@@ -135,7 +137,7 @@ def check_product(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, given: Mapping[str, Any]
 ) -> None:
     check_linear(hidden, weight, bias, empty=given["group"] is not None)
-    check_cut(given["chunk_tokens"], given["logits_dtype"], hidden)
+    check_chunks(given["chunk_tokens"], given["logits_dtype"], hidden)
     check_filter_eps(given["filter_eps"])
 
 
@@ -154,7 +156,7 @@ def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[s
         "group": (None,),
         "chunk_tokens": (None,),
         "logits_dtype": (None, wide),
-        "impl": ("auto", "triton"),
+        "impl": ("auto", *fusing_names()),
     }
     for name, values in allowed.items():
         if given[name] not in values:

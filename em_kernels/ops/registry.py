@@ -273,7 +273,7 @@ class Operator(NamedTuple):
         return self.fake(unflat(self.arguments, args))
 
 
-# Operators return a list of tensors; the one in place returns nothing, since torch.compile takes no
+# Operators return a list of tensors; those in place return nothing, since torch.compile takes no
 # mutating operator that returns a list.
 OPERATORS = {
     "softmax_stats": Operator(SoftmaxStats, _softmax_stats, fakes.softmax_stats),

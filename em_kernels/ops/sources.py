@@ -112,6 +112,11 @@ class FromHidden:
     # forward pass makes.
     single: str | None = None
 
+    @property
+    def product(self) -> tuple[int | None, torch.dtype | None, str]:
+        """What the operators take of it, in a row."""
+        return self.chunk_tokens, self.logits_dtype, self.impl
+
     def looked_through(self, spec: RowSpec) -> RowSpec:
         """The spec for both passes."""
         return with_index(spec)
@@ -129,8 +134,8 @@ class FromHidden:
             one = x.new_ones(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
             rows, gradients, _ = self.loss(x, weight, spec, Upstream(**{self.single: one}), outputs)
             return rows, gradients[0]
-        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
-        results = call(LinearStats(x, weight, spec, outputs, *cut, self.needs, self.keep_logits))
+        ahead = self.needs, self.keep_logits
+        results = call(LinearStats(x, weight, spec, outputs, *self.product, *ahead))
         if not any(self.needs.inputs):
             return results, None
         *rows, kept = results
@@ -150,17 +155,15 @@ class FromHidden:
             counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
             unit: Any = kept
             return (unit * counted[..., None]).to(x.dtype), None, None
-        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
-        arguments = LinearGrad(x, weight, spec, saved, upstream, self.needs, *cut, kept)
+        arguments = LinearGrad(x, weight, spec, saved, upstream, self.needs, *self.product, kept)
         return self._wanted(call(arguments))
 
     def loss(
         self, x: Tensor, weight: Any, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
     ) -> Loss:
-        cut = (self.chunk_tokens, self.logits_dtype, self.impl)
         if not any(self.needs.inputs):
-            return Loss(call(LinearStats(x, weight, spec, outputs, *cut)))
-        results = call(LinearLoss(x, weight, spec, weights, self.needs, outputs, *cut))
+            return Loss(call(LinearStats(x, weight, spec, outputs, *self.product)))
+        results = call(LinearLoss(x, weight, spec, weights, self.needs, outputs, *self.product))
         *rows, of_hidden, of_weight, of_bias = results
         return Loss(rows, self._wanted([of_hidden, of_weight, of_bias]))
 

@@ -36,8 +36,8 @@ from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, w
 from em_kernels.ops.linear_softmax_stats import (
     autocast_inputs,
     check_product,
-    cut_of,
     needs_of,
+    product_arguments,
 )
 from em_kernels.ops.options import (
     DEFAULTS,
@@ -147,10 +147,10 @@ def linear_token_loss(
     outputs = check_outputs(options, target)
     if is_exporting():
         names = all_outputs(outputs, weights)
-        rows = record(LinearStats(hidden, weight, spec, names, *cut_of(given)))
+        rows = record(LinearStats(hidden, weight, spec, names, *product_arguments(given)))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
     needs = needs_of(("loss",), hidden, weight, spec, given)
-    source = FromHidden(needs, *cut_of(given))
+    source = FromHidden(needs, *product_arguments(given))
     hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
     memory = remember(own, spec, weights, hidden.dtype)
     return _pack_loss(outputs, loss(Call(hidden, weight, spec, weights, outputs, source, memory)))

@@ -56,6 +56,12 @@ except ValueError as error:
 else:
     raise AssertionError("it is still served")
 try:
+    em_kernels.linear_softmax_stats(hidden, weight, target, fuse_product=True, impl="reference")
+except ValueError as error:
+    assert "impl must be" in str(error) and repr(gone) not in str(error), error
+else:
+    raise AssertionError("it is fused by the reference")
+try:
     fused = em_kernels.linear_softmax_stats(hidden, weight, target, fuse_product=True)
     torch.testing.assert_close(fused.entropy, stats.entropy)
 except ValueError as error:
