@@ -29,7 +29,7 @@ ROWWISE_IMPLS = tuple(name for name in IMPLS if name != "reference")
 def transformed(
     x: Tensor, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, valid_vocab=None
 ) -> Tensor:
-    """z of DESIGN.md section 2 in float64."""
+    """z of "The maths" in DESIGN.md, in float64."""
     u = logit_scale * x.double()
     if bias is not None:
         u = u + bias.double()

@@ -1,6 +1,6 @@
 """The calls of `test_vocab_parallel`, of whole rows or of one rank's shard of them.
 
-A case is a function of a `Cut` that returns (what must be the same on every rank, what is this
+A case is a function of a `Share` that returns (what must be the same on every rank, what is this
 rank's part of a tensor cut in dimension `dim`: name -> (part, dim)).
 """
 
@@ -37,7 +37,7 @@ SIZES = {2: (40, 23), 3: (30, 5, 28)}
 INF, NAN = math.inf, math.nan
 
 
-class Cut(NamedTuple):
+class Share(NamedTuple):
     """How much of the vocabulary this process holds."""
 
     group: object = None
@@ -51,11 +51,11 @@ class Cut(NamedTuple):
         return x.detach().clone().requires_grad_()
 
 
-WHOLE = Cut()
+WHOLE = Share()
 
 
-def own_cut(sizes: tuple[int, ...] | None = None) -> Cut:
-    return Cut(dist.group.WORLD, dist.get_rank(), sizes or SIZES[dist.get_world_size()])
+def own_share(sizes: tuple[int, ...] | None = None) -> Share:
+    return Share(dist.group.WORLD, dist.get_rank(), sizes or SIZES[dist.get_world_size()])
 
 
 def with_gradients(values: dict, upstream: dict, parts: dict, copies: dict | None = None):
@@ -87,26 +87,26 @@ def draw_rows(dtype=torch.float32, vocab=VOCAB):
     return logits, target, draw_upstream(2, 9, dtype=wide)
 
 
-def stats_case(cut, logits, target, upstream, outputs=OUTPUTS, **kwargs):
-    x = cut.part(logits)
-    stats = softmax_stats(x, target, outputs=outputs, group=cut.group, **kwargs)._asdict()
+def stats_case(share, logits, target, upstream, outputs=OUTPUTS, **kwargs):
+    x = share.part(logits)
+    stats = softmax_stats(x, target, outputs=outputs, group=share.group, **kwargs)._asdict()
     values = {name: stats[name] for name in outputs}
     return with_gradients(values, upstream, {"logits": (x, -1)})
 
 
 def stats_of(dtype):
-    def case(cut, impl):
-        return stats_case(cut, *draw_rows(dtype), impl=impl)
+    def case(share, impl):
+        return stats_case(share, *draw_rows(dtype), impl=impl)
 
     return case
 
 
-def stats_with_everything(cut, impl):
+def stats_with_everything(share, impl):
     logits, target, upstream = draw_rows()
     target %= VOCAB - 4
     target[0, 3] = -100
     return stats_case(
-        cut,
+        share,
         logits,
         target,
         upstream,
@@ -119,16 +119,16 @@ def stats_with_everything(cut, impl):
     )
 
 
-def stats_without_target(cut, impl):
+def stats_without_target(share, impl):
     logits, _, upstream = draw_rows()
-    return stats_case(cut, logits, None, upstream, ("entropy", "collision", "lse"), impl=impl)
+    return stats_case(share, logits, None, upstream, ("entropy", "collision", "lse"), impl=impl)
 
 
-def stats_of_a_view(cut, impl):
+def stats_of_a_view(share, impl):
     """logits[:, :-1], in a shard too."""
     logits, target, upstream = draw_rows()
-    x = cut.part(logits)
-    stats = softmax_stats(x[:, :-1], target[:, 1:], group=cut.group, impl=impl)
+    x = share.part(logits)
+    stats = softmax_stats(x[:, :-1], target[:, 1:], group=share.group, impl=impl)
     upstream = {name: g[:, 1:] for name, g in upstream.items()}
     values = {"logprob": stats.logprob, "entropy": stats.entropy}
     return with_gradients(values, upstream, {"logits": (x, -1)})
@@ -144,17 +144,17 @@ def sure_rows():
     return logits, target, draw_upstream(48)
 
 
-def stats_of_sure_rows(cut, impl):
-    return stats_case(cut, *sure_rows(), impl=impl)
+def stats_of_sure_rows(share, impl):
+    return stats_case(share, *sure_rows(), impl=impl)
 
 
-def stats_of_shifted_rows(cut, impl):
+def stats_of_shifted_rows(share, impl):
     logits, target, upstream = draw_rows()
     names = ("logprob", "entropy", "varentropy", "collision", "max_prob", "is_top1")
-    return stats_case(cut, logits * 8 // 1 / 8 + 1e4, target, upstream, names, impl=impl)
+    return stats_case(share, logits * 8 // 1 / 8 + 1e4, target, upstream, names, impl=impl)
 
 
-def stats_of_bad_rows(cut, impl):
+def stats_of_bad_rows(share, impl):
     """Row by row: -inf in one shard, in all but one, in all; NaN; +inf; a target on -inf."""
     torch.manual_seed(3)
     logits, target = 3 * torch.randn(9, VOCAB), torch.randint(0, VOCAB, (9,))
@@ -169,21 +169,21 @@ def stats_of_bad_rows(cut, impl):
     logits[7, : first + 5] = -INF
     logits[7, VOCAB - 1] = NAN
     target[0], target[6] = 3, VOCAB - 2  # in a shard without a finite logit
-    return stats_case(cut, logits, target, draw_upstream(9), impl=impl)
+    return stats_case(share, logits, target, draw_upstream(9), impl=impl)
 
 
-def stats_with_a_shard_of_padding(cut, impl):
+def stats_with_a_shard_of_padding(share, impl):
     """valid_vocab leaves the last rank nothing."""
     logits, target, upstream = draw_rows()
     valid = 30
-    return stats_case(cut, logits, target % valid, upstream, valid_vocab=valid, impl=impl)
+    return stats_case(share, logits, target % valid, upstream, valid_vocab=valid, impl=impl)
 
 
-def no_rows(cut, impl):
-    x = cut.part(torch.zeros(0, VOCAB))
-    stats = softmax_stats(x, torch.zeros(0, dtype=torch.int64), group=cut.group, impl=impl)
-    weight, hidden = cut.part(torch.ones(VOCAB, 4), 0), torch.zeros(0, 4, requires_grad=True)
-    loss = linear_entropy_loss(hidden, weight, group=cut.group, impl=impl)
+def no_rows(share, impl):
+    x = share.part(torch.zeros(0, VOCAB))
+    stats = softmax_stats(x, torch.zeros(0, dtype=torch.int64), group=share.group, impl=impl)
+    weight, hidden = share.part(torch.ones(VOCAB, 4), 0), torch.zeros(0, 4, requires_grad=True)
+    loss = linear_entropy_loss(hidden, weight, group=share.group, impl=impl)
     values = {"entropy": stats.entropy, "loss": loss}
     upstream = {"entropy": torch.ones(0), "loss": torch.tensor(1.0)}
     return with_gradients(
@@ -191,9 +191,9 @@ def no_rows(cut, impl):
     )
 
 
-def all_rows_masked(cut, impl):
+def all_rows_masked(share, impl):
     logits, target, upstream = draw_rows()
-    return stats_case(cut, logits, target, upstream, mask=torch.zeros(2, 9), impl=impl)
+    return stats_case(share, logits, target, upstream, mask=torch.zeros(2, 9), impl=impl)
 
 
 class Head(NamedTuple):
@@ -202,12 +202,12 @@ class Head(NamedTuple):
     bias: Tensor
 
 
-def draw_head(cut, dtype=torch.float32, dim=8):
+def draw_head(share, dtype=torch.float32, dim=8):
     torch.manual_seed(4)
     hidden = torch.randn(2, 9, dim).to(dtype).requires_grad_()
     weight, bias = torch.randn(VOCAB, dim).to(dtype), torch.randn(VOCAB).to(dtype)
     target = torch.linspace(0, VOCAB - 1, 18).long().view(2, 9)
-    return Head(hidden, cut.part(weight, 0), cut.part(bias, 0)), target
+    return Head(hidden, share.part(weight, 0), share.part(bias, 0)), target
 
 
 def head_gradients(values, upstream, head):
@@ -216,8 +216,8 @@ def head_gradients(values, upstream, head):
 
 
 def linear_stats_of(dtype, **options):
-    def case(cut, impl):
-        head, target = draw_head(cut, dtype)
+    def case(share, impl):
+        head, target = draw_head(share, dtype)
         target[1, 4] = -100
         stats = linear_softmax_stats(
             head.hidden,
@@ -227,7 +227,7 @@ def linear_stats_of(dtype, **options):
             outputs=OUTPUTS,
             temperature=0.7,
             mask=torch.rand(2, 9) > 0.2,
-            group=cut.group,
+            group=share.group,
             impl=impl,
             **options,
         )._asdict()
@@ -241,7 +241,7 @@ def linear_stats_in_blocks(dtype, **options):
     """Backward with blocks of the shard outermost; in bfloat16 as on a GPU."""
     stats = linear_stats_of(dtype, **options)
 
-    def case(cut, impl):
+    def case(share, impl):
         with pytest.MonkeyPatch.context() as patch:
             block_small_vocabularies(patch)
             products = play_gpu(patch) if dtype == torch.bfloat16 else []
@@ -251,8 +251,8 @@ def linear_stats_in_blocks(dtype, **options):
                 "column_blocks",
                 lambda *sizes: blocks.append(column_blocks(*sizes)) or blocks[-1],
             )
-            results = stats(cut, impl)
-        own = VOCAB if cut.sizes is None else cut.sizes[cut.rank]
+            results = stats(share, impl)
+        own = VOCAB if share.sizes is None else share.sizes[share.rank]
         assert blocks or own == 0, "rows were outermost"
         assert own < 20 or len(blocks[0]) > 1
         assert products or dtype != torch.bfloat16
@@ -261,9 +261,9 @@ def linear_stats_in_blocks(dtype, **options):
     return case
 
 
-def linear_stats_of_a_frozen_head(cut, impl):
+def linear_stats_of_a_frozen_head(share, impl):
     """The gradient of hidden is made in the forward pass: each rank's share, summed in backward."""
-    head, target = draw_head(cut)
+    head, target = draw_head(share)
     target[1, 4] = -100
     stats = linear_softmax_stats(
         head.hidden,
@@ -272,7 +272,7 @@ def linear_stats_of_a_frozen_head(cut, impl):
         bias=head.bias.detach(),
         entropy_requires_grad=False,
         chunk_tokens=5,
-        group=cut.group,
+        group=share.group,
         impl=impl,
     )
     values = {"logprob": stats.logprob, "entropy": stats.entropy}
@@ -280,32 +280,32 @@ def linear_stats_of_a_frozen_head(cut, impl):
     return with_gradients(values, upstream, {}, {"hidden": head.hidden})
 
 
-def linear_with_a_bias_of_minus_inf(cut, impl):
+def linear_with_a_bias_of_minus_inf(share, impl):
     """Padding by bias: the last shard has no finite logit in any row."""
-    head, target = draw_head(cut)
+    head, target = draw_head(share)
     bias = torch.zeros(VOCAB)
     bias[VOCAB // 2 - 1 :] = -INF
-    bias = cut.part(bias, 0)
+    bias = share.part(bias, 0)
     stats = linear_softmax_stats(
         head.hidden,
         head.weight,
         target % 30,
         bias=bias,
         outputs=OUTPUTS,
-        group=cut.group,
+        group=share.group,
         chunk_tokens=5,
         impl=impl,
     )._asdict()
     return head_gradients(stats, draw_upstream(2, 9), head._replace(bias=bias))
 
 
-def verl_head(cut, impl):
+def verl_head(share, impl):
     """verl's signature; its backend is chosen by the device, so `impl` plays no part. The gradient
     it leaves partial is summed by what comes before it, as in verl."""
-    head, target = draw_head(cut)
-    hidden = copy_to_ranks(head.hidden, check_group(cut.group))
+    head, target = draw_head(share)
+    hidden = copy_to_ranks(head.hidden, check_group(share.group))
     target.view(-1)[:2] = torch.tensor([-1, -100])  # no entries of the vocabulary
-    arguments = (hidden, head.weight, target, 0.7, "none", cut.group)
+    arguments = (hidden, head.weight, target, 0.7, "none", share.group)
     values = dict(zip(("logprob", "entropy"), verl.linear_cross_entropy(*arguments)))
     return with_gradients(
         values, draw_upstream(18), {"weight": (head.weight, 0)}, {"hidden": head.hidden}
@@ -313,9 +313,9 @@ def verl_head(cut, impl):
 
 
 def loss_case(inplace):
-    def case(cut, impl):
+    def case(share, impl):
         logits, target, _ = draw_rows()
-        x = cut.part(logits)
+        x = share.part(logits)
         result = token_loss(
             x * 1,
             target,
@@ -325,7 +325,7 @@ def loss_case(inplace):
             mask=torch.rand(2, 9) > 0.3,
             temperature=0.5,
             inplace=inplace,
-            group=cut.group,
+            group=share.group,
             impl=impl,
         )
         values = {"loss": result.loss, **result.stats._asdict()}
@@ -335,8 +335,8 @@ def loss_case(inplace):
 
 
 def linear_loss_of(dtype, frozen=(), **options):
-    def case(cut, impl):
-        head, target = draw_head(cut, dtype)
+    def case(share, impl):
+        head, target = draw_head(share, dtype)
         target %= options.get("valid_vocab", VOCAB)
         for name in frozen:
             getattr(head, name).requires_grad_(False)
@@ -348,7 +348,7 @@ def linear_loss_of(dtype, frozen=(), **options):
             entropy_weight=torch.rand(2, 9),
             logprob_weight=torch.rand(2, 9) - 0.5,
             mask=torch.rand(2, 9) > 0.3,
-            group=cut.group,
+            group=share.group,
             impl=impl,
             **options,
         )
@@ -369,13 +369,13 @@ def deferred_linear_loss(frozen=(), **options):
     """As on a GPU: 5 rows of 16-bit gradient, and float32 logits of 2 of them at a time."""
     loss = linear_loss_of(torch.bfloat16, frozen, chunk_tokens=5, **options)
 
-    def case(cut, impl):
+    def case(share, impl):
         with pytest.MonkeyPatch.context() as patch:
             products = play_gpu(patch)
             defer_small_chunks(patch)
-            results = loss(cut, impl)
+            results = loss(share, impl)
         # The CPU's kernels cannot narrow; whole rows have no trips of dW to save if it is frozen.
-        if impl != "cpu" and (cut.group is not None or not frozen):
+        if impl != "cpu" and (share.group is not None or not frozen):
             assert {len(product.out) for product in products if product.b.shape[0] == 8} == {1, 2}
         return results
 
@@ -383,11 +383,11 @@ def deferred_linear_loss(frozen=(), **options):
 
 
 def entropy_loss_by(reduction):
-    def case(cut, impl):
+    def case(share, impl):
         logits, _, _ = draw_rows()
-        head, _ = draw_head(cut)
-        x, mask = cut.part(logits), torch.rand(2, 9) > 0.4
-        options = dict(reduction=reduction, temperature=0.5, group=cut.group, impl=impl)
+        head, _ = draw_head(share)
+        x, mask = share.part(logits), torch.rand(2, 9) > 0.4
+        options = dict(reduction=reduction, temperature=0.5, group=share.group, impl=impl)
         values = {
             "loss": entropy_loss(x, mask, **options),
             "linear": linear_entropy_loss(
@@ -401,44 +401,46 @@ def entropy_loss_by(reduction):
     return case
 
 
-def covariance_over_the_vocabulary(cut, impl):
-    head, target = draw_head(cut)
+def covariance_over_the_vocabulary(share, impl):
+    head, target = draw_head(share)
     target[0, 0] = -100
     cov = linear_token_covariance(
-        head.hidden, head.weight, target, torch.randn(2, 9), vocab_group=cut.group, impl=impl
+        head.hidden, head.weight, target, torch.randn(2, 9), vocab_group=share.group, impl=impl
     )
     return {"cov": cov}, {}
 
 
-def covariance_over_both(cut, impl):
+def covariance_over_both(share, impl):
     """The same group for the tokens, here every rank's own copy of them, and the vocabulary."""
-    head, target = draw_head(cut)
+    head, target = draw_head(share)
     advantage = torch.randn(2, 9)
     cov = linear_token_covariance(
         head.hidden,
         head.weight,
         target,
         advantage,
-        group=cut.group,
-        vocab_group=cut.group,
+        group=share.group,
+        vocab_group=share.group,
         impl=impl,
     )
     logprob = linear_softmax_stats(
-        head.hidden, head.weight, target, group=cut.group, impl=impl
+        head.hidden, head.weight, target, group=share.group, impl=impl
     ).logprob
     return {"cov": cov, "again": token_covariance(logprob, advantage)}, {}
 
 
-def compiled(cut, impl):
-    head, target = draw_head(cut)
+def compiled(share, impl):
+    head, target = draw_head(share)
     rows = torch.rand(2, 9)
 
     def function(hidden, weight, bias):
-        stats = linear_softmax_stats(hidden, weight, target, bias=bias, group=cut.group, impl=impl)
-        loss = linear_token_loss(hidden, weight, entropy_weight=rows, group=cut.group, impl=impl)
+        stats = linear_softmax_stats(
+            hidden, weight, target, bias=bias, group=share.group, impl=impl
+        )
+        loss = linear_token_loss(hidden, weight, entropy_weight=rows, group=share.group, impl=impl)
         return stats.logprob * stats.entropy + loss.loss
 
-    if cut.group is not None:
+    if share.group is not None:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
     values = {"value": function(*head)}
     return head_gradients(values, {"value": torch.ones(2, 9)}, head)

@@ -13,10 +13,10 @@ from vocab_cases import (
     OTHER_SIZES,
     VOCAB,
     WHOLE,
-    Cut,
+    Share,
     draw_head,
     draw_rows,
-    own_cut,
+    own_share,
 )
 
 from em_kernels import (
@@ -42,34 +42,34 @@ def message(call) -> str:
 
 def called_differently():
     """Every rank is told, and none waits."""
-    cut = own_cut()
+    share = own_share()
     logits, target, _ = draw_rows()
-    x, first = cut.part(logits), cut.rank == 0
+    x, first = share.part(logits), share.rank == 0
     mask, other = torch.ones(2, 9), target.clone()
     mask[1, 1] = not first
     other[0, 0] += first
-    hidden, weight = torch.ones(2, 9, 8), cut.part(torch.ones(VOCAB, 8), 0)
+    hidden, weight = torch.ones(2, 9, 8), share.part(torch.ones(VOCAB, 8), 0)
 
     def stats(target=None, **kwargs):
-        return message(lambda: softmax_stats(x, target, group=cut.group, **kwargs))
+        return message(lambda: softmax_stats(x, target, group=share.group, **kwargs))
 
     return {
         "mask": stats(mask=mask),
         "target": stats(other),
-        "tokens": message(lambda: softmax_stats(x[: 1 + first], group=cut.group)),
+        "tokens": message(lambda: softmax_stats(x[: 1 + first], group=share.group)),
         "outputs": stats(outputs=("lse",) if first else ("entropy",)),
         "impl": stats(impl=ON_CPU[0 if first else -1]),
-        "dtype": message(lambda: softmax_stats(x.double() if first else x, group=cut.group)),
+        "dtype": message(lambda: softmax_stats(x.double() if first else x, group=share.group)),
         "temperature": stats(temperature=0.5 if first else 0.7),
         "chunk": message(
-            lambda: linear_softmax_stats(hidden, weight, chunk_tokens=4 + first, group=cut.group)
+            lambda: linear_softmax_stats(hidden, weight, chunk_tokens=4 + first, group=share.group)
         ),
         "frozen": message(
-            lambda: linear_entropy_loss(hidden.requires_grad_(first), weight, group=cut.group)
+            lambda: linear_entropy_loss(hidden.requires_grad_(first), weight, group=share.group)
         ),
         "valid_vocab": stats(valid_vocab=VOCAB + 1),
         "out of range": stats(target + 1),
-        "none at all": message(lambda: softmax_stats(torch.ones(3, 0), group=cut.group)),
+        "none at all": message(lambda: softmax_stats(torch.ones(3, 0), group=share.group)),
         "still in step": stats(target),
     }
 
@@ -79,8 +79,8 @@ def groups_that_are_none():
     members = (0, dist.get_world_size() - 1)
     group = dist.new_group(members)
     logits, target, _ = draw_rows()
-    cut = Cut(group, int(dist.get_rank() != 0), (20, 43))
-    x = cut.part(logits)
+    share = Share(group, int(dist.get_rank() != 0), (20, 43))
+    x = share.part(logits)
     inside = dist.get_rank() in members
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     call = lambda: softmax_stats(x, target, group=group)  # noqa: E731
@@ -95,7 +95,7 @@ def groups_that_are_none():
 
 def costs():
     """(collectives, floating-point operations of the products, those of one product) of a call."""
-    head, target = draw_head(own_cut())
+    head, target = draw_head(own_share())
     options = dict(group=dist.group.WORLD, chunk_tokens=6)
     weight = head.weight
     rows = torch.ones(2, 9)
@@ -147,7 +147,7 @@ def count_collectives(call) -> tuple[int, int]:
 def uneven_chunks():
     """Collectives of a call whose smallest shard would fit in one chunk, the largest in two."""
     sizes = OTHER_SIZES[dist.get_world_size()][0]
-    head, _ = draw_head(own_cut(sizes))
+    head, _ = draw_head(own_share(sizes))
     budget, chunking.CPU_WORKSPACE_BYTES = chunking.CPU_WORKSPACE_BYTES, 16 * max(sizes) * 4
     try:
         return count_collectives(
@@ -159,7 +159,7 @@ def uneven_chunks():
 
 def opcheck():
     """Operators with a group, in step on all ranks."""
-    head, target = draw_head(own_cut())
+    head, target = draw_head(own_share())
     gradient = (torch.ones(3, 2).T.bfloat16(), dist.group.WORLD.group_name)
     torch.library.opcheck(torch.ops.em_kernels.all_reduce.default, gradient)
     torch.library.opcheck(

@@ -8,7 +8,7 @@ import torch
 import vocab_cases
 from distributed import run_on_ranks
 from helpers import ON_CPU, error, same_bits, truth
-from vocab_cases import CASES, OTHER_SIZES, WHOLE, own_cut, sure_rows
+from vocab_cases import CASES, OTHER_SIZES, WHOLE, own_share, sure_rows
 from vocab_checks import CHECKS
 
 from em_kernels import linear_entropy_loss, linear_token_loss, softmax_stats, token_loss
@@ -46,7 +46,7 @@ def run_case(name):
         return CHECKS[name]()
     case, impl, sizes = name.split("|")
     sizes = tuple(int(size) for size in sizes.strip("()").split(",")) if sizes else None
-    return CASES[case](own_cut(sizes), impl)
+    return CASES[case](own_share(sizes), impl)
 
 
 @pytest.fixture(scope="module")
