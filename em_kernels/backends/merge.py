@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import Saved
+from em_kernels.backends.interface import OUTPUTS, Saved
 
 # What each output needs of every shard, besides `Saved`; "count" is its number of finite logits.
 _PARTS = {
@@ -36,18 +36,13 @@ _PARTS = {
     "entropy_slope": ("logprob", "collision", "entropy_slope"),
 }
 
-
 _FAR = -1e100  # in place of -inf: a weight of 0 times its square is 0
 
 
 def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics of a shard from which `merge` makes `outputs`, `Saved` first."""
     needed = {part for name in outputs for part in _PARTS.get(name, ())}
-    order = (
-        *("logprob", "varentropy", "collision", "is_top1", "self_certainty"),
-        *("logit_mean", "logit_var", "logit_skew", "entropy_slope", "count"),
-    )
-    return (*Saved._fields, *(name for name in order if name in needed))
+    return (*Saved._fields, *(name for name in (*OUTPUTS, "count") if name in needed))
 
 
 def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...]) -> Tensor:
