@@ -9,7 +9,7 @@
             check_settings(self)
 
 `check_settings` makes the errors, `add_flags` and `given_settings` the command line, `documented`
-the docstring, `describe_settings` the table of the documentation.
+the docstring, which is the page of the documentation too.
 """
 
 from __future__ import annotations
@@ -60,17 +60,6 @@ class Setting(NamedTuple):
     def named(self) -> tuple[str, ...]:
         """The choices but None, which a flag that is left out stands for."""
         return tuple(choice for choice in self.choices or () if choice is not None)
-
-
-class SettingRow(NamedTuple):
-    """A setting as the documentation shows it; `flag` is None where there is none."""
-
-    name: str
-    flag: str | None
-    type: str
-    default: str
-    help: str
-    group: str
 
 
 def setting(default: Any, help: str, **told: Any) -> Any:
@@ -261,21 +250,6 @@ def documented(cls: C) -> C:
     return cls
 
 
-def describe_settings(cls: type) -> list[SettingRow]:
-    """Every setting of `cls`, for the documentation."""
-    return [
-        SettingRow(
-            name=name,
-            flag=None if told.no_flag is not None else flag_of(name, told),
-            type=" or ".join(map(repr, told.named)) or _shown_type(cls, name),
-            default=_default(cls, name),
-            help=told.help,
-            group=told.group,
-        )
-        for name, told in settings_of(cls).items()
-    ]
-
-
 def _told(cls: type, name: str) -> tuple[str, Setting]:
     return _default(cls, name), settings_of(cls)[name]
 
@@ -289,11 +263,6 @@ def _default(cls: type, name: str) -> str:
 
 def _is_required(cls: type, name: str) -> bool:
     return cls.__dataclass_fields__[name].default is MISSING  # type: ignore[attr-defined]
-
-
-def _shown_type(cls: type, name: str) -> str:
-    kind = _kinds(cls)[name]
-    return f"{kind.type.__name__}{' ...' if kind.several else ''}"
 
 
 # Types

@@ -11,7 +11,6 @@ from em_kernels.lm.settings import (
     add_flags,
     at_least,
     check_settings,
-    describe_settings,
     documented,
     fraction,
     given_settings,
@@ -108,12 +107,3 @@ def test_help_and_docstring_tell_every_default():
     assert "        share: a share (default all).\n" in Small.__doc__
     assert "count: how many, 50% of all (default 5)." in Large.__doc__
     assert "share" not in Large.__doc__  # as in Small
-
-
-def test_the_table_of_the_documentation():
-    rows = {row.name: row for row in describe_settings(Large)}
-    assert rows["depth"][1:4] == ("--levels", "int", "1")
-    assert rows["where"].default == "must be given"
-    assert rows["mode"].type == "'slow' or 'fast' or 'odd'"
-    assert rows["rates"][2:] == ("float ...", "(1.0,)", "of each", "rates")
-    assert rows["own"].flag is None
