@@ -1,7 +1,8 @@
-"""For mkdocstrings: functions that take `**options` are shown as `help` shows them.
+"""For mkdocstrings: functions that take `**options`, and settings, are shown as `help` shows them.
 
-The options that public functions share stand in one TypedDict, and a decorator gives each function
-the flat signature and the whole docstring when it is imported; the sources alone do not show them.
+The options that public functions share stand in one TypedDict, and what is to be said of a setting
+in its field; decorators make signatures and docstrings of them when the package is imported. The
+sources alone do not show them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,27 @@ KINDS = {
 
 class RuntimeSignatures(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        spread = [p for p in func.parameters if p.kind is griffe.ParameterKind.var_keyword]
-        if not spread or not func.path.startswith("em_kernels.") or func.name.startswith("_"):
+        if not any("Unpack[" in str(p.annotation) for p in func.parameters):
             return
         found = griffe.dynamic_import(func.path)
         func.parameters = griffe.Parameters(*map(parameter, signature_of(found)))
-        if func.docstring is not None and found.__doc__:
-            func.docstring.value = inspect.cleandoc(found.__doc__)
+        told = func.docstring or func.parent.docstring  # of the class, for its `__init__`
+        func.docstring = like(told, found.__doc__, func)
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Settings: their docstring, and defaults in place of the calls that declare them."""
+        if not any(str(decorator.value) == "documented" for decorator in cls.decorators):
+            return
+        found = griffe.dynamic_import(cls.path)
+        cls.docstring = like(cls.docstring, inspect.cleandoc(found.__doc__), cls)
+        parameters = griffe.Parameters(*map(parameter, signature_of(found.__init__)))
+        cls.set_member("__init__", griffe.Function("__init__", parameters=parameters, parent=cls))
+
+
+def like(told: griffe.Docstring, text: str, parent: griffe.Object) -> griffe.Docstring:
+    """The text as a docstring that is read as the one in the sources."""
+    how = dict(parser=told.parser, parser_options=told.parser_options)
+    return griffe.Docstring(text, parent=parent, **how)
 
 
 def signature_of(function: Any) -> list[inspect.Parameter]:

@@ -137,3 +137,14 @@ def test_every_output_and_public_name_is_on_its_page():
     assert re.findall(r"`(\w+)`", listed) == list(em_kernels.TokenStats._fields)
     public = set(em_kernels.__all__) - {"TokenLoss", "TokenStats"}
     assert {name for name in public if f"`{name}" not in text and f".{name}(" not in text} == set()
+
+
+def test_the_api_shows_what_decorators_add():
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(ROOT / "docs/signatures.py"))
+    package = griffe.load("em_kernels", search_paths=[ROOT], extensions=extensions)
+    config, loss = package["trainer.config.TrainConfig"], package["ops.token_loss.EntropyLoss"]
+    assert config.parameters["updates"].default == "10"
+    assert "updates: optimiser updates in all" in config.docstring.value
+    assert loss.parameters["temperature"].default == "1.0"
+    assert "\n    temperature: positive" in loss.members["__init__"].docstring.value
