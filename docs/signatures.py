@@ -43,7 +43,9 @@ class RuntimeSignatures(griffe.Extension):
 def like(told: griffe.Docstring, text: str, parent: griffe.Object) -> griffe.Docstring:
     """The text as a docstring that is read as the one in the sources."""
     how = dict(parser=told.parser, parser_options=told.parser_options)
-    return griffe.Docstring(text, parent=parent, **how)
+    made = griffe.Docstring("", parent=parent, **how)
+    made.value = text  # as it is: griffe would take the margin from one that begins with "Args:"
+    return made
 
 
 def signature_of(function: Any) -> list[inspect.Parameter]:
