@@ -165,12 +165,13 @@ def takes_options(function: _Function) -> _Function:
     """
     signature = _flat_signature(function)
     names = frozenset(signature.parameters)
+    called = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in names:
-                _refuse(function.__qualname__, name, names)
+                _refuse(called, name, names)
         return function(*args, **kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]
@@ -179,9 +180,10 @@ def takes_options(function: _Function) -> _Function:
 
 
 def _refuse(function: str, name: str, names: Iterable[str]) -> NoReturn:
-    function = function.removesuffix(".__init__")
-    near = difflib.get_close_matches(name, sorted(names), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = ""
+    if not torch.compiler.is_compiling():  # difflib cannot be traced, and its error would be shown
+        near = difflib.get_close_matches(name, sorted(names), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
     raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 

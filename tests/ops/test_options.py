@@ -94,6 +94,14 @@ def test_a_wrong_keyword_is_refused_by_name(function):
         function(zzz=0)
 
 
+def test_a_wrong_keyword_is_named_while_compiling():
+    compiled = torch.compile(
+        lambda x: em.softmax_stats(x, temprature=0.5), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match=r"softmax_stats\(\).*unexpected keyword.*'temprature'"):
+        compiled(X)
+
+
 CALLS = {
     "softmax_stats": lambda target, **o: em.softmax_stats(X, target, **o),
     "linear_softmax_stats": lambda target, **o: em.linear_softmax_stats(
