@@ -90,7 +90,7 @@ def test_a_real_pytest_log_is_understood(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 1)
     made = stage("tests", read=read_tests)._replace(command=gpu_tests.command("tests"))
-    (result,) = gpu.run_all([made], tmp_path / "out", 60)
+    (result,) = gpu.run_all([made], tmp_path / "out", 600)
     assert result["note"] == "exit code 1"
     assert result["counts"] == {"FAILED": 1, "PASSED": 1}
     assert result["failures"][0].startswith("FAILED tests/test_small.py::test_bad")
