@@ -8,6 +8,7 @@ divided by the scale.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,28 +25,27 @@ def same_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+@dataclass(eq=False)
 class Gradients:
     """What both orders have in common: the scale, db, and what is left out.
 
     `result` says which dtype the gradient of a tensor of a dtype has.
     """
 
-    def __init__(
-        self,
-        linear: Linear,
-        spec: RowSpec,
-        upstream: Upstream,
-        needs: Needs,
-        backend: Backend,
-        rows: Rows,
-        result: Callable[[torch.dtype], torch.dtype] = same_dtype,
-    ) -> None:
-        self.linear, self.spec, self.needs, self.backend = linear, spec, needs, backend
-        self.rows, self.result = rows, result
-        self.scale = rows_scale(upstream, spec, rows.index, linear.hidden.dtype)
-        self.upstream = scale_rows(upstream, self.scale)
+    linear: Linear
+    spec: RowSpec
+    upstream: Upstream
+    needs: Needs
+    backend: Backend
+    rows: Rows
+    result: Callable[[torch.dtype], torch.dtype] = same_dtype
+
+    def __post_init__(self) -> None:
+        linear = self.linear
+        self.scale = rows_scale(self.upstream, self.spec, self.rows.index, linear.hidden.dtype)
+        self.upstream = scale_rows(self.upstream, self.scale)
         self.wide = accumulate_dtype(linear.hidden.dtype)
-        size = linear.weight.shape[0] if needs.bias else 0
+        size = linear.weight.shape[0] if self.needs.bias else 0
         self.bias = torch.zeros(size, dtype=self.wide, device=linear.weight.device)
 
     def weight_shape(self) -> tuple[int, ...]:
@@ -69,18 +69,10 @@ class Gradients:
 class ChunkGradients(Gradients):
     """dX a chunk of rows at a time, dW and db summed over chunks."""
 
-    def __init__(
-        self,
-        linear: Linear,
-        spec: RowSpec,
-        upstream: Upstream,
-        needs: Needs,
-        backend: Backend,
-        rows: Rows,
-        result: Callable[[torch.dtype], torch.dtype] = same_dtype,
-    ) -> None:
-        counted = _counted(upstream, spec.mask)
-        super().__init__(linear, spec, counted, needs, backend, rows, result)
+    def __post_init__(self) -> None:
+        self.upstream = _counted(self.upstream, self.spec.mask)
+        super().__post_init__()
+        linear, spec, needs, rows = self.linear, self.spec, self.needs, self.rows
         # Finding the columns waits for the device: a captured graph multiplies them all.
         self.filter_eps = None if row_index.is_capturing(linear.hidden) else needs.filter_eps
         hidden, weight, chunking = linear.hidden, linear.weight, rows.chunking
@@ -92,9 +84,9 @@ class ChunkGradients(Gradients):
         self.started = self.filter_eps is not None
         # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
         shape = tuple(hidden.shape) if needs.hidden else (0,)
-        self.hidden = hidden.new_zeros(shape, dtype=result(hidden.dtype))
+        self.hidden = hidden.new_zeros(shape, dtype=self.result(hidden.dtype))
         dtype = self.wide if several or half else weight.dtype
-        self.weight = backend.empty(self.weight_shape(), dtype, weight.device)
+        self.weight = self.backend.empty(self.weight_shape(), dtype, weight.device)
         self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
 
     def add(self, rows: Tensor | slice, x: Tensor, gradient: Tensor) -> None:
@@ -152,22 +144,15 @@ class ChunkGradients(Gradients):
 class BlockGradients(Gradients):
     """dX summed over blocks of the vocabulary, dW and db a block at a time."""
 
-    def __init__(
-        self,
-        linear: Linear,
-        spec: RowSpec,
-        upstream: Upstream,
-        needs: Needs,
-        backend: Backend,
-        rows: Rows,
-    ) -> None:
-        super().__init__(linear, spec, upstream, needs, backend, rows)
-        self.x = rows.operand(linear, spec.mask)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        linear, spec, needs = self.linear, self.spec, self.needs
+        self.x = self.rows.operand(linear, spec.mask)
         make = torch.empty if spec.valid_vocab else torch.zeros
         shape = tuple(self.x.shape) if needs.hidden else (0,)
         self.hidden = make(shape, dtype=self.wide, device=linear.hidden.device)
         weight = linear.weight
-        self.weight = backend.empty(self.weight_shape(), weight.dtype, weight.device)
+        self.weight = self.backend.empty(self.weight_shape(), weight.dtype, weight.device)
         self.weight[spec.valid_vocab :] = 0
 
     def add(self, own: slice, columns: slice, gradient: Tensor) -> None:

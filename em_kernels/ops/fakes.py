@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import Saved, accumulate_dtype
+from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, kept_shape
 from em_kernels.ops.schemas import (
@@ -37,7 +38,7 @@ def empty_rows(like: Tensor, outputs: Sequence[str]) -> list[Tensor]:
 
 def _fake_grads(
     call: LinearGrad | LinearLoss,
-    result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    result: Callable[[torch.dtype], torch.dtype] = same_dtype,
 ) -> list[Tensor]:
     hidden, weight, bias = call.hidden, call.weight, call.spec.bias
     inputs = (hidden, weight, weight if bias is None else bias)
