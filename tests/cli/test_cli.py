@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def start(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "em_kernels", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=environment, **pipes)
+    # What a shell starts in the background ignores Ctrl-C, and so would what is started here.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 600) -> None:
@@ -125,7 +128,10 @@ def test_ctrl_c_tells_where_to_go_on(model, tmp_path):
     process = start(*arguments, "--updates", "100000", "--save-every", "1")
     wait_for(run / "checkpoint-1", process)
     process.send_signal(signal.SIGINT)
-    written = process.communicate()[1].strip()
+    try:
+        written = process.communicate(timeout=600)[1].strip()
+    finally:
+        process.kill()
     assert process.returncode == 130
     message = written.splitlines()[-1]  # torchao, where it is installed, remarks on its own build
     assert message.startswith("em-kernels: interrupted; the last checkpoint is ")
