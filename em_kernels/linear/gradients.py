@@ -85,7 +85,7 @@ class ChunkGradients(Gradients):
         # Not zeros_like: the operator's result is contiguous whatever the strides of `hidden`.
         shape = tuple(hidden.shape) if needs.hidden else (0,)
         self.hidden = hidden.new_zeros(shape, dtype=self.result(hidden.dtype))
-        dtype = self.wide if several or half else weight.dtype
+        dtype = self.wide if several or half else self.result(weight.dtype)
         self.weight = self.backend.empty(self.weight_shape(), dtype, weight.device)
         self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
 
@@ -103,7 +103,8 @@ class ChunkGradients(Gradients):
     def _add_all(self, rows: Tensor | slice, x: Tensor, gradient: Tensor, weight: Tensor) -> None:
         if self.needs.hidden:
             for own in products.pieces(gradient, weight):
-                product = unscaled(products.back_multiply(gradient[own], weight), self.scale)
+                product = products.back_multiply(gradient[own], weight, self.backend)
+                product = unscaled(product, self.scale)
                 self.hidden[pick_rows(rows, own)] = product.to(self.hidden.dtype)
         if self.needs.weight:
             total = self.weight[: weight.shape[0]]
@@ -151,8 +152,10 @@ class BlockGradients(Gradients):
         make = torch.empty if spec.valid_vocab else torch.zeros
         shape = tuple(self.x.shape) if needs.hidden else (0,)
         self.hidden = make(shape, dtype=self.wide, device=linear.hidden.device)
-        weight = linear.weight
-        self.weight = self.backend.empty(self.weight_shape(), weight.dtype, weight.device)
+        weight, dtype = linear.weight, linear.weight.dtype
+        if self.rows.in_parts and self.rows.count > self.rows.chunking.chunk:
+            dtype = torch.promote_types(dtype, self.wide)  # every chunk adds to each block
+        self.weight = self.backend.empty(self.weight_shape(), dtype, weight.device)
         self.weight[spec.valid_vocab :] = 0
 
     def add(self, own: slice, columns: slice, gradient: Tensor) -> None:
@@ -178,7 +181,7 @@ class BlockGradients(Gradients):
         hidden = unscaled(self.hidden, self.scale)
         self.clear_masked(hidden)
         spread = self._spread(hidden) if self.needs.hidden else hidden
-        return [spread, self.weight, self.finished_bias()]
+        return [spread, self.weight.to(self.linear.weight.dtype), self.finished_bias()]
 
     def _spread(self, hidden: Tensor) -> Tensor:
         """dX of all rows, 0 where one was left out."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from em_kernels.backends.interface import Argument, Backend, accumulate_dtype
 from em_kernels.linear import products
 from em_kernels.linear.chunking import (
+    GRADIENT_BYTES,
     ROW_ALIGN,
     Chunking,
     block_columns,
@@ -45,8 +46,8 @@ class Needs(NamedTuple):
 class Linear(NamedTuple):
     """The product's operands and what the caller fixed of its chunks."""
 
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
+    hidden: Tensor  # (N, D), of the dtype that products are in
+    weight: Tensor  # (V, D), be it of another
     chunk_tokens: int | None
     logits_dtype: torch.dtype
 
@@ -209,12 +210,13 @@ def _bytes_per_logit(linear: Linear, backend: Backend) -> int:
 
 
 def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
-    """Rows of logits that fit where dW goes; None where the gradient cannot wait in 16 bits, or
-    fewer chunks would save no trips of dW.
+    """Rows of logits that fit where dW goes; None where that is not rounded to 16 bits at the end,
+    the gradient cannot wait in 16 bits, or fewer chunks would save no trips of dW.
 
     Ranks of a group may not all need dW, and chunk alike: one that has no room takes it elsewhere.
     """
     narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
+    narrow = narrow and linear.weight.dtype.itemsize == GRADIENT_BYTES
     trips = needs.weight or backend.widest_shard is not None
     if not (narrow and trips and products.is_gpu(linear.hidden)):
         return None

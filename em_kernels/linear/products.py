@@ -4,6 +4,9 @@ A GPU's product writes float32 out of 16-bit operands at full speed, and adds to
 on the way out. On a CPU the backend's own product does, or operands are cast a block at a time. So
 they are on a GPU whose products refuse that. No sum over rows or over the vocabulary is ever
 rounded to float16, whose range it may leave.
+
+Products are in the dtype of the hidden states, and so is the gradient of the logits. A weight of
+another is cast a piece at a time, here, so that no copy of it ever exists.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from functools import cache, update_wrapper
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import Backend
+from em_kernels.backends.interface import Backend, accumulate_dtype
 
 BLOCK = 8192  # vocabulary rows that are cast at once
-GPU_PIECE_BYTES = 64 << 20
+GPU_PIECE_BYTES, CPU_PIECE_BYTES = 64 << 20, 16 << 20
 
 
 def is_gpu(x: Tensor) -> bool:
@@ -26,7 +29,10 @@ def is_gpu(x: Tensor) -> bool:
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x @ weight.T in the dtype of `out`."""
-    if out.dtype == x.dtype:
+    if weight.dtype != x.dtype:
+        for own in cast_pieces(weight, x.dtype):
+            multiply(x, weight[own].to(x.dtype), out[:, own])
+    elif out.dtype == x.dtype:
         torch.mm(x, weight.T, out=out)
     elif is_gpu(x):
         mm_wide(x, weight.T, out)
@@ -43,13 +49,25 @@ def pieces(grad_logits: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """grad_logits @ weight, in the dtype of both, but float32 for float16.
+def cast_pieces(x: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The rows of `x` to cast to `dtype` at once; one piece, be it empty, at least."""
+    memory = GPU_PIECE_BYTES if is_gpu(x) else CPU_PIECE_BYTES
+    count, step = x.shape[0], max(128, memory // (dtype.itemsize * x.shape[1]) // 128 * 128)
+    return [slice(start, min(start + step, count)) for start in range(0, max(1, count), step)]
+
+
+def back_multiply(grad_logits: Tensor, weight: Tensor, backend: Backend) -> Tensor:
+    """grad_logits @ weight, in the dtype of the first, but float32 for float16.
 
     On a GPU the sum over the vocabulary may be cut between multiprocessors, and 16-bit results let
-    the library round each part: ask for float32 and round once.
+    the library round each part: ask for float32 and round once. So are the sums of several pieces.
     """
-    half, gpu = weight.dtype == torch.float16, is_gpu(weight)
+    half, gpu = grad_logits.dtype == torch.float16, is_gpu(weight)
+    if weight.dtype != grad_logits.dtype:
+        size, wide = (grad_logits.shape[0], weight.shape[1]), accumulate_dtype(grad_logits.dtype)
+        total = weight.new_empty(size, dtype=wide)
+        accumulate(total, grad_logits.T, weight, False, backend)
+        return total if half else total.to(grad_logits.dtype)
     if not half and (weight.dtype.itemsize != 2 or not gpu):
         return grad_logits @ weight
     out = weight.new_empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32)
@@ -58,18 +76,27 @@ def back_multiply(grad_logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend: Backend) -> None:
-    """total = (total if add) + grad_logits.T @ x; `total` may be wider than the operands."""
-    if total.dtype == x.dtype:
+    """total = (total if add) + grad_logits.T @ x; `total` may be wider than the operands.
+
+    Where it is narrower it is rounded here. `x` may have another dtype than the gradient if `total`
+    is wide: its rows, over which the sum is, are cast a piece at a time.
+    """
+    if x.dtype != grad_logits.dtype:
+        for own in cast_pieces(x, grad_logits.dtype):
+            piece = x[own].to(grad_logits.dtype)
+            accumulate(total, grad_logits[own], piece, add or own.start > 0, backend)
+    elif total.dtype == x.dtype:
         if add:
             total.addmm_(grad_logits.T, x)
         else:
             torch.mm(grad_logits.T, x, out=total)
-    elif is_gpu(x):
+    elif is_gpu(x) and total.dtype == torch.float32 and x.dtype.itemsize == 2:
         _accumulate_on_gpu(total, grad_logits, x, add)
-    elif not backend.add_product(total, grad_logits, x, add):
+    elif is_gpu(x) or not backend.add_product(total, grad_logits, x, add):
         if x.dtype == torch.float16:
             x = x.to(total.dtype)
-        for part, columns in zip(total.split(BLOCK), grad_logits.split(BLOCK, dim=1)):
+        block = _block_rows(total.shape[1]) if is_gpu(x) else BLOCK
+        for part, columns in zip(total.split(block), grad_logits.split(block, dim=1)):
             product = columns.T.to(x.dtype) @ x
             part.copy_(part + product if add else product)
 

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from em_kernels.ops.arguments import FLOAT_DTYPES
+from em_kernels.ops.plain import path_of, why_in_parts, why_not_plain
+
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names in configs of c in c tanh(logits / c): Gemma; RecurrentGemma; xLSTM."""
 
@@ -26,10 +29,6 @@ DIVISORS = ("logits_scaling",)
 _POWERS = {"hyperclovax": 1, "minicpm3": 0}
 """Model types that multiply their logits by the divisor, or divide hidden states instead."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OWN_TENSORS = ("torch.distributed.", "torch._subclasses.")  # DTensor; what tracing puts there
-_TORCH_FUNCTION: Any = Tensor.__torch_function__
-_FUNCTIONS = (_TORCH_FUNCTION.__func__, None)  # None: turned off, as for parameters
 _LINEAR = nn.Linear.forward
 
 STAND_IN = "_em_kernels_stand_in"
@@ -156,7 +155,7 @@ def _is_a(layer: object, module: str, name: str) -> bool:
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    kind = path_of(type(layer))
     if _is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
         if not _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
             raise ModelError(
@@ -205,7 +204,7 @@ def _check_one_adapter(name: str, layer: nn.Module) -> None:
 def _check_accelerate(name: str, hook: object) -> None:
     """Refuse accelerate's hooks that do more than move the input."""
     for part in getattr(hook, "hooks", [hook] if hook is not None else []):
-        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        kind = path_of(type(part))
         if getattr(part, "offload", False):
             raise ModelError(
                 f"the head of {name} is offloaded: keep it (and the embedding that it is tied to) "
@@ -232,16 +231,17 @@ def described(function: Callable) -> str:
 
 
 def _check_weight(name: str, weight: object) -> None:
-    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    kind = path_of(type(weight))
     if not isinstance(weight, Tensor):
         raise ModelError(f"the head of {name} has a weight of type {kind}, not a tensor")
-    plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
-    plain = plain and getattr(type(weight).__torch_function__, "__func__", None) in _FUNCTIONS
-    plain = (plain or kind.startswith(_OWN_TENSORS)) and weight.layout is torch.strided
-    if not plain or weight.dtype not in _DTYPES:
+    if (reason := why_in_parts(weight)) is not None:
+        raise ModelError(f"the weight of the head of {name} {reason}")
+    remedy = why_not_plain(weight)
+    if remedy is not None or weight.dtype not in FLOAT_DTYPES:
         raise ModelError(
             f"the weight of the head of {name} is a {kind} of {weight.dtype}: leave the head out "
-            'of quantisation (modules_to_not_convert=["lm_head"]), or dequantise it'
+            'of quantisation (modules_to_not_convert=["lm_head"]), or '
+            f"{remedy or 'dequantise it'}"
         )
     if weight.device.type == "meta":
         raise ModelError(

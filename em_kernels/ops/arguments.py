@@ -20,6 +20,7 @@ from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
 from em_kernels.ops.options import DEFAULTS
+from em_kernels.ops.plain import path_of, why_in_parts, why_not_plain
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 1 << 63
@@ -31,13 +32,17 @@ def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> N
     """`empty`: a rank of a group may hold no entry of the vocabulary."""
     check_tensor(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+        quantised = ", as of a quantised layer: dequantise it" if logits.dtype.itemsize == 1 else ""
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}{quantised}"
+        )
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not empty):
         raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False) -> None:
     check_logits(hidden, "hidden")
+    check_whole("weight", weight)
     check_logits(weight, "weight")
     none = weight.shape[:1] == (0,) and not empty
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or none:
@@ -45,25 +50,50 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: boo
             f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
             f"got shape {tuple(weight.shape)}"
         )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
     check_device("weight", weight, hidden)
     if bias is not None:
+        if isinstance(bias, Tensor) and bias.shape != weight.shape[:1]:
+            check_whole("bias", bias)
         check_logits(bias, "bias", empty)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
         check_device("bias", bias, hidden)
 
 
+def product_dtype_of(
+    hidden: Tensor, weight: Tensor, told: torch.dtype | None = None
+) -> torch.dtype:
+    """What hidden and weight are multiplied in: the wider of their dtypes unless told."""
+    given = (hidden.dtype, weight.dtype)
+    wider = torch.promote_types(*given)
+    if told is None:
+        if wider not in given:
+            raise TypeError(
+                f"weight and hidden have dtypes neither of which holds the other, {weight.dtype} "
+                f"and {hidden.dtype}: cast one of them, or give product_dtype={wider}"
+            )
+        return wider
+    if not isinstance(told, torch.dtype) or (
+        told not in given and torch.promote_types(told, wider) != told
+    ):
+        raise ValueError(
+            f"product_dtype must be the dtype of hidden ({hidden.dtype}) or of weight "
+            f"({weight.dtype}), a float dtype that holds both, or None, got {told!r}"
+        )
+    if told not in FLOAT_DTYPES:
+        raise ValueError(f"product_dtype must be a float dtype, got {told!r}")
+    return told
+
+
 def check_chunks(
-    chunk_tokens: int | None, logits_dtype: torch.dtype | None, hidden: Tensor
+    chunk_tokens: int | None, logits_dtype: torch.dtype | None, product_dtype: torch.dtype
 ) -> None:
     if chunk_tokens is not None and not _is_int(chunk_tokens, 1):
         raise ValueError(f"chunk_tokens must be a positive int or None, got {_got(chunk_tokens)}")
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
+    if logits_dtype not in (None, torch.float32, product_dtype):
         raise ValueError(
-            f"logits_dtype must be torch.float32, the dtype of hidden ({hidden.dtype}) or None, "
-            f"got {logits_dtype!r}"
+            f"logits_dtype must be torch.float32, the dtype of the product ({product_dtype}) or "
+            f"None, got {logits_dtype!r}"
         )
 
 
@@ -236,6 +266,15 @@ def check_shape(name: str, value: Tensor, like: Tensor) -> None:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if (remedy := why_not_plain(value)) is not None:
+        got = f"{path_of(type(value))} of {value.dtype}"
+        raise TypeError(f"{name} must be a plain tensor, got a {got}: {remedy}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuse a parameter of which this rank holds a part."""
+    if isinstance(value, Tensor) and (reason := why_in_parts(value)) is not None:
+        raise ValueError(f"{name}, of shape {tuple(value.shape)}, {reason}")
 
 
 def is_graph_input(value: float) -> bool:

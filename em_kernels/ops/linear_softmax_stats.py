@@ -22,6 +22,7 @@ from em_kernels.ops.arguments import (
     check_linear,
     check_outputs,
     make_spec,
+    product_dtype_of,
 )
 from em_kernels.ops.dtensor import local_operands
 from em_kernels.ops.options import DEFAULTS, LinearStatsOptions, takes_options
@@ -58,7 +59,8 @@ def linear_softmax_stats(
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), the dtype of `hidden`; under autocast both are cast, as in F.linear.
+        weight: (V, D), any of these dtypes, see `product_dtype`; under autocast both are cast,
+            as in F.linear.
         target: as in `softmax_stats`.
         bias: (V,) or None; added in float32.
         mask: as in `softmax_stats`. On a GPU rows are left out of the products only where a mask
@@ -80,8 +82,7 @@ def linear_softmax_stats(
     check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
     check_entropy_requires_grad(given["entropy_requires_grad"])
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
-    hidden, weight = autocast_inputs(hidden, weight)
-    check_product(hidden, weight, bias, given)
+    hidden, weight = product_operands(hidden, weight, bias, given)
     check_keep_logits(given["keep_logits"])
     if given["fuse_product"]:
         _check_fused((hidden, weight, bias), given)
@@ -133,12 +134,18 @@ def product_arguments(given: Mapping[str, Any]) -> tuple[int | None, torch.dtype
     return given["chunk_tokens"], given["logits_dtype"], given["impl"]
 
 
-def check_product(
+def product_operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, given: Mapping[str, Any]
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """(hidden in the dtype of the products, weight), checked."""
+    told = given["product_dtype"]
+    if told is None:
+        hidden, weight = autocast_inputs(hidden, weight)
     check_linear(hidden, weight, bias, empty=given["group"] is not None)
-    check_chunks(given["chunk_tokens"], given["logits_dtype"], hidden)
+    dtype = product_dtype_of(hidden, weight, told)
+    check_chunks(given["chunk_tokens"], given["logits_dtype"], dtype)
     check_filter_eps(given["filter_eps"])
+    return hidden.to(dtype), weight
 
 
 def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[str, Any]) -> None:
@@ -151,7 +158,13 @@ def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[s
                     f"fuse_product=True has no gradient, got {name} that requires grad: "
                     "call it under torch.no_grad()"
                 )
-    wide = accumulate_dtype(tensors[0].dtype)
+    hidden, weight, _ = tensors
+    if weight.dtype.itemsize > hidden.dtype.itemsize:
+        raise ValueError(
+            f"product_dtype must not be narrower than weight with fuse_product, got {hidden.dtype} "
+            f"for a weight of {weight.dtype}"
+        )
+    wide = accumulate_dtype(hidden.dtype)
     allowed = {
         "group": (None,),
         "chunk_tokens": (None,),

@@ -38,6 +38,7 @@ class ProductOptions(TypedDict, total=False):
     allreduce_dgrad: bool
     chunk_tokens: int | None
     logits_dtype: torch.dtype | None
+    product_dtype: torch.dtype | None
     filter_eps: float | None
 
 
@@ -101,9 +102,13 @@ chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a
     faster, all rows and some columns of the vocabulary take the place of several chunks, in
     as much memory: for the gradient, for which dW is then never summed in float32, but dX
     is (N, D); on a CPU, without a group and in float32 or float64, for the logits too.
-logits_dtype: dtype the product is rounded to: float32 or that of `hidden`. None is float32
-    where the device's product gives it out of 16-bit inputs at full speed (CUDA), else the
-    dtype of `hidden`.
+logits_dtype: dtype the product is rounded to: float32 or the one it is made in. None is
+    float32 where the device's product gives it out of 16-bit inputs at full speed (CUDA), else
+    the one it is made in. float32 is the remedy where logits of 16 bits are too coarse.
+product_dtype: dtype in which `hidden` and `weight` are multiplied: None is the wider of the
+    two; else that of one of them, or one that holds both. It goes before autocast. `hidden`
+    is cast whole, `weight` a piece at a time: there is never a copy of it. The gradients
+    come back each in the dtype of its tensor, rounded once.
 filter_eps: None is exact, and an exported program always is. Else, in (0, 1), columns of
     the vocabulary are left out of the products of dX and dW, chunk by chunk, where
     |dz| < filter_eps w in every row of the chunk; dz is the gradient of
@@ -148,6 +153,7 @@ DEFAULTS: dict[str, Any] = dict(
     impl="auto",
     chunk_tokens=None,
     logits_dtype=None,
+    product_dtype=None,
     filter_eps=None,
     keep_logits=None,
     fuse_product=False,

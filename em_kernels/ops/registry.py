@@ -195,7 +195,7 @@ def _serve_linear(
 ) -> tuple[Backend, RowSpec, Linear]:
     """`_serve`, and the product that makes the rows."""
     chunk, dtype = call.chunk_tokens, call.logits_dtype
-    vocab, options = call.weight.shape[0], (*options, chunk, dtype)
+    vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype)
     module, spec = _serve(call.impl, call.hidden, vocab, call.spec, options, check)
     return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype)
 

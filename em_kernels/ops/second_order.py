@@ -44,7 +44,7 @@ def weighted_sum(inputs: tuple[Any, ...], spec: RowSpec, upstream: Upstream) -> 
         rows = Upstream(*(None if g is None else g[kept] for g in rows))
     if weight is not None:
         wide = accumulate_dtype(x.dtype)
-        x, spec = x.to(wide) @ weight.to(wide).T, spec._replace(bias=bias)
+        x, spec = x.to(wide) @ weight.to(x.dtype).to(wide).T, spec._replace(bias=bias)
     given = {name: g for name, g in zip(DIFFERENTIABLE, rows) if g is not None}
     values = reference.stats(x, spec, tuple(given))[len(Saved._fields) :]
     first, *more = ((g * value).sum() for g, value in zip(given.values(), values, strict=True))

@@ -34,10 +34,9 @@ from em_kernels.ops.arguments import (
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss
 from em_kernels.ops.linear_softmax_stats import (
-    autocast_inputs,
-    check_product,
     needs_of,
     product_arguments,
+    product_operands,
 )
 from em_kernels.ops.options import (
     DEFAULTS,
@@ -140,8 +139,7 @@ def linear_token_loss(
     check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
     own = hidden, weight, bias
-    hidden, weight = autocast_inputs(hidden, weight)
-    check_product(hidden, weight, bias, given)
+    hidden, weight = product_operands(hidden, weight, bias, given)
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(options, target)

@@ -359,7 +359,7 @@ def test_the_product_of_dx_is_run_in_pieces(gpu, monkeypatch):
     _, weight = operands()
     parts = products.pieces(gradient, weight)
     assert [(part.start, part.stop) for part in parts] == [(0, 128), (128, 256), (256, 300)]
-    out = torch.cat([products.back_multiply(gradient[part], weight) for part in parts])
+    out = torch.cat([products.back_multiply(gradient[part], weight, reference) for part in parts])
     assert error(out, gradient.double() @ weight.double()) < 3e-3
     assert [len(product.out) for product in gpu] == [128, 128, 44]
 

@@ -24,6 +24,7 @@ ROWS = (
 )
 CHUNKS = (
     "chunk_tokens: 'int | None' = None, logits_dtype: 'torch.dtype | None' = None, "
+    "product_dtype: 'torch.dtype | None' = None, "
     "filter_eps: 'float | None' = None"
 )
 WEIGHED = "entropy_weight: 'Tensor | None' = None, logprob_weight: 'Tensor | None' = None, "

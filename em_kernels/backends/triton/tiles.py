@@ -69,6 +69,7 @@ def multiply(hidden, weight, strides, first, begin, count, valid, depth, how, ti
             at = (k + ks)[None, :].to(tl.int64)
             a = tl.load(x + at * strides[1], mask=at < depth, other=0)
             b = tl.load(w + at * strides[3], mask=at < depth, other=0)
+        b = b.to(a.dtype)  # a weight that is narrower
         if INTERPRETED:  # it has no product of bfloat16 matrices
             a, b = a.to(how.wide), b.to(how.wide)
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee", out_dtype=how.wide)
