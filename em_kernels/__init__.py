@@ -11,6 +11,11 @@ from em_kernels.ops.covariance import (
     token_covariance,
 )
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.segments import (
+    next_token_targets,
+    segment_ids_from_cu_seqlens,
+    segment_ids_from_position_ids,
+)
 from em_kernels.ops.softmax_stats import (
     entropy_from_logits,
     selective_log_softmax_and_entropy,
@@ -47,6 +52,9 @@ __all__ = [
     "linear_softmax_stats",
     "linear_token_covariance",
     "linear_token_loss",
+    "next_token_targets",
+    "segment_ids_from_cu_seqlens",
+    "segment_ids_from_position_ids",
     "selective_log_softmax_and_entropy",
     "softmax_stats",
     "token_covariance",

@@ -65,6 +65,11 @@ def resolve(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
+def size_of(name: str) -> int:
+    """The number of ranks of the group."""
+    return dist.get_world_size(resolve(name))
+
+
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over the ranks; 16-bit numbers are added in float32 and rounded once."""
     total = x.to(accumulate_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
@@ -89,7 +94,7 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
     if spec.target is not None:
         counted = spec.target if spec.mask is None else spec.target * spec.mask
         own[3] = (place * counted).sum()
-    sizes, *shared = _gather(own, group).T.tolist()
+    sizes, *shared = gather(own, group).T.tolist()
     for name, values in zip(_SHARED, shared, strict=True):
         if len(set(values)) > 1:
             got = values if name == _SHARED[0] else f"checksums {values}"
@@ -136,7 +141,7 @@ class VocabParallel(Backend):
         """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
         names = parts_of(outputs)
         own = self._parts(logits, spec, names)
-        every = _gather(own, self.shards.group).to(torch.float64)
+        every = gather(own, self.shards.group).to(torch.float64)
         parts = dict(zip(names, every.unbind(1)))
         owner = None
         if spec.target is not None:
@@ -230,7 +235,7 @@ def _count_rows(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
     return counts
 
 
-def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks, in their order, stacked."""
     world = dist.get_world_size(group)
     every = own.new_empty(world, *own.shape)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.arguments import check_floating, check_number, count_mask
+from em_kernels.ops.reductions import Sequences, counts_of, token_weight
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum")
 
@@ -18,6 +19,8 @@ def aggregate_loss(
     *,
     mode: str = "token_mean",
     denominator: float | Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """One loss from the losses of the masked tokens.
 
@@ -27,16 +30,24 @@ def aggregate_loss(
 
     with n_b the tokens of answer b; an answer without tokens does not count. D is taken from
     `mask` unless given. The losses of the micro-batches of one update, each called with the D of
-    the whole update, add up to the loss of the whole, whatever the cut; dividing
+    the whole update, add up to the loss of the whole, whatever the cut between answers; dividing
     sequence_mean_token_sum by (answers x longest length) gives Dr. GRPO's constant normaliser.
 
+    With a `token_group` n_b and D count the tokens of all its ranks, and the result is this rank's
+    part: the sum over its own tokens. Parts, and their gradients, add up over the ranks to those of
+    the whole. DDP and FSDP average gradients over their W ranks: multiply the part by W for them.
+
     Args:
-        loss: (..., T) floating point; an answer is one row of the last dimension.
+        loss: (..., T) floating point; an answer is one row of the last dimension, or what
+            `segment_ids` say.
         mask: (..., T) bool or numeric, tokens where it is non-zero count (a floating mask holds 0
             and 1 only); NaN elsewhere is ignored.
         mode: one of `AGGREGATIONS`.
         denominator: D, a positive number or 0-d tensor, from `aggregation_denominator` of the
-            whole update (summed over ranks, if there are several); None takes it from `mask`.
+            whole update, of all ranks; None takes it from `mask`.
+        segment_ids, token_group: as in `em_kernels.entropy_loss`: which tokens are one answer, in
+            packed rows or cut over ranks, and the ranks that have other tokens. With a
+            `denominator` ranks exchange only what "sequence_mean" wants of `segment_ids`.
 
     Returns:
         0-d float32 (float64 for float64), 0 if no token counts; differentiable in `loss`.
@@ -50,33 +61,55 @@ def aggregate_loss(
     """
     check_floating("loss", loss)
     counted = count_mask(mask, loss)
-    weight = aggregation_weight(counted, mode=mode, denominator=denominator)
+    weight = aggregation_weight(
+        counted,
+        mode=mode,
+        denominator=denominator,
+        segment_ids=segment_ids,
+        token_group=token_group,
+    )
+    if segment_ids is not None:
+        counted = counted & (weight != 0)
     return (masked(loss, counted) * weight.to(accumulate_dtype(loss.dtype))).sum()
 
 
 def aggregation_weight(
-    mask: Tensor, *, mode: str = "token_mean", denominator: float | Tensor | None = None
+    mask: Tensor,
+    *,
+    mode: str = "token_mean",
+    denominator: float | Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The weight of every token in `aggregate_loss`, (..., T) float64: what `token_loss` takes
     for losses that are linear in log-probability or entropy. Arguments as in `aggregate_loss`."""
-    counted = count_mask(mask)
-    if denominator is None:
-        denominator = aggregation_denominator(counted, mode=mode)
     _check_mode(mode)
-    _check_denominator(denominator)
-    weight = counted.to(torch.float64)
-    if mode == "sequence_mean":
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-    return weight / denominator
+    counted, sequences = _counted(mask, segment_ids, token_group)
+    if denominator is not None:
+        _check_denominator(denominator)
+    return token_weight(counted, mode, sequences, denominator)
 
 
-def aggregation_denominator(mask: Tensor, *, mode: str = "token_mean") -> Tensor:
-    """D of `aggregate_loss`: the tokens of the mask, or its rows that have any; 0-d int64, at
-    least 1."""
-    counted = count_mask(mask)
+def aggregation_denominator(
+    mask: Tensor,
+    *,
+    mode: str = "token_mean",
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """D of `aggregate_loss`: the tokens of the mask, or its answers that have any; 0-d int64, at
+    least 1. With a `token_group` those of all its ranks."""
     _check_mode(mode)
-    number = counted.sum() if mode == "token_mean" else counted.any(-1).sum()
-    return number.clamp(min=1)
+    return counts_of(*_counted(mask, segment_ids, token_group), mode).number(mode)
+
+
+def _counted(
+    mask: Tensor, segment_ids: Tensor | None, token_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Sequences]:
+    """The tokens that count, and whose they are."""
+    counted = count_mask(mask)
+    sequences = Sequences.of(segment_ids, token_group, counted)
+    return sequences.without_padding(counted), sequences
 
 
 def _check_mode(mode: str) -> None:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from em_kernels.ops.arguments import count_mask
-from em_kernels.ops.token_loss import reduction_weight
+from em_kernels.ops.reductions import reduction_weight
 
 
 def token_mean_weights(mask: Tensor) -> Tensor:
     """w = mask / sum(mask): every token of the batch counts the same. float32; no token gives 0."""
-    return reduction_weight(count_mask(mask).float(), "token_mean")
+    return reduction_weight(count_mask(mask), "token_mean", torch.float32)
 
 
 def sequence_mean_weights(mask: Tensor) -> Tensor:
     """w_bt = mask_bt / (n_b B'), n_b the tokens of row b and B' the rows that have any: every
     answer counts the same, however long it is. float32."""
-    return reduction_weight(count_mask(mask).float(), "sequence_mean")
+    return reduction_weight(count_mask(mask), "sequence_mean", torch.float32)
 
 
 def micro_batch_mean_weights(mask: Tensor, micro_batch: int) -> Tensor:

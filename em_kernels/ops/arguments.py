@@ -205,14 +205,14 @@ def graph_inputs(numbers: Numbers) -> Tensor | None:
     return torch.stack([one * value for value in numbers])
 
 
-def check_group(group: Any) -> str | None:
+def check_group(group: Any, name: str = "group") -> str | None:
     """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
     if group is None:
         return None
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
         got = "a group that this rank is not in" if outside else type(group).__name__
-        raise TypeError(f"group must be a torch.distributed process group or None, got {got}")
+        raise TypeError(f"{name} must be a torch.distributed process group or None, got {got}")
     return group.group_name
 
 

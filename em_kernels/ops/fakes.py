@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import Saved, accumulate_dtype
+from em_kernels.backends.vocab_parallel import size_of
 from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, kept_shape
 from em_kernels.ops.schemas import (
     AllReduce,
+    CountTokens,
     EntropyDescent,
     EntropyTemperature,
+    GatherAlike,
     LinearGrad,
     LinearLoss,
     LinearStats,
@@ -67,6 +70,15 @@ def nothing(call: SoftmaxLossInplace | ScaleInplace) -> None:
 
 def all_reduce(call: AllReduce) -> list[Tensor]:
     return [call.x.new_empty(call.x.shape)]
+
+
+def count_tokens(call: CountTokens) -> list[Tensor]:
+    shapes: tuple[Sequence[int], ...] = ((), (), call.counted.shape)
+    return [call.counted.new_empty(shape, dtype=torch.int64) for shape in shapes]
+
+
+def gather_alike(call: GatherAlike) -> list[Tensor]:
+    return [call.x.new_empty(size_of(call.group), *call.x.shape)]
 
 
 def entropy_temperature(call: EntropyTemperature) -> list[Tensor]:

@@ -30,11 +30,13 @@ from em_kernels.backends.interface import (
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear import chunks
 from em_kernels.linear.plan import Linear, Needs
-from em_kernels.ops import fakes
+from em_kernels.ops import fakes, ranks
 from em_kernels.ops.schemas import (
     AllReduce,
+    CountTokens,
     EntropyDescent,
     EntropyTemperature,
+    GatherAlike,
     LinearGrad,
     LinearLoss,
     LinearStats,
@@ -135,6 +137,14 @@ def _linear_loss(call: LinearLoss) -> list[Tensor]:
 
 def _all_reduce(call: AllReduce) -> list[Tensor]:
     return [vocab_parallel.all_reduce(call.x, call.group)]
+
+
+def _count_tokens(call: CountTokens) -> list[Tensor]:
+    return ranks.count_tokens(*call)
+
+
+def _gather_alike(call: GatherAlike) -> list[Tensor]:
+    return ranks.gather_alike(*call)
 
 
 def _scale_inplace(call: ScaleInplace) -> None:
@@ -290,6 +300,8 @@ OPERATORS = {
     "entropy_descent": Operator(EntropyDescent, _entropy_descent, fakes.entropy_descent),
     "all_reduce": Operator(AllReduce, _all_reduce, fakes.all_reduce),
     "scale_": Operator(ScaleInplace, _scale_inplace, fakes.nothing),
+    "count_tokens": Operator(CountTokens, _count_tokens, fakes.count_tokens),
+    "gather_alike": Operator(GatherAlike, _gather_alike, fakes.gather_alike),
 }
 
 _library = torch.library.Library("em_kernels", "DEF")

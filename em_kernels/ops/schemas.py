@@ -243,3 +243,18 @@ class ScaleInplace(NamedTuple):
     x: Changed
     factor: Tensor
     impl: str
+
+
+@arguments
+class CountTokens(NamedTuple):
+    counted: Tensor
+    segment_ids: Tensor | None
+    mode: str
+    group: str | None
+
+
+@arguments
+class GatherAlike(NamedTuple):
+    x: Tensor
+    group: str
+    layout: str

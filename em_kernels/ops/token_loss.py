@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -25,7 +26,6 @@ from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_logits,
-    check_number,
     check_outputs,
     check_rows,
     make_spec,
@@ -46,11 +46,10 @@ from em_kernels.ops.options import (
     RowOptions,
     takes_options,
 )
+from em_kernels.ops.reductions import Sequences, reduction_weight
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.sources import FromHidden, FromLogits, copy_to_ranks
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 
 
 @serializable
@@ -160,25 +159,40 @@ def entropy_loss(
     mask: Tensor | None = None,
     *,
     reduction: str | float = "token_mean",
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
     **options: Unpack[EntropyOptions],
 ) -> Tensor:
     """The entropy-minimisation loss: the reduced entropy of softmax(z / T) over masked tokens.
 
     token_mean:     sum_t mask_t H_t / sum_t mask_t
-    sequence_mean:  the mean over each row of the mask (its last dimension), then over the rows
-                    that have a token
+    sequence_mean:  the mean over each sequence, then over the sequences that have a token
     sum:            sum_t mask_t H_t;  a float c: sum_t mask_t H_t / c
 
-    No token at all gives 0.
+    No token at all gives 0. A sequence is a row of the mask (its last dimension), or what
+    `segment_ids` say.
+
+    With a `token_group` the means are those over the tokens of all its ranks, and the result is
+    this rank's part of one: L_r = sum over its own tokens of w_t H_t, of which sum_r L_r is the
+    mean. Gradients summed over the ranks are then those of the mean. DDP and FSDP average them
+    over their W ranks: give them W L_r.
 
     Args:
         logits, mask: as in `softmax_stats`.
         reduction: one of the names above, or c > 0.
+        segment_ids: (...) integers: tokens with equal ids are one sequence, in whatever rows and
+            on whatever ranks of `token_group` they lie, so that ids must differ between all
+            sequences of all ranks. Tokens of a negative id are padding, masked in every reduction.
+            `segment_ids_from_cu_seqlens` and `segment_ids_from_position_ids` make them.
+        token_group: torch.distributed process group of the ranks that have other tokens
+            (data or context parallel; each may have its own number of them, or none). Without
+            `segment_ids` their rows are other sequences. Every rank must make the call; all but
+            "sum" and a float exchange counts, which waits for the device.
 
     Source: Gao et al., "One-shot Entropy Minimization" (2025), arXiv:2505.20282: token_mean.
     """
     check_logits(logits, empty=options.get("group") is not None)
-    reduced = _reduced(logits, mask, reduction)
+    reduced = _reduced(logits, mask, reduction, segment_ids, token_group)
     return token_loss(logits, outputs=(), **reduced, **options).loss
 
 
@@ -190,6 +204,8 @@ def linear_entropy_loss(
     *,
     bias: Tensor | None = None,
     reduction: str | float = "token_mean",
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
     **options: Unpack[LinearEntropyOptions],
 ) -> Tensor:
     """`entropy_loss(hidden @ weight.T)` in three matrix products; never holds all the logits.
@@ -198,48 +214,67 @@ def linear_entropy_loss(
 
     Args:
         hidden, weight, bias, group: as in `linear_softmax_stats`.
-        mask, reduction: as in `entropy_loss`.
+        mask, reduction, segment_ids, token_group: as in `entropy_loss`.
     """
     check_logits(hidden, "hidden")
-    reduced = _reduced(hidden, mask, reduction)
+    reduced = _reduced(hidden, mask, reduction, segment_ids, token_group)
     return linear_token_loss(hidden, weight, bias=bias, outputs=(), **reduced, **options).loss
 
 
 class EntropyLoss(nn.Module):
-    """`entropy_loss` with its options fixed; call it with (logits, mask=None)."""
+    """`entropy_loss` with its options fixed; call it with (logits, mask=None, segment_ids=None)."""
 
     @takes_options
     def __init__(
-        self, *, reduction: str | float = "token_mean", **options: Unpack[EntropyOptions]
+        self,
+        *,
+        reduction: str | float = "token_mean",
+        token_group: dist.ProcessGroup | None = None,
+        **options: Unpack[EntropyOptions],
     ) -> None:
         super().__init__()
-        self.options = _fixed(reduction, options)
+        self.options = _fixed(reduction, token_group, options)
 
-    def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        return entropy_loss(logits, mask, **self.options)
+    def forward(
+        self, logits: Tensor, mask: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        return entropy_loss(logits, mask, segment_ids=segment_ids, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LinearEntropyLoss(EntropyLoss):
-    """`linear_entropy_loss` with its options fixed; call it with (hidden, weight, mask, bias)."""
+    """`linear_entropy_loss` with its options fixed; call it with (hidden, weight, mask, bias,
+    segment_ids)."""
 
     @takes_options
     def __init__(
-        self, *, reduction: str | float = "token_mean", **options: Unpack[LinearEntropyOptions]
+        self,
+        *,
+        reduction: str | float = "token_mean",
+        token_group: dist.ProcessGroup | None = None,
+        **options: Unpack[LinearEntropyOptions],
     ) -> None:
         super().__init__()
-        self.options = _fixed(reduction, options)
+        self.options = _fixed(reduction, token_group, options)
 
     def forward(  # type: ignore[override]  # it is a loss of other inputs
-        self, hidden: Tensor, weight: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
-        return linear_entropy_loss(hidden, weight, mask, bias=bias, **self.options)
+        return linear_entropy_loss(
+            hidden, weight, mask, bias=bias, segment_ids=segment_ids, **self.options
+        )
 
 
-def _fixed(reduction: str | float, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"reduction": reduction, "temperature": DEFAULTS["temperature"], **options}
+def _fixed(reduction: str | float, token_group: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    across = {} if token_group is None else {"token_group": token_group}
+    return {"reduction": reduction, **across, "temperature": DEFAULTS["temperature"], **options}
 
 
 def _weigh(
@@ -276,31 +311,21 @@ class _Reduction(NamedTuple):
     weight: Tensor
 
 
-def _reduced(x: Tensor, mask: Tensor | None, reduction: str | float) -> dict[str, Any]:
+def _reduced(
+    x: Tensor,
+    mask: Tensor | None,
+    reduction: str | float,
+    segment_ids: Tensor | None,
+    token_group: dist.ProcessGroup | None,
+) -> dict[str, Any]:
     """The arguments of `token_loss` that make it the reduced entropy."""
     mask = row_mask(x, None, 0, mask)
-    counted = torch.ones(x.shape[:-1], device=x.device) if mask is None else mask
-    weight = reduction_weight(counted.to(accumulate_dtype(x.dtype)), reduction)
+    counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    sequences = Sequences.of(segment_ids, token_group, counted)
+    if segment_ids is not None:
+        counted = mask = sequences.without_padding(counted)
+    weight = reduction_weight(counted, reduction, accumulate_dtype(x.dtype), sequences)
     return {"entropy_weight": _Reduction(weight), "mask": mask}
-
-
-def reduction_weight(counted: Tensor, reduction: str | float) -> Tensor:
-    """What `entropy_loss` multiplies H with: `counted` (1 or 0 per token) over its normaliser."""
-    match reduction:
-        case "sum":
-            return counted
-        case "token_mean":
-            return counted / counted.sum().clamp(min=1)
-        case "sequence_mean":
-            if counted.dim() == 0:
-                return counted
-            lengths = counted.sum(-1, keepdim=True)
-            return counted / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
-        case str():
-            raise ValueError(f"reduction must be one of {REDUCTIONS} or a float, got {reduction!r}")
-        case _:
-            check_number("reduction", reduction, lambda v: v > 0, "positive")
-            return counted / reduction
 
 
 def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:

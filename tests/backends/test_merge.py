@@ -142,7 +142,7 @@ def test_operations_of_a_merge():
 @pytest.fixture
 def two_shards(monkeypatch):
     """`VocabParallel` as on the first of two ranks, the other of which has the same logits."""
-    monkeypatch.setattr(vocab_parallel, "_gather", lambda own, group: torch.stack([own, own]))
+    monkeypatch.setattr(vocab_parallel, "gather", lambda own, group: torch.stack([own, own]))
 
     def make(backend, vocab):
         shards = vocab_parallel.Shards(None, 0, [vocab, 2 * vocab], vocab)

@@ -59,6 +59,8 @@ RECORDED = (
     "impl) -> Tensor[]",
     "all_reduce(Tensor x, str group) -> Tensor[]",
     "scale_(Tensor(a!) x, Tensor factor, str impl) -> ()",
+    "count_tokens(Tensor counted, Tensor? segment_ids, str mode, str? group) -> Tensor[]",
+    "gather_alike(Tensor x, str group, str layout) -> Tensor[]",
 )
 
 
