@@ -10,6 +10,16 @@ from em_kernels.ops.covariance import (
     linear_token_covariance,
     token_covariance,
 )
+from em_kernels.ops.divergence import (
+    TokenDivergence,
+    WeightedDivergence,
+    divergence,
+    divergence_loss,
+    divergence_stats,
+    linear_divergence,
+    linear_divergence_loss,
+    linear_divergence_stats,
+)
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.segments import (
     next_token_targets,
@@ -40,14 +50,22 @@ __version__ = "0.1.0"
 __all__ = [
     "EntropyLoss",
     "LinearEntropyLoss",
+    "TokenDivergence",
     "TokenLoss",
     "TokenStats",
+    "WeightedDivergence",
     "backends",
     "clip_cov_mask",
+    "divergence",
+    "divergence_loss",
+    "divergence_stats",
     "entropy_from_logits",
     "entropy_loss",
     "high_entropy_mask",
     "kl_cov_mask",
+    "linear_divergence",
+    "linear_divergence_loss",
+    "linear_divergence_stats",
     "linear_entropy_loss",
     "linear_softmax_stats",
     "linear_token_covariance",

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+if TYPE_CHECKING:
+    from em_kernels.backends.pair import (
+        Divergence,
+        OtherSpec,
+        PairOut,
+        PairSaved,
+        PairWeights,
+        Side,
+    )
+
 Kind = TypeVar("Kind")
+Spec = TypeVar("Spec", "RowSpec", "OtherSpec")
 
 
 class Argument(NamedTuple):
@@ -239,6 +250,37 @@ class Backend(Protocol):
         """The rows after the descent, which may overwrite them; as `entropy_control.descend`."""
         return None
 
+    def divergence_sums(
+        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
+    ) -> Tensor | None:
+        """As `divergence.define_sums`."""
+        return None
+
+    def divergence_grad(
+        self,
+        own: Side,
+        other: Side,
+        saved: PairSaved,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+    ) -> bool:
+        """As `divergence.grad`; `narrows` holds for both gradients."""
+        return False
+
+    def divergence_loss(
+        self,
+        own: Side,
+        other: Side,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+        outputs: tuple[str, ...],
+        other_outputs: tuple[str, ...],
+    ) -> list[Tensor] | None:
+        """As `divergence.loss`."""
+        return None
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
@@ -252,8 +294,8 @@ def empty_rows(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: torch.empty(count, dtype=dtype, device=logits.device) for name in names}
 
 
-def read_numbers(spec: RowSpec) -> RowSpec:
-    """The spec with the values of `numbers` where they belong."""
+def read_numbers(spec: Spec) -> Spec:
+    """A spec, `RowSpec` or `OtherSpec`, with the values of `numbers` where they belong."""
     if spec.numbers is None:
         return spec
     given = Numbers(*spec.numbers.tolist())

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from em_kernels.backends import divergence as pairs
 from em_kernels.backends import reference
 from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import (
@@ -33,6 +34,7 @@ from em_kernels.backends.interface import (
     upstream_of_slice,
 )
 from em_kernels.backends.merge import merge, parts_of
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
 _SHARED = (
@@ -174,6 +176,40 @@ class VocabParallel(Backend):
         rows = self.stats(logits, spec, outputs)
         self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
         return rows
+
+    def divergence_sums(
+        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
+    ) -> Tensor:
+        """Of the whole rows: those of the ranks, added in their order in float64."""
+        if own.spec.valid_vocab == 0:
+            sums = torch.zeros(3, len(saved.gap), dtype=saved.gap.dtype, device=saved.gap.device)
+        else:
+            own, other = self._own_side(own), self._own_side(other)
+            sums = pairs.sums(self._inner, own, other, saved, divergence)
+        total: Tensor = gather(sums, self.shards.group).to(torch.float64).sum(0)
+        return total
+
+    def divergence_grad(
+        self,
+        own: Side,
+        other: Side,
+        saved: PairSaved,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+    ) -> bool:
+        """This rank's part of either gradient."""
+        if own.spec.valid_vocab == 0:
+            for place in out:
+                if place is not None:
+                    place.zero_()
+            return True
+        own, other = self._own_side(own), self._own_side(other)
+        pairs.grad(self._inner, own, other, saved, divergence, weights, out)
+        return True
+
+    def _own_side(self, side: Side) -> Side:
+        return side._replace(spec=self._own_spec(side.spec))
 
     def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> Tensor:
         """What this rank reports, (P, N): the inner backend's statistics; where it has no finite

@@ -57,8 +57,8 @@ class Gradients:
             self.bias[columns] += total / self.spec.logit_scale
 
     def finished_bias(self) -> Tensor:
-        bias = unscaled(self.bias, self.scale)
-        return bias if self.spec.bias is None else bias.to(self.result(self.spec.bias.dtype))
+        like = self.linear.weight if self.spec.bias is None else self.spec.bias
+        return unscaled(self.bias, self.scale).to(self.result(like.dtype))
 
     def clear_masked(self, hidden: Tensor) -> None:
         """In place of 0 times an inf of the weight."""

@@ -43,6 +43,14 @@ class Needs(NamedTuple):
         return self.hidden, self.weight, self.bias
 
 
+class OtherNeeds(NamedTuple):
+    """The same of the other of two heads."""
+
+    hidden: Annotated[bool, Argument("need_other_hidden")] = False
+    weight: Annotated[bool, Argument("need_other_weight")] = False
+    bias: Annotated[bool, Argument("need_other_bias")] = False
+
+
 class Linear(NamedTuple):
     """The product's operands and what the caller fixed of its chunks."""
 
@@ -164,9 +172,9 @@ def _chunking(
     again: bool,
     rows_first: bool,
 ) -> Chunking:
-    width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
+    width, gpu = row_stride(widest(linear, backend)), products.is_gpu(linear.hidden)
     alone = needs is None and backend.widest_shard is None  # ranks chunk alike
-    size = linear.logits_dtype.itemsize if alone else _bytes_per_logit(linear, backend)
+    size = linear.logits_dtype.itemsize if alone else bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
     chunks = chunk_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
@@ -187,7 +195,7 @@ def _with_blocks(
 ) -> Chunking:
     """With the vocabulary outermost, in both passes or in backward alone, where that pays."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
-    width, gpu = row_stride(_widest(linear, backend)), products.is_gpu(linear.hidden)
+    width, gpu = row_stride(widest(linear, backend)), products.is_gpu(linear.hidden)
     if not (gpu or operand == accumulate_dtype(operand)):
         return chunks  # no product of a CPU adds 16-bit operands to a float32 dX
     tile = backend.part_entries
@@ -202,7 +210,7 @@ def _with_blocks(
     return chunks._replace(blocks=blocks)
 
 
-def _bytes_per_logit(linear: Linear, backend: Backend) -> int:
+def bytes_per_logit(linear: Linear, backend: Backend) -> int:
     """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
     cast = own != operand and not narrows(operand, own, backend)
@@ -220,13 +228,13 @@ def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
     trips = needs.weight or backend.widest_shard is not None
     if not (narrow and trips and products.is_gpu(linear.hidden)):
         return None
-    return spare_rows(_widest(linear, backend), linear.weight.shape[1])
+    return spare_rows(widest(linear, backend), linear.weight.shape[1])
 
 
-def _widest(linear: Linear, backend: Backend) -> int:
+def widest(linear: Linear, backend: Backend) -> int:
     """Entries of the vocabulary to plan for: all ranks of a group must chunk alike."""
-    widest = backend.widest_shard
-    return linear.weight.shape[0] if widest is None else widest
+    shard = backend.widest_shard
+    return linear.weight.shape[0] if shard is None else shard
 
 
 def pick_rows(rows: Tensor | slice, own: slice) -> Tensor | slice:

@@ -40,44 +40,53 @@ def check_logits(logits: Tensor, name: str = "logits", empty: bool = False) -> N
         raise ValueError(f"{name} must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False) -> None:
-    check_logits(hidden, "hidden")
-    check_whole("weight", weight)
-    check_logits(weight, "weight")
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, empty: bool = False, prefix: str = ""
+) -> None:
+    """`prefix` is that of the caller's names."""
+    of_hidden, of_weight, of_bias = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
+    check_logits(hidden, of_hidden)
+    check_whole(of_weight, weight)
+    check_logits(weight, of_weight)
     none = weight.shape[:1] == (0,) and not empty
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or none:
         raise ValueError(
-            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden and V >= 1, "
-            f"got shape {tuple(weight.shape)}"
+            f"{of_weight} must be (V, D) with D = {hidden.shape[-1]} as in {of_hidden} and "
+            f"V >= 1, got shape {tuple(weight.shape)}"
         )
-    check_device("weight", weight, hidden)
+    check_device(of_weight, weight, hidden)
     if bias is not None:
         if isinstance(bias, Tensor) and bias.shape != weight.shape[:1]:
-            check_whole("bias", bias)
-        check_logits(bias, "bias", empty)
+            check_whole(of_bias, bias)
+        check_logits(bias, of_bias, empty)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
-        check_device("bias", bias, hidden)
+            raise ValueError(
+                f"{of_bias} must be ({weight.shape[0]},), got shape {tuple(bias.shape)}"
+            )
+        check_device(of_bias, bias, hidden)
 
 
 def product_dtype_of(
-    hidden: Tensor, weight: Tensor, told: torch.dtype | None = None
+    hidden: Tensor, weight: Tensor, told: torch.dtype | None = None, prefix: str = ""
 ) -> torch.dtype:
-    """What hidden and weight are multiplied in: the wider of their dtypes unless told."""
+    """What hidden and weight are multiplied in: the wider of their dtypes unless told; `prefix` is
+    that of the caller's names."""
+    of_hidden, of_weight = f"{prefix}hidden", f"{prefix}weight"
     given = (hidden.dtype, weight.dtype)
     wider = torch.promote_types(*given)
     if told is None:
         if wider not in given:
             raise TypeError(
-                f"weight and hidden have dtypes neither of which holds the other, {weight.dtype} "
-                f"and {hidden.dtype}: cast one of them, or give product_dtype={wider}"
+                f"{of_weight} and {of_hidden} have dtypes neither of which holds the other, "
+                f"{weight.dtype} and {hidden.dtype}: cast one of them, or give "
+                f"product_dtype={wider}"
             )
         return wider
     if not isinstance(told, torch.dtype) or (
         told not in given and torch.promote_types(told, wider) != told
     ):
         raise ValueError(
-            f"product_dtype must be the dtype of hidden ({hidden.dtype}) or of weight "
+            f"product_dtype must be the dtype of {of_hidden} ({hidden.dtype}) or of {of_weight} "
             f"({weight.dtype}), a float dtype that holds both, or None, got {told!r}"
         )
     if told not in FLOAT_DTYPES:
@@ -164,19 +173,14 @@ def make_spec(
 ) -> RowSpec:
     """Check the options that every public function shares; `x` gives leading shape and device."""
     impl, group = options["impl"], options["group"]
-    softcap, logit_scale = options["softcap"], options["logit_scale"]
     ignore_index = options["ignore_index"]
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
-    per_row, scalar = _temperature(options["temperature"], x)
-    if softcap is not None:
-        check_number("softcap", softcap, lambda v: v > 0, "positive or None")
-    check_number("logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
+    per_row, numbers = transform_numbers(options, x)
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not _is_int(ignore_index, -_MOST):
         raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
-    numbers = Numbers(scalar, softcap or 0.0, logit_scale, options.get("filter_eps") or 0.0)
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
         numbers = Numbers()
@@ -194,6 +198,19 @@ def make_spec(
         # The ranks of a group wait for each other anyway.
         compact=options["mask"] is not None or group is not None,
     )
+
+
+def transform_numbers(
+    options: Mapping[str, Any], x: Tensor, prefix: str = ""
+) -> tuple[Tensor | None, Numbers]:
+    """(the temperature of each row or None, the numbers) of the options whose names begin so."""
+    softcap, logit_scale = options[f"{prefix}softcap"], options[f"{prefix}logit_scale"]
+    per_row, scalar = _temperature(options[f"{prefix}temperature"], x, f"{prefix}temperature")
+    if softcap is not None:
+        check_number(f"{prefix}softcap", softcap, lambda v: v > 0, "positive or None")
+    check_number(f"{prefix}logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
+    eps = options.get("filter_eps") or 0.0
+    return per_row, Numbers(scalar, softcap or 0.0, logit_scale, eps)
 
 
 def graph_inputs(numbers: Numbers) -> Tensor | None:
@@ -308,19 +325,17 @@ def _target(target: Tensor | None, x: Tensor) -> Tensor | None:
     return target
 
 
-def _temperature(temperature: float | Tensor, x: Tensor) -> tuple[Tensor | None, float]:
+def _temperature(temperature: float | Tensor, x: Tensor, name: str) -> tuple[Tensor | None, float]:
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, (int, float)):
-            check_number("temperature", temperature, lambda v: v > 0, "positive")
+            check_number(name, temperature, lambda v: v > 0, "positive")
             return None, temperature
-        raise TypeError(
-            f"temperature must be a float or a tensor, got {type(temperature).__name__}"
-        )
-    check_rows("temperature", temperature, x)
+        raise TypeError(f"{name} must be a float or a tensor, got {type(temperature).__name__}")
+    check_rows(name, temperature, x)
     if not temperature.is_floating_point():
-        raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+        raise TypeError(f"{name} must be floating point, got {temperature.dtype}")
     if temperature.requires_grad:
-        raise ValueError("temperature must not require grad: it is treated as a constant")
+        raise ValueError(f"{name} must not require grad: it is treated as a constant")
     return temperature.to(accumulate_dtype(x.dtype)), 1.0
 
 

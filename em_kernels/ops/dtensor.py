@@ -20,7 +20,7 @@ Data-parallel sharding (FSDP2) cuts dimension 0 as well; only the name of the me
 """
 
 
-def local_logits(logits: Tensor, group: Any) -> tuple[Tensor, Any]:
+def local_logits(logits: Tensor, group: Any, name: str = "logits") -> tuple[Tensor, Any]:
     """(logits of this rank, the group they are cut over): vocabulary-sharded or replicated."""
     if not is_dtensor(logits):
         return logits, group
@@ -28,29 +28,29 @@ def local_logits(logits: Tensor, group: Any) -> tuple[Tensor, Any]:
     for placement in logits.placements:
         if not (placement.is_replicate() or placement.is_shard(last)):
             raise ValueError(
-                "logits must be sharded on the vocabulary or replicated, "
+                f"{name} must be sharded on the vocabulary or replicated, "
                 f"got placements {logits.placements}"
             )
     kept = [i for i, placement in enumerate(logits.placements) if placement.is_shard(last)]
-    found = _group_of(logits, "logits", kept, group)
+    found = _group_of(logits, name, kept, group)
     return logits.to_local(), found
 
 
 def local_operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-    """(hidden, this rank's weight and bias, their group).
+    """(hidden, this rank's weight and bias, their group); `prefix` is that of the caller's names.
 
     A weight cut over a tensor-parallel mesh stays cut; one cut over any other is gathered, and its
     gradient averaged over that mesh, as FSDP2 does. A hidden that is a DTensor is gathered.
     """
     found = group
     if is_dtensor(weight):
-        weight, found = _local_weight(weight, "weight", group)
+        weight, found = _local_weight(weight, f"{prefix}weight", group)
     if is_dtensor(bias):
-        bias, bias_group = _local_weight(bias, "bias", group)
+        bias, bias_group = _local_weight(bias, f"{prefix}bias", group)
         if bias_group is not found:
-            raise ValueError("bias must be sharded as weight is")
+            raise ValueError(f"{prefix}bias must be sharded as {prefix}weight is")
     if is_dtensor(hidden):
         hidden = hidden.full_tensor()
     return hidden, weight, bias, found

@@ -135,16 +135,20 @@ def product_arguments(given: Mapping[str, Any]) -> tuple[int | None, torch.dtype
 
 
 def product_operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, given: Mapping[str, Any]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    given: Mapping[str, Any],
+    prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """(hidden in the dtype of the products, weight), checked."""
+    """(hidden in the dtype of the products, weight), checked; `prefix` is that of their names."""
     told = given["product_dtype"]
     if told is None:
         hidden, weight = autocast_inputs(hidden, weight)
-    check_linear(hidden, weight, bias, empty=given["group"] is not None)
-    dtype = product_dtype_of(hidden, weight, told)
+    check_linear(hidden, weight, bias, given["group"] is not None, prefix)
+    dtype = product_dtype_of(hidden, weight, told, prefix)
     check_chunks(given["chunk_tokens"], given["logits_dtype"], dtype)
-    check_filter_eps(given["filter_eps"])
+    check_filter_eps(given.get("filter_eps"))
     return hidden.to(dtype), weight
 
 

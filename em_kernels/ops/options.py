@@ -71,7 +71,31 @@ class LinearEntropyOptions(LogitOptions, ProductOptions, total=False):
     logprob_weight: Tensor | None
 
 
+class DivergenceOptions(LogitOptions, total=False):
+    kind: str
+    beta: float
+    target: Tensor | None
+    mask: Tensor | None
+    other_temperature: float | Tensor | None
+    other_softcap: float | None
+    other_logit_scale: float
+
+
+class LinearDivergenceOptions(DivergenceOptions, total=False):
+    bias: Tensor | None
+    other_bias: Tensor | None
+    allreduce_dgrad: bool
+    chunk_tokens: int | None
+    logits_dtype: torch.dtype | None
+    product_dtype: torch.dtype | None
+
+
 TEXTS = """
+kind: "forward_kl", "reverse_kl" or "js".
+beta: the weight of q in the mixture of "js", in [0, 1].
+bias, other_bias: (V,) or None, each of its head; added in float32.
+other_temperature, other_softcap, other_logit_scale: of the other logits, as those below are of the
+    first. None is the same temperature for both; softcap and scale are each side's own.
 logprob_weight: (...) constants w; sum w logprob is added to the loss.
 inplace: may overwrite the memory of `logits` with their gradient.
 target: (...) int64 token ids, for `ignore_index` and `logprob_weight`.
@@ -138,6 +162,13 @@ entropy_requires_grad: False takes `entropy` as a number only: it has no gradien
 """
 
 DEFAULTS: dict[str, Any] = dict(
+    kind="forward_kl",
+    beta=0.5,
+    bias=None,
+    other_bias=None,
+    other_temperature=None,
+    other_softcap=None,
+    other_logit_scale=1.0,
     logprob_weight=None,
     inplace=False,
     target=None,

@@ -243,9 +243,10 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in steps)
 
 
-def _checked(spec: RowSpec) -> RowSpec:
+def _checked(spec: RowSpec, prefix: str = "") -> RowSpec:
     """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
-    the kernels answer a target out of range or a non-positive temperature with NaN."""
+    the kernels answer a target out of range or a non-positive temperature with NaN. `prefix` is
+    that of the caller's names."""
     spec = flatten_spec(spec)
     if spec.target is not None and row_index.is_free_to_look(spec.target):
         _check_rows(
@@ -256,15 +257,16 @@ def _checked(spec: RowSpec) -> RowSpec:
         )
     if spec.temperature_rows is not None and row_index.is_free_to_look(spec.temperature_rows):
         rows = spec.temperature_rows
-        _check_rows((rows > 0) & rows.isfinite(), spec, "temperature_rows", "positive and finite")
+        good = (rows > 0) & rows.isfinite()
+        _check_rows(good, spec, "temperature_rows", "positive and finite", prefix)
     return spec
 
 
-def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str) -> None:
+def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str, prefix: str = "") -> None:
     bad = ~good if spec.mask is None else ~good & spec.mask
     if bad.any():
         row = int(bad.nonzero()[0, 0])
-        name, value = field.removesuffix("_rows"), getattr(spec, field)[row].item()
+        name, value = prefix + field.removesuffix("_rows"), getattr(spec, field)[row].item()
         raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
 
 
@@ -307,7 +309,7 @@ OPERATORS = {
 _library = torch.library.Library("em_kernels", "DEF")
 
 
-_NAMES = {operator.arguments: name for name, operator in OPERATORS.items()}
+_NAMES: dict[type[tuple[Any, ...]], str] = {}
 
 
 def record(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -364,11 +366,17 @@ def _underived(name: str, *args: Any) -> list[Tensor]:
     return list(apply(name, *args))
 
 
-for _name, _operator in OPERATORS.items():
-    _returns = "()" if _name.endswith("_") else "Tensor[]"
-    _declared = f"{_name}({schema(_operator.arguments)}) -> {_returns}"
-    _library.define(_declared, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _operator.run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"em_kernels::{_name}", _operator.trace)
-    if _name not in ("softmax_stats", "linear_stats"):  # those have theirs in modules of that name
-        differentiate(_name, partial(_underived, _name))
+def define(name: str, operator: Operator, derived: bool = False) -> None:
+    """Make an operator known to torch; `derived`: its module calls `differentiate` itself."""
+    returns = "()" if name.endswith("_") else "Tensor[]"
+    declared = f"{name}({schema(operator.arguments)}) -> {returns}"
+    _library.define(declared, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, operator.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"em_kernels::{name}", operator.trace)
+    OPERATORS[name], _NAMES[operator.arguments] = operator, name
+    if not derived:
+        differentiate(name, partial(_underived, name))
+
+
+for _name, _operator in list(OPERATORS.items()):
+    define(_name, _operator, derived=_name in ("softmax_stats", "linear_stats"))

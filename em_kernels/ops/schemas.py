@@ -24,7 +24,8 @@ from em_kernels.backends.interface import (
     Upstream,
     read_numbers,
 )
-from em_kernels.linear.plan import Needs
+from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved
+from em_kernels.linear.plan import Needs, OtherNeeds
 
 _Record = TypeVar("_Record", bound=tuple[Any, ...])
 _TYPES: dict[Any, str] = {
@@ -121,7 +122,9 @@ def _type(hint: Any) -> str:
 
 
 def with_numbers(call: Any) -> Any:
-    """The call with the values of its spec's `numbers` where they belong."""
+    """The call with the values of its specs' `numbers` where they belong."""
+    if hasattr(call, "other"):
+        call = call._replace(other=read_numbers(call.other))
     if call.spec.numbers is None:
         return call
     numbers = Numbers(*call.spec.numbers.tolist())
@@ -213,6 +216,98 @@ class LinearLoss(NamedTuple):
     upstream: Upstream
     needs: Needs
     outputs: Sequence[str]
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+
+
+@arguments
+class DivergenceStats(NamedTuple):
+    logits: Tensor
+    other_logits: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    outputs: Sequence[str]
+    other_outputs: Sequence[str]
+    impl: str
+
+
+@arguments
+class DivergenceGrad(NamedTuple):
+    logits: Tensor
+    other_logits: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    saved: PairSaved
+    upstream: Tensor | None  # None where the gradient is not wanted
+    other_upstream: Tensor | None
+    impl: str
+
+
+@arguments
+class DivergenceLoss(NamedTuple):
+    logits: Tensor
+    other_logits: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    upstream: Tensor | None
+    other_upstream: Tensor | None
+    outputs: Sequence[str]
+    other_outputs: Sequence[str]
+    impl: str
+
+
+@arguments
+class LinearDivergenceStats(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    other_hidden: Tensor
+    other_weight: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    outputs: Sequence[str]
+    other_outputs: Sequence[str]
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+
+
+@arguments
+class LinearDivergenceGrad(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    other_hidden: Tensor
+    other_weight: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    saved: PairSaved
+    upstream: Tensor
+    needs: Needs
+    other_needs: OtherNeeds
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+
+
+@arguments
+class LinearDivergenceLoss(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    other_hidden: Tensor
+    other_weight: Tensor
+    spec: RowSpec
+    other: OtherSpec
+    divergence: Divergence
+    upstream: Tensor
+    needs: Needs
+    other_needs: OtherNeeds
+    outputs: Sequence[str]
+    other_outputs: Sequence[str]
     chunk_tokens: Size | None
     logits_dtype: torch.dtype | None
     impl: str

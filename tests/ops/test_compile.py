@@ -8,8 +8,11 @@ from helpers import FAST_IMPLS, error, random_logits, random_target, same_bits
 
 import em_kernels
 from em_kernels import (
+    divergence_stats,
     entropy_from_logits,
     entropy_loss,
+    linear_divergence,
+    linear_divergence_loss,
     linear_entropy_loss,
     linear_softmax_stats,
     linear_token_loss,
@@ -18,6 +21,7 @@ from em_kernels import (
     token_loss,
 )
 from em_kernels.backends.interface import OUTPUTS, RowSpec
+from em_kernels.backends.pair import OtherSpec, PairSaved
 from em_kernels.ops.registry import OPERATORS
 
 pytestmark = pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -57,10 +61,31 @@ def operator_arguments(name, dtype, device, impl):
         "linear_stats": (*operands, *spec(device, bias), OUTPUTS, *cut),
         "linear_grad": (*operands, *spec(device, bias), *rows(3), *rows(3), *needs, *cut),
         "linear_loss": (*operands, *spec(device, bias), *rows(3), *needs, ("entropy",), *cut),
+        **divergence_arguments(logits, operands, device, impl),
         "entropy_temperature": (logits, 0.3, 0.1, 0.05, 4, impl),
         "entropy_descent": (logits, 0.3, 1.0, 3, impl),
         "scale_": (logits, torch.tensor(0.5, dtype=wide, device=device), impl),
     }[name]
+
+
+def divergence_arguments(logits, operands, device, impl):
+    """Those of the operators of pairs: the rows turned around are the other's."""
+    hidden, weight = operands
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = [torch.rand(N, dtype=wide, device=device) for _ in range(len(PairSaved._fields))]
+    other = OtherSpec(None, torch.rand(N, device=device) + 0.5, 1.0, 4.0, 1.1)
+    asked = (*spec(device), *other, "js", 0.3)
+    pair, names = (logits, logits.flip(-1)), (("entropy", "is_top1"), ("lse",))
+    heads, needs = (hidden, weight, hidden.flip(0), weight.flip(-1)), (True, True, False, None)
+    cut = (2, None, impl)
+    return {
+        "divergence_stats": (*pair, *asked, *names, impl),
+        "divergence_grad": (*pair, *asked, *rows, rows[0], None, impl),
+        "divergence_loss": (*pair, *asked, rows[0], rows[1], *names, impl),
+        "linear_divergence_stats": (*heads, *asked, *names, *cut),
+        "linear_divergence_grad": (*heads, *asked, *rows, rows[0], *needs, *needs[:3], *cut),
+        "linear_divergence_loss": (*heads, *asked, rows[0], *needs, *needs[:3], *names, *cut),
+    }
 
 
 # Triton's alone: tests/backends/test_triton_linear.py. Between ranks: tests/vocab_checks.py.
@@ -142,7 +167,19 @@ def functions(device, impl):
         logprob, entropy = selective_log_softmax_and_entropy(x, target, 0.7, mask)
         return (logprob + entropy).sum() + entropy_from_logits(x).sum()
 
+    def divergences(x, y):
+        options = dict(kind="js", beta=0.3, temperature=0.7, other_softcap=4.0, impl=impl)
+        found = divergence_stats(x, y, other_outputs=("entropy",), **options)
+        return (found.divergence * found.other_stats.entropy).sum()
+
+    def linear_divergences(hidden, weight, bias):
+        pair = (hidden, weight, hidden.detach().flip(0), weight.detach().flip(-1))
+        loss = linear_divergence_loss(*pair, bias=bias, token_weight=rows, mask=mask, impl=impl)
+        return loss.loss + linear_divergence(*pair, kind="reverse_kl", impl=impl).mean()
+
     return {
+        "divergence": (divergences, (x, x.flip(-1))),
+        "linear_divergence": (linear_divergences, (hidden, weight, bias)),
         "softmax_stats": (stats, (x,)),
         "linear_softmax_stats": (linear_stats, (hidden, weight, bias)),
         "token_loss": (loss, (x,)),
@@ -164,6 +201,8 @@ NAMES = (
     "entropy_loss",
     "linear_entropy_loss",
     "trl",
+    "divergence",
+    "linear_divergence",
 )
 
 

@@ -61,6 +61,53 @@ RECORDED = (
     "scale_(Tensor(a!) x, Tensor factor, str impl) -> ()",
     "count_tokens(Tensor counted, Tensor? segment_ids, str mode, str? group) -> Tensor[]",
     "gather_alike(Tensor x, str group, str layout) -> Tensor[]",
+    "divergence_stats(Tensor logits, Tensor other_logits, Tensor? bias, Tensor? target, "
+    "Tensor? mask, Tensor? temperature_rows, float temperature, float softcap, float "
+    "logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? "
+    "index, Tensor? other_bias, Tensor? other_temperature_rows, float other_temperature, "
+    "float other_softcap, float other_logit_scale, Tensor? other_numbers, str kind, float "
+    "beta, str[] outputs, str[] other_outputs, str impl) -> Tensor[]",
+    "divergence_grad(Tensor logits, Tensor other_logits, Tensor? bias, Tensor? target, "
+    "Tensor? mask, Tensor? temperature_rows, float temperature, float softcap, float "
+    "logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? "
+    "index, Tensor? other_bias, Tensor? other_temperature_rows, float other_temperature, "
+    "float other_softcap, float other_logit_scale, Tensor? other_numbers, str kind, float "
+    "beta, Tensor max, Tensor log1p_r, Tensor other_max, Tensor other_log1p_r, Tensor gap, "
+    "Tensor own_kl, Tensor other_kl, Tensor? upstream, Tensor? other_upstream, str impl) -> "
+    "Tensor[]",
+    "divergence_loss(Tensor logits, Tensor other_logits, Tensor? bias, Tensor? target, "
+    "Tensor? mask, Tensor? temperature_rows, float temperature, float softcap, float "
+    "logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? "
+    "index, Tensor? other_bias, Tensor? other_temperature_rows, float other_temperature, "
+    "float other_softcap, float other_logit_scale, Tensor? other_numbers, str kind, float "
+    "beta, Tensor? upstream, Tensor? other_upstream, str[] outputs, str[] other_outputs, str "
+    "impl) -> Tensor[]",
+    "linear_divergence_stats(Tensor hidden, Tensor weight, Tensor other_hidden, Tensor "
+    "other_weight, Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, "
+    "float temperature, float softcap, float logit_scale, SymInt valid_vocab, str? group, "
+    "Tensor? numbers, bool compact, Tensor? index, Tensor? other_bias, Tensor? "
+    "other_temperature_rows, float other_temperature, float other_softcap, float "
+    "other_logit_scale, Tensor? other_numbers, str kind, float beta, str[] outputs, str[] "
+    "other_outputs, SymInt? chunk_tokens, ScalarType? logits_dtype, str impl) -> Tensor[]",
+    "linear_divergence_grad(Tensor hidden, Tensor weight, Tensor other_hidden, Tensor "
+    "other_weight, Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, "
+    "float temperature, float softcap, float logit_scale, SymInt valid_vocab, str? group, "
+    "Tensor? numbers, bool compact, Tensor? index, Tensor? other_bias, Tensor? "
+    "other_temperature_rows, float other_temperature, float other_softcap, float "
+    "other_logit_scale, Tensor? other_numbers, str kind, float beta, Tensor max, Tensor "
+    "log1p_r, Tensor other_max, Tensor other_log1p_r, Tensor gap, Tensor own_kl, Tensor "
+    "other_kl, Tensor upstream, bool need_hidden, bool need_weight, bool need_bias, float? "
+    "filter_eps, bool need_other_hidden, bool need_other_weight, bool need_other_bias, "
+    "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl) -> Tensor[]",
+    "linear_divergence_loss(Tensor hidden, Tensor weight, Tensor other_hidden, Tensor "
+    "other_weight, Tensor? bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, "
+    "float temperature, float softcap, float logit_scale, SymInt valid_vocab, str? group, "
+    "Tensor? numbers, bool compact, Tensor? index, Tensor? other_bias, Tensor? "
+    "other_temperature_rows, float other_temperature, float other_softcap, float "
+    "other_logit_scale, Tensor? other_numbers, str kind, float beta, Tensor upstream, bool "
+    "need_hidden, bool need_weight, bool need_bias, float? filter_eps, bool "
+    "need_other_hidden, bool need_other_weight, bool need_other_bias, str[] outputs, str[] "
+    "other_outputs, SymInt? chunk_tokens, ScalarType? logits_dtype, str impl) -> Tensor[]",
 )
 
 

@@ -55,6 +55,8 @@ def names(tmp_path) -> dict:
         "logits": torch.randn(2, 6, 50, requires_grad=True),
         "hidden": torch.randn(2, 6, 8, requires_grad=True),
         "weight": torch.randn(50, 8, requires_grad=True),
+        "teacher_hidden": torch.randn(2, 6, 12),
+        "teacher_weight": torch.randn(50, 12),
         "advantage": torch.randn(2, 6),
         "mask": (torch.arange(12).view(2, 6) % 4 > 0).float(),
     }
@@ -135,7 +137,8 @@ def test_every_output_and_public_name_is_on_its_page():
     text = (ROOT / "docs/guide/statistics.md").read_text()
     listed = text.partition("Statistics: ")[2].partition(". Only")[0]
     assert re.findall(r"`(\w+)`", listed) == list(em_kernels.TokenStats._fields)
-    public = set(em_kernels.__all__) - {"TokenLoss", "TokenStats"}
+    results = {"TokenDivergence", "TokenLoss", "TokenStats", "WeightedDivergence"}
+    public = set(em_kernels.__all__) - results
     assert {name for name in public if f"`{name}" not in text and f".{name}(" not in text} == set()
 
 
