@@ -365,6 +365,28 @@ def linear_loss_of(dtype, frozen=(), **options):
     return case
 
 
+def linear_loss_into(share, impl):
+    """A bfloat16 head over float32 hidden states, its gradient added to float32."""
+    head, target = draw_head(share)
+    weight = head.weight.detach().bfloat16().requires_grad_()
+    into = torch.ones(weight.shape)
+    result = linear_token_loss(
+        head.hidden,
+        weight,
+        target,
+        bias=head.bias,
+        entropy_weight=torch.rand(2, 9),
+        logprob_weight=torch.rand(2, 9),
+        chunk_tokens=5,
+        accumulate_into=into,
+        group=share.group,
+        impl=impl,
+    )
+    result.loss.backward()
+    same = {"loss": result.loss.detach(), "d hidden": head.hidden.grad}
+    return same, {"d bias": (head.bias.grad, 0), "d weight": (into, 0)}
+
+
 def deferred_linear_loss(frozen=(), **options):
     """As on a GPU: 5 rows of 16-bit gradient, and float32 logits of 2 of them at a time."""
     loss = linear_loss_of(torch.bfloat16, frozen, chunk_tokens=5, **options)
@@ -479,6 +501,7 @@ CASES = {
     "linear loss, deferred, frozen weight": deferred_linear_loss(("weight",)),
     "linear loss, frozen weight": linear_loss_of(torch.float32, ("weight",)),
     "linear loss, frozen hidden": linear_loss_of(torch.float32, ("hidden",)),
+    "linear loss, a bfloat16 head, into float32": linear_loss_into,
     "linear loss, frozen": linear_loss_of(torch.float32, ("hidden", "weight", "bias")),
     "entropy loss, token_mean": entropy_loss_by("token_mean"),
     "entropy loss, sequence_mean": entropy_loss_by("sequence_mean"),

@@ -200,6 +200,16 @@ def dtensors():
         assert w.grad.placements == w.placements and b.grad.placements == b.placements
         return [result.loss.detach(), w.grad.full_tensor(), b.grad.full_tensor()], x.grad
 
+    def accumulated(mesh, whole=False):
+        w = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        into = distribute_tensor(torch.zeros_like(weight), mesh, [Shard(0)])
+        given = torch.zeros_like(weight) if whole else into
+        options = dict(entropy_weight=rows, logprob_weight=rows, accumulate_into=given)
+        b = distribute_tensor(bias, mesh, [Shard(0)])
+        linear_token_loss(hidden, w, target, bias=b, **options).loss.backward()
+        assert w.grad is None
+        return into.full_tensor()
+
     def logits(placement, group=None):
         x = distribute_tensor(hidden @ weight.T, tensor_parallel, [placement]).requires_grad_()
         stats = softmax_stats(x, target, group=group)
@@ -234,6 +244,8 @@ def dtensors():
     own = hidden * (1 + dist.get_rank())  # other tokens on every data-parallel rank
     return {
         "tensor parallel": loss(tensor_parallel, Shard(0)),
+        "accumulated": accumulated(tensor_parallel),
+        "accumulated, gathered": message(lambda: accumulated(data_parallel, whole=True)),
         "group given": loss(data_parallel, Shard(0), group=data_parallel.get_group()),
         "replicated": loss(tensor_parallel, Replicate()),
         "data parallel": loss(data_parallel, Shard(0), hidden=own),

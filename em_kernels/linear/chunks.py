@@ -105,14 +105,15 @@ def grad(
     needs: Needs,
     backend: Backend,
     kept: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products, or two
-    for rows whose logits are in `kept`, which stays as it is."""
+    for rows whose logits are in `kept`, which stays as it is. With `into` dW is added to that."""
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
     if rows.chunking.blocks > 1:
-        return vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept)
-    sums = ChunkGradients(linear, spec, upstream, needs, backend, rows)
+        return vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept, into)
+    sums = ChunkGradients(linear, spec, upstream, needs, backend, rows, into=into)
     for chunk in _chunks(linear, spec, rows, backend, kept=kept, again=True):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             part_saved = Saved(*(s[part] for s in saved))

@@ -29,7 +29,8 @@ def same_dtype(dtype: torch.dtype) -> torch.dtype:
 class Gradients:
     """What both orders have in common: the scale, db, and what is left out.
 
-    `result` says which dtype the gradient of a tensor of a dtype has.
+    `result` says which dtype the gradient of a tensor of a dtype has. With `into`, (V, D), dW is
+    added to that, and returned as an empty tensor.
     """
 
     linear: Linear
@@ -39,6 +40,7 @@ class Gradients:
     backend: Backend
     rows: Rows
     result: Callable[[torch.dtype], torch.dtype] = same_dtype
+    into: Tensor | None = None
 
     def __post_init__(self) -> None:
         linear = self.linear
@@ -49,7 +51,8 @@ class Gradients:
         self.bias = torch.zeros(size, dtype=self.wide, device=linear.weight.device)
 
     def weight_shape(self) -> tuple[int, ...]:
-        return tuple(self.linear.weight.shape) if self.needs.weight else (0,)
+        made = self.needs.weight and self.into is None
+        return tuple(self.linear.weight.shape) if made else (0,)
 
     def add_bias(self, columns: slice, gradient: Tensor) -> None:
         if self.needs.bias:
@@ -106,7 +109,9 @@ class ChunkGradients(Gradients):
                 product = products.back_multiply(gradient[own], weight, self.backend)
                 product = unscaled(product, self.scale)
                 self.hidden[pick_rows(rows, own)] = product.to(self.hidden.dtype)
-        if self.needs.weight:
+        if self.into is not None:
+            products.add_to(self.into[: weight.shape[0]], gradient, x, self.scale, self.backend)
+        elif self.needs.weight:
             total = self.weight[: weight.shape[0]]
             products.accumulate(total, gradient, x, self.started, self.backend)
             self.started = True
@@ -120,11 +125,19 @@ class ChunkGradients(Gradients):
                 weight = self.linear.weight[columns]
                 products.accumulate(wide, part.T, weight, True, self.backend)
             if self.needs.weight:
-                product = self.weight.new_empty(len(columns), x.shape[1])
-                products.accumulate(product, part, x, False, self.backend)
-                self.weight.index_add_(0, columns, product)
+                self._add_weight(columns, part, x)
         if self.needs.hidden:
             self.hidden[rows] = unscaled(wide, self.scale).to(self.hidden.dtype)
+
+    def _add_weight(self, columns: Tensor, gradient: Tensor, x: Tensor) -> None:
+        if self.into is None:
+            product = self.weight.new_empty(len(columns), x.shape[1])
+            products.accumulate(product, gradient, x, False, self.backend)
+            self.weight.index_add_(0, columns, product)
+        else:
+            rows = self.into[columns]
+            products.add_to(rows, gradient, x, self.scale, self.backend)
+            self.into.index_copy_(0, columns, rows)
 
     def finish(self) -> list[Tensor]:
         self.clear_masked(self.hidden)
@@ -164,7 +177,10 @@ class BlockGradients(Gradients):
         if self.needs.hidden:
             weight, add = self.linear.weight[columns], columns.start > 0
             products.accumulate(self.hidden[own], gradient.T, weight, add, self.backend)
-        if self.needs.weight:
+        if self.into is not None:
+            x = self.x[own]
+            products.add_to(self.into[columns], gradient, x, self.scale, self.backend)
+        elif self.needs.weight:
             self._add_weight(self.weight[columns], own, gradient)
 
     def _add_weight(self, out: Tensor, own: slice, gradient: Tensor) -> None:

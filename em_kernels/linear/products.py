@@ -101,6 +101,34 @@ def accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend
             part.copy_(part + product if add else product)
 
 
+def add_to(
+    total: Tensor, grad_logits: Tensor, x: Tensor, scale: Tensor | None, backend: Backend
+) -> None:
+    """total += grad_logits.T @ x / scale, rounded to the dtype of `total`, any, and nowhere else.
+
+    What the products cannot add themselves is made in float32 (float64), a piece at a time.
+    """
+    wide = accumulate_dtype(x.dtype)
+    if scale is None and (total.dtype == x.dtype or (total.dtype == wide and is_gpu(x))):
+        accumulate(total, grad_logits, x, True, backend)
+        return
+    adds = scale is None and total.dtype == wide and not is_gpu(x)
+    if adds and backend.add_product(total, grad_logits, x, True):
+        return
+    for own in cast_pieces(total, wide):
+        product = torch.empty_like(total[own], dtype=wide)
+        _multiply_wide(product, grad_logits[:, own], x, backend)
+        total[own] += product if scale is None else product.mul_(scale.reciprocal())
+
+
+def _multiply_wide(out: Tensor, grad_logits: Tensor, x: Tensor, backend: Backend) -> None:
+    """out = grad_logits.T @ x, wide: nothing is rounded to 16 bits, on any device."""
+    if is_gpu(x) or x.dtype == out.dtype:
+        accumulate(out, grad_logits, x, False, backend)
+    elif not backend.add_product(out, grad_logits, x, False):
+        mm_of_casts(grad_logits.T, x, out)
+
+
 def _accumulate_on_gpu(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> None:
     """One trip of `total` through memory, or, where products cannot add to it, one more in pieces.
 

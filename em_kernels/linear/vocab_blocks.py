@@ -38,9 +38,10 @@ def grad(
     backend: Backend,
     rows: Rows,
     kept: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] as `chunks.grad`; logits are multiplied in the pieces of `chunks.stats`."""
-    sums = BlockGradients(linear, spec, upstream, needs, backend, rows)
+    sums = BlockGradients(linear, spec, upstream, needs, backend, rows, into=into)
     vocab, chunking = spec.valid_vocab, rows.chunking
     blocks = column_blocks(vocab, chunking.blocks, chunking.tile) if vocab else []
     held = rows.held(kept)

@@ -131,6 +131,35 @@ def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
         )
 
 
+def check_accumulate_into(into: Any, weight: Tensor, local: Tensor) -> Tensor:
+    """What dW of `local`, this rank's part of `weight`, is added to, as a plain tensor."""
+    name = "accumulate_into"
+    if torch.compiler.is_compiling() or is_exporting():
+        raise ValueError(f"{name} must be None in a compiled or exported program: call it outside")
+    into = into.to_local() if is_dtensor(into) else into
+    check_tensor(name, into)
+    total: Tensor = into
+    if not (weight.is_leaf and weight.requires_grad):
+        raise ValueError(
+            f"{name} needs a weight that is a parameter and requires grad, got one that "
+            f"{'is frozen' if weight.is_leaf else 'was computed from others'}"
+        )
+    own = weight.to_local() if is_dtensor(weight) else weight
+    if own.shape != local.shape:
+        raise ValueError(f"{name} cannot hold the gradient of a weight that is gathered (FSDP2)")
+    check_shape(name, into, local)
+    allowed = {weight.dtype, torch.float32, torch.float64}
+    if into.dtype not in allowed or torch.promote_types(into.dtype, weight.dtype) != into.dtype:
+        raise TypeError(
+            f"{name} must be float32, float64 or of the dtype of weight, and hold that "
+            f"({weight.dtype}), got {into.dtype}"
+        )
+    if into.requires_grad or not into.is_contiguous():
+        got = "requires grad" if into.requires_grad else f"has strides {into.stride()}"
+        raise ValueError(f"{name} must be contiguous and not require grad, got one that {got}")
+    return total
+
+
 def check_filter_eps(eps: float | None) -> None:
     if eps is not None:
         check_number("filter_eps", eps, lambda v: 0 < v < 1, "in (0, 1) or None")

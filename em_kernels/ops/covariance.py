@@ -107,6 +107,7 @@ def linear_token_covariance(
         "mask": mask,
         "outputs": ("logprob",),
         "group": vocab_group,
+        "accumulate_into": None,
     }
     with torch.no_grad():
         stats = linear_softmax_stats(hidden, weight, target, bias=bias, **stats_options)

@@ -19,6 +19,7 @@ from em_kernels.ops.schemas import (
     EntropyTemperature,
     GatherAlike,
     LinearGrad,
+    LinearGradInto,
     LinearLoss,
     LinearStats,
     LinearStatsFused,
@@ -64,7 +65,7 @@ def softmax_loss(call: SoftmaxLoss) -> list[Tensor]:
     return [*empty_rows(call.logits, call.outputs), call.logits.new_empty(call.logits.shape)]
 
 
-def nothing(call: SoftmaxLossInplace | ScaleInplace) -> None:
+def nothing(call: SoftmaxLossInplace | LinearGradInto | ScaleInplace) -> None:
     return None
 
 

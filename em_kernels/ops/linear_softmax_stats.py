@@ -14,6 +14,7 @@ from em_kernels.backends.interface import RowSpec, TokenStats, accumulate_dtype
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
+    check_accumulate_into,
     check_allreduce_dgrad,
     check_chunks,
     check_entropy_requires_grad,
@@ -28,7 +29,7 @@ from em_kernels.ops.dtensor import local_operands
 from em_kernels.ops.options import DEFAULTS, LinearStatsOptions, takes_options
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats
-from em_kernels.ops.sources import FromHidden, copy_to_ranks
+from em_kernels.ops.sources import FromHidden, Into, copy_to_ranks
 from em_kernels.ops.statistics import (
     Call,
     differentiable_outputs,
@@ -81,8 +82,10 @@ def linear_softmax_stats(
     given = {**DEFAULTS, **options}
     check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
     check_entropy_requires_grad(given["entropy_requires_grad"])
+    whole = weight
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
     hidden, weight = product_operands(hidden, weight, bias, given)
+    into = sum_of(given, whole, weight)
     check_keep_logits(given["keep_logits"])
     if given["fuse_product"]:
         _check_fused((hidden, weight, bias), given)
@@ -93,7 +96,7 @@ def linear_softmax_stats(
         rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *product))
     else:
         hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
-        source = _source(hidden, weight, spec, outputs, given)
+        source = _source(hidden, weight, spec, outputs, given, into)
         rows = statistics(Call(hidden, weight, spec, outputs, source))
     return pack_stats(outputs, rows, given["entropy_requires_grad"])
 
@@ -104,6 +107,7 @@ def _source(
     spec: RowSpec,
     outputs: tuple[str, ...],
     given: dict[str, Any],
+    into: Into | None,
 ) -> FromHidden:
     brings = differentiable_outputs(outputs, given["entropy_requires_grad"])
     needs = needs_of(brings, hidden, weight, spec, given)
@@ -112,7 +116,13 @@ def _source(
     )
     single = brings[0] if alone else None
     keep, fused = given["keep_logits"], given["fuse_product"]
-    return FromHidden(needs, *product_arguments(given), keep, fused, single)
+    return FromHidden(needs, *product_arguments(given), keep, fused, single, into)
+
+
+def sum_of(given: Mapping[str, Any], weight: Tensor, local: Tensor) -> Into | None:
+    """Where dW is to be added, checked; `local` is this rank's part of the caller's `weight`."""
+    into = given["accumulate_into"]
+    return None if into is None else Into(check_accumulate_into(into, weight, local), weight)
 
 
 def needs_of(

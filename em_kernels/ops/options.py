@@ -46,7 +46,11 @@ class StatsOptions(RowOptions, total=False):
     entropy_requires_grad: bool
 
 
-class ChunkOptions(RowOptions, ProductOptions, total=False):
+class SumOptions(TypedDict, total=False):
+    accumulate_into: Tensor | None
+
+
+class ChunkOptions(RowOptions, ProductOptions, SumOptions, total=False):
     pass
 
 
@@ -56,7 +60,7 @@ class CovarianceOptions(LogitOptions, ProductOptions, total=False):
     entropy_requires_grad: bool
 
 
-class LinearStatsOptions(RowOptions, CovarianceOptions, total=False):
+class LinearStatsOptions(RowOptions, CovarianceOptions, SumOptions, total=False):
     pass
 
 
@@ -66,7 +70,7 @@ class EntropyOptions(LogitOptions, total=False):
     inplace: bool
 
 
-class LinearEntropyOptions(LogitOptions, ProductOptions, total=False):
+class LinearEntropyOptions(LogitOptions, ProductOptions, SumOptions, total=False):
     target: Tensor | None
     logprob_weight: Tensor | None
 
@@ -144,6 +148,12 @@ filter_eps: None is exact, and an exported program always is. Else, in (0, 1), c
     Finding the columns waits for the device, once a chunk, and is left out while a CUDA
     graph is captured. It pays where rows are peaked; a row spread over many more than 1 /
     filter_eps words can lose its whole gradient.
+accumulate_into: (V, D), contiguous, where the gradient of `weight` is added in the backward pass:
+    weight.main_grad or weight.grad, float32, float64 or of the dtype of `weight`, in which it
+    is then rounded once a chunk. No other (V, D) is made; autograd gets None for `weight`, a
+    leaf, whose hooks see nothing; its `grad_added_to_main_grad`, if there is one, becomes True.
+    A loss too makes its gradient in the backward pass then, when the factor that comes is
+    known: four products, three for logits kept. No second derivative, not in torch.compile.
 keep_logits: bytes of logits that may be kept from the forward to the backward pass, which
     then need not multiply them again: where all N rows fit, N * V entries of the dtype of
     the logits, rows padded to 16 entries, three products in all instead of four.
@@ -186,6 +196,7 @@ DEFAULTS: dict[str, Any] = dict(
     logits_dtype=None,
     product_dtype=None,
     filter_eps=None,
+    accumulate_into=None,
     keep_logits=None,
     fuse_product=False,
     entropy_requires_grad=True,

@@ -38,6 +38,7 @@ from em_kernels.ops.schemas import (
     EntropyTemperature,
     GatherAlike,
     LinearGrad,
+    LinearGradInto,
     LinearLoss,
     LinearStats,
     LinearStatsFused,
@@ -116,11 +117,22 @@ def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
 
 
 def _linear_grad(call: LinearGrad) -> list[Tensor]:
+    return _linear_gradients(call, None)
+
+
+def _linear_grad_into(call: LinearGradInto) -> None:
+    of_hidden, _, of_bias = _linear_gradients(call, call.into)
+    made = [g for g, need in ((of_hidden, call.needs.hidden), (of_bias, call.needs.bias)) if need]
+    for result, gradient in zip(call.results, made, strict=True):
+        result.copy_(gradient)
+
+
+def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) -> list[Tensor]:
     hidden, needs = call.hidden, call.needs
     module, spec, linear = _serve_linear(call, (needs.hidden,), check=False)
     saved, upstream = _flat(call.saved), _flat(call.upstream)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept)
+        grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept, into)
     return _shape_grads(grads, needs, hidden)
 
 
@@ -201,7 +213,9 @@ def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tens
 
 
 def _serve_linear(
-    call: LinearStats | LinearGrad | LinearLoss, options: tuple[Any, ...], check: bool = True
+    call: LinearStats | LinearGrad | LinearGradInto | LinearLoss,
+    options: tuple[Any, ...],
+    check: bool = True,
 ) -> tuple[Backend, RowSpec, Linear]:
     """`_serve`, and the product that makes the rows."""
     chunk, dtype = call.chunk_tokens, call.logits_dtype
@@ -295,6 +309,7 @@ OPERATORS = {
     "linear_stats": Operator(LinearStats, _linear_stats, fakes.linear_stats),
     "linear_stats_fused": Operator(LinearStatsFused, _linear_stats_fused, fakes.linear_stats_fused),
     "linear_grad": Operator(LinearGrad, _linear_grad, fakes.linear_grad),
+    "linear_grad_": Operator(LinearGradInto, _linear_grad_into, fakes.nothing),
     "linear_loss": Operator(LinearLoss, _linear_loss, fakes.linear_loss),
     "entropy_temperature": Operator(
         EntropyTemperature, _entropy_temperature, fakes.entropy_temperature

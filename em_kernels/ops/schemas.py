@@ -209,6 +209,22 @@ class LinearGrad(NamedTuple):
 
 
 @arguments
+class LinearGradInto(NamedTuple):
+    into: Changed
+    results: Annotated[Sequence[Tensor], Argument(type="Tensor(b!)[]")]  # what is needed of dX, db
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    saved: Saved
+    upstream: Upstream
+    needs: Needs
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+    kept: Tensor | None = None
+
+
+@arguments
 class LinearLoss(NamedTuple):
     hidden: Tensor
     weight: Tensor

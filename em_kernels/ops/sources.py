@@ -23,6 +23,7 @@ from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import (
     AllReduce,
     LinearGrad,
+    LinearGradInto,
     LinearLoss,
     LinearStats,
     LinearStatsFused,
@@ -51,6 +52,10 @@ class FromLogits:
     impl: str
     needed: bool = True  # a loss is to make the gradient
     inplace: bool = False  # where the logits are
+
+    @property
+    def accumulates(self) -> bool:
+        return False
 
     def looked_through(self, spec: RowSpec) -> RowSpec:
         return spec
@@ -97,6 +102,27 @@ class FromLogits:
         return Loss(rows, (grad, None, None), scale)
 
 
+class Into(NamedTuple):
+    """Where dW is added, in place of a gradient that autograd is handed."""
+
+    total: Tensor  # (V, D)
+    weight: Tensor  # the caller's own, a leaf
+
+    def is_wanted(self) -> bool:
+        """Whether the backward pass that is running is one for the weight: torch.autograd.grad may
+        ask for others alone."""
+        node = torch.autograd.graph.get_gradient_edge(self.weight).node
+        try:
+            return bool(torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # torch.autograd.grad asks for the weight: it will be told None
+            return True
+
+    def mark(self) -> None:
+        """Tell Megatron, whose hooks add `weight.grad` to `main_grad` where this is False."""
+        if hasattr(self.weight, "grad_added_to_main_grad"):
+            self.weight.grad_added_to_main_grad = True
+
+
 @dataclass(frozen=True)
 class FromHidden:
     """Rows of hidden @ weight.T, a chunk at a time."""
@@ -111,6 +137,12 @@ class FromHidden:
     # gradient that comes, u_i that of a loss in which the output has the weight 1, which the
     # forward pass makes.
     single: str | None = None
+    into: Into | None = None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a backward pass changes something: it cannot be differentiated."""
+        return self.into is not None
 
     @property
     def product(self) -> tuple[int | None, torch.dtype | None, str]:
@@ -155,8 +187,24 @@ class FromHidden:
             counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
             unit: Any = kept
             return (unit * counted[..., None]).to(x.dtype), None, None
-        arguments = LinearGrad(x, weight, spec, saved, upstream, self.needs, *self.product, kept)
-        return self._wanted(call(arguments))
+        needs = self.needs
+        if self.into is not None and needs.weight:
+            if self.into.is_wanted():
+                return self._add(self.into, x, weight, spec, saved, upstream, kept)
+            needs = needs._replace(weight=False)
+        arguments = LinearGrad(x, weight, spec, saved, upstream, needs, *self.product, kept)
+        return _wanted(call(arguments), needs)
+
+    def _add(self, into: Into, x: Tensor, weight: Tensor, spec: RowSpec, *rest: Any) -> Gradients:
+        """`grad` with dW added to `into`."""
+        saved, upstream, kept = rest
+        bias = weight.new_empty(0) if spec.bias is None else torch.empty_like(spec.bias)
+        hidden = torch.empty_like(x, memory_format=torch.contiguous_format)
+        results = [g for g, need in ((hidden, self.needs.hidden), (bias, self.needs.bias)) if need]
+        common = (x, weight, spec, saved, upstream, self.needs, *self.product, kept)
+        call(LinearGradInto(into.total, results, *common))
+        into.mark()
+        return _wanted([hidden, hidden, bias], self.needs._replace(weight=False))
 
     def loss(
         self, x: Tensor, weight: Any, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
@@ -165,13 +213,14 @@ class FromHidden:
             return Loss(call(LinearStats(x, weight, spec, outputs, *self.product)))
         results = call(LinearLoss(x, weight, spec, weights, self.needs, outputs, *self.product))
         *rows, of_hidden, of_weight, of_bias = results
-        return Loss(rows, self._wanted([of_hidden, of_weight, of_bias]))
+        return Loss(rows, _wanted([of_hidden, of_weight, of_bias], self.needs))
 
-    def _wanted(self, gradients: Sequence[Tensor]) -> Gradients:
-        hidden, weight, bias = (
-            g if need else None for g, need in zip(gradients, self.needs.inputs, strict=True)
-        )
-        return hidden, weight, bias
+
+def _wanted(gradients: Sequence[Tensor], needs: Needs) -> Gradients:
+    hidden, weight, bias = (
+        g if need else None for g, need in zip(gradients, needs.inputs, strict=True)
+    )
+    return hidden, weight, bias
 
 
 Source = FromLogits | FromHidden

@@ -109,6 +109,11 @@ class Statistics(torch.autograd.Function):
         none: Any = nothing(Call)
         if all(g is None for g in upstream):
             return tuple(flat(none))
+        if ctx.source.accumulates and torch.is_grad_enabled():
+            raise RuntimeError(
+                "em_kernels: with accumulate_into the gradient of weight is added where it belongs "
+                "and has no derivative: leave accumulate_into out where create_graph=True"
+            )
         x, weight, made, saved, tensors = unflat(_Kept, ctx.saved_tensors)
         spec = _with_tensors(ctx.spec, tensors)
 

@@ -37,6 +37,7 @@ from em_kernels.ops.linear_softmax_stats import (
     needs_of,
     product_arguments,
     product_operands,
+    sum_of,
 )
 from em_kernels.ops.options import (
     DEFAULTS,
@@ -50,6 +51,8 @@ from em_kernels.ops.reductions import Sequences, reduction_weight
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.sources import FromHidden, FromLogits, copy_to_ranks
+from em_kernels.ops.statistics import Call as StatisticsCall
+from em_kernels.ops.statistics import statistics
 
 
 @serializable
@@ -136,9 +139,11 @@ def linear_token_loss(
     """
     given = {**DEFAULTS, **options}
     check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
+    whole = weight
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
     own = hidden, weight, bias
     hidden, weight = product_operands(hidden, weight, bias, given)
+    into = sum_of(given, whole, weight)
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(options, target)
@@ -147,8 +152,13 @@ def linear_token_loss(
         rows = record(LinearStats(hidden, weight, spec, names, *product_arguments(given)))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
     needs = needs_of(("loss",), hidden, weight, spec, given)
-    source = FromHidden(needs, *product_arguments(given))
     hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
+    if into is not None and needs.weight:  # what the gradient is multiplied by is not known yet
+        names = all_outputs(outputs, weights)
+        source = FromHidden(needs, *product_arguments(given), keep_logits=None, into=into)
+        made = statistics(StatisticsCall(hidden, weight, spec, names, source))
+        return _pack_loss(outputs, with_loss(outputs, names, made, weights))
+    source = FromHidden(needs, *product_arguments(given))
     memory = remember(own, spec, weights, hidden.dtype)
     return _pack_loss(outputs, loss(Call(hidden, weight, spec, weights, outputs, source, memory)))
 

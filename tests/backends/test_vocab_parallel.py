@@ -193,6 +193,8 @@ def test_dtensors(ranks, world):
             for got, value in zip(result[name][0], of_weight, strict=True):
                 check_close(name, got, value)
             check_close(name, result[name][1], of_hidden)
+        check_close("accumulated", result["accumulated"], of_weight[1])
+        assert "accumulate_into cannot hold" in result["accumulated, gathered"]
     # Data parallel: every rank its own loss, the gradient of their mean.
     each = [expect(1.0 + rank) for rank in range(world)]
     for rank, result in enumerate(results):

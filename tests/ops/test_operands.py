@@ -140,18 +140,18 @@ def logits_of(hidden, weight, bias, target):
 
 
 class Sizes(TorchDispatchMode):
-    """(entries, dtype) of the memory of what operators make, but for views of a tensor."""
+    """(entries, dtype) of the memory of what operators make, but for views of those given."""
 
-    def __init__(self, given):
+    def __init__(self, *given):
         super().__init__()
-        self.given, self.seen = given.untyped_storage().data_ptr(), []
+        self.given, self.seen = {x.untyped_storage().data_ptr() for x in given}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for out in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(out, torch.Tensor):
                 memory = out.untyped_storage()
-                if memory.data_ptr() != self.given:
+                if memory.data_ptr() not in self.given:
                     self.seen.append((memory.nbytes() // out.itemsize, out.dtype))
         return result
 

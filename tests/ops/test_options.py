@@ -25,7 +25,7 @@ ROWS = (
 CHUNKS = (
     "chunk_tokens: 'int | None' = None, logits_dtype: 'torch.dtype | None' = None, "
     "product_dtype: 'torch.dtype | None' = None, "
-    "filter_eps: 'float | None' = None"
+    "filter_eps: 'float | None' = None, accumulate_into: 'Tensor | None' = None"
 )
 WEIGHED = "entropy_weight: 'Tensor | None' = None, logprob_weight: 'Tensor | None' = None, "
 OF_LOGITS = "(logits: 'Tensor', target: 'Tensor | None' = None, *, "

@@ -47,6 +47,13 @@ RECORDED = (
     "Tensor log1p_r, Tensor mean_d, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse, bool "
     "need_hidden, bool need_weight, bool need_bias, float? filter_eps, SymInt? chunk_tokens, "
     "ScalarType? logits_dtype, str impl, Tensor? kept=None) -> Tensor[]",
+    "linear_grad_(Tensor(a!) into, Tensor(b!)[] results, Tensor hidden, Tensor weight, Tensor? "
+    "bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, float "
+    "softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, bool "
+    "compact, Tensor? index, Tensor max, Tensor log1p_r, Tensor mean_d, Tensor? g_logprob, "
+    "Tensor? g_entropy, Tensor? g_lse, bool need_hidden, bool need_weight, bool need_bias, "
+    "float? filter_eps, SymInt? chunk_tokens, ScalarType? logits_dtype, str impl, Tensor? "
+    "kept=None) -> ()",
     "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? mask, "
     "Tensor? temperature_rows, float temperature, float softcap, float logit_scale, SymInt "
     "valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, Tensor? "
