@@ -25,9 +25,11 @@ from em_kernels.objectives.high_entropy import high_entropy_loss
 from em_kernels.objectives.kl import kl_estimate
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
 from em_kernels.objectives.l_grpo import l_grpo_reward
+from em_kernels.objectives.opd import opd_weight
 from em_kernels.objectives.ppl import (
     PreferenceLoss,
     label_kl,
+    linear_label_kl,
     logprob_at,
     ppl_loss,
     pseudo_label_kl,
@@ -71,11 +73,13 @@ __all__ = [
     "l_grpo_reward",
     "label_kl",
     "length_reward",
+    "linear_label_kl",
     "logprob_at",
     "majority_reward",
     "micro_batch_mean_weights",
     "negative_entropy_reward",
     "next_entropy_coef",
+    "opd_weight",
     "ppl_loss",
     "pseudo_label_kl",
     "random_reward",

@@ -26,13 +26,15 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     ref_logprob: Tensor | None = None,
+    ref_kl: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> PolicyLoss:
     """L_t = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coef KL_t.
 
-    rho = exp(logprob - old_logprob), A the advantage of the answer, KL_t the estimate of
-    KL(p || p_ref) at the sampled token. clip_high > clip_low is DAPO's clip-higher.
+    rho = exp(logprob - old_logprob), A the advantage of the answer, KL_t either the estimate of
+    KL(p || p_ref) at the sampled token, from `ref_logprob`, or KL(p || p_ref) itself, over the
+    whole vocabulary, as `ref_kl`. clip_high > clip_low is DAPO's clip-higher.
 
     Args:
         logprob: (..., T) floating point, of the sampled tokens under the current policy.
@@ -41,9 +43,12 @@ def grpo_loss(
         mask: (..., T) bool or numeric, tokens where it is non-zero count (a floating mask holds 0
             and 1 only); NaN elsewhere is ignored.
         clip_low, clip_high: distances of the clip bounds from 1, >= 0.
-        ref_logprob: (..., T) under the reference policy; needed by kl_coef > 0.
+        ref_logprob: (..., T) under the reference policy; kl_coef > 0 needs it or `ref_kl`.
+        ref_kl: (..., T) KL(p || p_ref) per token with its gradient, nats, in place of an estimate:
+            `linear_divergence(hidden, weight, ref_hidden, ref_weight, kind="reverse_kl")`. It has
+            no sampling error, and its gradient is that of the KL at every token.
         kl_coef: beta of the KL penalty, >= 0.
-        kl_estimator: "k1", "k2" or "k3" of `kl_estimate`.
+        kl_estimator: "k1", "k2" or "k3" of `kl_estimate`; with `ref_kl` nothing is estimated.
 
     Returns:
         PolicyLoss: `loss` (..., T) float32 (float64 for float64) for `aggregate_loss`; `metrics`
@@ -58,8 +63,12 @@ def grpo_loss(
     "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025).
     """
     check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
-    if kl_coef > 0 and ref_logprob is None:
-        raise ValueError(f"ref_logprob must be given for kl_coef={kl_coef!r}, got None")
+    if ref_logprob is not None and ref_kl is not None:
+        raise ValueError("ref_kl must be given instead of ref_logprob, got both: leave one out")
+    if kl_coef > 0 and ref_logprob is None and ref_kl is None:
+        raise ValueError(
+            f"ref_logprob must be given for kl_coef={kl_coef!r}, or ref_kl, got None for both"
+        )
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     loss, clipped = clipped_surrogate(
         log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
@@ -71,8 +80,11 @@ def grpo_loss(
     if ref_logprob is not None:
         check_floating("ref_logprob", ref_logprob, logprob)
         ref_logprob = masked(ref_logprob, tokens.counted, loss.dtype)
-        kl = kl_estimate(tokens.logprob, ref_logprob, estimator=kl_estimator)
-        loss, metrics["ref_kl"] = loss + kl_coef * kl, masked_mean(kl, tokens.counted)
+        ref_kl = kl_estimate(tokens.logprob, ref_logprob, estimator=kl_estimator)
+    if ref_kl is not None:
+        check_floating("ref_kl", ref_kl, logprob)
+        ref_kl = masked(ref_kl, tokens.counted, loss.dtype)
+        loss, metrics["ref_kl"] = loss + kl_coef * ref_kl, masked_mean(ref_kl, tokens.counted)
     return PolicyLoss(loss, metrics)
 
 

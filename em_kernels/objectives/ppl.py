@@ -1,9 +1,9 @@
 """Policy-labelled preference learning: preferences explained by regret, not by reward.
 
 A segment is an answer; its label is the policy pi that produced it. The label enters as
-KL(pi || p) at every token, exactly (`label_kl`), from the k most likely tokens (`topk_label_kl`),
-or, for want of stored log-probabilities, with pi taken to be certain of what it wrote
-(`pseudo_label_kl`).
+KL(pi || p) at every token, exactly, from the heads of both models (`linear_label_kl`) or from
+log-probabilities in full (`label_kl`); from the k most likely tokens (`topk_label_kl`); or, for
+want of any, with pi taken to be certain of what it wrote (`pseudo_label_kl`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.arguments import check_floating, check_number, check_shape, count_mask
+from em_kernels.ops.divergence import linear_divergence
+from em_kernels.ops.options import LinearDivergenceOptions
 from em_kernels.ops.softmax_stats import softmax_stats
 
 
@@ -145,11 +148,45 @@ def token_regret(
     return alpha * torch.where(counted, cost + ahead, 0)
 
 
+def linear_label_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    label_hidden: Tensor,
+    label_weight: Tensor,
+    **options: Unpack[LinearDivergenceOptions],
+) -> Tensor:
+    """KL(pi || p) = sum_v pi_v (log pi_v - log p_v), p and pi each from hidden states and a head.
+
+    It never holds all the log-probabilities of either. The label policy is another model, the one
+    that wrote the segments or a reference, and is frozen: no gradient is sent to it.
+
+    Args:
+        hidden, weight: (..., D) and (V, D) of the policy p, with their gradient.
+        label_hidden, label_weight: (..., D') and (V, D') of pi on the same tokens.
+        options: of `linear_divergence`, but for `kind`; those of pi begin with `other_`.
+
+    Returns:
+        (...) float32 (float64 for float64), nats, >= 0.
+
+    Raises:
+        TypeError, ValueError: as `linear_divergence`, whose `other_hidden` and `other_weight` are
+            those of the label.
+
+    Source: as `label_kl`.
+    """
+    label = label_hidden.detach(), label_weight.detach()
+    bias = options.get("other_bias")
+    if bias is not None:
+        options = {**options, "other_bias": bias.detach()}
+    return linear_divergence(hidden, weight, *label, kind="forward_kl", **options)
+
+
 def label_kl(logprob: Tensor, label_logprob: Tensor) -> Tensor:
     """KL(pi || p) = sum_v pi_v (log pi_v - log p_v) over the whole vocabulary.
 
     Args:
-        logprob: (..., V) normalised log-probabilities of p, with their gradient.
+        logprob: (..., V) normalised log-probabilities of p, with their gradient, -pi. (From logits,
+            `divergence(logits, label_logits)` gives the same without normalising either first.)
         label_logprob: (..., V) of pi; -inf (probability 0) contributes 0. No gradient.
 
     Returns:

@@ -75,6 +75,18 @@ def test_kl_penalty():
     assert not metrics["ref_kl"].requires_grad
 
 
+def test_an_exact_kl_takes_the_place_of_the_estimate():
+    logprob, old, advantage, mask = policy_inputs()
+    kl = poison(torch.rand_like(old).requires_grad_(), mask)
+    plain = grpo_loss(logprob, old, advantage, mask).loss
+    loss, metrics = grpo_loss(logprob, old, advantage, mask, ref_kl=kl, kl_coef=0.1)
+    clean = torch.where(mask, kl.detach(), 0)
+    torch.testing.assert_close(loss, plain + 0.1 * clean)
+    torch.testing.assert_close(metrics["ref_kl"], clean[mask].mean())
+    loss.sum().backward()
+    torch.testing.assert_close(kl.grad, 0.1 * mask.to(kl))
+
+
 def test_advantage_per_answer_and_loss_independent_of_micro_batches():
     logprob, old, advantage, mask = policy_inputs()
     per_answer = advantage[:, 0]
@@ -162,6 +174,9 @@ def test_surrogate_at_advantage_zero_is_not_clipped():
         (dict(old_logprob=torch.ones(4)), ValueError, "old_logprob must have shape"),
         (dict(mask=[1]), TypeError, "mask must be a tensor, got list"),
         (dict(ref_logprob=torch.ones(4)), ValueError, "ref_logprob must have shape"),
+        (dict(ref_kl=torch.ones(4)), ValueError, "ref_kl must have shape"),
+        (dict(ref_kl=torch.ones(4, 6).long()), TypeError, "ref_kl must be floating point"),
+        (dict(ref_kl=torch.ones(1), ref_logprob=torch.ones(1)), ValueError, "ref_kl must be given"),
     ],
 )
 def test_bad_input_names_the_argument(options, error, message):

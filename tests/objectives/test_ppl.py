@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from em_kernels.objectives import (
     label_kl,
+    linear_label_kl,
     logprob_at,
     ppl_loss,
     pseudo_label_kl,
@@ -144,6 +145,26 @@ def test_label_kl_with_impossible_tokens():
     assert label_kl(torch.tensor([0.0, -math.inf]), torch.tensor([0.5, 0.5]).log()) == math.inf
 
 
+def test_the_kl_of_two_heads_is_that_of_their_log_probabilities():
+    """Of policies of other sizes, with heads of their own; no gradient to the label."""
+    hidden, weight, bias = (torch.randn(*s, dtype=WIDE) for s in ((2, 5, 4), (11, 4), (11,)))
+    label_hidden, label_weight = torch.randn(2, 5, 6, dtype=WIDE), torch.randn(11, 6, dtype=WIDE)
+    everything = [hidden, weight, label_hidden, label_weight, bias]
+    for x in everything:
+        x.requires_grad_()
+    logits = 3 * torch.tanh((label_hidden @ label_weight.T + bias) / 3) / 0.7
+    p, pi = ((hidden @ weight.T) / 0.7).log_softmax(-1), logits.log_softmax(-1)
+    expected = label_kl(p, pi)
+    options = dict(temperature=0.7, other_bias=bias, other_softcap=3.0)
+    found = linear_label_kl(*everything[:4], **options)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found.square().sum(), everything, allow_unused=True)
+    assert gradients[2:] == (None, None, None)
+    wanted = torch.autograd.grad(expected.square().sum(), (hidden, weight))
+    for one, other in zip(gradients, wanted):
+        torch.testing.assert_close(one, other)
+
+
 def test_topk_is_the_kl_of_the_merged_distribution():
     p, pi = (torch.randn(4, 9, dtype=WIDE).log_softmax(-1) for _ in range(2))
     top = pi.topk(3).indices
@@ -214,6 +235,7 @@ def test_masked_nan_and_empty_segments():
         (lambda x: segment_regret(x, x[:1], x, gamma=1), ValueError, "kl must have shape"),
         (lambda x: token_regret(x, None, x[:1], gamma=1), ValueError, "mask must have shape"),
         (lambda x: label_kl(x, x[:1]), ValueError, "label_logprob must have shape"),
+        (lambda x: linear_label_kl(x, x, x, x[:1]), ValueError, "other_weight must have the 2 rows"),
         (lambda x: pseudo_label_kl([1.0]), TypeError, "logprob must be a tensor, got list"),
         (lambda x: logprob_at(x, x), ValueError, r"index must be int64 of shape \(2, k\)"),
     ],
