@@ -7,6 +7,9 @@ from pathlib import Path
 
 from tiny_qwen2 import make_bigram_model, make_tokenizer
 
+from em_kernels.analysis.texts import Texts
+from em_kernels.analysis.tokens import TokenFile, read_tokens
+
 NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -35,3 +38,30 @@ def letters(times: int) -> list[dict]:
     return [
         {"problem": f"{i} {x}", "answer": y} for i in range(times) for x, y in ("a1", "b2", "c3")
     ]
+
+
+def given(tmp_path, rows, **options) -> Texts:
+    tokenizer = make_tokenizer(template=NO_MARK)
+    return Texts(write_rows(tmp_path / "texts.jsonl", rows), tokenizer, **options)
+
+
+def read(model, texts, path, **options) -> TokenFile:
+    return read_tokens(model, texts, path, name="model", progress=False, **options)
+
+
+def by_hand(path, texts, temperatures=(), **others):
+    """A file as `read_tokens` writes it, of numbers given by hand; `others` are of its head."""
+    names = ("key", "ids", "logprob", "entropy", "logit_mean", "logit_var", "logit_skew")
+    head = {
+        "model": "by hand",
+        "source": "x",
+        "limit": None,
+        "temperatures": list(temperatures),
+        **others,
+    }
+    rows = [
+        {**{name: [] for name in names}, "entropy_at": [], "digest": "", "key": str(i), **t}
+        for i, t in enumerate(texts)
+    ]
+    write_rows(path, [{**head, **others}, *rows])
+    return TokenFile(path)

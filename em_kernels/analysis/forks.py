@@ -57,7 +57,7 @@ def forks(file: TokenFile, tokenizer, *, ratio: float = 0.2) -> dict:
         "share_of_entropy": _share(fine, tau),
         "types": _types(ids, fine, tau, tokenizer),
         "histogram": {"edges": edges.tolist(), "tokens": counts.tolist()},
-        "texts": _first_texts(file, tokenizer),
+        "texts": first_texts(file, tokenizer, "entropy"),
     }
 
 
@@ -80,13 +80,14 @@ def _types(ids: np.ndarray, entropy: np.ndarray, tau: float, tokenizer) -> list[
     ]
 
 
-def _first_texts(file: Iterable[TokenStats], tokenizer) -> list[dict]:
+def first_texts(file: Iterable[TokenStats], tokenizer, name: str) -> list[dict]:
+    """The first texts, in pieces, with the numbers that `TokenStats` has as `name`."""
     texts: list[dict] = []
     for stats in file:
         if len(texts) == SHOWN_TEXTS:
             break
         pieces = [tokenizer.decode([token]) for token in stats.ids[:SHOWN_TOKENS]]
-        entropy = [round(h, 5) for h in stats.entropy[:SHOWN_TOKENS]]
+        values = [round(value, 5) for value in getattr(stats, name)[:SHOWN_TOKENS]]
         left = max(len(stats.ids) - SHOWN_TOKENS, 0)
-        texts.append({"key": stats.key, "pieces": pieces, "entropy": entropy, "not_shown": left})
+        texts.append({"key": stats.key, "pieces": pieces, name: values, "not_shown": left})
     return texts

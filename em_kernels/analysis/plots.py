@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from em_kernels.analysis.tables import temperature_of
+from em_kernels.analysis.tables import MEASURES, temperature_of
 from em_kernels.lm.data import is_number
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -150,6 +150,42 @@ def shift(figure, result: dict) -> None:
         _label_above(axis, text, model["skewness"], high, colour)
     axis.set(xlabel="skewness of a token's logits", ylabel="share of tokens")
     axis.set_title(f"Logits shift, {result['models'][0]['tokens']} tokens")
+
+
+def drift(figure, result: dict) -> None:
+    """Both KLs per token, and their means by the entropy before."""
+    histogram, tau = result["histogram"], result["tau"]
+    left, right = _axes(figure, columns=2, size=(9, 4))
+    for name, colour, high in zip(histogram["tokens"], (BLUE, ORANGE), (0.95, 0.87)):
+        shares = [count / result["tokens"] for count in histogram["tokens"][name]]
+        left.stairs(shares, histogram["edges"], color=colour, fill=True, alpha=0.25)
+        left.stairs(shares, histogram["edges"], color=colour, linewidth=1.5)
+        text = f"{MEASURES[name]}: mean {result['measures'][name]['mean']:.3g}"
+        _label_above(left, text, histogram["edges"][0], high, colour)
+        points = [(row["entropy"], row[name]) for row in result["bins"]]
+        points = [point for point in points if min(point) > 0]
+        if points:
+            right.plot(*zip(*points), color=colour, marker="o")
+            beside = (-8, 0) if colour == BLUE else (8, -12)
+            align = "right" if colour == BLUE else "left"
+            _label(right, MEASURES[name], *points[len(points) // 2], colour, beside, ha=align)
+            right.set(xscale="log", yscale="log")
+    left.set(xscale="log", xlabel="divergence of a token (nats, log scale)")
+    left.set(ylabel="share of tokens", ylim=(0, 1.35 * left.dataLim.ymax))
+    left.set_title(f"{result['tokens']} tokens (the first bar: 1e-9 and less)")
+    if tau > 0:
+        right.axvline(tau, color=GREY, linewidth=1, linestyle=":")
+        right.annotate(
+            f"forks: H ≥ {tau:.3g} ",
+            (tau, 0.03),
+            xycoords=("data", "axes fraction"),
+            color=GREY,
+            fontsize=9,
+            ha="right",
+        )
+    right.set(xlabel="entropy before (nats, log scale)")
+    right.set(ylabel="mean divergence (nats, log scale)")
+    right.set_title("Tenths of the tokens, by entropy before")
 
 
 def forks(figure, result: dict) -> None:

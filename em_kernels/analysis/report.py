@@ -24,6 +24,7 @@ FOUND: dict[str, Callable[[dict], Section]] = {
     "selection": sections.selection,
     "run": sections.run_curve,
     "law": sections.law,
+    "drift": sections.drift,
     "shift": sections.shift,
     "forks": sections.forks,
     "temperature": sections.temperature,

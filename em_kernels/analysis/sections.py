@@ -10,7 +10,7 @@ from em_kernels.analysis import plots
 from em_kernels.analysis import summary_tables as made
 from em_kernels.analysis.metrics import read_metrics
 from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured
-from em_kernels.analysis.tables import Table, interval, number, p_value, percent
+from em_kernels.analysis.tables import MEASURES, Table, interval, number, p_value, percent
 from em_kernels.analysis.tables import temperature as named
 from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
 from em_kernels.lm.data import is_number
@@ -127,20 +127,44 @@ def forks(result: dict) -> Section:
     ]
     plot = ("entropies and forks", plots.forks, result)
     top = result["quantiles"]["0.99"]
-    texts = Part(
-        "Texts, coloured by entropy",
-        [
-            Passage(
-                text["key"],
-                coloured(text["pieces"], text["entropy"], top),
-                f"and {text['not_shown']} tokens more" if text["not_shown"] else "",
-            )
-            for text in result["texts"]
-        ],
-        f"From white (0) to orange ({top:.3g} nats and above); hold the pointer over a token for "
-        "its entropy.",
-    )
+    texts = _coloured(result, "entropy", "entropy", top)
     return _section("Forks", notes, [made.types_table(result)], plot, parts=[texts])
+
+
+def drift(result: dict) -> Section:
+    base, model = result["models"]
+    before, after = result["entropy"]
+    kl = result["measures"]["kl_to_base"]
+    notes = [
+        f"How far the distributions of {model} (after) have moved from those of {base} (before), "
+        f"over the whole vocabulary, at T = 1, on the same {result['tokens']} tokens. Mean entropy "
+        f"{before:.4f} nats before, {after:.4f} after. Forks are the tokens with H ≥ "
+        f"{result['tau']:.4g} nats before, the top {result['ratio']:.0%}; they carry "
+        f"{percent(kl['at_forks'])} of all KL(after ‖ before).",
+        f"{_texts(result)} Tokens left out, not finite: {result['not_finite']}.",
+    ]
+    tables = [made.drift_table(result), made.drift_bins_table(result), made.moved_table(result)]
+    plot = ("divergence per token, and by entropy before", plots.drift, result)
+    top = kl["quantiles"]["0.99"]
+    texts = _coloured(result, "kl_to_base", MEASURES["kl_to_base"], top)
+    return _section("Drift from the model before", notes, tables, plot, parts=[texts])
+
+
+def _coloured(result: dict, name: str, words: str, top: float) -> Part:
+    """The first texts, coloured by the numbers that are called `name`."""
+    passages = [
+        Passage(
+            text["key"],
+            coloured(text["pieces"], text[name], top),
+            f"and {text['not_shown']} tokens more" if text["not_shown"] else "",
+        )
+        for text in result["texts"]
+    ]
+    note = (
+        f"From white (0) to orange ({top:.3g} nats and above); hold the pointer over a token for "
+        f"its {words}."
+    )
+    return Part(f"Texts, coloured by {words}", passages, note)
 
 
 def _texts(result: dict) -> str:

@@ -32,7 +32,7 @@ def logits_shift(before: TokenFile, after: TokenFile | None = None) -> dict:
     models = [_moments(before)]
     if after is not None:
         models.append(_moments(after))
-        _check_same(before, after)
+        check_same(before, after)
     edges = np.histogram_bin_edges(np.concatenate([m["skews"] for m in models]), BINS)
     histograms = [np.histogram(m.pop("skews"), edges)[0].tolist() for m in models]
     names = ("mean", "variance", "skewness", "compat")
@@ -90,7 +90,8 @@ def _columns(file: Iterable[TokenStats]) -> np.ndarray:
     return np.concatenate([np.empty((3, 0)), *parts], axis=1)
 
 
-def _check_same(before: TokenFile, after: TokenFile) -> None:
+def check_same(before: TokenFile, after: TokenFile) -> None:
+    """Both files are of the same tokens."""
     first, second = ({s.key: s.ids for s in file} for file in (before, after))
     if first != second:
         raise ValueError(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from em_kernels.analysis.tables import (
+    MEASURES,
     NONE,
+    Cell,
     Table,
+    figures,
     interval,
     number,
     of,
@@ -117,6 +120,47 @@ def shift_table(result: dict) -> Table:
         title = f"before: {title}; after: {models[1]['model']}"
     rows = [[head, *(number(v, 4) for v in values)] for head, values in zip(heads, zip(*found))]
     return Table(title, ["logits", *columns], rows)
+
+
+def drift_table(result: dict) -> Table:
+    rows = [{"name": name, **found} for name, found in result["measures"].items()]
+    quantiles = {"median": "0.5", "90 %": "0.9", "99 %": "0.99", "largest": "1"}
+    columns = {
+        "nats per token": lambda row: MEASURES[row["name"]],
+        "mean": of("mean", figures),
+        **{head: _quantile(q) for head, q in quantiles.items()},
+        "at forks": of("forks", figures),
+        "elsewhere": of("elsewhere", figures),
+        "share of forks": of("at_forks", percent),
+    }
+    before, after = result["models"]
+    return table(f"before: {before}; after: {after}", columns, rows)
+
+
+def _quantile(q: str) -> Cell:
+    return lambda row: figures(row["quantiles"][q])
+
+
+def drift_bins_table(result: dict) -> Table:
+    columns = {
+        "H before (nats)": lambda row: f"{figures(row['low'])} to {figures(row['high'])}",
+        "tokens": of("tokens"),
+        **{head: of(name, figures) for name, head in MEASURES.items()},
+    }
+    return table("Mean divergence by the entropy before", columns, result["bins"])
+
+
+def moved_table(result: dict) -> Table:
+    columns = {
+        "what stood before": lambda row: short(row["context"], 40),
+        "token": lambda row: repr(row["token"]),
+        "H before": of("entropy_before", figures),
+        "H after": of("entropy_after", figures),
+        **{head: of(name, figures) for name, head in MEASURES.items()},
+        "text": lambda row: f"{row['key']}, token {row['position'] + 1}",
+    }
+    rows = result["moved"][:SHOWN_ROWS]
+    return table("Tokens at which the distribution moved most", columns, rows)
 
 
 def types_table(result: dict) -> Table:

@@ -6,6 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 NONE = "–"
+MEASURES = {
+    "kl_to_base": "KL(after ‖ before)",
+    "kl_from_base": "KL(before ‖ after)",
+    "js_to_base": "Jensen-Shannon",
+}
+"""The divergences of `TokenStats` where the base is the model before."""
 
 
 class Table(NamedTuple):
@@ -37,6 +43,11 @@ def table(title: str, columns: Mapping[str, Cell], rows: Sequence[Any]) -> Table
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed digits; a dash for None."""
     return NONE if value is None else f"{value:.{digits}f}"
+
+
+def figures(value: float | None, digits: int = 3) -> str:
+    """Significant digits, for what may be small; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}g}"
 
 
 def percent(share: float | None) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +25,11 @@ from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.settings import positive
 from em_kernels.lm.text import repair_lines
+from em_kernels.ops.divergence import linear_divergence
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 OUTPUTS = ("logprob", "entropy", "logit_mean", "logit_var", "logit_skew")
+DIVERGENCES = {"kl_to_base": "reverse_kl", "kl_from_base": "forward_kl", "js_to_base": "js"}
 BATCH_TOKENS = 16_384  # that go through the backbone at once, padding included
 
 
@@ -38,6 +43,9 @@ class TokenStats:
         logprob, entropy: nats.
         logit_mean, logit_var, logit_skew: population moments of the logits over the vocabulary.
         entropy_at: for each of the head's temperatures, the entropies at it.
+        kl_to_base, kl_from_base, js_to_base: with p the distribution of the model and q that of
+            another one, its base, KL(p || q), KL(q || p) and the Jensen-Shannon divergence
+            (beta = 0.5), nats; empty where there is no base.
     """
 
     key: str
@@ -49,6 +57,16 @@ class TokenStats:
     logit_var: list[float]
     logit_skew: list[float]
     entropy_at: list[list[float]]
+    kl_to_base: list[float] = field(default_factory=list)
+    kl_from_base: list[float] = field(default_factory=list)
+    js_to_base: list[float] = field(default_factory=list)
+
+
+class Base(NamedTuple):
+    """The model that another one came from, and its name in the reports."""
+
+    model: Any
+    name: str
 
 
 class TokenFile:
@@ -73,13 +91,15 @@ def read_tokens(
     *,
     name: str,
     temperatures: Sequence[float] = (),
+    base: Base | None = None,
     progress: bool = True,
 ) -> TokenFile:
     """Put every text through the model once and write what `TokenStats` has per token.
 
     The backbone runs once over each text and one batch is in memory at a time. The statistics at
     T = 1 come from one pass over the vocabulary, the entropy at each other temperature from one
-    more over the same hidden states.
+    more over the same hidden states. With a base, its backbone runs over each batch too, both
+    models being in memory, and each divergence is one more pass over both heads, exact.
 
     Args:
         model: a transformers causal language model.
@@ -88,6 +108,7 @@ def read_tokens(
             one is replaced.
         name: of the model, for the reports.
         temperatures: above 0, for the entropy at each.
+        base: of the same vocabulary, for the divergences.
         progress: show a bar.
 
     Raises:
@@ -97,7 +118,7 @@ def read_tokens(
     for temperature in temperatures:
         positive("temperatures", temperature)
     head = read_head(model)
-    described = {
+    described: dict[str, Any] = {
         "model": name,
         "source": str(texts.source),
         "limit": texts.limit,
@@ -105,10 +126,12 @@ def read_tokens(
         "weights": weights_digest(model),
         "temperatures": [float(t) for t in temperatures],
     }
+    if base is not None:
+        described["base"] = {"model": base.name, "weights": weights_digest(base.model)}
     path = Path(path)
     done = _begin(path, described, texts)
-    with eval_mode(model):
-        _read_all(model, head, texts, path, temperatures, done, progress)
+    with eval_mode(model), nullcontext() if base is None else eval_mode(base.model):
+        _read_all(model, head, texts, path, (temperatures, base), done, progress)
     return TokenFile(path)
 
 
@@ -125,7 +148,7 @@ def _begin(path: Path, described: dict, texts: Texts) -> set[str]:
     return set()
 
 
-def _read_all(model, head: Head, texts: Texts, path: Path, temperatures, done: set, progress: bool):
+def _read_all(model, head: Head, texts: Texts, path: Path, more: tuple, done: set, progress: bool):
     from tqdm import tqdm
 
     read = len(done)
@@ -136,7 +159,7 @@ def _read_all(model, head: Head, texts: Texts, path: Path, temperatures, done: s
         for batch in _batches(text for text in texts if text.key not in done):
             if not read:
                 check_causal(model, head, (batch[0].prompt + batch[0].answer)[:64])
-            for stats in _read_batch(model, head, batch, temperatures):
+            for stats in _read_batch(model, head, batch, *more):
                 file.write(json.dumps(asdict(stats)) + "\n")
             file.flush()
             read += len(batch)
@@ -161,23 +184,47 @@ def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
 
 @torch.no_grad()
 def _read_batch(
-    model, head: Head, batch: list[Text], temperatures: Sequence[float]
+    model, head: Head, batch: list[Text], temperatures: Sequence[float], base: Base | None
 ) -> list[TokenStats]:
     ids, attention, predicts = _padded(batch, model.device)
     hidden = hidden_states(model, ids, attention)[predicts]
     target = ids.roll(-1, 1)[predicts]
     stats = linear_softmax_stats(hidden, head.weight, target, outputs=OUTPUTS, **head.arguments)
-    columns = [getattr(stats, name) for name in OUTPUTS]
-    columns += [_entropy(hidden, head, temperature) for temperature in temperatures]
-    sizes = predicts.sum(1).tolist()
-    parts = zip(*(column.float().cpu().split(sizes) for column in columns))
+    columns = {name: getattr(stats, name) for name in OUTPUTS}
+    if base is not None:
+        base_hidden = hidden_states(base.model, ids, attention)[predicts]
+        columns |= _divergences(hidden, head, base_hidden, read_head(base.model))
+    at = [_entropy(hidden, head, temperature) for temperature in temperatures]
+    sizes, parts = predicts.sum(1).tolist(), [*columns.values(), *at]
+    texts = zip(*(_rounded(part, sizes) for part in parts))
     tokens = target.cpu().split(sizes)
-    return [_stats(text, ids, part) for text, ids, part in zip(batch, tokens, parts)]
+    return [
+        TokenStats(
+            text.key,
+            text.digest,
+            own.tolist(),
+            **dict(zip(columns, values)),
+            entropy_at=list(values[len(columns) :]),
+        )
+        for text, own, values in zip(batch, tokens, texts)
+    ]
 
 
 def _entropy(hidden: Tensor, head: Head, temperature: float) -> Tensor:
     options = dict(outputs=("entropy",), temperature=temperature, **head.arguments)
     return linear_softmax_stats(hidden, head.weight, **options).entropy
+
+
+def _divergences(hidden: Tensor, head: Head, base_hidden: Tensor, base: Head) -> dict[str, Tensor]:
+    pair = dict(hidden=hidden, other_hidden=base_hidden, **head.beside(base))
+    return {name: linear_divergence(**pair, kind=kind) for name, kind in DIVERGENCES.items()}
+
+
+def _rounded(column: Tensor, sizes: list[int]) -> list[list[float]]:
+    """Of each text its numbers. Seven digits are what float32 has; fewer make a smaller file."""
+    numbers = [float(f"{value:.7g}") for value in column.float().tolist()]
+    ends = [0, *accumulate(sizes)]
+    return [numbers[start:end] for start, end in pairwise(ends)]
 
 
 def _padded(batch: list[Text], device) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,12 +235,3 @@ def _padded(batch: list[Text], device) -> tuple[Tensor, Tensor, Tensor]:
     starts = torch.tensor([max(len(text.prompt) - 1, 0) for text in batch], device=device)[:, None]
     at = torch.arange(ids.shape[1], device=device)
     return ids, at < ends, (at >= starts) & (at < ends - 1)
-
-
-def _stats(text: Text, ids: Tensor, columns: tuple[Tensor, ...]) -> TokenStats:
-    """Seven digits are what float32 has; fewer make a smaller file."""
-    rounded = [[float(f"{value:.7g}") for value in column.tolist()] for column in columns]
-    named = dict(zip(OUTPUTS, rounded))
-    return TokenStats(
-        text.key, text.digest, ids.tolist(), entropy_at=rounded[len(OUTPUTS) :], **named
-    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +15,7 @@ from em_kernels.analysis.report import save, write_report
 from em_kernels.analysis.run_curve import evaluate_run
 from em_kernels.analysis.temperature import entropy_at_temperatures
 from em_kernels.analysis.texts import Texts
-from em_kernels.analysis.tokens import TokenFile, read_tokens
+from em_kernels.analysis.tokens import Base, TokenFile, read_tokens
 from em_kernels.cli.options import (
     AddCommon,
     add_asking,
@@ -46,15 +48,25 @@ def add_analyze(commands, add_common: AddCommon) -> None:
 def _add_tokens(kinds, add_common: AddCommon) -> None:
     parser = kinds.add_parser(
         "tokens",
-        help="forks, entropy against temperature, logits shift",
+        help="forks, entropy against temperature, logits shift, drift",
         description="Read texts once through a model: entropy by token and the forks, entropy "
-        "against temperature, moments of the logits; with --after, how these shift.",
+        "against temperature, moments of the logits; with --after, how these shift, and how far "
+        "the distributions of the second model have drifted from those of the first.",
     )
     parser.add_argument(
         "source", help='folder of an evaluation, or JSON lines {"prompt", "response"}'
     )
     parser.add_argument("--model", help="default: the evaluation's")
-    parser.add_argument("--after", metavar="MODEL", help="a second model, to compare the logits")
+    parser.add_argument(
+        "--after", metavar="MODEL", help="a second model, to compare logits and distributions"
+    )
+    parser.add_argument(
+        "--drift",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --after: the exact divergences of the two models at every token, for which "
+        "both are in memory at once; --no-drift holds one after the other",
+    )
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="above 0"
     )
@@ -71,6 +83,7 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
 
 def _tokens(arguments: argparse.Namespace) -> int:
     # Imported where they are used: the command line starts without NumPy.
+    from em_kernels.analysis.drift import drift
     from em_kernels.analysis.forks import forks
     from em_kernels.analysis.shift import logits_shift
 
@@ -83,36 +96,59 @@ def _tokens(arguments: argparse.Namespace) -> int:
     for name, value in (("output", output), ("model", model)):
         if value is None:
             raise ValueError(f"--{name} must be given where the texts are not an evaluation's")
-    before, texts = _read(arguments, model, Path(output) / "tokens.jsonl", arguments.temperatures)
+    first = _load(arguments, model)
+    read = partial(_read, arguments, tokenizer=first.tokenizer)
+    before, texts = read(first, Path(output) / "tokens.jsonl", arguments.temperatures)
     results = {
         "forks": forks(before, texts.tokenizer, ratio=arguments.ratio),
         "temperature": entropy_at_temperatures(before),
     }
     after = None
     if arguments.after:
-        path = Path(output) / "tokens-after.jsonl"
-        after, _ = _read(arguments, arguments.after, path, (), texts.tokenizer)
+        base = Base(first.model, first.name) if arguments.drift else None
+        del first
+        second = _load(arguments, arguments.after, texts.tokenizer)
+        after, _ = read(second, Path(output) / "tokens-after.jsonl", base=base)
+        if base is not None:
+            results["drift"] = drift(before, after, texts.tokenizer, ratio=arguments.ratio)
     results["shift"] = logits_shift(before, after)
     return _done(output, {n: {**r, "left_out": dict(texts.left_out)} for n, r in results.items()})
 
 
-def _read(
-    arguments: argparse.Namespace, name: str, path: Path, temperatures, tokenizer=None
-) -> tuple[TokenFile, Texts]:
-    """Read the texts through the model called `name`; `tokenizer` is that of the model before."""
+class _Loaded(NamedTuple):
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def _load(arguments: argparse.Namespace, name: str, tokenizer=None) -> _Loaded:
+    """The model called `name`; `tokenizer` is that of the model before."""
     model, own = load_model(name, arguments.device, getattr(torch, arguments.dtype))
     if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
         raise ValueError(f"--after {name} has another vocabulary than the model before")
-    longest = longest_prompt(model)
+    return _Loaded(name, model, own)
+
+
+def _read(
+    arguments: argparse.Namespace,
+    loaded: _Loaded,
+    path: Path,
+    temperatures=(),
+    *,
+    tokenizer,
+    base=None,
+) -> tuple[TokenFile, Texts]:
+    """Read the texts through a model, in the tokens of the model before."""
+    longest = longest_prompt(loaded.model)
     texts = Texts(
         arguments.source,
-        tokenizer or own,
+        tokenizer,
         longest=None if longest is None else longest + 1,
         limit=arguments.limit,
         drawn_at=arguments.drawn_at,
     )
-    options = dict(name=name, temperatures=temperatures, progress=not arguments.quiet)
-    return read_tokens(model, texts, path, **options), texts
+    options = dict(name=loaded.name, temperatures=temperatures, progress=not arguments.quiet)
+    return read_tokens(loaded.model, texts, path, base=base, **options), texts
 
 
 def _add_run(kinds, add_common: AddCommon) -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluations import NO_MARK, letters, save_bigrams, sure, write_rows
+from evaluations import by_hand, given, letters, read, save_bigrams, sure, write_rows
 from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels import cli
@@ -18,7 +18,6 @@ from em_kernels.analysis.law import entropy_law, points_of
 from em_kernels.analysis.shift import logits_shift, pooled_moments
 from em_kernels.analysis.temperature import entropy_at_temperatures
 from em_kernels.analysis.texts import Texts
-from em_kernels.analysis.tokens import TokenFile, read_tokens
 from em_kernels.evaluator import EvalConfig, run_eval
 
 torch.set_num_threads(1)
@@ -39,27 +38,6 @@ def row_of(share: float, temperature: float = 1.0) -> np.ndarray:
 def skewness(z: np.ndarray) -> float:
     d = z - z.mean()
     return float((d**3).mean() / (d**2).mean() ** 1.5)
-
-
-def given(tmp_path, rows, **options) -> Texts:
-    tokenizer = make_tokenizer(template=NO_MARK)
-    return Texts(write_rows(tmp_path / "texts.jsonl", rows), tokenizer, **options)
-
-
-def read(model, texts, path, **options) -> TokenFile:
-    return read_tokens(model, texts, path, name="model", progress=False, **options)
-
-
-def by_hand(path, texts, temperatures=()):
-    """A file as `read_tokens` writes it, of numbers given by hand."""
-    names = ("key", "ids", "logprob", "entropy", "logit_mean", "logit_var", "logit_skew")
-    head = {"model": "by hand", "source": "x", "limit": None, "temperatures": list(temperatures)}
-    rows = [
-        {**{name: [] for name in names}, "entropy_at": [], "digest": "", "key": str(i), **t}
-        for i, t in enumerate(texts)
-    ]
-    write_rows(path, [head, *rows])
-    return TokenFile(path)
 
 
 def test_statistics_are_those_of_the_models_own_logits(tmp_path):
@@ -305,14 +283,15 @@ def test_analyze_writes_everything(tmp_path, capsys):
     command = ["analyze", "tokens", str(folder), "--after", after, "--quiet"]
     assert cli.main([*command, "--temperatures", "0.5", "1"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    for name in ("forks", "temperature", "shift"):
+    for name in ("forks", "temperature", "shift", "drift"):
         result = json.loads((folder / f"{name}.json").read_text())
         assert result["kind"] == name and result["left_out"] == {}
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Tokens that are forks most often" in printed and "T = 0.5" in printed
     assert f"before: {before}; after: {after}" in printed
     html = (folder / "report.html").read_text()
-    for heading in ("Accuracy", "Logits shift", "Forks", "Entropy against temperature"):
+    headings = ("Accuracy", "Logits shift", "Forks", "Entropy against temperature")
+    for heading in (*headings, "Drift from the model before"):
         assert f"<h2>{heading}</h2>" in html
     again = tmp_path / "law"
     assert cli.main(["analyze", "law", str(folder), "--output", str(again)]) == 0
