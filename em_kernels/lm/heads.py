@@ -52,6 +52,26 @@ class Head(NamedTuple):
         """All but the weight, by the names that the `linear_*` functions have for it."""
         return dict(bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale)
 
+    def beside(self, other: Head) -> dict:
+        """Of two heads, what the `linear_divergence` functions take but the hidden states.
+
+        Of the vocabulary the entries that both have: where two heads are padded to different sizes
+        the others are no tokens. The other head is detached.
+        """
+        rows = min(len(self.weight), len(other.weight))
+        own, other = self.first(rows), other.first(rows)
+        found = dict(weight=own.weight, **own.arguments)
+        for name, value in dict(weight=other.weight, **other.arguments).items():
+            found[f"other_{name}"] = value.detach() if isinstance(value, Tensor) else value
+        return found
+
+    def first(self, rows: int) -> Head:
+        """The head of the first `rows` entries of the vocabulary."""
+        if rows == len(self.weight):
+            return self
+        bias = None if self.bias is None else self.bias[:rows]
+        return self._replace(weight=self.weight[:rows], bias=bias)
+
     def transform(self, products: Tensor) -> Tensor:
         """The logits out of what the model's own layer gives, hidden @ weight.T + its bias."""
         logits = self.logit_scale * products

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,15 @@ from torch import Tensor
 from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.heads import Head
 from em_kernels.lm.models import hidden_states
+from em_kernels.lm.modes import eval_mode
+from em_kernels.ops.divergence import (
+    WeightedDivergence,
+    linear_divergence,
+    linear_divergence_loss,
+)
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
+from em_kernels.trainer.strategy import SingleProcessStrategy
 
 _UNKNOWN: Any = None
 
@@ -22,8 +30,9 @@ class Tokens(NamedTuple):
 
     Position t holds the distribution that token t + 1 was drawn from; `loss_mask` marks those of
     generated tokens that count. `advantage` is the same along a row. The entropy and logprob
-    weights are those of `linear_token_loss`; `selected` is what the objective chose of all tokens.
-    What is not known yet is None.
+    weights are those of `linear_token_loss`, that of the divergence the `token_weight` of
+    `linear_divergence_loss`; `ref_kl` is the exact KL from the reference; `selected` is what the
+    objective chose of all tokens. What is not known yet is None.
     """
 
     input_ids: Tensor
@@ -32,7 +41,9 @@ class Tokens(NamedTuple):
     position_ids: Tensor | None = None
     entropy_weight: Tensor | None = None
     logprob_weight: Tensor | None = None
+    divergence_weight: Tensor | None = None
     ref_logprob: Tensor | None = None
+    ref_kl: Tensor | None = None
     old_logprob: Tensor = _UNKNOWN
     advantage: Tensor = _UNKNOWN
     selected: Tensor = _UNKNOWN
@@ -70,19 +81,74 @@ def token_loss(
     model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...] = ("entropy",)
 ) -> TokenLoss:
     """sum_t entropy_weight_t H_t + logprob_weight_t log p(token t + 1), and detached statistics."""
-    weights = dict(entropy_weight=part.entropy_weight, logprob_weight=part.logprob_weight)
-    return _of_tokens(linear_token_loss, model, head, part, temperature, outputs, **weights)
+    return _token_loss(_hidden(model, part), head, part, temperature, outputs)
 
 
 def token_stats(
     model, head: Head, part: Tokens, temperature: float, outputs: tuple[str, ...]
 ) -> TokenStats:
     """The statistics of the tokens that count, (B, T) each, with gradient where there is one."""
-    return _of_tokens(linear_softmax_stats, model, head, part, temperature, outputs)
+    return _token_stats(_hidden(model, part), head, part, temperature, outputs)
 
 
-def _of_tokens(function, model, head: Head, part: Tokens, temperature, outputs, **weights) -> Any:
-    hidden = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+def stats_and_divergence(
+    model,
+    head: Head,
+    part: Tokens,
+    temperature: float,
+    outputs: tuple[str, ...],
+    other: SingleProcessStrategy | None,
+    kind: str | None,
+) -> tuple[TokenStats, Tensor | None]:
+    """`token_stats`, and at every token the divergence from another model, exact, (B, T), if asked.
+
+    The other model reads the micro-batch here: in one pass over the answers it does so as often
+    as for log-probabilities taken before, and no more than a micro-batch of its hidden states is
+    kept.
+    """
+    hidden = _hidden(model, part)
+    stats = _token_stats(hidden, head, part, temperature, outputs)
+    if other is None or kind is None:
+        return stats, None
+    return stats, _with_other(linear_divergence, hidden, head, part, other, kind=kind)
+
+
+def distillation_loss(
+    model,
+    head: Head,
+    part: Tokens,
+    temperature: float,
+    outputs: tuple[str, ...],
+    teacher: SingleProcessStrategy,
+    **kind: Any,
+) -> WeightedDivergence:
+    """sum_t divergence_weight_t D_t + entropy_weight_t H_t, and detached D_t and statistics of the
+    student and of the teacher, whose is the entropy."""
+    hidden = _hidden(model, part)
+    kind |= dict(token_weight=part.divergence_weight, other_outputs=("entropy",))
+    call = partial(_with_other, linear_divergence_loss, hidden, head, part, teacher, **kind)
+    if part.entropy_weight is None:
+        return call(outputs=outputs)
+    found, own = call(), _token_loss(hidden, head, part, temperature, outputs)
+    return found._replace(loss=found.loss + own.loss, stats=own.stats)
+
+
+def _hidden(model, part: Tokens) -> Tensor:
+    return hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+
+
+def _token_loss(hidden: Tensor, head: Head, part: Tokens, temperature, outputs) -> TokenLoss:
+    weights = dict(entropy_weight=part.entropy_weight, logprob_weight=part.logprob_weight)
+    return _of_tokens(linear_token_loss, hidden, head, part, temperature, outputs, **weights)
+
+
+def _token_stats(hidden: Tensor, head: Head, part: Tokens, temperature, outputs) -> TokenStats:
+    return _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs)
+
+
+def _of_tokens(
+    function, hidden: Tensor, head: Head, part: Tokens, temperature, outputs, **weights
+) -> Any:
     return function(
         hidden,
         head.weight,
@@ -93,3 +159,23 @@ def _of_tokens(function, model, head: Head, part: Tokens, temperature, outputs, 
         **weights,
         **head.arguments,
     )
+
+
+def _with_other(
+    function, hidden: Tensor, head: Head, part: Tokens, other: SingleProcessStrategy, **options
+) -> Any:
+    """A function of two pairs of hidden states and head, the second that of another model."""
+
+    def compute(model, other_head: Head, part: Tokens, temperature: float) -> Any:
+        with torch.no_grad(), eval_mode(model):
+            other_hidden = _hidden(model, part)
+        return function(
+            hidden=hidden,
+            other_hidden=other_hidden,
+            mask=part.loss_mask,
+            temperature=temperature,
+            **head.beside(other_head),
+            **options,
+        )
+
+    return other.compute(part, compute)

@@ -38,15 +38,12 @@ class EntropyUpdate:
         run, clock = self.run, Clock()
         rollout = draw(run, self._prompts(update), update)
         clock.sampled()
-        with run.ranks.raise_together():
-            tokens = self.weigh(rollout)
+        tokens = self.weighed(rollout)
         found = take_step(run, update, 0, self.parts(tokens), self.loss)
-        count = max(int(tokens.loss_mask.sum()), 1)
-        means = {name: found.pop(name) / count for name in self._statistics()}
+        count, whole = max(int(tokens.loss_mask.sum()), 1), ("loss", "grad_norm")
         drawn = int(rollout.response_mask.sum())
         return {
-            **found,
-            **means,
+            **{name: value if name in whole else value / count for name, value in found.items()},
             "step": update * run.config.steps_per_update,
             "response_length": drawn / run.config.responses,
             "response_tokens": drawn,
@@ -58,6 +55,11 @@ class EntropyUpdate:
         """Prompts take turns, over the whole run."""
         prompts, number = self.run.prompts, self.run.config.responses
         return [prompts[((update - 1) * number + i) % len(prompts)] for i in range(number)]
+
+    def weighed(self, rollout: Rollout) -> Tokens:
+        """`weigh`; an error in the objective on one rank ends all."""
+        with self.run.ranks.raise_together():
+            return self.weigh(rollout)
 
     def weigh(self, rollout: Rollout) -> Tokens:
         """The masks and weights of the whole update, before it is cut."""
@@ -75,19 +77,21 @@ class EntropyUpdate:
         return micro_batches(tokens, config.micro_batch, in_order=config.compat == "official")
 
     def loss(self, part: MicroBatch) -> StepLoss:
-        names = self._statistics()
+        names = self.statistics()
         compute = partial(token_loss, outputs=tuple(names.values()))
         found = self.run.strategy.compute(part.tokens, compute)
-        totals = {
-            name: (getattr(found.stats, output) * part.tokens.loss_mask).sum().item()
-            for name, output in names.items()
-        }
-        return StepLoss(found.loss, totals)
+        values = {name: getattr(found.stats, output) for name, output in names.items()}
+        return StepLoss(found.loss, totals(values, part.tokens.loss_mask))
 
-    def _statistics(self) -> dict[str, str]:
+    def statistics(self) -> dict[str, str]:
         """Metric -> output of the operators."""
         skew = {} if self.run.config.stop_skew is None else {"logit_skew": "logit_skew"}
         return {"mean_entropy": "entropy", **skew}
+
+
+def totals(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
+    """Each summed over the tokens that count."""
+    return {name: (value * mask).sum().item() for name, value in values.items()}
 
 
 def entropy_minimisation(config: TrainConfig) -> Objective:

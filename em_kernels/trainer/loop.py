@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,10 +12,13 @@ from em_kernels.lm.modes import modes_kept
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import joined_ranks
 from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.distillation import DistillationUpdate
 from em_kernels.trainer.entropy_update import EntropyUpdate, Objective, entropy_minimisation
 from em_kernels.trainer.policy_update import PolicyUpdate
-from em_kernels.trainer.run import Run, initial_model, save_run, start_run
+from em_kernels.trainer.rl_config import RLConfig
+from em_kernels.trainer.run import Run, save_run, start_run
 from em_kernels.trainer.schedule import Stage, current_stage
+from em_kernels.trainer.second_model import SecondModel, second_models
 
 
 @dataclass
@@ -35,12 +37,13 @@ def train(
     tokenizer=None,
     *,
     objective: Objective | None = None,
+    teacher=None,
     on_step: Callable[[dict, nn.Module], dict | None] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Run `config.updates` updates of entropy minimisation on a causal language model, or, with an
-    `RLConfig`, of reinforcement learning or a schedule of both.
+    `RLConfig`, of reinforcement learning, of distillation or a schedule of them.
 
     Under torchrun, or in a process group of several ranks, every rank calls it with the same
     arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
@@ -61,6 +64,8 @@ def train(
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
             is not written down: pass it again to resume. Not used by stages with rewards. Every
             rank calls it on all the answers.
+        teacher: of the objective opd, a causal language model of the same vocabulary; None loads
+            `config.teacher`. It is only read, and not written down: pass it again to resume.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
             Of several ranks, the first calls it, with the whole model.
@@ -73,7 +78,7 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds. Of an RLConfig also those of `PolicyUpdate`.
+        loss_seconds. Of an RLConfig also those of `PolicyUpdate` and `DistillationUpdate`.
 
     Raises:
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
@@ -82,31 +87,44 @@ def train(
         RankError: another rank failed; that rank raises one of the above.
     """
     with joined_ranks(config.device) as ranks:
-        reference = initial_model(config, model, ranks)
-        run = start_run(config, model, tokenizer, resume, ranks)
-        updates: dict[bool, Any] = {
-            False: EntropyUpdate(run, objective or entropy_minimisation(config))
-        }
-        if any(stage.policy for stage in config.stages):
-            updates[True] = PolicyUpdate(run, reference)
+        with ranks.raise_together():
+            others = second_models(config, model, teacher, ranks)
+        run = start_run(config, model, tokenizer, resume, ranks, tuple(others.values()))
+        updates = _updates(run, others, objective)
         with modes_kept(run.model):
             _run_updates(run, updates, on_step, progress)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
 
+Update = Callable[[int, int, Stage], dict]
+"""(number, index of its stage, the stage) -> metrics."""
+
+
+def _updates(
+    run: Run, others: dict[str, SecondModel], objective: Objective | None
+) -> dict[str, Update]:
+    """What makes an update, by the kind of its stage."""
+    config, kinds = run.config, {stage.kind for stage in run.config.stages}
+    found: dict[str, Update] = {"em": EntropyUpdate(run, objective or entropy_minimisation(config))}
+    if "rewards" in kinds:
+        found["rewards"] = PolicyUpdate(run, others.get("reference"))
+    if isinstance(config, RLConfig) and config.has_opd:
+        teacher = run.beside(others["teacher"])
+        found["opd"] = DistillationUpdate(run, teacher)
+        found["em+opd"] = DistillationUpdate(run, teacher, config.em_coef)
+    return found
+
+
 def _run_updates(
-    run: Run,
-    updates: dict[bool, Callable[[int, int, Stage], dict]],
-    on_step: Callable | None,
-    show: bool,
+    run: Run, updates: dict[str, Update], on_step: Callable | None, show: bool
 ) -> None:
-    """Every update that is still to do, with its checkpoints; `updates`: by whether by rewards."""
+    """Every update that is still to do, with its checkpoints."""
     config = run.config
     for update, index, stage in _progress(run, show):
         for group in run.optimizer.param_groups:
             group["lr"] = stage.learning_rate or config.learning_rate
         with seeded(config.seed, update):
-            line = updates[stage.policy is not None](update, index, stage)
+            line = updates[stage.kind](update, index, stage)
         line = _shown(run, {"update": update, **line, **config.labels(index, stage)}, on_step)
         with run.ranks.raise_together():
             run.metrics.add(line)

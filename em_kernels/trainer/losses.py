@@ -108,6 +108,7 @@ def _policy_loss(config: RLConfig, objective: str, logprob: Tensor, part: Tokens
             return grpo_loss(
                 *inputs,
                 ref_logprob=part.ref_logprob,
+                ref_kl=part.ref_kl,
                 kl_coef=config.ref_kl,
                 kl_estimator=config.kl_estimator,
                 **clip,
@@ -121,7 +122,7 @@ def _clip(config: RLConfig, objective: str) -> dict[str, Any]:
 def _pair_loss(config: RLConfig, stats, part: Tokens, size: Tensor) -> StepLoss:
     """Rows take turns: chosen, rejected, chosen, ..."""
     logprob, mask = stats.logprob, part.loss_mask
-    kl = pseudo_label_kl(logprob) if config.ppl_label == "pseudo" else None
+    kl = pseudo_label_kl(logprob) if config.ppl_label == "pseudo" else part.ref_kl
     options: dict[str, Any] = dict(gamma=config.gamma, alpha=config.alpha, length_normalize=True)
     if kl is not None:
         options |= dict(chosen_kl=kl[0::2], rejected_kl=kl[1::2])

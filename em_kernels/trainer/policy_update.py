@@ -13,7 +13,13 @@ from torch import Tensor
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.rollout import aligned_mask
-from em_kernels.trainer.batch import MicroBatch, Tokens, micro_batches, token_stats
+from em_kernels.trainer.batch import (
+    MicroBatch,
+    Tokens,
+    micro_batches,
+    stats_and_divergence,
+    token_stats,
+)
 from em_kernels.trainer.collect import Collected, ProblemOrder, collect
 from em_kernels.trainer.losses import SELECTING, StepLoss, select_tokens, step_loss, step_size
 from em_kernels.trainer.metrics import Clock, answer_metrics, mean_of, mean_over_steps
@@ -21,19 +27,16 @@ from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, s
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
 from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
-from em_kernels.trainer.strategy import SingleProcessStrategy
+from em_kernels.trainer.second_model import SecondModel
 
 
 class PolicyUpdate:
     """Group-relative policy optimisation and its kin: the objectives that need rewards."""
 
-    def __init__(self, run: Run, reference=None):
+    def __init__(self, run: Run, reference: SecondModel | None = None):
         self.run, self.config = run, cast(RLConfig, run.config)
         self.order = ProblemOrder(self.config, run.tokenizer)
-        self.reference = None
-        if reference is not None:
-            settings = (run.config.loss_temperature, run.config.dtype)
-            self.reference = SingleProcessStrategy(reference.to(run.model.device), *settings)
+        self.reference = None if reference is None else run.beside(reference)
 
     def __call__(self, update: int, index: int, stage: Stage) -> dict:
         """Sample, reward, step; returns the metrics.
@@ -45,7 +48,8 @@ class PolicyUpdate:
             mean_entropy, logit_skew, cov_mean and its quantiles cov_p50 ... cov_p99.9: of the
             answers' tokens under the policy that sampled them;
             clip_fraction, selected_fraction, policy_kl, ref_kl, ...: of the objective, means over
-            tokens and steps; entropy_coef: weight of the bonus;
+            tokens and steps (ref_kl is the exact KL with kl_estimator="exact"); entropy_coef:
+            weight of the bonus;
             entropy_change: of the mean entropy of the same tokens by the update;
             predicted_entropy_change: learning rate x mean of A x entropy_slope, what a plain
             gradient step of that size in each token's own logits would change. AdamW and shared
@@ -100,23 +104,12 @@ class PolicyUpdate:
             outputs.append("self_certainty")
         before = self._statistics(self.run.strategy, tokens, tuple(outputs))
         reference = None
-        if self.reference is not None:
+        if self.reference is not None and self.config.exact_kl(objective) is None:
             reference = self._statistics(self.reference, tokens, ("logprob",))["logprob"]
         return tokens._replace(old_logprob=before["logprob"], ref_logprob=reference), before
 
     def _statistics(self, strategy, tokens: Tokens, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-        """(B, T) each, without gradient; 0 where no token counts. Ranks share the work."""
-        shape, device = tokens.input_ids.shape, tokens.input_ids.device
-        found = {name: torch.zeros(shape, device=device) for name in outputs}
-        compute, parts = partial(token_stats, outputs=outputs), self._parts(tokens, 1)
-        with torch.no_grad(), eval_mode(strategy.trained):
-            for part in self.run.ranks.shard_micro_batches(parts):
-                stats = strategy.compute(part.tokens, compute)
-                for name, values in found.items():
-                    values[part.rows, part.columns] = getattr(stats, name).to(values)
-        for values in found.values():
-            self.run.ranks.sum_tensor(values)
-        return found
+        return read_statistics(self.run, strategy, tokens, outputs)
 
     def _score(self, objective: str, found: Collected, before: dict, mask: Tensor) -> Scores:
         name, reward = self.config.reward_of(objective), found.answers.reward
@@ -164,11 +157,17 @@ class PolicyUpdate:
             chosen = select_tokens(config, objective, tokens, *(current[name] for name in names))
             tokens = tokens._replace(selected=chosen)
         coef -= config.em_coef if "em" in stage.objectives else 0.0
-        compute = partial(token_stats, outputs=("logprob", "entropy") if coef else ("logprob",))
+        compute = partial(
+            stats_and_divergence,
+            outputs=("logprob", "entropy") if coef else ("logprob",),
+            other=self.reference,
+            kind=config.exact_kl(objective),
+        )
         size = step_size(config, objective, tokens)
 
         def loss(part: MicroBatch) -> StepLoss:
-            stats, own = run.strategy.compute(part.tokens, compute), part.tokens
+            stats, ref_kl = run.strategy.compute(part.tokens, compute)
+            own = part.tokens._replace(ref_kl=ref_kl)
             if on_policy:
                 own = own._replace(old_logprob=stats.logprob.detach())
             return step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
@@ -181,6 +180,24 @@ class PolicyUpdate:
         """Micro-batches of whole units: long answers first, unless rows belong together."""
         size = max(self.config.micro_batch // unit, 1) * unit
         return micro_batches(tokens, size, in_order=unit > 1)
+
+
+def read_statistics(
+    run: Run, strategy, tokens: Tokens, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """(B, T) each, without gradient; 0 where no token counts. Ranks share the work."""
+    shape, device = tokens.input_ids.shape, tokens.input_ids.device
+    found = {name: torch.zeros(shape, device=device) for name in outputs}
+    compute = partial(token_stats, outputs=outputs)
+    parts = micro_batches(tokens, run.config.micro_batch)
+    with torch.no_grad(), eval_mode(strategy.trained):
+        for part in run.ranks.shard_micro_batches(parts):
+            stats = strategy.compute(part.tokens, compute)
+            for name, values in found.items():
+                values[part.rows, part.columns] = getattr(stats, name).to(values)
+    for values in found.values():
+        run.ranks.sum_tensor(values)
+    return found
 
 
 def take_step(

@@ -23,9 +23,8 @@ def check_reached(model, head: Head, prompt: list[int]) -> None:
     parameters = model.named_parameters()
     trained = {n: p for n, p in parameters if p.requires_grad and "expert" not in n}
     # One entry of the vocabulary depends on all that any does, without a float32 copy of the head.
-    one = head._replace(weight=head.weight[:1], bias=None if head.bias is None else head.bias[:1])
     with eval_mode(model):
-        logits = one.logits(hidden_states(model, ids, torch.ones_like(ids))[0, -1])
+        logits = head.first(1).logits(hidden_states(model, ids, torch.ones_like(ids))[0, -1])
     left = list(trained)
     if trained and logits.requires_grad:
         found = torch.autograd.grad(logits.sum(), [*trained.values()], allow_unused=True)

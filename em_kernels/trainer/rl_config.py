@@ -30,16 +30,21 @@ from em_kernels.lm.settings import (
     finite,
     fraction,
     not_negative,
+    number,
+    path_text,
     positive,
     redefined,
     setting,
 )
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
+from em_kernels.ops.divergence import KINDS
 from em_kernels.trainer.config import TrainConfig
-from em_kernels.trainer.schedule import Stage, parse_schedule
+from em_kernels.trainer.schedule import WITHOUT_REWARDS, Stage, parse_schedule
 
-PPL_LABELS = ("pseudo", "none")
+PPL_LABELS = ("pseudo", "none", "reference")
+EXACT = "exact"  # the KL itself in place of an estimate of it
+OPD_WEIGHTS = ("none", "teacher_entropy")
 TEXT_REWARDS = ("verified", "majority", "empo", "l-grpo", "length", "random", "format")
 MODEL_REWARDS = ("negative_entropy", "self_certainty")
 REWARDS = TEXT_REWARDS + MODEL_REWARDS
@@ -67,17 +72,18 @@ DEFAULTS = {
     "empo": Defaults(reward="empo"),
     "ppl": Defaults(clip_low=None, clip_high=None),
 }
-OBJECTIVES = ("em", *DEFAULTS)
+OBJECTIVES = (*WITHOUT_REWARDS, *DEFAULTS)
 OWN = "the objective's own"
 
 
+share = number(lambda v: 0 <= v <= 1, "in [0, 1]")
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
 
 @documented
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
-    """Group-relative policy optimisation and its kin, by name.
+    """Group-relative policy optimisation and its kin, and distillation, by name.
 
     An update draws `responses` / `group_size` problems and `group_size` answers to each, gives
     every answer a reward and, within its group, an advantage, and takes `epochs` x `minibatches`
@@ -96,12 +102,16 @@ class RLConfig(TrainConfig):
     problems: str | tuple = rl_setting(
         (),
         f"{FILES}, or (problem, answer) pairs; the answer may be missing (None) where the reward "
-        "does not look at it",
+        "does not look at it; em and opd do with `prompts` alone",
         metavar="FILE|PRESET",
         shown="none",
     )
     prompts: tuple[str, ...] = redefined(
-        TrainConfig, "prompts", (), help="what EM stages sample from", shown="the problems"
+        TrainConfig,
+        "prompts",
+        (),
+        help="what stages of em and opd sample from",
+        shown="the problems",
     )
     template: str | None = rl_setting(None, TEMPLATE, shown=TEMPLATE_SHOWN)
     problem_field: str | None = rl_setting(None, PROBLEM_FIELD, shown=FIELD_SHOWN)
@@ -152,7 +162,12 @@ class RLConfig(TrainConfig):
         "a copy of that model is kept",
         check=not_negative,
     )
-    kl_estimator: str = rl_setting("k3", "form of that penalty", choices=KL_ESTIMATORS)
+    kl_estimator: str = rl_setting(
+        "k3",
+        "form of that penalty: an estimate from the sampled tokens, or the exact KL over the whole "
+        "vocabulary",
+        choices=(*KL_ESTIMATORS, EXACT),
+    )
     entropy_coef: float | None = rl_setting(
         None, "weight of the entropy bonus, loss units per nat", check=finite, shown=OWN
     )
@@ -185,7 +200,34 @@ class RLConfig(TrainConfig):
     )
     gamma: float = rl_setting(0.9, "ppl: discount", check=fraction)
     alpha: float = rl_setting(1.0, "ppl: scale of the regret", check=positive)
-    ppl_label: str = rl_setting("pseudo", "ppl: label of the segments", choices=PPL_LABELS)
+    ppl_label: str = rl_setting(
+        "pseudo",
+        "ppl: label of the segments; reference: the initial model, of which a copy is kept, as "
+        "their policy, with the exact KL from it at every token",
+        choices=PPL_LABELS,
+    )
+    teacher: str | None = rl_setting(
+        None,
+        "opd: the model to learn from, a folder or a hub name, of the same vocabulary; every rank "
+        "holds it whole, in `dtype`",
+        check=path_text,
+        metavar="MODEL",
+    )
+    opd_kind: str = rl_setting(
+        "reverse_kl",
+        "opd: the divergence between the student p and the teacher q: KL(p || q), KL(q || p) or "
+        "Jensen-Shannon",
+        choices=KINDS,
+    )
+    opd_beta: float = rl_setting(
+        0.5, "opd: weight of the teacher in the mixture of js, in [0, 1]", check=share
+    )
+    opd_weight: str = rl_setting(
+        "none",
+        "opd: weight of every token; teacher_entropy: the entropy of the teacher there over its "
+        "mean over the tokens of the update",
+        choices=OPD_WEIGHTS,
+    )
     measure_change: bool = rl_setting(
         True, "read the entropy again after each update: one more forward pass"
     )
@@ -199,23 +241,32 @@ class RLConfig(TrainConfig):
 
     def __post_init__(self):
         self._settle_problems()
-        if not self.problems:
-            raise ValueError(f"problems must be given for {self.objective!r}, got none")
+        self._check_texts()
         check_template(self.asked_with)
         super().__post_init__()
-        if self.responses % self.group_size:
-            raise ValueError(
-                f"responses must be a multiple of group_size={self.group_size}, "
-                f"got {self.responses}"
-            )
         for low, high in (("cov_lower", "cov_upper"), ("empo_low", "empo_high")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
                     f"{low} must be below {high}, got {getattr(self, low)!r} and "
                     f"{getattr(self, high)!r}"
                 )
+        if self.teacher is not None and not self.has_opd:
+            raise ValueError(
+                f"teacher is for the objective 'opd', got {self.teacher!r} for "
+                f"{self.schedule or self.objective!r}: leave it out"
+            )
         for stage in self.stages:
             self._check_stage(stage)
+
+    def _check_texts(self) -> None:
+        """Rewards need problems; the others do with prompts."""
+        if self.problems:
+            return
+        name = self.schedule or self.objective
+        if any(stage.policy for stage in self.stages):
+            raise ValueError(f"problems must be given for {name!r}, got none")
+        if not self.prompts:
+            raise ValueError(f"problems or prompts must be given for {name!r}, got none")
 
     def _settle_problems(self) -> None:
         """A path as text; pairs as `Problem`s."""
@@ -238,6 +289,11 @@ class RLConfig(TrainConfig):
                 "compares the answers to one problem, and from a single one nothing is learned; "
                 "take 4 to 16, and `responses` a multiple of it"
             )
+        if self.responses % self.group_size:
+            raise ValueError(
+                f"responses must be a multiple of group_size={self.group_size}, "
+                f"got {self.responses}"
+            )
         reward = self.reward_of(stage.policy)
         if stage.policy == "grpo++" and reward not in ("verified", "majority", "format", "random"):
             raise ValueError(
@@ -252,8 +308,27 @@ class RLConfig(TrainConfig):
         return parse_schedule(self.schedule or self.objective, self.updates, OBJECTIVES)
 
     @property
+    def has_opd(self) -> bool:
+        """Whether a stage distils from a teacher."""
+        return any("opd" in stage.objectives for stage in self.stages)
+
+    @property
+    def reference_setting(self) -> str | None:
+        """The setting that a copy of the initial model is kept for, if there is one."""
+        if self.ref_kl > 0:
+            return "ref_kl"
+        labelled = any(self.exact_kl(stage.policy) for stage in self.stages if stage.policy)
+        return "ppl_label" if labelled else None
+
+    def exact_kl(self, objective: str) -> str | None:
+        """The divergence from the reference that the loss of an objective has exactly, if any."""
+        if objective == "ppl":
+            return "forward_kl" if self.ppl_label == "reference" else None
+        return "reverse_kl" if self.ref_kl > 0 and self.kl_estimator == EXACT else None
+
+    @property
     def prompt_texts(self) -> tuple[str, ...]:
-        """What EM stages sample from."""
+        """What stages without rewards sample from."""
         return self.prompts or tuple(self.ask(task) for task in self.tasks)
 
     @property

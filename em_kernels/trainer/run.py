@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from em_kernels.lm.rollout import end_tokens, pad_token
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
-from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.samplers import Sampler, make_sampler
+from em_kernels.trainer.second_model import SecondModel, check_vocabulary
 from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
 from em_kernels.trainer.strategy import FSDPStrategy, SingleProcessStrategy, make_strategy
 
@@ -59,15 +59,28 @@ class Run:
     checkpoint: Path | None
     done: int
 
+    def beside(self, other: SecondModel) -> SingleProcessStrategy:
+        """The other model, ready to read what the one that is trained does; whole on every rank."""
+        model = other.model.to(self.model.device)
+        return SingleProcessStrategy(model, self.config.loss_temperature, self.config.dtype)
+
     @property
     def filler(self) -> int:
         return pad_token(self.tokenizer, end_tokens(self.model, self.tokenizer))
 
 
 def start_run(
-    config: TrainConfig, model, tokenizer, resume: bool, ranks: Ranks | None = None
+    config: TrainConfig,
+    model,
+    tokenizer,
+    resume: bool,
+    ranks: Ranks | None = None,
+    others: Sequence[SecondModel] = (),
 ) -> Run:
-    """Load the model, or the newest checkpoint of the run, and everything that goes with it."""
+    """Load the model, or the newest checkpoint of the run, and everything that goes with it.
+
+    `others` are the models that are read beside it.
+    """
     ranks = ranks or Ranks()
     folder = Path(config.output) if config.output else None
     with ranks.raise_together():
@@ -88,6 +101,8 @@ def start_run(
             check_causal(model, head, prompts[0])
             if is_adapted(model):
                 check_reached(model, head, prompts[0])
+        for other in others:
+            check_vocabulary(other, head, tokenizer)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         _check_trainable(model)
@@ -114,26 +129,6 @@ def start_run(
     run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run
-
-
-def initial_model(config, model, ranks: Ranks):
-    """The reference of a KL penalty, before anything trains the model; None where none is asked.
-
-    It shares the weights that an adapter leaves alone; several ranks take those apart.
-    """
-    if not isinstance(config, RLConfig) or config.ref_kl == 0:
-        return None
-    if model is None and config.model is None:
-        raise ValueError(
-            "model must be given with ref_kl: the model that the run was started with, got None"
-        )
-    if model is None:
-        model, _ = load_model(str(config.model), config.device)
-        return model.eval().requires_grad_(False)
-    shared = {}
-    if is_adapted(model) and ranks.size == 1:
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from em_kernels.objectives.bonus import next_entropy_coef
 
+WITHOUT_REWARDS = ("em", "opd")
+"""Objectives that look at the tokens of the answers alone."""
 _STAGE = re.compile(
     r"(?P<names>[^:@\s]+)(?::(?P<updates>\d+))?(?:@(?P<rate>[0-9.]+(?:e[-+]?\d+)?))?"
 )
@@ -30,7 +32,12 @@ class Stage(NamedTuple):
     @property
     def policy(self) -> str | None:
         """The objective that needs rewards, if there is one."""
-        return next((name for name in self.objectives if name != "em"), None)
+        return next((name for name in self.objectives if name not in WITHOUT_REWARDS), None)
+
+    @property
+    def kind(self) -> str:
+        """What makes its updates: "rewards", or "em", "opd", "em+opd" without."""
+        return self.name if self.policy is None else "rewards"
 
 
 def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage, ...]:

@@ -66,3 +66,17 @@ def test_a_reduction_that_entropy_minimisation_lacks_is_named(capsys):
 def test_switches_that_are_on_can_be_turned_off(problems):
     assert read(*problems, "--no-normalize-std").normalize_std is False
     assert read("--no-shards-only").shards_only is False
+
+
+def test_distillation_does_with_prompts_and_a_teacher():
+    config = read("--objective", "opd", "--teacher", "t", "--prompt", "1 + 1", "--opd-kind", "js")
+    assert (config.teacher, config.opd_kind, config.prompt_texts) == ("t", "js", ("1 + 1",))
+    assert RLConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_teacher_without_distillation_is_refused(problems, capsys):
+    words = ["train", "--model", "m", "--output", "o", "--teacher", "t"]
+    assert cli.main([*words, *problems]) == 2
+    assert "teacher is for the objective 'opd'" in capsys.readouterr().err
+    assert cli.main(words) == 2
+    assert "--teacher needs an --objective other than em" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 from torch.nn.utils import prune
 from trainer_runs import run, settings
 
-from em_kernels.lm.heads import ModelError, read_head
+from em_kernels.lm.heads import Head, ModelError, read_head
+from em_kernels.ops.divergence import linear_divergence
 
 
 def linear_of(kind: type, **options):
@@ -256,3 +257,26 @@ def test_a_model_without_weights_says_so():
         model = make_model(tie_word_embeddings=False)
     with pytest.raises(ModelError, match="is on the meta device, offloaded or never loaded"):
         read_head(model)
+
+
+@pytest.mark.parametrize("rows, other_rows", [(9, 9), (9, 7), (7, 9)])
+def test_two_heads_are_compared_each_with_its_own_transform(rows, other_rows):
+    """Over the entries that both have; nothing is sent to the other."""
+    drawn = ((2, 5, 4), (rows, 4), (rows,), (2, 5, 3), (other_rows, 3), (other_rows,))
+    tensors = [torch.randn(*shape).requires_grad_() for shape in drawn]
+    hidden, weight, bias, other_hidden, other_weight, other_bias = tensors
+    head, other = Head(weight, bias, None, 0.5), Head(other_weight, other_bias, 2.0, 1.5)
+    shared = min(rows, other_rows)
+    p, q = (
+        h.logits(x)[..., :shared].double().log_softmax(-1)
+        for h, x in ((head, hidden), (other, other_hidden))
+    )
+    expected = (p.exp() * (p - q)).sum(-1)
+    pair = dict(hidden=hidden, other_hidden=other_hidden.detach(), **head.beside(other))
+    found = linear_divergence(**pair, kind="reverse_kl")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(expected.sum(), tensors[:3])
+    gradients = torch.autograd.grad(found.sum(), tensors, allow_unused=True)
+    assert gradients[3:] == (None, None, None)
+    for one, two in zip(gradients, wanted):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

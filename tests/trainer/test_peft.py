@@ -27,7 +27,7 @@ from em_kernels.trainer import (
     sample,
     train,
 )
-from em_kernels.trainer.run import initial_model
+from em_kernels.trainer.second_model import initial_model
 
 peft = pytest.importorskip("peft")
 pytest_plugins = ("peft_models",)  # its fixture `base`

@@ -6,21 +6,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from rl_runs import rl_settings, run_rl
+from tiny_qwen2 import make_model
 from trainer_runs import TIMES
 
 COMMON = dict(responses=8, group_size=4, updates=2)
 RUNS = {
     "stages": dict(schedule="em:1,grpo++", reward="random", updates=3),
     "reference": dict(ref_kl=0.2, learning_rate=1e-3),
+    "exact": dict(ref_kl=0.2, kl_estimator="exact", learning_rate=1e-3),
     "clip_cov": dict(objective="clip_cov", ratio=0.1, cov_lower=-9.0, cov_upper=9.0),
     "kl_cov": dict(objective="kl_cov", ratio=0.1, micro_batch=2),
     "high_entropy": dict(objective="high_entropy", entropy_target=9.0),
     "ppl": dict(objective="ppl"),
+    "ppl, reference": dict(objective="ppl", ppl_label="reference"),
+    "opd": dict(schedule="opd:1,em+opd", opd_weight="teacher_entropy", updates=2),
 }
 
 
 def numbers(name: str) -> list[dict]:
-    lines = run_rl(rl_settings(**{**COMMON, **RUNS[name]})).metrics
+    teacher = dict(teacher=make_model(5)) if name == "opd" else {}
+    lines = run_rl(rl_settings(**{**COMMON, **RUNS[name]}), **teacher).metrics
     return [
         {k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in TIMES}
         for line in lines

@@ -8,6 +8,7 @@ from trainer_runs import run, settings
 
 from em_kernels.trainer.rl_config import OBJECTIVES, RLConfig
 from em_kernels.trainer.schedule import (
+    WITHOUT_REWARDS,
     Stage,
     current_stage,
     entropy_coef,
@@ -21,6 +22,8 @@ def lines_of(*entropies, stage=0, skew=0.0):
 
 
 def test_a_schedule_is_names_updates_and_rates():
+    kinds = [stage.kind for stage in parse_schedule("em:1,opd:1,em+opd:1,em+grpo", 4, OBJECTIVES)]
+    assert kinds == ["em", "opd", "em+opd", "rewards"]
     stages = parse_schedule("em:10@2e-4, grpo++:5 ,em+l-grpo@1", 20, OBJECTIVES)
     assert stages == (
         Stage(("em",), 10, 2e-4),
@@ -49,7 +52,7 @@ def test_bad_schedules_are_named(text, message):
         parse_schedule(text, 20, OBJECTIVES)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "em"])
+@pytest.mark.parametrize("objective", [n for n in OBJECTIVES if n not in WITHOUT_REWARDS])
 def test_one_answer_to_a_problem_is_nothing_to_compare(objective):
     reward = None if objective in ("empo", "l-grpo") else "majority"
     message = f"group_size must be 2 or more with {re.escape(objective)}, got 1.*nothing is learned"
@@ -59,8 +62,12 @@ def test_one_answer_to_a_problem_is_nothing_to_compare(objective):
         rl_settings(group_size=2, reward=reward, **stages)
 
 
-def test_entropy_minimisation_compares_nothing():
-    assert rl_settings(objective="em", group_size=1).group_size == 1
+@pytest.mark.parametrize("objective", WITHOUT_REWARDS)
+def test_entropy_minimisation_and_distillation_compare_nothing(objective):
+    assert rl_settings(objective=objective, group_size=1).group_size == 1
+    assert rl_settings(objective=objective, responses=7).responses == 7
+    alone = rl_settings(objective=objective, problems=(), prompts=("1 2",))
+    assert alone.prompt_texts == alone.all_texts == ("1 2",)
 
 
 def test_stages_follow_one_another():
@@ -135,6 +142,12 @@ def test_the_coefficient_moves_toward_the_target_and_starts_where_it_is_told():
         (dict(objective="kl_cov", ref_kl=0.1), "ref_kl must be 0 with kl_cov"),
         (dict(compat="official"), "compat must be one of"),
         (dict(kl_estimator="k4"), "kl_estimator must be one of"),
+        (dict(objective="opd", problems=()), "problems or prompts must be given for 'opd', got n"),
+        (dict(schedule="opd:1,grpo", problems=(), prompts=("1",)), "problems must be given for 'o"),
+        (dict(teacher="m"), "teacher is for the objective 'opd', got 'm' for 'grpo': leave it"),
+        (dict(objective="opd", opd_kind="k3"), "opd_kind must be one of"),
+        (dict(objective="opd", opd_beta=1.5), r"opd_beta must be in \[0, 1\]"),
+        (dict(objective="opd", opd_weight="entropy"), "opd_weight must be one of"),
         (dict(reduction="sum"), "reduction must be one of"),
         (dict(gamma=0.0), r"gamma must be in \(0, 1\]"),
         (dict(stop_patience=0), "stop_patience must be 1 or more"),

@@ -16,8 +16,9 @@ from em_kernels.trainer import policy_update
 from em_kernels.trainer.collect import ProblemOrder, join_answers
 from em_kernels.trainer.rewards import Answers
 from em_kernels.trainer.rl_config import OBJECTIVES
+from em_kernels.trainer.schedule import WITHOUT_REWARDS
 
-POLICY = [name for name in OBJECTIVES if name != "em"]
+POLICY = [name for name in OBJECTIVES if name not in WITHOUT_REWARDS]
 SETTINGS = {
     "grpo": dict(clip_low=0.1, clip_high=0.15, ref_kl=0.2),
     "grpo++": dict(reward="random", entropy_coef=0.3),
@@ -29,10 +30,15 @@ SETTINGS = {
     "empo": dict(reward="length", empo_low=-1.0),
     "ppl": dict(gamma=0.8, alpha=0.6),
 }
+EXACT = {
+    "grpo, exact KL": dict(objective="grpo", ref_kl=0.7, kl_estimator="exact"),
+    "ppl, labelled by the reference": dict(SETTINGS["ppl"], objective="ppl", ppl_label="reference"),
+}
 
 
-def settings_of(objective, **changes):
-    return rl_settings(objective=objective, **{**SETTINGS[objective], **changes})
+def settings_of(name, **changes):
+    own = EXACT.get(name) or dict(SETTINGS[name], objective=name)
+    return rl_settings(**{**own, **changes})
 
 
 class Steps:
@@ -59,25 +65,37 @@ class Steps:
         monkeypatch.setattr(policy_update, "accumulate_gradients", accumulate_gradients)
 
 
+def plain_log_softmax(model, tokens):
+    mask = tokens.attention_mask.long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens.input_ids, attention_mask=mask, position_ids=positions).logits
+    return logits.double().log_softmax(-1)
+
+
 def plain_statistics(model, tokens):
     """(logprob, entropy) of the counted tokens, from full logits in float64."""
-    hidden = tokens.attention_mask.long()
-    positions = (hidden.cumsum(1) - 1).clamp(min=0)
-    logits = model(tokens.input_ids, attention_mask=hidden, position_ids=positions).logits
-    logp = logits.double().log_softmax(-1)
+    logp = plain_log_softmax(model, tokens)
     picked = logp.gather(-1, tokens.input_ids.roll(-1, 1)[..., None])[..., 0]
     entropy = -(logp.exp() * logp).sum(-1)
     return (torch.where(tokens.loss_mask, x, 0) for x in (picked, entropy))
 
 
-def plain_loss(config, name, logprob, entropy, tokens, selected):
+def plain_exact_kl(model, tokens):
+    """(KL(p || p_ref), KL(p_ref || p)), p_ref that of the model before it was trained."""
+    p = plain_log_softmax(model, tokens)
+    ref = plain_log_softmax(make_model(), tokens).detach()
+    return (p.exp() * (p - ref)).sum(-1), (ref.exp() * (ref - p)).sum(-1)
+
+
+def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
     """The loss as its paper writes it, one line an objective."""
     mask, old, a = tokens.loss_mask, tokens.old_logprob.double(), tokens.advantage.double()
     rho = (logprob - old).exp()
     low, high = (config.setting(n, name) for n in ("clip_low", "clip_high"))
     if name == "ppl":
         t = (mask.cumsum(1) - 1).clamp(min=0)
-        regret = config.alpha * (config.gamma**t * (-logprob - t * logprob) * mask).sum(1)
+        kl = exact[1] if config.ppl_label == "reference" else -logprob
+        regret = config.alpha * (config.gamma**t * (-logprob + t * kl) * mask).sum(1)
         regret = regret / mask.sum(1)
         return -logsigmoid(regret[1::2] - regret[0::2]).mean()
     loss = -rho * a if low is None else -torch.min(rho * a, rho.clamp(1 - low, 1 + high) * a)
@@ -88,8 +106,11 @@ def plain_loss(config, name, logprob, entropy, tokens, selected):
     if name == "kl_cov":
         loss = loss + config.kl_cov_coef * (logprob - old).abs() * selected
     if config.ref_kl:
-        d = tokens.ref_logprob.double() - logprob
-        loss = loss + config.ref_kl * (d.exp() - d - 1)
+        kl = exact[0]
+        if config.kl_estimator == "k3":
+            d = tokens.ref_logprob.double() - logprob
+            kl = d.exp() - d - 1
+        loss = loss + config.ref_kl * kl
     loss = (loss - config.setting("entropy_coef", name) * entropy) * mask
     if config.reduction == "token_mean":
         return loss.sum() / mask.sum()
@@ -106,12 +127,12 @@ def plain_selection(config, name, logprob, entropy, tokens):
     return None
 
 
-@pytest.mark.parametrize("name", POLICY)
+@pytest.mark.parametrize("name", [*POLICY, *EXACT])
 def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name, monkeypatch):
     """In the second epoch, where the policy is no longer the one that sampled."""
     steps = Steps(monkeypatch)
     config = settings_of(name, updates=1, epochs=2, minibatches=1)
-    drawn = []
+    drawn, name = [], config.objective
     if name == "clip_cov":
 
         def keep(*args, **kwargs):
@@ -130,7 +151,8 @@ def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name,
             tokens = tokens._replace(old_logprob=logprob.detach())
         inputs = (logprob.detach(), entropy.detach(), tokens)
         selected = drawn.pop(0) if drawn else plain_selection(config, name, *inputs)
-        loss = plain_loss(config, name, logprob, entropy, tokens, selected)
+        exact = plain_exact_kl(model, tokens)
+        loss = plain_loss(config, name, logprob, entropy, tokens, selected, exact)
         loss.backward()
         expected = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert (found - expected).norm() <= 1e-4 * expected.norm()
@@ -140,6 +162,18 @@ def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name,
     assert (logprob.detach() - old).abs().max() > 0.05  # it did move
 
 
+def test_the_exact_kl_is_written_down_and_the_penalty_holds_the_policy_near():
+    """Where k3 of the sampled tokens is an estimate: they agree on average, and only so."""
+    found = {}
+    for coef in (1e-9, 30.0):
+        for estimator in ("exact", "k3"):
+            config = rl_settings(ref_kl=coef, kl_estimator=estimator, updates=4)
+            found[coef, estimator] = run_rl(config).metrics[-1]["ref_kl"]
+    assert 0 < found[30.0, "exact"] < 0.2 * found[1e-9, "exact"]
+    assert found[1e-9, "exact"] == pytest.approx(found[1e-9, "k3"], rel=0.5)
+    assert found[1e-9, "exact"] != found[1e-9, "k3"]
+
+
 def numbers(lines):
     return [
         {name: value for name, value in line.items() if isinstance(value, (int, float))}
@@ -147,7 +181,7 @@ def numbers(lines):
     ]
 
 
-@pytest.mark.parametrize("name", POLICY)
+@pytest.mark.parametrize("name", [*POLICY, *EXACT])
 def test_a_run_does_not_depend_on_the_micro_batches(name):
     """Selection and denominators are those of the whole step, however it is cut."""
     expected = numbers(run_rl(settings_of(name, micro_batch=10)).metrics)
@@ -180,7 +214,7 @@ def test_metrics_are_what_they_say(monkeypatch):
     assert line["cov_mean"] == pytest.approx(cov.mean().item(), rel=1e-3)
     assert line["cov_p90"] == pytest.approx(cov[int(0.9 * (len(cov) - 1))].item(), rel=1e-3)
     # A step of size lr along the gradient of A log p in the logits of every token by itself.
-    p = plain_log_softmax(before, tokens).exp()
+    p = plain_log_softmax(before, tokens).detach().exp()
     picked = torch.nn.functional.one_hot(tokens.input_ids.roll(-1, 1), p.shape[-1])
     rate = 1e-4
     moved = p.log() + rate * tokens.advantage[..., None] * (picked - p)
@@ -194,14 +228,6 @@ def test_metrics_are_what_they_say(monkeypatch):
     expected = entropy_after[mask].mean() - entropy[mask].mean()
     assert line["entropy_change"] == pytest.approx(expected.item(), rel=1e-3)
     assert "entropy_change" not in run_rl(replace(config, measure_change=False)).metrics[0]
-
-
-def plain_log_softmax(model, tokens):
-    mask = tokens.attention_mask.long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = model(tokens.input_ids, attention_mask=mask, position_ids=positions).logits
-    return logits.double().log_softmax(-1)
 
 
 def entropy_of(logp):
@@ -288,6 +314,7 @@ def test_problems_take_turns_in_a_shuffled_order():
 RESUMED = {
     "target": dict(objective="entropy_bonus", entropy_target=9.0, entropy_step=0.1),
     "reference": dict(ref_kl=0.3),
+    "exact": dict(ref_kl=0.3, kl_estimator="exact"),
     "stages": dict(schedule="em:1,grpo++:2@1e-3,kl_cov", reward="random"),
 }
 
