@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +82,8 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
 
 
 def _tokens(arguments: argparse.Namespace) -> int:
-    # Imported where they are used: the command line starts without NumPy.
-    from em_kernels.analysis.drift import drift
+    # Imported where it is used: the command line starts without NumPy.
     from em_kernels.analysis.forks import forks
-    from em_kernels.analysis.shift import logits_shift
 
     quiet_transformers()
     is_evaluation = (Path(arguments.source) / SETTINGS).is_file()
@@ -96,23 +94,37 @@ def _tokens(arguments: argparse.Namespace) -> int:
     for name, value in (("output", output), ("model", model)):
         if value is None:
             raise ValueError(f"--{name} must be given where the texts are not an evaluation's")
-    first = _load(arguments, model)
-    read = partial(_read, arguments, tokenizer=first.tokenizer)
-    before, texts = read(first, Path(output) / "tokens.jsonl", arguments.temperatures)
+    loaded = _load(arguments, model)
+    base = Base(loaded.model, loaded.name) if arguments.after and arguments.drift else None
+    path = Path(output) / "tokens.jsonl"
+    options = dict(temperatures=arguments.temperatures, tokenizer=loaded.tokenizer)
+    before, texts = _read(arguments, loaded, path, **options)
+    del loaded
     results = {
         "forks": forks(before, texts.tokenizer, ratio=arguments.ratio),
         "temperature": entropy_at_temperatures(before),
+        **_compared(arguments, before, texts, base),
     }
-    after = None
-    if arguments.after:
-        base = Base(first.model, first.name) if arguments.drift else None
-        del first
-        second = _load(arguments, arguments.after, texts.tokenizer)
-        after, _ = read(second, Path(output) / "tokens-after.jsonl", base=base)
-        if base is not None:
-            results["drift"] = drift(before, after, texts.tokenizer, ratio=arguments.ratio)
-    results["shift"] = logits_shift(before, after)
     return _done(output, {n: {**r, "left_out": dict(texts.left_out)} for n, r in results.items()})
+
+
+def _compared(
+    arguments: argparse.Namespace, before: TokenFile, texts: Texts, base: Base | None
+) -> dict[str, dict]:
+    """What there is to say of the model before alone, or against the one after."""
+    from em_kernels.analysis.drift import drift
+    from em_kernels.analysis.shift import logits_shift
+
+    if not arguments.after:
+        return {"shift": logits_shift(before)}
+    loaded = _load(arguments, arguments.after, texts.tokenizer)
+    path = before.path.with_name("tokens-after.jsonl")
+    options = dict(tokenizer=texts.tokenizer, longest=texts.longest, base=base)
+    after, _ = _read(arguments, loaded, path, **options)
+    found = {"shift": logits_shift(before, after)}
+    if base is not None:
+        found["drift"] = drift(before, after, texts.tokenizer, ratio=arguments.ratio)
+    return found
 
 
 class _Loaded(NamedTuple):
@@ -133,22 +145,32 @@ def _read(
     arguments: argparse.Namespace,
     loaded: _Loaded,
     path: Path,
-    temperatures=(),
     *,
     tokenizer,
-    base=None,
+    temperatures: Sequence[float] = (),
+    base: Base | None = None,
+    longest: int | None = None,
 ) -> tuple[TokenFile, Texts]:
-    """Read the texts through a model, in the tokens of the model before."""
-    longest = longest_prompt(loaded.model)
+    """Read the texts through a model, in the tokens of the model before, and no longer ones."""
+    room = longest_prompt(loaded.model)
+    limits = [limit for limit in (longest, room and room + 1) if limit is not None]
     texts = Texts(
         arguments.source,
         tokenizer,
-        longest=None if longest is None else longest + 1,
+        longest=min(limits, default=None),
         limit=arguments.limit,
         drawn_at=arguments.drawn_at,
     )
-    options = dict(name=loaded.name, temperatures=temperatures, progress=not arguments.quiet)
-    return read_tokens(loaded.model, texts, path, base=base, **options), texts
+    file = read_tokens(
+        loaded.model,
+        texts,
+        path,
+        name=loaded.name,
+        temperatures=temperatures,
+        base=base,
+        progress=not arguments.quiet,
+    )
+    return file, texts
 
 
 def _add_run(kinds, add_common: AddCommon) -> None:

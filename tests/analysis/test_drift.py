@@ -197,3 +197,21 @@ def test_both_models_are_in_memory_only_for_the_drift(
     assert cli.main([*models, flag]) == 0
     assert seen == [[], [together]]
     assert (tmp_path / "eval" / "drift.json").is_file() == together
+
+
+@pytest.mark.parametrize("shorter", ["before", "after"])
+def test_texts_too_long_for_either_model_are_told_or_left_out(shorter, tmp_path, capsys):
+    """Of the model before: left out of both reads. Of the model after: the reads differ."""
+    for seed, name in enumerate(("before", "after")):
+        room = dict(max_position_embeddings=6) if name == shorter else {}
+        make_model(seed, **room).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "1 2"}, {"text": "1 2 3 4 5 6 7"}])
+    names = ["--model", str(tmp_path / "before"), "--after", str(tmp_path / "after")]
+    command = ["analyze", "tokens", texts, *names, "--output", str(tmp_path / "out"), "--quiet"]
+    code, said = cli.main(command), capsys.readouterr()
+    if shorter == "before":
+        assert code == 0 and "left out: 1 (too long for the model)" in said.out
+        assert json.loads((tmp_path / "out" / "drift.json").read_text())["tokens"] == 2
+    else:
+        assert code == 2 and "must be of the same tokens: 2 and 1 texts" in said.err

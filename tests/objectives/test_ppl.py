@@ -235,7 +235,11 @@ def test_masked_nan_and_empty_segments():
         (lambda x: segment_regret(x, x[:1], x, gamma=1), ValueError, "kl must have shape"),
         (lambda x: token_regret(x, None, x[:1], gamma=1), ValueError, "mask must have shape"),
         (lambda x: label_kl(x, x[:1]), ValueError, "label_logprob must have shape"),
-        (lambda x: linear_label_kl(x, x, x, x[:1]), ValueError, "other_weight must have the 2 rows"),
+        (
+            lambda x: linear_label_kl(x, x, x, x[:1]),
+            ValueError,
+            "other_weight must have the 2 rows",
+        ),
         (lambda x: pseudo_label_kl([1.0]), TypeError, "logprob must be a tensor, got list"),
         (lambda x: logprob_at(x, x), ValueError, r"index must be int64 of shape \(2, k\)"),
     ],
