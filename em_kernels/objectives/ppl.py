@@ -9,18 +9,16 @@ want of any, with pi taken to be certain of what it wrote (`pseudo_label_kl`).
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.arguments import check_floating, check_number, check_shape, count_mask
 from em_kernels.ops.divergence import linear_divergence
-from em_kernels.ops.options import LinearDivergenceOptions
 from em_kernels.ops.softmax_stats import softmax_stats
 
 
@@ -153,7 +151,7 @@ def linear_label_kl(
     weight: Tensor,
     label_hidden: Tensor,
     label_weight: Tensor,
-    **options: Unpack[LinearDivergenceOptions],
+    **options: Any,
 ) -> Tensor:
     """KL(pi || p) = sum_v pi_v (log pi_v - log p_v), p and pi each from hidden states and a head.
 

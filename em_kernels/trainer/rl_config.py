@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
 
+from em_kernels.backends.pair import KINDS
 from em_kernels.lm.data import PLACE, check_template, fill_template
 from em_kernels.lm.judge.judges import JUDGES
 from em_kernels.lm.problems import (
@@ -38,7 +39,6 @@ from em_kernels.lm.settings import (
 )
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
-from em_kernels.ops.divergence import KINDS
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.schedule import WITHOUT_REWARDS, Stage, parse_schedule
 
