@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -36,6 +36,7 @@ from em_kernels.lm.head_call import (
 from em_kernels.lm.heads import causal_lm, read_head
 from em_kernels.ops.arguments import check_number, output_names
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.segments import next_token_targets
 from em_kernels.ops.token_loss import token_loss
 
 IGNORED = -100
@@ -229,11 +230,6 @@ def _token_weight(target: Tensor, dtype: torch.dtype, items) -> Tensor:
     """1 / n where there is a target, n over the whole accumulated batch; 0 elsewhere, n = 0 too."""
     counted = (target != IGNORED).to(accumulate_dtype(dtype))
     return torch.where(counted > 0, counted / _item_count(target, items, target.device), 0)
-
-
-def next_token_targets(labels: Tensor) -> Tensor:
-    """labels[t + 1] at position t and -100 at the last: (B, T) -> (B, T)."""
-    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
 @dataclass(eq=False, repr=False)

@@ -129,7 +129,9 @@ def next_token_targets(
     parts = torch.stack(rows).unflatten(-1, (chunks, ids.shape[-1] // chunks))
     following = parts.roll(-1, -1)
     if following.numel():
-        end = parts.new_tensor([ignore_index, PADDING])[: len(rows)]
+        values = (ignore_index, PADDING)[: len(rows)]
+        shape = (*ids.shape[:-1], 1)
+        end = torch.stack([parts.new_full(shape, value) for value in values])
         following[..., -1] = _following_chunks(parts[..., 0], end, context_group, layout)
     target: Tensor
     target, *segments = following.flatten(-2)
@@ -149,11 +151,12 @@ def _following_chunks(
         (every,) = call(GatherAlike(first, group.group_name, layout))
     numbers = [[r] if layout == "contiguous" else [r, 2 * world - 1 - r] for r in range(world)]
     places = sorted((n, r, at) for r, own in enumerate(numbers) for at, n in enumerate(own))
-    none = end.view(-1, *[1] * (first.dim() - 2)).expand(first.shape[:-1])
-    # All of them are looked at: torch.compile leaves out a collective whose result this rank has no
-    # use for, and the others would wait for it.
-    row = torch.stack([*(every[r, ..., at] for _, r, at in places), none], -1)
-    return row[..., [number + 1 for number in numbers[rank]]]
+    row = torch.cat([torch.stack([every[r, ..., at] for _, r, at in places], -1), end], -1)
+    # Of all of them: torch.compile leaves out a collective whose result this rank has no use for,
+    # and the others would wait for it.
+    low, *_, high = [numbers[rank][0], *numbers[rank]]
+    wanted = torch.arange(low + 1, high + 2, max(high - low, 1), device=row.device)
+    return row.index_select(-1, wanted)
 
 
 def _check_layout(layout: str, ids: Tensor, is_cut: bool) -> int:
