@@ -35,7 +35,7 @@ def count_tokens(
         if group is not None:
             totals = _compared(totals, group, "token_group", given).sum(0)
         return [totals[0].clone(), totals[1].clone(), own.expand(counted.shape).clone()]
-    ids = torch.where(counted, segment_ids, PADDING).long().reshape(-1)
+    ids = torch.where(counted, segment_ids.long(), PADDING).reshape(-1)
     every, rank = ids[None], 0
     if group is not None:
         every, rank = _gather_uneven(ids, group, given), dist.get_rank(resolve(group))

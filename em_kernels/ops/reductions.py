@@ -28,6 +28,7 @@ class Sequences(NamedTuple):
         if segment_ids is not None:
             check_integers("segment_ids", segment_ids)
             check_shape("segment_ids", segment_ids, like)
+            segment_ids = segment_ids.long()
         return cls(segment_ids, check_group(token_group, "token_group"))
 
     @property

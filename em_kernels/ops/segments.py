@@ -137,7 +137,7 @@ def next_token_targets(
     target, *segments = following.flatten(-2)
     if segment_ids is None:
         return target.clone()
-    known = (segment_ids == segments[0]) & (segment_ids > PADDING)
+    known = (rows[1] == segments[0]) & (rows[1] > PADDING)
     return torch.where(known, target, ignore_index)
 
 

@@ -86,6 +86,18 @@ def test_rows_as_segments_are_the_rows():
         assert torch.equal(plain, packed)
 
 
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32))
+def test_ids_of_any_integer_type(dtype):
+    ids = (IDS[:9] + 2).to(dtype)
+    x, mask = draw()[:9], MASK[:9]
+    options = dict(reduction="sequence_mean")
+    want = entropy_loss(x, mask, segment_ids=IDS[:9], **options)
+    assert torch.equal(entropy_loss(x, mask, segment_ids=ids, **options), want)
+    assert torch.equal(next_token_targets(LABELS[:9], ids), next_token_targets(LABELS[:9], IDS[:9]))
+    (_, _, lengths) = torch.ops.em_kernels.count_tokens(mask > 0, ids, "sequence_mean", None)
+    assert lengths[mask > 0].tolist() == [3] * 6
+
+
 def test_nothing_counts():
     x = draw().requires_grad_()
     for mask, ids in ((MASK * 0, IDS), (None, IDS * 0 - 5)):

@@ -153,10 +153,17 @@ def test_an_example_runs_as_a_program(name, tmp_path):
     assert "negative log-likelihood a token" in finished.stdout
 
 
-def test_tensor_parallel():
+@pytest.mark.parametrize(
+    "example, said",
+    (
+        ("tensor_parallel.py", r"rank (\d): 500 of 1000 rows, H (\S+) nats, error ([\d.e+-]+)"),
+        ("context_parallel.py", r"rank (\d): 24 of 48 tokens, loss (\S+), error ([\d.e+-]+)"),
+    ),
+)
+def test_two_processes_have_what_one_has(example, said):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
-        [sys.executable, *command, FOLDER / "tensor_parallel.py"],
+        [sys.executable, *command, FOLDER / example],
         cwd=FOLDER.parent,
         env=dict(os.environ, PYTHONPATH=str(FOLDER.parent), OMP_NUM_THREADS="1"),
         capture_output=True,
@@ -164,8 +171,7 @@ def test_tensor_parallel():
     )
     assert finished.returncode == 0, finished.stderr
     # The processes share a pipe: their lines come whole, but may come side by side.
-    pattern = r"rank (\d): 500 of 1000 rows, H (\S+) nats, error ([\d.e+-]+)"
-    found = re.findall(pattern, finished.stdout)
+    found = re.findall(said, finished.stdout)
     (first, h, e), (second, same, f) = sorted(found)
     assert (first, second) == ("0", "1") and h == same
     assert float(e) < 1e-6 and float(f) < 1e-6
