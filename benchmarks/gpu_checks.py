@@ -28,7 +28,7 @@ from em_kernels import (
     softmax_stats,
     token_loss,
 )
-from em_kernels.backends.interface import DIFFERENTIABLE, OUTPUTS
+from em_kernels.backends.interface import DIFFERENTIABLE, ROW_OUTPUTS
 from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 from em_kernels.linear.products import addmm_wide, adds_to_float32, mm_wide
 
@@ -37,7 +37,7 @@ ODD = 151665  # no multiple of anything a vector load wants
 ROWS = 64  # where float64 truth of whole rows is wanted
 
 
-def statistics(dtype: torch.dtype, vocab: int, temperature: float = 1.0, outputs=OUTPUTS):
+def statistics(dtype: torch.dtype, vocab: int, temperature: float = 1.0, outputs=ROW_OUTPUTS):
     def check(impl: str):
         x, target = draw(ROWS, vocab, dtype)
         leaf, exact = (x.clone().requires_grad_() for _ in range(2))

@@ -59,6 +59,21 @@ def loss(
     out: Tensor,
     /,
 ) -> list[Tensor]: ...
+def above(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor | None,
+    temperature_rows: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    valid_vocab: int,
+    levels: Tensor,
+    top: Tensor | None,
+    ids: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor | None]: ...
 def add_product(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, /) -> bool: ...
 def empty(shape: Sequence[int], dtype: torch.dtype, /) -> Tensor: ...
 def release_memory() -> None: ...

@@ -66,6 +66,7 @@ def truth(x: Tensor, target: Tensor | None = None, **transform) -> dict[str, Ten
     if target is not None:
         out["logprob"] = log_p.gather(-1, target[..., None])[..., 0]
         out["is_top1"] = target == z.argmax(-1)
+        out["rank"] = (z > z.gather(-1, target[..., None])).sum(-1)
         square = (p * p * log_p).sum(-1) + entropy * out["collision"]
         out["entropy_slope"] = square - out["logprob"].exp() * (out["logprob"] + entropy)
     return {name: out[name] for name in OUTPUTS if name in out}

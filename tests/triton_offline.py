@@ -30,7 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from em_kernels.backends.interface import (
-    OUTPUTS,
+    ROW_OUTPUTS,
     Descent,
     Goal,
     RowSpec,
@@ -82,7 +82,7 @@ def cases(arch: int) -> Iterator[tuple[str, Callable]]:
     yield from products(arch)
     if arch == 90:
         yield from calls(torch.float64, True, ("logprob", "entropy"))
-        yield next(calls(torch.bfloat16, True, OUTPUTS))
+        yield next(calls(torch.bfloat16, True, ROW_OUTPUTS))
 
 
 def calls(
@@ -101,7 +101,7 @@ def calls(
         )
     up, saved = Upstream(row, row), Saved(row, row, row)
     name = "-".join([str(dtype).removeprefix("torch."), "full" if capped else "plain"])
-    name += "-all" if outputs == OUTPUTS else ""
+    name += "-all" if outputs == ROW_OUTPUTS else ""
     name += "-odd" if vocab == ODD else ""
     yield f"stats-{name}", lambda: backend.stats(logits, spec, outputs)
     yield f"grad-{name}", lambda: backend.grad(logits, spec, saved, up, torch.empty_like(logits))
@@ -143,7 +143,7 @@ def products(arch: int) -> Iterator[tuple[str, Callable]]:
     yield "linear-bfloat16-plain", lambda: product(arch, torch.bfloat16, False)
     yield "linear-bfloat16-full", lambda: product(arch, torch.bfloat16, True)
     if arch == 90:
-        yield "linear-bfloat16-all", lambda: product(arch, torch.bfloat16, False, OUTPUTS)
+        yield "linear-bfloat16-all", lambda: product(arch, torch.bfloat16, False, ROW_OUTPUTS)
         yield "linear-float32-plain", lambda: product(arch, torch.float32, False)
         yield "linear-float64-plain", lambda: product(arch, torch.float64, False)
 

@@ -224,6 +224,31 @@ std::vector<Tensor> loss(
   return tensors;
 }
 
+std::pair<Tensor, OptionalTensor> above(
+    const Tensor& logits, EM_SPEC_PARAMETERS, const Tensor& levels, const OptionalTensor& top,
+    const OptionalTensor& ids) {
+  Call call = make_call(logits, EM_SPEC_ARGUMENTS);
+  const auto real = real_type(logits);
+  const int64_t rows = call.problem.rows;
+  TORCH_CHECK_VALUE(
+      levels.dim() == 2 && levels.size(0) == rows, "levels must be (", rows, ", K), got shape ",
+      levels.sizes());
+  cpu::Above above;
+  above.count = levels.size(1);
+  above.levels = call.keep(levels, real, levels.numel(), "levels");
+  above.top = call.keep(top, real, rows, "top");
+  above.ids = static_cast<const int64_t*>(call.keep(ids, at::kLong, levels.numel(), "ids"));
+  const Tensor counts = at::empty(levels.sizes(), at::kLong);
+  OptionalTensor sums;
+  above.counts = counts.mutable_data_ptr<int64_t>();
+  if (top) {
+    sums = at::empty(levels.sizes(), at::kDouble);
+    above.sums = sums->mutable_data_ptr<double>();
+  }
+  active_level->above(call.problem, above, parallel());
+  return {counts, sums};
+}
+
 std::vector<std::string> isa_levels() {
   std::vector<std::string> names;
   for (auto level = cpu::usable_levels(); *level; ++level) names.push_back((*level)->name);
@@ -262,6 +287,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats", &stats, release());
   m.def("grad", &grad, release());
   m.def("loss", &loss, release());
+  m.def("above", &above, release());
   m.def("add_product", &cpu::add_product, release());
   m.def("empty", &empty);
   m.def("release_memory", &release_memory);

@@ -35,12 +35,23 @@ struct Slice {
   int64_t first = 0;
 };
 
+// Of each row `count` levels, and what lies above them; see Backend.above.
+struct Above {
+  int64_t count = 0;
+  const void* levels = nullptr;  // Real (rows, count)
+  const void* top = nullptr;     // Real (rows,); null where sums are not asked for
+  const int64_t* ids = nullptr;  // (rows, count) or null
+  int64_t* counts = nullptr;     // (rows, count)
+  double* sums = nullptr;        // (rows, count)
+};
+
 struct Level {
   const char* name;
   void (*stats)(const Problem&, const Results&, const Slice&, const Parallel&);
   void (*grad)(const Problem&, const Gradient&, const Parallel&);
   // stats, then grad of the same rows while they are in cache; `saved` comes from the results.
   void (*loss)(const Problem&, const Results&, const Gradient&, const Parallel&);
+  void (*above)(const Problem&, const Above&, const Parallel&);
 };
 
 // Compiled and supported by this processor, best first; never empty, ends with null.

@@ -17,6 +17,7 @@ namespace avx2 {
 #include "math.h"
 #include "blocks.h"
 #include "rows.h"
+#include "above.h"
 }  // namespace avx2
 }  // namespace em_kernels::cpu
 
@@ -25,6 +26,6 @@ namespace avx2 {
 #endif
 
 namespace em_kernels::cpu {
-const Level kAvx2 = {"avx2", avx2::stats, avx2::grad, avx2::loss};
+const Level kAvx2 = {"avx2", avx2::stats, avx2::grad, avx2::loss, avx2::above};
 }  // namespace em_kernels::cpu
 #endif

@@ -19,6 +19,7 @@ namespace avx512 {
 #include "math.h"
 #include "blocks.h"
 #include "rows.h"
+#include "above.h"
 }  // namespace avx512
 }  // namespace em_kernels::cpu
 
@@ -27,6 +28,6 @@ namespace avx512 {
 #endif
 
 namespace em_kernels::cpu {
-const Level kAvx512 = {"avx512", avx512::stats, avx512::grad, avx512::loss};
+const Level kAvx512 = {"avx512", avx512::stats, avx512::grad, avx512::loss, avx512::above};
 }  // namespace em_kernels::cpu
 #endif

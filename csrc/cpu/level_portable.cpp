@@ -12,7 +12,8 @@ using F32 = Lanes<float, 8>;
 #include "math.h"
 #include "blocks.h"
 #include "rows.h"
+#include "above.h"
 }  // namespace portable
 
-const Level kPortable = {"portable", portable::stats, portable::grad, portable::loss};
+const Level kPortable = {"portable", portable::stats, portable::grad, portable::loss, portable::above};
 }  // namespace em_kernels::cpu

@@ -32,6 +32,7 @@ class Cpu(Backend):
     """The compiled part, `em_kernels._C`; ImportError where that is not built."""
 
     name = "cpu"
+    counts = True
 
     def __init__(self) -> None:
         from em_kernels import _C
@@ -64,6 +65,16 @@ class Cpu(Backend):
         self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...], parts: Tensor, first: int
     ) -> list[Tensor]:
         return self._compiled.stats(logits, *_row_arguments(spec), outputs, parts, first)
+
+    def above(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        levels: Tensor,
+        top: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._compiled.above(logits, *_row_arguments(spec), levels, top, ids)
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None

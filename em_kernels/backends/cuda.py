@@ -21,7 +21,7 @@ from torch import Tensor
 
 from em_kernels.backends import availability
 from em_kernels.backends.interface import (
-    OUTPUTS,
+    ROW_OUTPUTS,
     Backend,
     RowSpec,
     Saved,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from em_kernels import _cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as csrc/problem.h
-_NAMES = (*Saved._fields, *OUTPUTS)  # as Output of csrc/softmax_moments.h
+_NAMES = (*Saved._fields, *ROW_OUTPUTS)  # as Output of csrc/softmax_moments.h
 
 
 def why_not(device: torch.device | None) -> str | None:

@@ -63,6 +63,7 @@ class TokenStats(NamedTuple):
         logit_skew: population skewness.
         entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per
             unit of learning rate x advantage in a policy-gradient step on token y, in logit space.
+        rank: how many z_v are larger than z_y (int64).
     """
 
     logprob: Tensor | MaybeNone = None
@@ -77,12 +78,20 @@ class TokenStats(NamedTuple):
     logit_var: Tensor | MaybeNone = None
     logit_skew: Tensor | MaybeNone = None
     entropy_slope: Tensor | MaybeNone = None
+    rank: Tensor | MaybeNone = None
 
 
 OUTPUTS = TokenStats._fields
-NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope"})
+ROW_OUTPUTS = OUTPUTS[: OUTPUTS.index("rank")]
+"""What `Backend.stats` of row kernels makes; the others are made by backends around them."""
+NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope", "rank"})
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
 NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
+
+
+def row_kernels_make(outputs: Iterable[str]) -> bool:
+    """Whether all of them are of `ROW_OUTPUTS`."""
+    return not set(outputs).difference(ROW_OUTPUTS)
 
 
 class RowSpec(NamedTuple):
@@ -168,6 +177,8 @@ class Backend(Protocol):
     narrows: bool = False
     """`grad` and `loss` take a 16-bit `out` for float32 logits, which may lie over them: row i of
     `out` then begins at the byte where row i of the logits does."""
+    counts: bool = False
+    """`above` is there; `backends.above` gives it to all."""
     part_entries: int | None = None
     """Rows may be gone through in parts, by `new_parts` and `part_stats`; in parts of a multiple of
     this many entries, with the bits of whole rows."""
@@ -181,6 +192,10 @@ class Backend(Protocol):
     def local(self) -> Backend:
         """The backend to which the entries of this rank are whole rows."""
         return self
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks that share rows; x itself where none do."""
+        return x
 
     @abstractmethod
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
@@ -241,6 +256,28 @@ class Backend(Protocol):
     def count_present(self, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor | None:
         """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN."""
         return None
+
+    def above(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        levels: Tensor,
+        top: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies above each of K levels of every row, where `mask` is True and 0 elsewhere.
+
+            counts_k = |A_k|,   sums_k = sum of e^(z_v - top) over A_k,   A_k = {v: z_v > level_k}
+
+        Args:
+            levels: (N, K) in units of z, in `accumulate_dtype`.
+            top: (N,), the largest z of the row; None leaves out the sums.
+            ids: (N, K) int64: A_k has v with z_v = level_k and v < id_k too, any id taken.
+
+        Returns:
+            counts (N, K) int64 and sums (N, K) float64, or None. A NaN is above nothing.
+        """
+        raise RuntimeError(f"{self.name} counts nothing: counts is False")
 
     def find_temperature(self, logits: Tensor, goal: Goal) -> Tensor | None:
         """The temperature of every row, (N,); as `entropy_control.find_temperature`."""
@@ -315,10 +352,17 @@ def with_row_tensors(spec: RowSpec, tensors: Iterable[Tensor | None]) -> RowSpec
     return spec._replace(target=target, mask=mask, temperature_rows=temperature_rows)
 
 
-def flatten_spec(spec: RowSpec) -> RowSpec:
-    """The same spec with its per-row tensors flattened to (N,) and contiguous."""
-    rows = (None if x is None else x.reshape(-1).contiguous() for x in row_tensors(spec))
-    return with_row_tensors(spec, rows)
+def flatten_rows(rows: Tensor, lead: int) -> Tensor:
+    """The first `lead` dimensions as one, contiguous."""
+    return rows.reshape(rows.shape[:lead].numel(), *rows.shape[lead:]).contiguous()
+
+
+def flatten_spec(spec: RowSpec, lead: int) -> RowSpec:
+    """The same spec with its per-row tensors, of `lead` leading dimensions, flattened to (N,) and
+    contiguous."""
+    return with_row_tensors(
+        spec, (None if t is None else flatten_rows(t, lead) for t in row_tensors(spec))
+    )
 
 
 def select_rows(spec: RowSpec, rows: Tensor | slice) -> RowSpec:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import OUTPUTS, Saved
+from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 
 # What each output needs of every shard, besides `Saved`; "count" is its number of finite logits.
 _PARTS = {
@@ -42,7 +42,7 @@ _FAR = -1e100  # in place of -inf: a weight of 0 times its square is 0
 def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics of a shard from which `merge` makes `outputs`, `Saved` first."""
     needed = {part for name in outputs for part in _PARTS.get(name, ())}
-    return (*Saved._fields, *(name for name in (*OUTPUTS, "count") if name in needed))
+    return (*Saved._fields, *(name for name in (*ROW_OUTPUTS, "count") if name in needed))
 
 
 def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...]) -> Tensor:
@@ -84,7 +84,7 @@ class _Mixture(NamedTuple):
         log_weight = _log_softmax(delta + parts["log1p_r"])
         weight = log_weight.exp()
         distance = delta.clamp(min=_FAR) + parts["mean_d"]
-        mean_d = _sum(weight * distance)
+        mean_d = sum_shards(weight * distance)
         # max p = w_a max p_a in shard a, the leader: two terms of one sign in the logarithm.
         log1p_r = _at(leader, parts["log1p_r"] - log_weight)
         return cls(log_weight, weight, distance, leader, top, log1p_r, mean_d)
@@ -99,7 +99,7 @@ def _log_softmax(x: Tensor) -> Tensor:
     """Over dimension 0, to rounding in relative terms even where it is close to 0."""
     heaviest, at = x.max(0, keepdim=True)
     d = x - heaviest
-    return d - torch.log1p(_sum(d.exp().scatter(0, at, 0)))
+    return d - torch.log1p(sum_shards(d.exp().scatter(0, at, 0)))
 
 
 def _of_rows(
@@ -113,9 +113,9 @@ def _of_rows(
     if "max_prob" in outputs:
         values["max_prob"] = (-mixture.log1p_r).exp()
     if "varentropy" in outputs:
-        values["varentropy"] = _sum(mixture.weight * (parts["varentropy"] + mixture.away**2))
+        values["varentropy"] = sum_shards(mixture.weight * (parts["varentropy"] + mixture.away**2))
     if "collision" in outputs:
-        values["collision"] = _sum(mixture.weight**2 * parts["collision"])
+        values["collision"] = sum_shards(mixture.weight**2 * parts["collision"])
     return values
 
 
@@ -148,29 +148,29 @@ def _entropy_slope(mixture: _Mixture, parts: dict[str, Tensor], owner: Tensor) -
     rest = -torch.expm1(mixture.log_weight)
     at_owner = weight * (weight * slope - rest * own + away * (weight * collision - p))
     shard = torch.arange(len(weight), device=owner.device)[:, None]
-    return _sum(torch.where(shard == owner, at_owner, elsewhere))
+    return sum_shards(torch.where(shard == owner, at_owner, elsewhere))
 
 
 def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Mean, variance, third moment; KL(U || p) = sum f_k KL_k + KL(f || w) with f_k = n_k / n."""
     count = parts["count"]
-    share = count / _sum(count)
+    share = count / sum_shards(count)
     values = {}
     if "self_certainty" in parts:
         ratio = torch.where(count > 0, share.log() - mixture.log_weight, 0)
-        values["self_certainty"] = _sum(share * (parts["self_certainty"] + ratio))
+        values["self_certainty"] = sum_shards(share * (parts["self_certainty"] + ratio))
     if "logit_mean" in parts:
         # From one of the means, so that equal means differ from theirs by exactly 0.
         anchor = _at(mixture.leader, parts["logit_mean"])
-        mean = anchor + _sum(share * (parts["logit_mean"] - anchor))
+        mean = anchor + sum_shards(share * (parts["logit_mean"] - anchor))
         values["logit_mean"] = mean
         away = parts["logit_mean"] - mean
     if "logit_var" in parts:
-        var = _sum(share * (parts["logit_var"] + away**2))
+        var = sum_shards(share * (parts["logit_var"] + away**2))
         values["logit_var"] = var
     if "logit_skew" in parts:
         third = parts["logit_skew"] * parts["logit_var"] ** 1.5
-        third = _sum(share * (third + away * (3 * parts["logit_var"] + away**2)))
+        third = sum_shards(share * (third + away * (3 * parts["logit_var"] + away**2)))
         values["logit_skew"] = (third / var**1.5).masked_fill(var == 0, 0)
     return values
 
@@ -180,7 +180,7 @@ def _at(shard: Tensor, values: Tensor) -> Tensor:
     return values.gather(0, shard[None])[0]
 
 
-def _sum(values: Tensor) -> Tensor:
+def sum_shards(values: Tensor) -> Tensor:
     """Over the shards, in their order."""
     total = values[0]
     for value in values[1:]:

@@ -34,7 +34,10 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    select_rows,
 )
+
+_BLOCK_ENTRIES = 1 << 22  # of the copies of rows that `above` makes
 
 
 def transform(logits: Tensor, spec: RowSpec) -> Tensor:
@@ -192,11 +195,40 @@ def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor
     return row if mask is None else torch.where(mask, row, 0)
 
 
+def above(
+    logits: Tensor, spec: RowSpec, levels: Tensor, top: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `Backend.above`; some rows at a time, to bound the copies."""
+    rows, (inner, vocab) = len(levels), logits.shape[1:]
+    counts = torch.zeros_like(levels, dtype=torch.int64)
+    sums = None if top is None else torch.zeros_like(levels, dtype=torch.float64)
+    step = max(1, _BLOCK_ENTRIES // vocab)
+    for part in (slice(begin, begin + step) for begin in range(0, rows, step)):
+        at = torch.arange(rows, device=logits.device)[part]
+        z = transform(logits[at // inner, at % inner], select_rows(spec, part))
+        e = None if top is None else (z.double() - top[part, None].double()).exp()
+        for k, level in enumerate(levels[part].unbind(1)):
+            found = _is_above(z, level[:, None], None if ids is None else ids[part, k, None])
+            if spec.mask is not None:
+                found &= spec.mask[part, None]
+            counts[part, k] = found.sum(-1)
+            if sums is not None and e is not None:
+                sums[part, k] = torch.where(found, e, 0).sum(-1)
+    return counts, sums
+
+
+def _is_above(z: Tensor, level: Tensor, before: Tensor | None) -> Tensor:
+    if before is None:
+        return z > level
+    return (z > level) | ((z == level) & (torch.arange(z.shape[-1], device=z.device) < before))
+
+
 class Reference(Backend):
     """The functions above, for any device."""
 
     name = "reference"
     narrows = True
+    counts = True
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         return stats(logits, spec, outputs)
@@ -215,3 +247,13 @@ class Reference(Backend):
         out: Tensor,
     ) -> list[Tensor]:
         return loss(logits, spec, upstream, outputs, out)
+
+    def above(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        levels: Tensor,
+        top: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return above(logits, spec, levels, top, ids)

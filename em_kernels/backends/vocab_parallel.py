@@ -22,6 +22,7 @@ from torch import Tensor
 
 from em_kernels.backends import divergence as pairs
 from em_kernels.backends import reference
+from em_kernels.backends.above import above
 from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import (
     Backend,
@@ -33,7 +34,7 @@ from em_kernels.backends.interface import (
     spec_of_slice,
     upstream_of_slice,
 )
-from em_kernels.backends.merge import merge, parts_of
+from em_kernels.backends.merge import merge, parts_of, sum_shards
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
@@ -125,7 +126,7 @@ class VocabParallel(Backend):
 
     def __init__(self, inner: Backend, shards: Shards):
         self._inner, self.shards = inner, shards
-        self.name, self.narrows = inner.name, inner.narrows
+        self.name, self.narrows, self.counts = inner.name, inner.narrows, True
         self.first_entry, self.widest_shard = shards.start, shards.widest
         self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
 
@@ -210,6 +211,25 @@ class VocabParallel(Backend):
 
     def _own_side(self, side: Side) -> Side:
         return side._replace(spec=self._own_spec(side.spec))
+
+    def above(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        levels: Tensor,
+        top: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the whole rows, the same on all ranks; ids are global."""
+        counts = torch.zeros_like(levels, dtype=torch.int64)
+        sums = None if top is None else torch.zeros_like(levels, dtype=torch.float64)
+        if spec.valid_vocab:
+            own = None if ids is None else ids - self.first_entry
+            counts, sums = above(self._inner, logits, self._own_spec(spec), levels, top, own)
+        return self.total(counts), None if sums is None else self.total(sums)
+
+    def total(self, x: Tensor) -> Tensor:
+        return sum_shards(gather(x.contiguous(), self.shards.group))
 
     def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> Tensor:
         """What this rank reports, (P, N): the inner backend's statistics; where it has no finite

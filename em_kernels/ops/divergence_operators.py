@@ -120,12 +120,12 @@ def _common(*dtypes: torch.dtype) -> torch.dtype:
 
 def _serve_pair(call: Any, x: Tensor, vocab: int, check: bool) -> tuple[Backend, RowSpec, RowSpec]:
     """The backend, and the specs of both rows."""
-    backend, spec = _serve(call.impl, x, vocab, call.spec, _shared_options(call), check)
+    backend, spec = _serve(call.impl, x, vocab, call.spec, (), _shared_options(call), check)
     rows = call.other.temperature_rows
     own = call.other._replace(temperature_rows=None if rows is None else rows.reshape(-1))
     other = own.beside(spec)
     if check:
-        _checked(other._replace(target=None), "other_")
+        _checked(other._replace(target=None), 1, "other_")
     return backend, spec, other
 
 

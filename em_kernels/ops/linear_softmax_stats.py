@@ -10,7 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from em_kernels.backends.choice import fusing_names
-from em_kernels.backends.interface import RowSpec, TokenStats, accumulate_dtype
+from em_kernels.backends.interface import (
+    ROW_OUTPUTS,
+    RowSpec,
+    TokenStats,
+    accumulate_dtype,
+    row_kernels_make,
+)
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
@@ -91,6 +97,8 @@ def linear_softmax_stats(
         _check_fused((hidden, weight, bias), given)
     spec = make_spec(hidden, weight.shape[0], target, given, bias)
     outputs = check_outputs(options, target)
+    if given["fuse_product"] and not row_kernels_make(outputs):
+        raise ValueError(f"outputs must be among {ROW_OUTPUTS} with fuse_product, got {outputs}")
     if is_exporting() and not given["fuse_product"]:
         product = product_arguments(given)
         rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *product))
@@ -116,6 +124,8 @@ def _source(
     )
     single = brings[0] if alone else None
     keep, fused = given["keep_logits"], given["fuse_product"]
+    if not row_kernels_make(outputs):
+        keep = 0  # their forward pass goes through whole rows
     return FromHidden(needs, *product_arguments(given), keep, fused, single, into)
 
 

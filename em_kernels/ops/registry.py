@@ -18,6 +18,7 @@ from torch import Tensor
 
 from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
+from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
     Backend,
     RowSpec,
@@ -25,6 +26,7 @@ from em_kernels.backends.interface import (
     Upstream,
     accumulate_dtype,
     as_rows,
+    flatten_rows,
     flatten_spec,
 )
 from em_kernels.backends.vocab_parallel import VocabParallel
@@ -58,7 +60,8 @@ _Rows = TypeVar("_Rows", Saved, Upstream)
 
 def _softmax_stats(call: SoftmaxStats) -> list[Tensor]:
     logits, outputs = call.logits, call.outputs
-    module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, (outputs,))
+    vocab = logits.shape[-1]
+    module, spec = _serve(call.impl, logits, vocab, call.spec, outputs, (outputs,))
     rows = module.stats(as_rows(logits), spec, tuple(outputs))
     return _shape_rows(rows, outputs, logits.shape[:-1])
 
@@ -67,7 +70,8 @@ def _softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
     logits = call.logits
     module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
     view, out = as_rows(logits), module.empty(logits.shape, logits.dtype, logits.device)
-    module.grad(view, spec, _flat(call.saved), _flat(call.upstream), out.view(view.shape))
+    saved, upstream = _flat(call.saved, logits), _flat(call.upstream, logits)
+    module.grad(view, spec, saved, upstream, out.view(view.shape))
     return [out]
 
 
@@ -92,17 +96,18 @@ def _loss_rows(
     """The per-row results, and the gradient: in `out`, else of the shape of the logits."""
     logits, outputs = call.logits, call.outputs
     vocab = logits.shape[-1]
-    module, spec = _serve(call.impl, logits, vocab, call.spec, (outputs,), loss_of=view)
+    module, spec = _serve(call.impl, logits, vocab, call.spec, outputs, (outputs,), loss_of=view)
     if out is None:
         out = module.empty(logits.shape, logits.dtype, logits.device)
-    rows = module.loss(view, spec, _flat(call.upstream), tuple(outputs), out.view(view.shape))
+    upstream = _flat(call.upstream, logits)
+    rows = module.loss(view, spec, upstream, tuple(outputs), out.view(view.shape))
     return _shape_rows(rows, outputs, logits.shape[:-1]), out
 
 
 def _linear_stats(call: LinearStats) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
     needs = call.needs if any(call.needs.inputs) else None
-    module, spec, linear = _serve_linear(call, (outputs,))
+    module, spec, linear = _serve_linear(call, outputs, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
     kept = [] if needs is None else [results.pop()]
@@ -112,7 +117,9 @@ def _linear_stats(call: LinearStats) -> list[Tensor]:
 def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
     module, x = fusing(hidden.device), hidden.reshape(-1, hidden.shape[-1])
-    rows = module.linear_stats(x, call.weight, _checked(call.spec), tuple(outputs))
+    rows = module.linear_stats(
+        x, call.weight, _checked(call.spec, hidden.dim() - 1), tuple(outputs)
+    )
     return _shape_rows(rows, outputs, hidden.shape[:-1])
 
 
@@ -129,8 +136,8 @@ def _linear_grad_into(call: LinearGradInto) -> None:
 
 def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) -> list[Tensor]:
     hidden, needs = call.hidden, call.needs
-    module, spec, linear = _serve_linear(call, (needs.hidden,), check=False)
-    saved, upstream = _flat(call.saved), _flat(call.upstream)
+    module, spec, linear = _serve_linear(call, (), (needs.hidden,), check=False)
+    saved, upstream = _flat(call.saved, hidden), _flat(call.upstream, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept, into)
     return _shape_grads(grads, needs, hidden)
@@ -138,8 +145,8 @@ def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) ->
 
 def _linear_loss(call: LinearLoss) -> list[Tensor]:
     hidden, outputs, needs = call.hidden, call.outputs, call.needs
-    module, spec, linear = _serve_linear(call, (outputs, needs.hidden))
-    upstream = _flat(call.upstream)
+    module, spec, linear = _serve_linear(call, outputs, (outputs, needs.hidden))
+    upstream = _flat(call.upstream, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.loss(linear, spec, upstream, tuple(outputs), needs, module)
     *rows, of_hidden, of_weight, of_bias = results
@@ -189,22 +196,29 @@ def _entropy_descent(call: EntropyDescent) -> list[Tensor]:
     return [torch.ops.aten._unsafe_view(z, logits.shape)]
 
 
-def _flat(rows: _Rows) -> _Rows:
-    """The same NamedTuple with each per-row tensor flattened to (N,)."""
-    flattened: Any = (None if t is None else t.reshape(-1).contiguous() for t in rows)
+def _flat(rows: _Rows, x: Tensor) -> _Rows:
+    """The same NamedTuple with each per-row tensor flattened to (N,); x is (..., D)."""
+    lead = x.dim() - 1
+    flattened: Any = (None if t is None else flatten_rows(t, lead) for t in rows)
     return type(rows)(*flattened)
 
 
 def _shape_rows(rows: list[Tensor], outputs: Sequence[str], shape: torch.Size) -> list[Tensor]:
-    """Give per-row results the leading shape; `is_top1` becomes bool.
+    """Give per-row results the leading shape, and those that are no numbers of kernels their dtype.
 
     A result is not a view, as autograd counts them: it can be changed in place.
     """
     names = (*Saved._fields, *outputs)
-    rows = [row > 0 if name == "is_top1" else row for name, row in zip(names, rows, strict=True)]
+    rows = [_as_result(name, row) for name, row in zip(names, rows, strict=True)]
     if len(shape) == 1:
         return rows
-    return [torch.ops.aten._unsafe_view(row, shape) for row in rows]
+    return [torch.ops.aten._unsafe_view(row, (*shape, *row.shape[1:])) for row in rows]
+
+
+def _as_result(name: str, row: Tensor) -> Tensor:
+    if name == "is_top1":
+        return row > 0
+    return row.nan_to_num(nan=-1).to(torch.int64) if name == "rank" else row
 
 
 def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
@@ -214,13 +228,14 @@ def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tens
 
 def _serve_linear(
     call: LinearStats | LinearGrad | LinearGradInto | LinearLoss,
+    outputs: Sequence[str],
     options: tuple[Any, ...],
     check: bool = True,
 ) -> tuple[Backend, RowSpec, Linear]:
     """`_serve`, and the product that makes the rows."""
     chunk, dtype = call.chunk_tokens, call.logits_dtype
     vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype)
-    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, options, check)
+    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, outputs, options, check)
     return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype)
 
 
@@ -229,6 +244,7 @@ def _serve(
     x: Tensor,
     vocab: int,
     spec: RowSpec,
+    outputs: Sequence[str] = (),
     options: tuple[Any, ...] = (),
     check: bool = True,
     loss_of: Tensor | None = None,
@@ -239,15 +255,24 @@ def _serve(
     the spec are those of this rank's shard, `vocab` its size, and `options` what all ranks must
     have been given alike.
     """
-    ready = _checked if check else flatten_spec
+    ready, lead = _checked if check else flatten_spec, x.dim() - 1
     if spec.group is None:
         kind = ("rows",) if loss_of is None else ("loss", _aligned(loss_of))
-        return backend(impl, x.device, *kind), ready(spec)
+        spec = ready(spec, lead)
+        return extended(backend(impl, x.device, *kind), spec, outputs), spec
     module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
     options = (module.name, x.dtype, *options)
-    shards = vocab_parallel.agree(flatten_spec(spec), vocab, x, options)
-    spec = ready(spec._replace(valid_vocab=shards.ends[-1]))
-    return VocabParallel(module, shards), spec._replace(valid_vocab=shards.size)
+    shards = vocab_parallel.agree(flatten_spec(spec, lead), vocab, x, options)
+    spec = ready(spec._replace(valid_vocab=shards.ends[-1]), lead)
+    spec = spec._replace(valid_vocab=shards.size)
+    return extended(VocabParallel(module, shards), spec, outputs), spec
+
+
+def extended(module: Backend, spec: RowSpec, outputs: Sequence[str]) -> Backend:
+    """The backend with what the spec and the outputs ask for beyond its own, around it."""
+    if "rank" in outputs:
+        module = ChosenIds(module)
+    return module
 
 
 def _aligned(x: Tensor) -> bool:
@@ -257,11 +282,11 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in steps)
 
 
-def _checked(spec: RowSpec, prefix: str = "") -> RowSpec:
+def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
     """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
     the kernels answer a target out of range or a non-positive temperature with NaN. `prefix` is
     that of the caller's names."""
-    spec = flatten_spec(spec)
+    spec = flatten_spec(spec, lead)
     if spec.target is not None and row_index.is_free_to_look(spec.target):
         _check_rows(
             (spec.target >= 0) & (spec.target < spec.valid_vocab),

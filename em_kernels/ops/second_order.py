@@ -20,6 +20,7 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    flatten_rows,
     flatten_spec,
     read_numbers,
     row_tensors,
@@ -36,8 +37,10 @@ def weighted_sum(inputs: tuple[Any, ...], spec: RowSpec, upstream: Upstream) -> 
     if spec.group is not None:
         grouped()
     x, weight, bias = inputs
-    x, spec = x.reshape(-1, x.shape[-1]), flatten_spec(read_numbers(spec))
-    rows = Upstream(*(None if g is None else g.reshape(-1) for g in upstream))
+    lead = x.dim() - 1
+    spec = flatten_spec(read_numbers(spec), lead)
+    x = x.reshape(-1, x.shape[-1])
+    rows = Upstream(*(None if g is None else flatten_rows(g, lead) for g in upstream))
     if spec.mask is not None:
         kept = spec.mask.nonzero()[:, 0]
         x, spec = x[kept], select_rows(spec._replace(mask=None), kept)

@@ -17,7 +17,7 @@ from helpers import error, same_bits
 
 from em_kernels import entropy_loss
 from em_kernels.backends.cpu import Cpu
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Upstream
 
 cpu = Cpu()
 LEVELS = cpu.isa_levels()
@@ -109,7 +109,7 @@ def test_bits_do_not_depend_on_threads_or_rows(isa, dtype, threads):
         out = torch.full_like(logits[:, part], math.nan)
         part_spec = spec._replace(target=spec.target[part])
         part_upstream = Upstream(*(g[part].clone() for g in upstream))
-        return [*cpu.loss(logits[:, part], part_spec, part_upstream, OUTPUTS, out), out[0]]
+        return [*cpu.loss(logits[:, part], part_spec, part_upstream, ROW_OUTPUTS, out), out[0]]
 
     threads(1)
     whole = run(slice(None))
@@ -149,7 +149,7 @@ def test_levels_agree():
     results = []
     for level in LEVELS:
         cpu.set_isa(level)
-        results.append(cpu.stats(logits, spec, OUTPUTS))
+        results.append(cpu.stats(logits, spec, ROW_OUTPUTS))
     cpu.set_isa(before)
     for rows in results[1:]:
         assert torch.equal(rows[0], results[0][0])

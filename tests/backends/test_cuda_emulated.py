@@ -20,7 +20,7 @@ from emulated_rows import (
 )
 from helpers import same_bits
 
-from em_kernels.backends.interface import OUTPUTS, accumulate_dtype
+from em_kernels.backends.interface import ROW_OUTPUTS, accumulate_dtype
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
@@ -96,9 +96,9 @@ def test_bits_of_the_general_kernels_do_not_depend_on_alignment(dtype, by):
     bias = torch.randn(vocab, dtype=accumulate_dtype(dtype))
     x, spec, upstream = make(1, vocab, dtype, bias=bias, temperature=0.7)
     cuda = emulated()
-    rows, out = loss(cuda, misaligned(x, 0), spec, upstream, outputs=OUTPUTS)
+    rows, out = loss(cuda, misaligned(x, 0), spec, upstream, outputs=ROW_OUTPUTS)
     other_out = misaligned(torch.full_like(x, NAN), (by * 5) % 8)
-    other, _ = loss(cuda, misaligned(x, by), spec, upstream, other_out, outputs=OUTPUTS)
+    other, _ = loss(cuda, misaligned(x, by), spec, upstream, other_out, outputs=ROW_OUTPUTS)
     assert all(same_bits(a, b) for a, b in zip(other, rows, strict=True))
     assert same_bits(other_out.contiguous(), out)
 

@@ -7,7 +7,7 @@ from cuda_emulator.load import COMPILER, H200, backend, library
 from emulated_rows import check_gradient, check_stats, gradient, loss, make
 from helpers import random_target, same_bits
 
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
@@ -16,7 +16,7 @@ pytestmark = [
 ALONE = {"multiprocessors": 0}  # every row is one block's
 OLD = {"compute_capability": 80}
 FLOAT = pytest.mark.parametrize("dtype", DTYPES[:2], ids=("float32", "bfloat16"))
-EACH_OUTPUTS = pytest.mark.parametrize("outputs", (FIRST_ORDER, OUTPUTS), ids=("first", "all"))
+EACH_OUTPUTS = pytest.mark.parametrize("outputs", (FIRST_ORDER, ROW_OUTPUTS), ids=("first", "all"))
 
 
 def plan(operation, vocab, dtype, rows=1, columns=(1, 1, 1), **limits):
@@ -132,8 +132,8 @@ def test_edge_rows_of_a_cluster(dtype, outputs):
     good = torch.tensor([0, 1, 2, 4])
     spec = spec._replace(target=spec.target[good], mask=None)
     check_stats([each[good] for each in shared], x[:, good], spec, outputs)
-    if outputs is OUTPUTS:
-        assert shared[3 + OUTPUTS.index("is_top1")][[2, 4]].tolist() == [1, 1]
+    if outputs is ROW_OUTPUTS:
+        assert shared[3 + ROW_OUTPUTS.index("is_top1")][[2, 4]].tolist() == [1, 1]
 
 
 @FLOAT
@@ -141,9 +141,9 @@ def test_transforms_of_a_shared_row(dtype):
     bias = torch.randn(90_001)
     for transform in ({"bias": bias}, {"softcap": 5.0, "logit_scale": -0.5, "temperature": 0.7}):
         x, spec, _ = make(1, 90_001, dtype, **transform)
-        shared = stats(x, spec, OUTPUTS)
-        check_same(stats(x, spec, OUTPUTS, **ALONE), shared)
-        check_stats(shared, x, spec, OUTPUTS)
+        shared = stats(x, spec, ROW_OUTPUTS)
+        check_same(stats(x, spec, ROW_OUTPUTS, **ALONE), shared)
+        check_stats(shared, x, spec, ROW_OUTPUTS)
 
 
 # The gradient

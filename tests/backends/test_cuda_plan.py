@@ -6,7 +6,7 @@ from cuda_emulator.load import COMPILER, H200, library
 from helpers import corners_and_sample
 
 from em_kernels.backends.cuda import DTYPES
-from em_kernels.backends.interface import OUTPUTS, Saved
+from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -256,7 +256,7 @@ def test_what_the_fast_sums_cannot_do_takes_the_general_kernels(change):
 def test_outputs_beyond_the_first_order_take_the_general_kernels():
     """Whatever is not named here does: also an output that is added later."""
     fast = {*Saved._fields, "logprob", "entropy", "lse", "max_prob"}
-    names = (*Saved._fields, *OUTPUTS)
+    names = (*Saved._fields, *ROW_OUTPUTS)
     assert plan("loss", columns=[name in fast for name in names]).plain
     for i, name in enumerate(names):
         columns = [each in Saved._fields or each == name for each in names]

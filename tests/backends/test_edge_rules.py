@@ -20,7 +20,7 @@ from helpers import (
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
 from em_kernels.backends.choice import backend
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream, as_rows
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Upstream, as_rows
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 VOCAB = 4500  # more than one block of any backend, and no multiple of anything
@@ -30,7 +30,7 @@ INF, NAN = math.inf, math.nan
 def run(impl, x, target=None, upstream=None, **kwargs):
     """({output: value}, gradient) of every output that the target allows."""
     x = x.detach().requires_grad_()
-    names = tuple(n for n in OUTPUTS if target is not None or n in truth(torch.zeros(1, 2)))
+    names = tuple(n for n in ROW_OUTPUTS if target is not None or n in truth(torch.zeros(1, 2)))
     stats = softmax_stats(x, target, outputs=names, impl=impl, **kwargs)._asdict()
     stats = {name: stats[name] for name in names}
     upstream = upstream or random_upstream(*x.shape[:-1], dtype=x.dtype, device=x.device)
@@ -64,7 +64,7 @@ def test_minus_inf_logits_are_as_if_they_were_not_there(impl, device, masked):
     expected = truth(kept, target)
     # A logit of -3e38 is finite, so it does count in the moments of the logits.
     moments = {"self_certainty", "logit_mean", "logit_var", "logit_skew"}
-    for name in set(OUTPUTS) - {"is_top1"} - (moments if masked == "lowest" else set()):
+    for name in set(ROW_OUTPUTS) - {"is_top1"} - (moments if masked == "lowest" else set()):
         assert error(stats[name], expected[name]) < 1e-4, name
     assert error(grad[:, ~gone], gradient(expected, upstream, kept)[0]) < 1e-5
     assert (grad[:, gone] == 0).all()

@@ -5,21 +5,21 @@ import math
 
 import pytest
 import torch
-from helpers import IMPLS, OUTPUTS, error, rows_of_entropy, truth
+from helpers import IMPLS, error, rows_of_entropy, truth
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_kernels.backends import reference, vocab_parallel
 from em_kernels.backends.choice import backend
-from em_kernels.backends.interface import RowSpec
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec
 from em_kernels.backends.merge import merge, parts_of
 from em_kernels.backends.reference import Reference
 
 INF = math.inf
 
 
-def parts_of_shards(logits, target, sizes, outputs=OUTPUTS):
+def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS):
     """({name: (K, N)}, the shard that has the target), as `VocabParallel` makes them."""
     names, shards, begin = parts_of(outputs), [], 0
     for size in sizes:
@@ -45,7 +45,7 @@ def parts_of_shards(logits, target, sizes, outputs=OUTPUTS):
     return dict(zip(names, torch.stack(shards).unbind(1))), owner
 
 
-def merged(logits, target, sizes, outputs=OUTPUTS):
+def merged(logits, target, sizes, outputs=ROW_OUTPUTS):
     rows = merge(*parts_of_shards(logits, target, sizes, outputs), outputs)
     return dict(zip(outputs, rows[3:]))
 
@@ -63,9 +63,9 @@ def test_any_cut_gives_the_whole(seed, sizes, excluded, scale):
     gone = torch.rand(6, vocab, generator=g) < excluded
     logits = logits.masked_fill(gone, -INF)  # rounded, so that maxima tie across shards
     target = torch.randint(0, vocab, (6,), generator=g)
-    whole = reference.stats(logits, RowSpec(target=target, valid_vocab=vocab), OUTPUTS)
+    whole = reference.stats(logits, RowSpec(target=target, valid_vocab=vocab), ROW_OUTPUTS)
     got = merged(logits, target, sizes)
-    for name, expected in zip(OUTPUTS, whole[3:]):
+    for name, expected in zip(ROW_OUTPUTS, whole[3:]):
         assert torch.equal(got[name].isnan(), expected.isnan()), name
         assert torch.equal(got[name].isinf(), expected.isinf()), name
         finite = expected.isfinite()
@@ -111,7 +111,7 @@ def test_order_decides_no_digit_of_a_row_that_is_far_from_certain():
     swapped = torch.cat([logits[:, 7:], logits[:, :7]], 1)
     a = merged(logits, target, (7, 5))
     b = merged(swapped, (target + 5) % 12, (5, 7))
-    for name in OUTPUTS:
+    for name in ROW_OUTPUTS:
         assert error(a[name], b[name]) < 1e-14, name
 
 

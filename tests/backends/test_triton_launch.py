@@ -14,7 +14,7 @@ import triton
 import triton_offline
 from triton_rows import DEVICE, DTYPES, NAMES, grad, plan_small_steps, stats, upstream
 
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Saved, Upstream
 from em_kernels.backends.triton import kernels, launch, linear
 from em_kernels.backends.triton.backend import Triton
 
@@ -46,7 +46,7 @@ def test_rows_beyond_two_to_the_31_elements(small_plan):
     logits.copy_(torch.randn(2, 1, 128))
     spec = RowSpec(target=torch.tensor([3, 4], device=DEVICE), valid_vocab=128)
     want, up = stats(logits.clone(), spec), upstream(logits)
-    got = dict(zip(NAMES, backend.stats(logits, spec, OUTPUTS)))
+    got = dict(zip(NAMES, backend.stats(logits, spec, ROW_OUTPUTS)))
     assert all(torch.equal(got[name], want[name]) for name in NAMES)
     dense = grad(logits.clone(), spec, up)
     assert torch.equal(grad(logits, spec, up, out=logits), dense)
@@ -66,8 +66,8 @@ def test_weights_beyond_two_to_the_31_elements(monkeypatch):
     )
     weight.copy_(torch.randn(3, 16))
     spec = RowSpec(target=torch.tensor([2, 0], device=DEVICE), valid_vocab=3)
-    got = linear.linear_stats(hidden, weight, spec, OUTPUTS)
-    want = linear.linear_stats(hidden, weight.clone(), spec, OUTPUTS)
+    got = linear.linear_stats(hidden, weight, spec, ROW_OUTPUTS)
+    want = linear.linear_stats(hidden, weight.clone(), spec, ROW_OUTPUTS)
     assert all(map(torch.equal, got, want))
 
 

@@ -12,7 +12,7 @@ from triton_rows import DEVICE, DTYPES, NAMES, ROUNDINGS, assert_close, double, 
 
 from em_kernels import linear_softmax_stats
 from em_kernels.backends import reference
-from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, RowSpec, accumulate_dtype
+from em_kernels.backends.interface import NEEDS_TARGET, ROW_OUTPUTS, RowSpec, accumulate_dtype
 from em_kernels.backends.triton import linear
 from em_kernels.backends.triton.tiles import assignment
 
@@ -66,14 +66,14 @@ def on_a_grid(x):
     return (8 * x).round() / 8
 
 
-def fused(hidden, weight, spec, outputs=OUTPUTS) -> dict:
+def fused(hidden, weight, spec, outputs=ROW_OUTPUTS) -> dict:
     rows = linear.linear_stats(hidden, weight, spec, outputs)
     return dict(zip(NAMES[: 3 if not outputs else None], rows))
 
 
 def truth(hidden, weight, spec) -> dict:
     logits = (hidden.double() @ weight.double().T)[None]
-    return dict(zip(NAMES, reference.stats(logits, double(spec), OUTPUTS)))
+    return dict(zip(NAMES, reference.stats(logits, double(spec), ROW_OUTPUTS)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,7 +274,7 @@ def test_one_output_needs_no_more_memory_than_its_own(monkeypatch):
     seen = []
     parts = linear._parts
     monkeypatch.setattr(linear, "_parts", lambda *args: seen.append(parts(*args)) or seen[-1])
-    for outputs in (("entropy",), ("is_top1",), ("collision",), ("logit_var",), OUTPUTS):
+    for outputs in (("entropy",), ("is_top1",), ("collision",), ("logit_var",), ROW_OUTPUTS):
         linear.linear_stats(hidden, weight, spec, outputs)
     assert [sum(p is not None for p in part) for part in seen] == [3, 4, 6, 7, 11]
     (shape,) = {p.shape for part in seen for p in part if p is not None}
@@ -299,7 +299,7 @@ def test_every_tile_is_assigned_once(sizes):
 
 
 def public(hidden, weight, target, **kwargs):
-    return linear_softmax_stats(hidden, weight, target, outputs=OUTPUTS, **kwargs)
+    return linear_softmax_stats(hidden, weight, target, outputs=ROW_OUTPUTS, **kwargs)
 
 
 def test_public_function_agrees_with_the_chunks():
@@ -309,7 +309,7 @@ def test_public_function_agrees_with_the_chunks():
     arguments["valid_vocab"] = V
     got = public(hidden, weight, spec.target, fuse_product=True, **arguments)
     want = public(hidden.double(), weight.double(), spec.target, impl="reference", **arguments)
-    for name in OUTPUTS:
+    for name in ROW_OUTPUTS:
         ours, theirs = getattr(got, name), getattr(want, name)
         assert ours.shape == (N,) and ours.is_floating_point() == (name != "is_top1")
         assert_close(ours, theirs.double(), 5e-6, name)
@@ -317,7 +317,7 @@ def test_public_function_agrees_with_the_chunks():
 
 def test_leading_shape_and_no_target():
     hidden, weight, _ = make(exact=True)
-    outputs = tuple(name for name in OUTPUTS if name not in NEEDS_TARGET)
+    outputs = tuple(name for name in ROW_OUTPUTS if name not in NEEDS_TARGET)
     cube = hidden[:18].view(2, 9, D)
     got = linear_softmax_stats(cube, weight, outputs=outputs, fuse_product=True)
     want = linear_softmax_stats(hidden[:18], weight, outputs=outputs, fuse_product=True)

@@ -18,7 +18,7 @@ from triton_rows import (
     upstream,
 )
 
-from em_kernels.backends.interface import OUTPUTS, Saved
+from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 from em_kernels.backends.triton import kernels, launch
 from em_kernels.backends.triton.backend import Triton
 
@@ -87,7 +87,7 @@ def test_every_end_of_the_valid_vocabulary(valid):
 def test_statistics_of_a_loss_over_its_logits(narrow):
     logits, spec = make(torch.float32, softcap=15.0)
     want = stats(logits, spec)
-    rows = backend.loss(logits, spec, upstream(logits), OUTPUTS, over(logits, narrow))
+    rows = backend.loss(logits, spec, upstream(logits), ROW_OUTPUTS, over(logits, narrow))
     for name, row in zip(NAMES, rows, strict=True):
         assert torch.equal(row, want[name]), name
 

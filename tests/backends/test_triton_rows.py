@@ -18,7 +18,7 @@ from triton_rows import (
     upstream,
 )
 
-from em_kernels.backends.interface import OUTPUTS, RowSpec
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec
 from em_kernels.backends.triton import launch
 from em_kernels.backends.triton.backend import Triton
 
@@ -96,7 +96,7 @@ def test_few_rows_are_shared_by_programs_to_the_same_bits(monkeypatch, dtype, op
     logits, spec = make(dtype, **OPTIONS[options])
     logits[0, 1, 5:140] = -math.inf
     mask = torch.tensor([True, True, False, True], device=DEVICE)
-    calls = [(spec, ("entropy", "logprob")), (spec._replace(mask=mask), OUTPUTS)]
+    calls = [(spec, ("entropy", "logprob")), (spec._replace(mask=mask), ROW_OUTPUTS)]
     want = [stats(logits, *call) for call in calls]
     made = watch(monkeypatch)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from em_kernels.backends import reference
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.triton import launch
 from em_kernels.backends.triton.backend import Triton
 
@@ -28,7 +28,7 @@ OPTIONS = {
 }
 VOCAB, VALID = 178, 169  # two steps of the small plan, a whole block and a part of one
 ROUNDINGS = 40  # of sums and of the exp of a GPU, whose argument is rounded: |d| 2^-24
-NAMES = (*Saved._fields, *OUTPUTS)
+NAMES = (*Saved._fields, *ROW_OUTPUTS)
 
 
 def plan_small_steps(vocab, dtype, capped=False, warp=32) -> launch.Plan:
@@ -59,7 +59,7 @@ def double(spec: RowSpec) -> RowSpec:
     )
 
 
-def true_stats(logits, spec, outputs=OUTPUTS) -> dict:
+def true_stats(logits, spec, outputs=ROW_OUTPUTS) -> dict:
     rows = reference.stats(logits.double(), double(spec), outputs)
     return dict(zip((*Saved._fields, *outputs), rows))
 
@@ -73,7 +73,7 @@ def true_grad(logits, spec, up) -> torch.Tensor:
     return out
 
 
-def stats(logits, spec, outputs=OUTPUTS) -> dict:
+def stats(logits, spec, outputs=ROW_OUTPUTS) -> dict:
     rows = backend.stats(logits, spec, outputs)
     return dict(zip((*Saved._fields, *outputs), rows, strict=True))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from em_kernels.backends import reference
 from em_kernels.backends.interface import (
     NEEDS_TARGET,
-    OUTPUTS,
+    ROW_OUTPUTS,
     RowSpec,
     Saved,
     Upstream,
@@ -53,7 +53,7 @@ def exact(values):
 
 def outputs_of(spec: RowSpec) -> tuple[str, ...]:
     """What can be asked for: with a target everything."""
-    return tuple(n for n in OUTPUTS if spec.target is not None or n not in NEEDS_TARGET)
+    return tuple(n for n in ROW_OUTPUTS if spec.target is not None or n not in NEEDS_TARGET)
 
 
 def true_rows(x: Tensor, spec: RowSpec, outputs: tuple[str, ...] | None = None) -> dict:

@@ -8,7 +8,7 @@ from helpers import random_logits, same_bits
 
 from contract.closeness import true_gradient
 from contract.subject import FIRST_ORDER, NAN, misaligned, pick, untouched
-from em_kernels.backends.interface import OUTPUTS
+from em_kernels.backends.interface import ROW_OUTPUTS
 
 
 class Memory:
@@ -82,6 +82,6 @@ class Memory:
     ):
         x, spec, _ = subject.make(2, self.LONG, dtype, temperature=temperature)
         together = subject.stats(x, spec)
-        for name in OUTPUTS:
+        for name in ROW_OUTPUTS:
             alone = subject.stats(x, spec, (name,))
             assert all(same_bits(row, together[key]) for key, row in alone.items()), name

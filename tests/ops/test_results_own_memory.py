@@ -18,7 +18,7 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
-from em_kernels.backends.interface import OUTPUTS
+from em_kernels.backends.interface import OUTPUTS, ROW_OUTPUTS
 from em_kernels.inference import AdaptiveTemperature, EntropyDescent
 
 VOCAB, DIM = 11, 7
@@ -170,7 +170,7 @@ def test_the_fused_product(mask):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, hidden, weight, target = inputs((2, 3), device)
     stats = linear_softmax_stats(
-        hidden, weight, target, outputs=OUTPUTS, mask=mask_of(mask, target), fuse_product=True
+        hidden, weight, target, outputs=ROW_OUTPUTS, mask=mask_of(mask, target), fuse_product=True
     )
     check_own(stats._asdict())
     change(stats.logprob)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from em_kernels.backends.interface import Backend, Descent, Goal, RowSpec, Saved, Upstream
-from em_kernels.backends.triton import control, launch, linear, presence, scale
+from em_kernels.backends.triton import above, control, launch, linear, presence, scale
 from em_kernels.backends.triton.elementary import INTERPRETED
 
 interpreted = bool(INTERPRETED.value)
@@ -18,6 +18,7 @@ class Triton(Backend):
 
     name = "triton"
     narrows = True
+    counts = True
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         return launch.stats(logits, spec, outputs)
@@ -51,6 +52,16 @@ class Triton(Backend):
 
     def count_present(self, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
         return presence.count_present(logits, spec, top)
+
+    def above(
+        self,
+        logits: Tensor,
+        spec: RowSpec,
+        levels: Tensor,
+        top: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return above.above(logits, spec, levels, top, ids)
 
     def find_temperature(self, logits: Tensor, goal: Goal) -> Tensor:
         return control.find_temperature(logits, goal)

@@ -8,7 +8,7 @@ lie; `rows`, the tensors of a RowSpec; `up`, those of an Upstream; `outs`, the r
 import triton
 import triton.language as tl
 
-from em_kernels.backends.interface import OUTPUTS, Saved
+from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 from em_kernels.backends.triton.elementary import exp, expm1, log1p
 from em_kernels.backends.triton.moments import (
     distance,
@@ -31,7 +31,7 @@ from em_kernels.backends.triton.reads import (
     whole_vectors,
 )
 
-RESULTS = tl.constexpr(len(Saved._fields) + len(OUTPUTS))
+RESULTS = tl.constexpr(len(Saved._fields) + len(ROW_OUTPUTS))
 
 
 @triton.jit

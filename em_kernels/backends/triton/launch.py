@@ -16,7 +16,7 @@ from triton.runtime import driver
 from em_kernels.backends.interface import (
     NEEDS_LOGIT_MOMENTS,
     NEEDS_SECOND_ORDER,
-    OUTPUTS,
+    ROW_OUTPUTS,
     RowSpec,
     Saved,
     Upstream,
@@ -88,9 +88,9 @@ class Rows(NamedTuple):
     temperature: Tensor | None
 
 
-_NAMES = (*Saved._fields, *OUTPUTS)
+_NAMES = (*Saved._fields, *ROW_OUTPUTS)
 Outs = namedtuple("Outs", _NAMES, defaults=[None] * len(_NAMES))  # type: ignore[misc]
-"""Where the results go, None where not asked for: Saved and then OUTPUTS."""
+"""Where the results go, None where not asked for: Saved and then ROW_OUTPUTS."""
 
 
 class How(NamedTuple):
