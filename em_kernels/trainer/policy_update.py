@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class PolicyUpdate:
     def __init__(self, run: Run, reference: SecondModel | None = None):
         self.run, self.config = run, cast(RLConfig, run.config)
         self.order = ProblemOrder(self.config, run.tokenizer)
-        self.reference = None if reference is None else run.beside(reference)
+        self.reference: Any = None if reference is None else run.beside(reference)
 
     def __call__(self, update: int, index: int, stage: Stage) -> dict:
         """Sample, reward, step; returns the metrics.
@@ -60,6 +60,8 @@ class PolicyUpdate:
         # sample group_size answers to each problem
         found = collect(run, self.order, objective, update)
         clock.sampled()
+        if objective == "ppl" and self.config.ppl_label == "sampler":
+            self._copy_policy()
         # reward them, and compare each with the others of its group
         tokens, before = self._read(found, objective)
         scores = self._score(objective, found, before, tokens.loss_mask)
@@ -104,9 +106,17 @@ class PolicyUpdate:
             outputs.append("self_certainty")
         before = self._statistics(self.run.strategy, tokens, tuple(outputs))
         reference = None
-        if self.reference is not None and self.config.exact_kl(objective) is None:
+        if self.config.ref_kl > 0 and self.config.exact_kl(objective) is None:
             reference = self._statistics(self.reference, tokens, ("logprob",))["logprob"]
         return tokens._replace(old_logprob=before["logprob"], ref_logprob=reference), before
+
+    @torch.no_grad()
+    def _copy_policy(self) -> None:
+        """The reference becomes the policy as it is now, which has drawn the answers."""
+        with self.run.strategy.full_model() as model:
+            pairs = zip(self.reference.model.parameters(), model.parameters(), strict=True)
+            for old, new in pairs:
+                old.copy_(new)
 
     def _statistics(self, strategy, tokens: Tokens, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         return read_statistics(self.run, strategy, tokens, outputs)

@@ -42,7 +42,8 @@ from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.schedule import WITHOUT_REWARDS, Stage, parse_schedule
 
-PPL_LABELS = ("pseudo", "none", "reference")
+WHOLE_LABELS = ("sampler", "reference")  # policies that are there, with all their probabilities
+PPL_LABELS = ("pseudo", "none", *WHOLE_LABELS)
 EXACT = "exact"  # the KL itself in place of an estimate of it
 OPD_WEIGHTS = ("none", "teacher_entropy")
 TEXT_REWARDS = ("verified", "majority", "empo", "l-grpo", "length", "random", "format")
@@ -202,8 +203,8 @@ class RLConfig(TrainConfig):
     alpha: float = rl_setting(1.0, "ppl: scale of the regret", check=positive)
     ppl_label: str = rl_setting(
         "pseudo",
-        "ppl: label of the segments; reference: the initial model, of which a copy is kept, as "
-        "their policy, with the exact KL from it at every token",
+        "ppl: label of the segments; with the exact KL at every token: sampler, the policy that "
+        "drew them, of which a copy is made in every update, or reference, the initial model",
         choices=PPL_LABELS,
     )
     teacher: str | None = rl_setting(
@@ -314,16 +315,16 @@ class RLConfig(TrainConfig):
 
     @property
     def reference_setting(self) -> str | None:
-        """The setting that a copy of the initial model is kept for, if there is one."""
+        """The setting that a copy of the model is kept for, if there is one."""
         if self.ref_kl > 0:
             return "ref_kl"
         labelled = any(self.exact_kl(stage.policy) for stage in self.stages if stage.policy)
         return "ppl_label" if labelled else None
 
     def exact_kl(self, objective: str) -> str | None:
-        """The divergence from the reference that the loss of an objective has exactly, if any."""
+        """The divergence from a second model that the loss of an objective has exactly, if any."""
         if objective == "ppl":
-            return "forward_kl" if self.ppl_label == "reference" else None
+            return "forward_kl" if self.ppl_label in WHOLE_LABELS else None
         return "reverse_kl" if self.ref_kl > 0 and self.kl_estimator == EXACT else None
 
     @property

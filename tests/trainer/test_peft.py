@@ -284,10 +284,16 @@ def test_sampling_uses_and_keeps_no_generation_settings_of_the_model(base, task)
     assert model.generation_config is kept
 
 
-def test_rl_with_a_reference_and_old_log_probabilities(base, tmp_path):
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_rl_with_a_reference_and_old_log_probabilities(estimator, base, tmp_path):
     """The adapter trains, the reference stays, and it shares the weights below the adapter."""
     config = rl_settings(
-        ref_kl=0.1, epochs=2, updates=3, output=str(tmp_path / "parts"), save_every=1
+        ref_kl=0.1,
+        kl_estimator=estimator,
+        epochs=2,
+        updates=3,
+        output=str(tmp_path / "parts"),
+        save_every=1,
     )
     model = adapted(base)
     reference = initial_model(config, model, Ranks())

@@ -19,6 +19,7 @@ RUNS = {
     "high_entropy": dict(objective="high_entropy", entropy_target=9.0),
     "ppl": dict(objective="ppl"),
     "ppl, reference": dict(objective="ppl", ppl_label="reference"),
+    "ppl, sampler": dict(objective="ppl", ppl_label="sampler", learning_rate=1e-3),
     "opd": dict(schedule="opd:1,em+opd", opd_weight="teacher_entropy", updates=2),
 }
 

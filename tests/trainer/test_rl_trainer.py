@@ -33,6 +33,7 @@ SETTINGS = {
 EXACT = {
     "grpo, exact KL": dict(objective="grpo", ref_kl=0.7, kl_estimator="exact"),
     "ppl, labelled by the reference": dict(SETTINGS["ppl"], objective="ppl", ppl_label="reference"),
+    "ppl, labelled by the sampler": dict(SETTINGS["ppl"], objective="ppl", ppl_label="sampler"),
 }
 
 
@@ -80,10 +81,10 @@ def plain_statistics(model, tokens):
     return (torch.where(tokens.loss_mask, x, 0) for x in (picked, entropy))
 
 
-def plain_exact_kl(model, tokens):
-    """(KL(p || p_ref), KL(p_ref || p)), p_ref that of the model before it was trained."""
+def plain_exact_kl(model, tokens, other):
+    """(KL(p || q), KL(q || p)), q the distributions of another model."""
     p = plain_log_softmax(model, tokens)
-    ref = plain_log_softmax(make_model(), tokens).detach()
+    ref = plain_log_softmax(other, tokens).detach()
     return (p.exp() * (p - ref)).sum(-1), (ref.exp() * (ref - p)).sum(-1)
 
 
@@ -94,7 +95,7 @@ def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
     low, high = (config.setting(n, name) for n in ("clip_low", "clip_high"))
     if name == "ppl":
         t = (mask.cumsum(1) - 1).clamp(min=0)
-        kl = exact[1] if config.ppl_label == "reference" else -logprob
+        kl = -logprob if config.ppl_label == "pseudo" else exact[1]
         regret = config.alpha * (config.gamma**t * (-logprob + t * kl) * mask).sum(1)
         regret = regret / mask.sum(1)
         return -logsigmoid(regret[1::2] - regret[0::2]).mean()
@@ -151,7 +152,7 @@ def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name,
             tokens = tokens._replace(old_logprob=logprob.detach())
         inputs = (logprob.detach(), entropy.detach(), tokens)
         selected = drawn.pop(0) if drawn else plain_selection(config, name, *inputs)
-        exact = plain_exact_kl(model, tokens)
+        exact = plain_exact_kl(model, tokens, make_model())
         loss = plain_loss(config, name, logprob, entropy, tokens, selected, exact)
         loss.backward()
         expected = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -160,6 +161,24 @@ def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name,
     assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-6)
     old = steps.tokens[1].old_logprob
     assert (logprob.detach() - old).abs().max() > 0.05  # it did move
+
+
+@pytest.mark.parametrize("label", ["sampler", "reference"])
+def test_the_label_is_the_policy_of_this_update_or_of_the_first(label, monkeypatch):
+    """In the second epoch of the second update."""
+    steps = Steps(monkeypatch)
+    changes = dict(ppl_label=label, updates=2, epochs=2, minibatches=1)
+    config = settings_of("ppl", **changes, learning_rate=3e-3)
+    run_rl(config)
+    models = [make_model() for _ in range(4)]
+    for model, weights in zip(models, steps.weights, strict=True):
+        model.load_state_dict(weights)
+    pi, model, tokens = models[2 if label == "sampler" else 0], models[3], steps.tokens[3]
+    logprob, entropy = plain_statistics(model, tokens)
+    exact = plain_exact_kl(model, tokens, pi)
+    plain_loss(config, "ppl", logprob, entropy, tokens, None, exact).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (steps.gradients[3] - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_the_exact_kl_is_written_down_and_the_penalty_holds_the_policy_near():
@@ -315,6 +334,7 @@ RESUMED = {
     "target": dict(objective="entropy_bonus", entropy_target=9.0, entropy_step=0.1),
     "reference": dict(ref_kl=0.3),
     "exact": dict(ref_kl=0.3, kl_estimator="exact"),
+    "sampler": dict(schedule="ppl:3,grpo", ppl_label="sampler"),
     "stages": dict(schedule="em:1,grpo++:2@1e-3,kl_cov", reward="random"),
 }
 
