@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from em_kernels.backends.vocab_parallel import gather
 from em_kernels.objectives._inputs import masked
 from em_kernels.objectives.aggregation import aggregation_weight
-from em_kernels.ops.arguments import check_floating, count_mask
+from em_kernels.ops.arguments import check_floating, check_number, count_mask
 
 
 def opd_weight(
-    mask: Tensor, teacher_entropy: Tensor | None = None, *, mode: str = "token_mean"
+    mask: Tensor,
+    teacher_entropy: Tensor | None = None,
+    *,
+    mode: str = "token_mean",
+    denominator: float | Tensor | None = None,
+    mean_entropy: float | Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The weights w of L = sum_t w_t D(p_t, q_t) over answers that the student p sampled.
 
@@ -26,11 +37,15 @@ def opd_weight(
     the tokens stays that of the first. Where the teacher is sure of every token, it is the first.
 
     Args:
-        mask: (..., T) bool or numeric, tokens where it is non-zero count. Of the whole update:
-            the mean is over all its tokens, whatever the micro-batches.
+        mask: (..., T) bool or numeric, tokens where it is non-zero count. Of the whole update, so
+            that sums and mean are over all its tokens; of a micro-batch, give `denominator` and
+            `mean_entropy`.
         teacher_entropy: (..., T) H(q_t), nats, without gradient; None leaves the weights equal.
             NaN where the mask is 0 is ignored.
-        mode: of `aggregate_loss`.
+        mode, denominator, segment_ids, token_group: as in `aggregate_loss`; the mean is over the
+            tokens of all ranks of the group.
+        mean_entropy: mean H of the whole update, nats, >= 0, a number or 0-d tensor; None takes it
+            from `teacher_entropy`.
 
     Returns:
         (..., T) float32, 0 where the mask is 0.
@@ -47,10 +62,30 @@ def opd_weight(
     reverse KL where the teacher's entropy is high.
     """
     counted = count_mask(mask)
-    weight = aggregation_weight(counted, mode=mode)
-    if teacher_entropy is not None:
-        check_floating("teacher_entropy", teacher_entropy, counted)
-        entropy = masked(teacher_entropy.detach(), counted, torch.float64)
-        mean = entropy.sum() / counted.sum().clamp(min=1)
-        weight = weight * torch.where(mean > 0, entropy / mean, 1.0)
-    return weight.float()
+    whose: dict[str, Any] = dict(segment_ids=segment_ids, token_group=token_group)
+    weight = aggregation_weight(counted, mode=mode, denominator=denominator, **whose)
+    if teacher_entropy is None:
+        return weight.float()
+    check_floating("teacher_entropy", teacher_entropy, counted)
+    counted = counted & (weight != 0)
+    entropy = masked(teacher_entropy.detach(), counted, torch.float64)
+    if mean_entropy is None:
+        mean_entropy = _mean(entropy, counted, token_group)
+    _check_mean(mean_entropy)
+    mean = torch.as_tensor(mean_entropy, dtype=torch.float64, device=entropy.device)
+    return (weight * torch.where(mean > 0, entropy / mean, 1.0)).float()
+
+
+def _mean(entropy: Tensor, counted: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Over the tokens of all ranks."""
+    total = torch.stack([entropy.sum(), counted.sum().double()])
+    if group is not None:
+        total = gather(total, group).sum(0)
+    return total[0] / total[1].clamp(min=1)
+
+
+def _check_mean(mean: float | Tensor) -> None:
+    if not isinstance(mean, Tensor):
+        check_number("mean_entropy", mean, lambda v: v >= 0, "at least 0")
+    elif mean.dim() != 0:
+        raise ValueError(f"mean_entropy must be a number or 0-d, got shape {tuple(mean.shape)}")

@@ -20,7 +20,8 @@ from em_kernels.trainer.strategy import SingleProcessStrategy
 
 
 class DistillationUpdate(EntropyUpdate):
-    """The answers of the student, and at every token of them its divergence from the teacher.
+    """The answers of the student, and at every token its divergence from the teacher, both at
+    `loss_temperature`.
 
     Metrics besides those of entropy minimisation: divergence and teacher_entropy, means over the
     tokens that carry weight, whichever (nats). `loss` is the weighted mean of the divergence, and

@@ -64,8 +64,9 @@ def train(
             forward pass, e.g. logprob_weight = -A / n for a policy gradient of advantages A. It
             is not written down: pass it again to resume. Not used by stages with rewards. Every
             rank calls it on all the answers.
-        teacher: of the objective opd, a causal language model of the same vocabulary; None loads
-            `config.teacher`. It is only read, and not written down: pass it again to resume.
+        teacher: of the objective opd, a causal language model of the same vocabulary, or (model,
+            tokenizer), which makes sure of that; None loads `config.teacher`. It is only read, and
+            not written down: pass it again to resume.
         on_step: called after each update with its metrics and the model in eval mode; entries of
             a dict it returns are added to the metrics. It cannot disturb the run's random state.
             Of several ranks, the first calls it, with the whole model.

@@ -31,7 +31,7 @@ def second_models(config: TrainConfig, model, teacher, ranks: Ranks) -> dict[str
 
     Args:
         model: as passed to `train`, before anything trains it.
-        teacher: the same; None loads `config.teacher`.
+        teacher: the same, or it and its tokenizer; None loads `config.teacher`.
 
     Raises:
         ValueError: `train` was called without a model or teacher that it needs, or with one that
@@ -41,7 +41,7 @@ def second_models(config: TrainConfig, model, teacher, ranks: Ranks) -> dict[str
     found: dict[str, SecondModel] = {}
     if teacher is not None and not (isinstance(config, RLConfig) and config.has_opd):
         raise ValueError("teacher is for the objective 'opd', got one for another: leave it out")
-    if teacher is not None and teacher is model:
+    if model is not None and model in _pair(teacher):
         raise ValueError("teacher must be another model than the one that is trained, got the same")
     if not isinstance(config, RLConfig):
         return found
@@ -72,25 +72,34 @@ def initial_model(config: RLConfig, model, ranks: Ranks):
     return _frozen(copy.deepcopy(model, shared))
 
 
-def _teacher(config: RLConfig, teacher) -> SecondModel:
+def _teacher(config: RLConfig, passed) -> SecondModel:
     """The teacher that is passed, else the one that is named, in the dtype of the run."""
-    if teacher is not None and config.teacher is not None:
+    if passed is not None and config.teacher is not None:
         raise ValueError(f"teacher must be passed or named, got both (named {config.teacher!r})")
-    if teacher is None and config.teacher is None:
+    if passed is None and config.teacher is None:
         raise ValueError(
             "teacher must be given for 'opd': a model folder or a hub name, or a model passed to "
             "train, got None"
         )
-    tokenizer = None
-    if teacher is None:
+    model, tokenizer = _pair(passed)
+    if passed is None:
         dtype = getattr(torch, config.dtype)
-        teacher, tokenizer = load_model(str(config.teacher), config.device, dtype)
-        _frozen(teacher)
+        model, tokenizer = load_model(str(config.teacher), config.device, dtype)
+        _frozen(model)
     try:
-        check_causal(teacher, read_head(teacher), [0, 1, 1, 0])
+        check_causal(model, read_head(model), [0, 1, 1, 0])
     except ModelError as error:
         raise ModelError(f"teacher: {error}") from error
-    return SecondModel(teacher, tokenizer, "teacher")
+    return SecondModel(model, tokenizer, "teacher")
+
+
+def _pair(teacher) -> tuple:
+    """(model, tokenizer or None) of what `train` is passed."""
+    if not isinstance(teacher, tuple):
+        return teacher, None
+    if len(teacher) != 2:
+        raise ValueError(f"teacher must be a model or (model, tokenizer), got {len(teacher)} items")
+    return teacher
 
 
 def _frozen(model):
@@ -117,7 +126,8 @@ def check_vocabulary(other: SecondModel, head: Head, tokenizer) -> None:
         )
     rows, used = len(read_head(other.model).weight), 1 + max(own.values())
     if rows < used or (theirs is None and rows != len(head.weight)):
+        remedy = "; where heads are padded, pass (model, tokenizer)" if theirs is None else ""
         raise ValueError(
             f"{wanted}, got a head of {rows} rows against {len(head.weight)}, of which the "
-            f"tokenizer uses {used}"
+            f"tokenizer uses {used}{remedy}"
         )

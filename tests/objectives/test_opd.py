@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from em_kernels.objectives import aggregation_weight, opd_weight
+from em_kernels.objectives import aggregation_denominator, aggregation_weight, opd_weight
 from em_kernels.ops.divergence import linear_divergence_loss
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
@@ -32,6 +33,37 @@ def test_entropies_that_are_all_the_same_change_nothing(mode):
         torch.testing.assert_close(
             opd_weight(MASK, torch.full((3, 4), value), mode=mode), plain, rtol=1e-6, atol=0
         )
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean"])
+def test_weights_of_micro_batches_are_those_of_the_whole(mode):
+    whole = opd_weight(MASK, ENTROPY, mode=mode)
+    of = dict(denominator=aggregation_denominator(MASK, mode=mode), mean_entropy=2.0)
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = opd_weight(MASK[rows], ENTROPY[rows], mode=mode, **of)
+        torch.testing.assert_close(part, whole[rows])
+    packed = opd_weight(
+        MASK.reshape(-1),
+        ENTROPY.reshape(-1),
+        mode=mode,
+        segment_ids=torch.arange(3).repeat_interleave(4),
+    )
+    torch.testing.assert_close(packed.view(3, 4), whole)
+
+
+def of_one_rank(rank, folder):
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    rows = slice(0, 1) if rank == 0 else slice(1, 3)
+    weight = opd_weight(MASK[rows], ENTROPY[rows], token_group=dist.group.WORLD)
+    torch.save(weight, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_have_one_mean(tmp_path):
+    torch.multiprocessing.spawn(of_one_rank, (tmp_path,), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat(parts), opd_weight(MASK, ENTROPY))
 
 
 def test_no_token_and_no_gradient():
@@ -79,6 +111,8 @@ def test_the_loss_is_the_weighted_divergence_and_its_parts_add_up(kind):
         (lambda: opd_weight(MASK, ENTROPY[:1]), ValueError, "teacher_entropy must have shape"),
         (lambda: opd_weight(MASK, MASK), TypeError, "teacher_entropy must be floating point"),
         (lambda: opd_weight(MASK, mode="mean"), ValueError, "mode must be one of"),
+        (lambda: opd_weight(MASK, ENTROPY, mean_entropy=-1), ValueError, "mean_entropy must be"),
+        (lambda: opd_weight(MASK, ENTROPY, mean_entropy=ENTROPY), ValueError, "mean_entropy must"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

@@ -179,10 +179,8 @@ def test_heads_may_be_padded_to_different_sizes(larger, monkeypatch):
     with torch.no_grad():  # what pads is never drawn
         student.lm_head.weight[len(WORDS) :] = 0
     start = {name: value.clone() for name, value in student.state_dict().items()}
-    monkeypatch.setattr("em_kernels.trainer.second_model.load_model", lambda *_: pair)
-    pair = (teacher, make_tokenizer())
-    config = opd(teacher="named", top_k=1, repetition_penalty=1.0)
-    (line,) = run_rl(config, student).metrics
+    config = opd(top_k=1, repetition_penalty=1.0)
+    (line,) = run_rl(config, student, teacher=(teacher, make_tokenizer())).metrics
     (tokens,) = steps.tokens
     student.load_state_dict(start)
     both = (log_probabilities(m, tokens, 1)[..., : len(WORDS)] for m in (student, teacher))
@@ -191,7 +189,7 @@ def test_heads_may_be_padded_to_different_sizes(larger, monkeypatch):
     assert line["divergence"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
+def test_what_does_not_fit_is_named(tmp_path):
     teacher = make_model(5)
     with pytest.raises(ValueError, match="teacher must be given for 'opd': a model folder or"):
         run_rl(opd())
@@ -209,16 +207,22 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
         run_rl(opd(teacher=str(tmp_path / "nothing")))
     other = make_tokenizer()
     other.add_tokens(["new"])
-    monkeypatch.setattr("em_kernels.trainer.second_model.load_model", lambda *_: (teacher, other))
     message = "teacher: .* must have the vocabulary of the model, got 27 tokens against 26, of wh"
     with pytest.raises(ValueError, match=message):
-        run_rl(opd(teacher="named", output=str(tmp_path / "run")))
+        run_rl(opd(output=str(tmp_path / "run")), teacher=(teacher, other))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"teacher must be a model or \(model, tokenizer\), got 1"):
+        run_rl(opd(), teacher=(teacher,))
+    with pytest.raises(ModelError, match=r"teacher: .* has no language-model head"):
+        run_rl(opd(), teacher=teacher.model)
 
 
-def test_a_token_that_the_teacher_does_not_know_is_named(monkeypatch):
+def test_a_token_that_the_teacher_does_not_know_is_named():
     student = make_model(vocab_size=len(WORDS) + 400)
-    monkeypatch.setattr("em_kernels.trainer.second_model.load_model", lambda *_: pair)
-    pair = (make_model(5), make_tokenizer())
     with pytest.raises(ValueError, match=r"teacher: the student drew the token .* with 26 tokens"):
-        run_rl(opd(teacher="named"), student)
+        run_rl(opd(), student, teacher=(make_model(5), make_tokenizer()))
+
+
+def test_a_run_may_watch_the_skewness_of_the_logits():
+    lines = run_rl(opd(stop_skew=1e6, updates=2), teacher=make_model(5)).metrics
+    assert all(line["logit_skew"] != 0 for line in lines)
