@@ -13,7 +13,7 @@ from em_kernels.ops.reductions import check_integers
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import GatherAlike
 
-LAYOUTS = {"contiguous": 1, "zigzag": 2}  # how many chunks of a row a rank has
+LAYOUTS = {"contiguous": 1, "zigzag": 2, "packed_zigzag": 1}  # in how many chunks a part comes
 
 
 def segment_ids_from_cu_seqlens(
@@ -100,13 +100,16 @@ def next_token_targets(
         segment_ids: (..., T) integers, this rank's part; equal in the parts of one sequence.
         ignore_index: what stands where there is no target.
         context_group: torch.distributed process group over whose ranks the rows are cut, the
-            leading shape the same on each. The first tokens of the parts travel, and whoever is
-            called differently is an error on every rank, which waits for the device.
+            leading shape the same on each. First tokens of the parts travel (all of them for
+            "packed_zigzag"); being called differently is an error on every rank, and comparing
+            that waits for the device.
         layout: which part is whose. "contiguous": rank r of W has the r-th part, of any length from
             1 on. "zigzag": the row is cut in 2 W equal chunks and rank r has the chunks r and
             2 W - 1 - r one after the other, as Megatron-LM and PyTorch's context_parallel balance
-            their load over whole rows. For any other cut (Transformer Engine's of each packed
-            sequence by itself), shift the labels first and cut them as the ids.
+            their load over whole rows. "packed_zigzag": each sequence by itself is cut so, as
+            Transformer Engine cuts packed ones (its "thd" format): `segment_ids` say where it is,
+            padding that belongs to its chunks having its id. For any other cut, shift the labels
+            first and cut them as the ids.
 
     Returns:
         (..., T) int64, a `target` for the functions of em_kernels.
@@ -120,49 +123,95 @@ def next_token_targets(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     group = check_group(context_group, "context_group")
-    rows = [ids.long()]
+    chunks = _check_layout(layout, ids, segment_ids, group is not None)
+    tensors, values = [ids.long()], [ignore_index]
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids)
         check_shape("segment_ids", segment_ids, ids)
-        rows.append(segment_ids.long())
-    chunks = _check_layout(layout, ids, group is not None)
-    parts = torch.stack(rows).unflatten(-1, (chunks, ids.shape[-1] // chunks))
+        tensors, values = [*tensors, segment_ids.long()], [*values, PADDING]
+    rows = torch.stack(tensors)
+    end = torch.stack([rows.new_full((*ids.shape[:-1], 1), value) for value in values])
+    if layout == "packed_zigzag":
+        following = _following_in_sequences(rows, end, context_group)
+    else:
+        following = _following_in_rows(rows, end, context_group, layout, chunks)
+    if segment_ids is None:
+        return following[0].clone()
+    known = (rows[1] == following[1]) & (rows[1] > PADDING)
+    return torch.where(known, following[0], ignore_index)
+
+
+def _following_in_rows(
+    rows: Tensor, end: Tensor, group: dist.ProcessGroup | None, layout: str, chunks: int
+) -> Tensor:
+    """What follows each entry of `rows` (k, ..., T), `end` (k, ..., 1) the last of all."""
+    parts: Tensor = rows.unflatten(-1, (chunks, rows.shape[-1] // chunks))
     following = parts.roll(-1, -1)
     if following.numel():
-        values = (ignore_index, PADDING)[: len(rows)]
-        shape = (*ids.shape[:-1], 1)
-        end = torch.stack([parts.new_full(shape, value) for value in values])
-        following[..., -1] = _following_chunks(parts[..., 0], end, context_group, layout)
-    target: Tensor
-    target, *segments = following.flatten(-2)
-    if segment_ids is None:
-        return target.clone()
-    known = (rows[1] == segments[0]) & (rows[1] > PADDING)
-    return torch.where(known, target, ignore_index)
+        rank, every = _gathered(parts[..., 0], group, layout)
+        ranks = range(len(every))
+        own = [[r] if layout == "contiguous" else [r, 2 * len(every) - 1 - r] for r in ranks]
+        places = sorted((chunk, r, at) for r in ranks for at, chunk in enumerate(own[r]))
+        first = torch.cat([torch.stack([every[r, ..., at] for _, r, at in places], -1), end], -1)
+        # Of all of them: torch.compile leaves out a collective whose result this rank has no use
+        # for, and the others would wait for it.
+        low, high = own[rank][0], own[rank][-1]
+        wanted = torch.arange(low + 1, high + 2, max(high - low, 1), device=rows.device)
+        following[..., -1] = first.index_select(-1, wanted)
+    return following.flatten(-2)
 
 
-def _following_chunks(
-    first: Tensor, end: Tensor, group: dist.ProcessGroup | None, layout: str
-) -> Tensor:
-    """The first entries of the chunk after each of this rank's, (k, ..., chunks) as `first`."""
-    world, rank, every = 1, 0, first[None]
-    if group is not None:
-        world, rank = dist.get_world_size(group), dist.get_rank(group)
-        (every,) = call(GatherAlike(first, group.group_name, layout))
-    numbers = [[r] if layout == "contiguous" else [r, 2 * world - 1 - r] for r in range(world)]
-    places = sorted((n, r, at) for r, own in enumerate(numbers) for at, n in enumerate(own))
-    row = torch.cat([torch.stack([every[r, ..., at] for _, r, at in places], -1), end], -1)
-    # Of all of them: torch.compile leaves out a collective whose result this rank has no use for,
-    # and the others would wait for it.
-    low, *_, high = [numbers[rank][0], *numbers[rank]]
-    wanted = torch.arange(low + 1, high + 2, max(high - low, 1), device=row.device)
-    return row.index_select(-1, wanted)
+def _following_in_sequences(rows: Tensor, end: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`_following_in_rows` where this rank r has the chunks r and 2 W - 1 - r of each sequence.
+
+    All ranks have the same places for them. From the end of the first chunk it goes on with that of
+    rank r + 1, or here on the last rank; from the end of the second with that of rank r - 1.
+    """
+    segments = rows[1]
+    place = torch.arange(rows.shape[-1], device=rows.device).expand(segments.shape)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[..., 1:] = segments.diff(dim=-1) != 0
+    start = torch.where(begins, place, 0).cummax(-1).values
+    ends = torch.ones_like(begins)
+    ends[..., :-1] = begins[..., 1:]
+    stop = torch.where(ends, place, rows.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    length = stop + 1 - start
+    _check_even(length, segments)
+    middle = start + length // 2
+    rank, every = _gathered(rows, group, "packed_zigzag")
+    following = rows.roll(-1, -1)
+    if rank + 1 < len(every):
+        first = every[rank + 1].gather(-1, start.expand(rows.shape))
+        following = torch.where(place == middle - 1, first, following)
+    second = every[rank - 1].gather(-1, middle.expand(rows.shape)) if rank else end
+    return torch.where(place == stop, second, following)
 
 
-def _check_layout(layout: str, ids: Tensor, is_cut: bool) -> int:
+def _gathered(x: Tensor, group: dist.ProcessGroup | None, layout: str) -> tuple[int, Tensor]:
+    """(this rank, the tensors of all ranks)."""
+    if group is None:
+        return 0, x[None]
+    (every,) = call(GatherAlike(x, group.group_name, layout))
+    return dist.get_rank(group), every
+
+
+def _check_even(length: Tensor, segments: Tensor) -> None:
+    """On a GPU, to spare a synchronisation, nothing is checked."""
+    if has_values(length) and is_free_to_look(length):
+        odd = (length % 2 > 0) & (segments > PADDING)
+        if odd.any():
+            raise ValueError(
+                "segment_ids must have an even number of tokens of each sequence, two chunks, in "
+                f'layout "packed_zigzag", got {int(length[odd][0])} of id {int(segments[odd][0])}'
+            )
+
+
+def _check_layout(layout: str, ids: Tensor, segment_ids: Tensor | None, is_cut: bool) -> int:
     """How many chunks of each row `ids` has."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
+    if layout == "packed_zigzag" and segment_ids is None:
+        raise ValueError(f"segment_ids must be given for layout {layout!r}, got None")
     chunks = LAYOUTS[layout]
     if ids.dim() == 0:
         raise ValueError("ids must be (..., T), got shape ()")

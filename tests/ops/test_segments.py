@@ -159,8 +159,10 @@ def test_targets_end_with_their_segment():
     got = next_token_targets(LABELS.int(), IDS.int(), ignore_index=-1)
     assert got.tolist() == want and got.dtype == torch.int64
     assert next_token_targets(LABELS.view(1, 11)).tolist() == [[*range(21, 31), -100]]
-    even = LABELS[:8].view(2, 4)
+    even, segments = LABELS[:8].view(2, 4), torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2]])
     assert torch.equal(next_token_targets(even, layout="zigzag"), next_token_targets(even))
+    whole = next_token_targets(even, segments)
+    assert torch.equal(next_token_targets(even, segments, layout="packed_zigzag"), whole)
     assert next_token_targets(LABELS[:0]).shape == (0,)
 
 
@@ -211,6 +213,16 @@ THREE = torch.zeros(3, dtype=torch.int64)
         (lambda: next_token_targets(THREE, THREE[:2]), ValueError, "segment_ids must have shape"),
         (lambda: next_token_targets(THREE, layout="ring"), ValueError, "layout must be one of"),
         (lambda: next_token_targets(THREE, layout="zigzag"), ValueError, "two equal chunks"),
+        (
+            lambda: next_token_targets(THREE, layout="packed_zigzag"),
+            ValueError,
+            "segment_ids must be given for layout 'packed_zigzag'",
+        ),
+        (
+            lambda: next_token_targets(THREE, THREE + 4, layout="packed_zigzag"),
+            ValueError,
+            "segment_ids must have an even number .* got 3 of id 4",
+        ),
         (lambda: next_token_targets(THREE, context_group=2), TypeError, "context_group must be"),
         (lambda: next_token_targets(THREE, ignore_index=None), TypeError, "ignore_index must be"),
     ],

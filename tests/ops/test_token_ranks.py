@@ -105,6 +105,25 @@ def recipe(part, group, head_group=None, rows=slice(None), layout="contiguous", 
 ZIGZAG = (torch.cat([torch.arange(4), torch.arange(12, 16)]), torch.arange(4, 12))
 
 
+def by_sequence(world=2):
+    """The places of each rank's tokens where every sequence is cut by itself; the padding too."""
+    places = [[] for _ in range(world)]
+    for start, stop in ((0, 4), (4, 12), (12, 16)):
+        chunks = torch.arange(start, stop).chunk(2 * world)
+        for rank in range(world):
+            places[rank] += [chunks[rank], chunks[2 * world - 1 - rank]]
+    return [torch.cat(own) for own in places]
+
+
+def of_packed_zigzag():
+    """Sequences of 4 and 8 tokens, and 4 of padding."""
+    own = by_sequence()[dist.get_rank()]
+    segments = torch.tensor([6] * 4 + [2] * 8 + [-1] * 4)
+    options = dict(context_group=dist.group.WORLD, layout="packed_zigzag")
+    rows = torch.arange(32).view(2, 16)
+    return next_token_targets(rows[:, own], segments[own].expand(2, -1), **options)
+
+
 def of_zigzag():
     return recipe(slice(None), dist.group.WORLD, layout="zigzag", order=ZIGZAG[dist.get_rank()])
 
@@ -138,6 +157,12 @@ def errors():
         lambda: next_token_targets(ids, ids if rank else None, context_group=world),
         lambda: next_token_targets(ids, layout=("zigzag", "contiguous")[rank], context_group=world),
         lambda: next_token_targets(ids[:, :0], context_group=world),
+        lambda: next_token_targets(
+            ids[:, : 2 * rank + 2],
+            ids[:, : 2 * rank + 2],
+            context_group=world,
+            layout="packed_zigzag",
+        ),
     ]
     said = []
     for call in calls:
@@ -210,6 +235,7 @@ CASES = {
     },
     "recipe|contiguous": lambda: recipe(mine(6), dist.group.WORLD),
     "recipe|zigzag": of_zigzag,
+    "packed zigzag": of_packed_zigzag,
     "targets|contiguous": lambda: targets(ROWS, SEGMENTS, 5),
     "targets|a cut within": lambda: targets(ROWS, SEGMENTS, 7),
     "targets|no segments": lambda: targets(ROWS, None, 7, ignore_index=-1),
@@ -297,6 +323,13 @@ def test_targets_across_a_cut(ranks, name):
     assert torch.equal(torch.cat(ranks[name], -1), rows)
 
 
+def test_targets_where_every_sequence_is_cut_by_itself(ranks):
+    want = torch.arange(32).view(2, 16) + 1
+    want[:, [3, 11, 12, 13, 14, 15]] = -100
+    got = torch.cat(ranks["packed zigzag"], -1)[:, torch.cat(by_sequence()).argsort()]
+    assert torch.equal(got, want)
+
+
 def test_ddp_averages_what_was_multiplied_by_the_ranks(ranks):
     hidden, _ = draw()
     torch.manual_seed(8)
@@ -307,7 +340,13 @@ def test_ddp_averages_what_was_multiplied_by_the_ranks(ranks):
 
 
 def test_ranks_that_were_called_differently_get_an_error(ranks):
-    words = ("token_group.*reduction", "token_group.*segment_ids", *["context_group"] * 3, "ids")
+    words = (
+        "token_group.*reduction",
+        "token_group.*segment_ids",
+        *["context_group"] * 3,
+        "ids",
+        "context_group",
+    )
     for said in ranks["errors"]:
         assert isinstance(said, list), said
         for text, word in zip(said, words, strict=True):
