@@ -173,6 +173,12 @@ def checks(group):
     wrapped = type("Reloadable", (), {"group": group})()
     again, _ = slime.calculate_log_probs_and_entropy(flat, tokens, wrapped)
     assert torch.equal(again, logprob)
+    half = own.bfloat16().detach().requires_grad_()
+    loss = megatron.vocab_parallel_cross_entropy(half, target, tp_group=group)
+    same = megatron.vocab_parallel_cross_entropy(half.detach().float(), target, tp_group=group)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), same, rtol=1e-6, atol=1e-6)
+    assert torch.autograd.grad(loss.sum(), half)[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="vocab_start_index and vocab_end_index"):
         nemo_rl.DistributedLogprob.apply(own, target, 0, VOCAB, group)
     with pytest.raises(ValueError, match="target must have the leading shape"):
