@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from em_kernels.analysis.forks import first_texts
+from em_kernels.analysis.forks import SHOWN_TEXTS, first_texts
 from em_kernels.analysis.shift import check_same
 from em_kernels.analysis.tokens import DIVERGENCES, TokenFile
 from em_kernels.lm.settings import fraction
@@ -32,7 +32,7 @@ def drift(before: TokenFile, after: TokenFile, tokenizer, *, ratio: float = 0.2)
 
     Returns:
         A dict: the measures, the bins, a histogram of both KLs, the tokens with the largest
-        KL(p || q), and the first texts.
+        KL(p || q), and the texts that hold the first of these.
 
     Raises:
         ValueError: a bad ratio, files of other tokens, no base or no finite number.
@@ -47,6 +47,9 @@ def drift(before: TokenFile, after: TokenFile, tokenizer, *, ratio: float = 0.2)
         raise ValueError(f"{after.path} has no token with a finite divergence")
     entropy = read.values[0, fine]
     found = dict(zip(DIVERGENCES, read.values[2:, fine]))
+    moved = _moved(read, fine, after, tokenizer)
+    keys = list(dict.fromkeys(row["key"] for row in moved))[:SHOWN_TEXTS]
+    texts = (stats for stats in after if stats.key in keys)
     tau = float(np.quantile(entropy, 1 - ratio))
     return {
         "kind": "drift",
@@ -60,8 +63,8 @@ def drift(before: TokenFile, after: TokenFile, tokenizer, *, ratio: float = 0.2)
         "measures": {name: _measure(d, entropy >= tau) for name, d in found.items()},
         "bins": _bins(entropy, found),
         "histogram": _histogram(found),
-        "moved": _moved(read, fine, after, tokenizer),
-        "texts": first_texts(after, tokenizer, "kl_to_base"),
+        "moved": moved,
+        "texts": first_texts(texts, tokenizer, "kl_to_base"),
     }
 
 

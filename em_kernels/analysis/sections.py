@@ -24,6 +24,7 @@ FIRST = (
 )
 UNITS = {
     "mean_entropy": "nats per token",
+    **dict.fromkeys(("divergence", "teacher_entropy", "ref_kl"), "nats per token"),
     "response_length": "tokens",
     "response_tokens": "tokens",
     "truncated": "share of answers",
@@ -151,7 +152,7 @@ def drift(result: dict) -> Section:
 
 
 def _coloured(result: dict, name: str, words: str, top: float) -> Part:
-    """The first texts, coloured by the numbers that are called `name`."""
+    """The texts of a result, coloured by the numbers that are called `name`."""
     passages = [
         Passage(
             text["key"],

@@ -156,7 +156,7 @@ def moved_table(result: dict) -> Table:
         "token": lambda row: repr(row["token"]),
         "H before": of("entropy_before", figures),
         "H after": of("entropy_after", figures),
-        **{head: of(name, figures) for name, head in MEASURES.items()},
+        **{MEASURES[name]: of(name, figures) for name in ("kl_to_base", "kl_from_base")},
         "text": lambda row: f"{row['key']}, token {row['position'] + 1}",
     }
     rows = result["moved"][:SHOWN_ROWS]

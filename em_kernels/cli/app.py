@@ -92,9 +92,9 @@ def _add_train(commands) -> None:
     """The options are the settings of TrainConfig and RLConfig; one that is not given stays out."""
     parser = commands.add_parser(
         "train",
-        help="one-shot entropy minimisation, or reinforcement learning by name",
+        help="one-shot entropy minimisation, or reinforcement learning by name, or distillation",
         description="Minimise the entropy of a model's answers to one prompt, without labels; or, "
-        "with --objective, train it on problems by GRPO and its kin.",
+        "with --objective, train it on problems by GRPO and its kin, or toward a teacher (opd).",
     )
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, with its settings"

@@ -129,6 +129,15 @@ def test_drift_by_hand(tmp_path):
     assert result["texts"][0]["kl_to_base"] == [0, 2, 1]
 
 
+def test_the_texts_with_the_tokens_that_moved_most_are_shown(tmp_path):
+    zeros = dict(kl_from_base=[0.0], js_to_base=[0.0], entropy=[0.0], ids=[WORDS.index("1")])
+    texts = [dict(zeros, kl_to_base=[float(i == 7 or i == 8)]) for i in range(30)]
+    before = by_hand(tmp_path / "before.jsonl", texts)
+    after = by_hand(tmp_path / "after.jsonl", texts, base={"model": "by hand"})
+    shown = [text["key"] for text in drift(before, after, make_tokenizer())["texts"]]
+    assert {"7", "8"} < set(shown) and len(shown) == 6
+
+
 def test_entropies_that_are_all_the_same_are_one_bin(tmp_path):
     files = files_by_hand(tmp_path, [1.5] * 5, [0.0, 2.0, 1.0, 6.0, 1.0])
     result = drift(*files, make_tokenizer())
