@@ -387,6 +387,20 @@ def linear_loss_into(share, impl):
     return same, {"d bias": (head.bias.grad, 0), "d weight": (into, 0)}
 
 
+def linear_with_lora(share, impl):
+    head, target = draw_head(share)
+    a, b = torch.randn(2, 8).requires_grad_(), share.part(torch.randn(VOCAB, 2), 0)
+    common = dict(bias=head.bias, lora=(a, b, 0.5), group=share.group, impl=impl, chunk_tokens=4)
+    stats = linear_softmax_stats(head.hidden, head.weight, target, **common)
+    result = linear_token_loss(
+        head.hidden, head.weight, target, entropy_weight=torch.rand(2, 9), **common
+    )
+    values = {"logprob": stats.logprob, "entropy": stats.entropy, "loss": result.loss}
+    upstream = {**draw_upstream(2, 9), "loss": torch.tensor(2.0)}
+    parts = {"weight": (head.weight, 0), "bias": (head.bias, 0), "b": (b, 0)}
+    return with_gradients(values, upstream, parts, {"hidden": head.hidden, "a": a})
+
+
 def deferred_linear_loss(frozen=(), **options):
     """As on a GPU: 5 rows of 16-bit gradient, and float32 logits of 2 of them at a time."""
     loss = linear_loss_of(torch.bfloat16, frozen, chunk_tokens=5, **options)
@@ -501,6 +515,7 @@ CASES = {
     "linear loss, deferred, frozen weight": deferred_linear_loss(("weight",)),
     "linear loss, frozen weight": linear_loss_of(torch.float32, ("weight",)),
     "linear loss, frozen hidden": linear_loss_of(torch.float32, ("hidden",)),
+    "linear, lora": linear_with_lora,
     "linear loss, a bfloat16 head, into float32": linear_loss_into,
     "linear loss, frozen": linear_loss_of(torch.float32, ("hidden", "weight", "bias")),
     "entropy loss, token_mean": entropy_loss_by("token_mean"),

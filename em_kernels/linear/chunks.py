@@ -35,7 +35,7 @@ from em_kernels.backends.interface import (
     select_rows,
 )
 from em_kernels.backends.row_index import kept_rows
-from em_kernels.linear import products, vocab_blocks, vocab_forward
+from em_kernels.linear import vocab_blocks, vocab_forward
 from em_kernels.linear.chunking import LOGIT_BYTES, column_blocks, row_stride
 from em_kernels.linear.gradients import ChunkGradients
 from em_kernels.linear.half import ready_dtype
@@ -48,6 +48,7 @@ class Chunk(NamedTuple):
 
     rows: Tensor | slice
     x: Tensor  # (R, D), the hidden rows
+    low: Tensor | None  # (R, r), of the low-rank part
     logits: Tensor  # (S, V), of some of the rows at a time
     gradient: Tensor  # (R, V), beside the logits or over them
     blocks: list[slice]  # of the vocabulary, one product for each; none where logits are there
@@ -56,12 +57,13 @@ class Chunk(NamedTuple):
         self, linear: Linear, spec: RowSpec
     ) -> Iterator[tuple[Tensor | slice, Tensor, RowSpec, Tensor]]:
         """(rows, their logits, their spec, where their gradient goes), S rows at a time."""
-        weight, count = linear.weight[: spec.valid_vocab], self.x.shape[0]
+        count = self.x.shape[0]
         for start in range(0, count, self.logits.shape[0]):
             own = slice(start, min(start + self.logits.shape[0], count))
             logits = self.logits[: own.stop - start]
             for columns in self.blocks:
-                products.multiply(self.x[own], weight[columns], logits[:, columns])
+                low = None if self.low is None else self.low[own]
+                linear.multiply(self.x[own], low, columns, logits[:, columns])
             rows = pick_rows(self.rows, own)
             yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
@@ -108,7 +110,8 @@ def grad(
     into: Tensor | None = None,
 ) -> list[Tensor]:
     """[dX, dW, db] (empty where not needed) from per-row upstream gradients; three products, or two
-    for rows whose logits are in `kept`, which stays as it is. With `into` dW is added to that."""
+    for rows whose logits are in `kept`, which stays as it is. With `into` dW is added to that. The
+    gradients of a low-rank part follow."""
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
     if rows.chunking.blocks > 1:
@@ -119,7 +122,7 @@ def grad(
             part_saved = Saved(*(s[part] for s in saved))
             weights = pick(sums.upstream, part)
             backend.grad(logits[None], row_spec, part_saved, weights, out[None])
-        sums.add(chunk.rows, chunk.x, chunk.gradient)
+        sums.add(chunk.rows, chunk.x, chunk.gradient, chunk.low)
     return sums.finish()
 
 
@@ -138,6 +141,7 @@ def loss(
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     frozen = needs == Needs(hidden=True) and vocab_forward.has_single_source(upstream)
+    frozen = frozen and linear.low.x is None
     rows = Rows.counted(linear, index, backend, needs, in_parts=frozen)
     if rows.in_parts:
         forward = vocab_forward.Pass.over(linear, spec, backend, rows)
@@ -148,7 +152,7 @@ def loss(
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             weights = pick(sums.upstream, part)
             _put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
-        sums.add(chunk.rows, chunk.x, chunk.gradient)
+        sums.add(chunk.rows, chunk.x, chunk.gradient, chunk.low)
     return [*results, *sums.finish()]
 
 
@@ -200,13 +204,13 @@ def _chunks(
         gradient = room_for_gradient(logits, hidden.dtype, backend)
     for own in rows.spans():
         part = rows.at(own)
-        x = hidden[part]
-        if spec.mask is not None:
-            x = torch.where(spec.mask[part, None], x, 0)
+        x, mask = hidden[part], None if spec.mask is None else spec.mask[part]
+        if mask is not None:
+            x = torch.where(mask[:, None], x, 0)
         room, unread = logits, blocks
         if kept is not None and own.stop <= held:
             room, unread = kept[own, :vocab], [] if again else blocks
-        yield Chunk(part, x, room, gradient[: x.shape[0]], unread)
+        yield Chunk(part, x, linear.low_rows(part, mask), room, gradient[: x.shape[0]], unread)
 
 
 def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from em_kernels.backends.interface import Backend, RowSpec, Upstream, accumulate
 from em_kernels.linear import products
 from em_kernels.linear.columns import BLOCK, kept_columns
 from em_kernels.linear.half import rows_scale, scale_rows, unscaled
+from em_kernels.linear.low_rank import LowRankSums
 from em_kernels.linear.plan import Linear, Needs, Rows, pick_rows
 
 
@@ -47,6 +48,7 @@ class Gradients:
         self.scale = rows_scale(self.upstream, self.spec, self.rows.index, linear.hidden.dtype)
         self.upstream = scale_rows(self.upstream, self.scale)
         self.wide = accumulate_dtype(linear.hidden.dtype)
+        self.low_sums = LowRankSums(linear.low, self.backend)
         size = linear.weight.shape[0] if self.needs.bias else 0
         self.bias = torch.zeros(size, dtype=self.wide, device=linear.weight.device)
 
@@ -62,6 +64,9 @@ class Gradients:
     def finished_bias(self) -> Tensor:
         like = self.linear.weight if self.spec.bias is None else self.spec.bias
         return unscaled(self.bias, self.scale).to(self.result(like.dtype))
+
+    def finished_low(self) -> list[Tensor]:
+        return self.low_sums.finish(self.scale, self.spec.mask, self.result)
 
     def clear_masked(self, hidden: Tensor) -> None:
         """In place of 0 times an inf of the weight."""
@@ -92,10 +97,14 @@ class ChunkGradients(Gradients):
         self.weight = self.backend.empty(self.weight_shape(), dtype, weight.device)
         self.weight[spec.valid_vocab if rows.count and not self.started else 0 :] = 0
 
-    def add(self, rows: Tensor | slice, x: Tensor, gradient: Tensor) -> None:
-        """Those of a chunk: its rows, their hidden states and the gradient of their logits."""
+    def add(
+        self, rows: Tensor | slice, x: Tensor, gradient: Tensor, low: Tensor | None = None
+    ) -> None:
+        """Those of a chunk: its rows, their hidden states, the gradient of their logits, and their
+        low-rank part."""
         valid, kept = self.spec.valid_vocab, None
         self.add_bias(slice(0, valid), gradient)
+        self.low_sums.add(rows, slice(0, valid), low, gradient)
         if self.filter_eps is not None:
             kept = kept_columns(gradient, pick(self.upstream, rows), self.filter_eps)
         if kept is None:
@@ -141,7 +150,7 @@ class ChunkGradients(Gradients):
 
     def finish(self) -> list[Tensor]:
         self.clear_masked(self.hidden)
-        return [self.hidden, self._rounded(), self.finished_bias()]
+        return [self.hidden, self._rounded(), self.finished_bias(), *self.finished_low()]
 
     def _rounded(self) -> Tensor:
         """dW in the dtype that is asked for; to 16 bits in one pass, from `rounded` on if given."""
@@ -162,6 +171,7 @@ class BlockGradients(Gradients):
         super().__post_init__()
         linear, spec, needs = self.linear, self.spec, self.needs
         self.x = self.rows.operand(linear, spec.mask)
+        self.low = self.rows.low(linear, spec.mask)
         make = torch.empty if spec.valid_vocab else torch.zeros
         shape = tuple(self.x.shape) if needs.hidden else (0,)
         self.hidden = make(shape, dtype=self.wide, device=linear.hidden.device)
@@ -174,6 +184,8 @@ class BlockGradients(Gradients):
     def add(self, own: slice, columns: slice, gradient: Tensor) -> None:
         """Those of the rows `own`, which come after all before them."""
         self.add_bias(columns, gradient)
+        if self.low is not None:
+            self.low_sums.add(self.rows.at(own), columns, self.low[own], gradient)
         if self.needs.hidden:
             weight, add = self.linear.weight[columns], columns.start > 0
             products.accumulate(self.hidden[own], gradient.T, weight, add, self.backend)
@@ -197,7 +209,8 @@ class BlockGradients(Gradients):
         hidden = unscaled(self.hidden, self.scale)
         self.clear_masked(hidden)
         spread = self._spread(hidden) if self.needs.hidden else hidden
-        return [spread, self.weight.to(self.linear.weight.dtype), self.finished_bias()]
+        weight = self.weight.to(self.linear.weight.dtype)
+        return [spread, weight, self.finished_bias(), *self.finished_low()]
 
     def _spread(self, hidden: Tensor) -> Tensor:
         """dX of all rows, 0 where one was left out."""

@@ -22,6 +22,7 @@ from em_kernels.linear.chunking import (
     spare_rows,
     workspace_bytes,
 )
+from em_kernels.linear.low_rank import LowRank, add_logits
 from em_kernels.linear.workspace import narrows
 
 
@@ -58,14 +59,33 @@ class Linear(NamedTuple):
     weight: Tensor  # (V, D), be it of another
     chunk_tokens: int | None
     logits_dtype: torch.dtype
+    low: LowRank = LowRank()
 
     @classmethod
     def of(
-        cls, hidden: Tensor, weight: Tensor, chunk: int | None, dtype: torch.dtype | None
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        chunk: int | None,
+        dtype: torch.dtype | None,
+        low: LowRank = LowRank(),  # noqa: B008  # it cannot be changed
     ) -> Linear:
         """Flatten the leading dimensions and fill in the dtype of the logits."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden))
+        return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden), low.flat())
+
+    def multiply(self, x: Tensor, low: Tensor | None, columns: slice, out: Tensor) -> None:
+        """The logits of rows `x`, whose low-rank part is `low`, in some columns."""
+        products.multiply(x, self.weight[columns], out)
+        if low is not None and self.low.weight is not None:
+            add_logits(low, self.low.weight[columns], out)
+
+    def low_rows(self, rows: Tensor | slice, mask: Tensor | None) -> Tensor | None:
+        """Those of the low-rank part, 0 where `mask`, of the same rows, leaves one out."""
+        if self.low.x is None:
+            return None
+        x = self.low.x[rows]
+        return x if mask is None else torch.where(mask[:, None], x, 0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,10 @@ class Rows:
         if mask is not None:
             return torch.where(mask[:, None], hidden, 0)
         return hidden if self.index is None else hidden[self.index]
+
+    def low(self, linear: Linear, mask: Tensor | None) -> Tensor | None:
+        """The same of the low-rank part."""
+        return linear.low_rows(slice(None) if self.index is None else self.index, mask)
 
     @property
     def in_parts(self) -> bool:

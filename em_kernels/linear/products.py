@@ -91,7 +91,7 @@ def accumulate(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, backend
         else:
             torch.mm(grad_logits.T, x, out=total)
     elif is_gpu(x) and total.dtype == torch.float32 and x.dtype.itemsize == 2:
-        _accumulate_on_gpu(total, grad_logits, x, add)
+        accumulate_on_gpu(total, grad_logits, x, add)
     elif is_gpu(x) or not backend.add_product(total, grad_logits, x, add):
         if x.dtype == torch.float16:
             x = x.to(total.dtype)
@@ -129,7 +129,7 @@ def _multiply_wide(out: Tensor, grad_logits: Tensor, x: Tensor, backend: Backend
         mm_of_casts(grad_logits.T, x, out)
 
 
-def _accumulate_on_gpu(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> None:
+def accumulate_on_gpu(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> None:
     """One trip of `total` through memory, or, where products cannot add to it, one more in pieces.
 
     In neither case is anything rounded to 16 bits on the way.

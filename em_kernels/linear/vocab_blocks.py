@@ -22,7 +22,6 @@ from em_kernels.backends.interface import (
     spec_of_slice,
     upstream_of_slice,
 )
-from em_kernels.linear import products
 from em_kernels.linear.chunking import column_blocks, width_of
 from em_kernels.linear.gradients import BlockGradients
 from em_kernels.linear.plan import Linear, Needs, Rows
@@ -55,7 +54,8 @@ def grad(
             logits = rows.kept_logits(kept, own, columns)
             if logits is None:
                 logits = room.logits(out)
-                products.multiply(sums.x[own], linear.weight[columns], logits)
+                low = None if sums.low is None else sums.low[own]
+                linear.multiply(sums.x[own], low, columns, logits)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
             written = out if room.narrow else room.logits(out)
             backend.local.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])

@@ -53,10 +53,12 @@ class Pass(NamedTuple):
     backend: Backend
     rows: Rows
     x: Tensor  # the hidden rows that are counted
+    low: Tensor | None  # and those of the low-rank part
 
     @classmethod
     def over(cls, linear: Linear, spec: RowSpec, backend: Backend, rows: Rows) -> Pass:
-        return cls(linear, spec, backend, rows, rows.operand(linear, spec.mask))
+        low = rows.low(linear, spec.mask)
+        return cls(linear, spec, backend, rows, rows.operand(linear, spec.mask), low)
 
     def blocks(
         self, own: slice, outputs: tuple[str, ...], kept: Tensor | None = None
@@ -64,6 +66,7 @@ class Pass(NamedTuple):
         """The blocks of a chunk in turn, those `kept` has no room for all in the same memory."""
         linear, chunking, backend = self.linear, self.rows.chunking, self.backend
         count, x = own.stop - own.start, self.x[own]
+        low = None if self.low is None else self.low[own]
         picked, parts = select_rows(self.spec, self.rows.at(own)), backend.new_parts(count)
         blocks = column_blocks(self.spec.valid_vocab, chunking.blocks, chunking.tile)
         widest, room = max(map(width_of, blocks)), None
@@ -73,7 +76,7 @@ class Pass(NamedTuple):
                 if room is None:
                     room = BlockMemory(backend, count, widest, linear.logits_dtype, x)
                 logits = room.matrix(count, width_of(columns))
-            products.multiply(x, linear.weight[columns], logits)
+            linear.multiply(x, low, columns, logits)
             bias = None if self.spec.bias is None else self.spec.bias[columns]
             spec = picked._replace(bias=bias, valid_vocab=width_of(columns))
             values = backend.part_stats(logits[None], spec, outputs, parts, columns.start)

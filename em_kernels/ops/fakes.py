@@ -49,10 +49,13 @@ def _fake_grads(
     hidden, weight, bias = call.hidden, call.weight, call.spec.bias
     inputs = (hidden, weight, weight if bias is None else bias)
     sizes = (hidden.shape, weight.shape, weight.shape[:1])
-    return [
+    made = [
         x.new_empty(size if need else 0, dtype=result(x.dtype))
         for x, size, need in zip(inputs, sizes, call.needs.inputs, strict=True)
     ]
+    pairs = zip(call.low[:2], call.low[2:], strict=True)
+    low = [(x, need) for x, need in pairs if x is not None]
+    return made + [x.new_empty(x.shape if need else 0, dtype=result(x.dtype)) for x, need in low]
 
 
 def softmax_stats(call: SoftmaxStats) -> list[Tensor]:
@@ -96,7 +99,7 @@ def entropy_descent(call: EntropyDescent) -> list[Tensor]:
 
 def linear_stats(call: LinearStats) -> list[Tensor]:
     rows = empty_rows(call.hidden, call.outputs)
-    if any(call.needs.inputs):
+    if any((*call.needs.inputs, *call.low[2:])):
         linear = Linear.of(call.hidden, call.weight, call.chunk_tokens, call.logits_dtype)
         shape = kept_shape(linear, call.keep_logits)
         rows.append(call.hidden.new_empty(shape, dtype=linear.logits_dtype))

@@ -12,8 +12,8 @@ from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import ScaleInplace, arguments, flat, nothing, unflat
 from em_kernels.ops.second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
-from em_kernels.ops.sources import Gradients, Source
-from em_kernels.ops.statistics import results_of
+from em_kernels.ops.sources import NO_LOW, Gradients, Low, Source
+from em_kernels.ops.statistics import gradients_of, results_of
 
 
 def all_outputs(outputs: Sequence[str], weights: Upstream) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def _finish(
     impl: str,
     results: tuple[Tensor, ...],
     grads: Gradients,
-    inputs: tuple[Any, Any, Any],
+    inputs: tuple[Any, ...],
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """(loss, *outputs, empty): all but the loss without gradient; `grads`, `scale` times those in
@@ -87,9 +87,13 @@ def scaled(grad: Tensor, upstream: Tensor, impl: str) -> Tensor:
 
 
 def remember(
-    inputs: tuple[Tensor | None, ...], spec: RowSpec, weights: Upstream, dtype: torch.dtype
+    inputs: tuple[Tensor | None, ...],
+    spec: RowSpec,
+    weights: Upstream,
+    dtype: torch.dtype,
+    low: Low = NO_LOW,
 ) -> Memory | None:
-    return None if torch.compiler.is_compiling() else Memory(inputs, spec, weights, dtype)
+    return None if torch.compiler.is_compiling() else Memory(inputs, spec, weights, dtype, low)
 
 
 def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,6 +128,7 @@ class Call(NamedTuple):
     outputs: Sequence[str]
     source: Source
     memory: Memory | None
+    low: Low = NO_LOW
 
 
 def loss(call: Call) -> tuple[Tensor, ...]:
@@ -138,15 +143,12 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, weight, spec, weights, outputs, source, ctx.memory = unflat(Call, args)
+        x, weight, spec, weights, outputs, source, ctx.memory, low = unflat(Call, args)
         names = all_outputs(outputs, weights)
-        rows, grads, scale = source.loss(x, weight, spec, weights, names)
+        rows, grads, scale = source.loss(x, weight, spec, weights, names, low)
         results = with_loss(outputs, names, rows, weights)
-        return _finish(ctx, source.impl, results, grads, (x, weight, spec.bias), scale)
+        return _finish(ctx, source.impl, results, grads, (x, weight, spec.bias, *low), scale)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        of_x, of_weight, of_bias = _gradients(ctx, upstream)
-        none: Any = nothing(Call)
-        found = none._replace(x=of_x, weight=of_weight, spec=none.spec._replace(bias=of_bias))
-        return tuple(flat(found))
+        return gradients_of(nothing(Call), _gradients(ctx, upstream))

@@ -18,6 +18,7 @@ from em_kernels.backends.interface import (
     row_kernels_make,
 )
 from em_kernels.backends.row_index import is_exporting
+from em_kernels.linear.low_rank import LowRank
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.arguments import (
     check_accumulate_into,
@@ -32,13 +33,15 @@ from em_kernels.ops.arguments import (
     product_dtype_of,
 )
 from em_kernels.ops.dtensor import local_operands
+from em_kernels.ops.lora import low_part
 from em_kernels.ops.options import DEFAULTS, LinearStatsOptions, takes_options
 from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats
-from em_kernels.ops.sources import FromHidden, Into, copy_to_ranks
+from em_kernels.ops.sources import FromHidden, Into, Low, copy_to_ranks
 from em_kernels.ops.statistics import (
     Call,
     differentiable_outputs,
+    low_needs,
     pack_stats,
     statistics,
     wanted_gradients,
@@ -90,6 +93,7 @@ def linear_softmax_stats(
     check_entropy_requires_grad(given["entropy_requires_grad"])
     whole = weight
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
+    own = hidden
     hidden, weight = product_operands(hidden, weight, bias, given)
     into = sum_of(given, whole, weight)
     check_keep_logits(given["keep_logits"])
@@ -100,12 +104,15 @@ def linear_softmax_stats(
     if given["fuse_product"] and not row_kernels_make(outputs):
         raise ValueError(f"outputs must be among {ROW_OUTPUTS} with fuse_product, got {outputs}")
     if is_exporting() and not given["fuse_product"]:
+        low = LowRank(*low_part(own, weight, given))
         product = product_arguments(given)
-        rows: Sequence[Tensor] = record(LinearStats(hidden, weight, spec, outputs, *product))
+        call = LinearStats(hidden, weight, spec, outputs, *product, low=low)
+        rows: Sequence[Tensor] = record(call)
     else:
+        low_rank = low_part(own, weight, given, spec.group)
         hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
-        source = _source(hidden, weight, spec, outputs, given, into)
-        rows = statistics(Call(hidden, weight, spec, outputs, source))
+        source = _source(hidden, weight, spec, outputs, given, into, low_rank)
+        rows = statistics(Call(hidden, weight, spec, outputs, source, low_rank))
     return pack_stats(outputs, rows, given["entropy_requires_grad"])
 
 
@@ -116,17 +123,19 @@ def _source(
     outputs: tuple[str, ...],
     given: dict[str, Any],
     into: Into | None,
+    low: Low,
 ) -> FromHidden:
     brings = differentiable_outputs(outputs, given["entropy_requires_grad"])
     needs = needs_of(brings, hidden, weight, spec, given)
     alone = (
         needs.inputs == (True, False, False) and len(brings) == 1 and given["filter_eps"] is None
-    )
+    ) and low.x is None
     single = brings[0] if alone else None
     keep, fused = given["keep_logits"], given["fuse_product"]
     if not row_kernels_make(outputs):
         keep = 0  # their forward pass goes through whole rows
-    return FromHidden(needs, *product_arguments(given), keep, fused, single, into)
+    product, of_low = product_arguments(given), low_needs(brings, low)
+    return FromHidden(needs, *product, keep, fused, single, into, of_low)
 
 
 def sum_of(given: Mapping[str, Any], weight: Tensor, local: Tensor) -> Into | None:
@@ -191,6 +200,7 @@ def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[s
     wide = accumulate_dtype(hidden.dtype)
     allowed = {
         "group": (None,),
+        "lora": (None,),
         "chunk_tokens": (None,),
         "logits_dtype": (None, wide),
         "impl": ("auto", *fusing_names()),

@@ -50,11 +50,15 @@ class SumOptions(TypedDict, total=False):
     accumulate_into: Tensor | None
 
 
-class ChunkOptions(RowOptions, ProductOptions, SumOptions, total=False):
+class HeadOptions(TypedDict, total=False):
+    lora: tuple[Tensor, Tensor, float] | None
+
+
+class ChunkOptions(RowOptions, ProductOptions, HeadOptions, SumOptions, total=False):
     pass
 
 
-class CovarianceOptions(LogitOptions, ProductOptions, total=False):
+class CovarianceOptions(LogitOptions, ProductOptions, HeadOptions, total=False):
     keep_logits: int | None
     fuse_product: bool
     entropy_requires_grad: bool
@@ -70,7 +74,7 @@ class EntropyOptions(LogitOptions, total=False):
     inplace: bool
 
 
-class LinearEntropyOptions(LogitOptions, ProductOptions, SumOptions, total=False):
+class LinearEntropyOptions(LogitOptions, ProductOptions, HeadOptions, SumOptions, total=False):
     target: Tensor | None
     logprob_weight: Tensor | None
 
@@ -125,6 +129,10 @@ allreduce_dgrad: with a group, whether the gradient of `hidden` is summed over t
     parallel) and copy_to_tensor_model_parallel_region does. The same on every rank; the
     name is that of Megatron's ColumnParallelLinear.
 impl: "auto", "reference", "cpu", "triton" or "cuda".
+lora: (A, B, scaling), a low-rank part of the head, with A (r, D) and B (V, r), of any float
+    dtypes: scaling (hidden @ A.T) @ B.T is added to hidden @ weight.T, a chunk at a time, in the
+    wider of their dtypes. The merged weight is never made; A and B get their gradients if they
+    require them. With a group B is cut as `weight` is, and A is whole.
 chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a chunk into
     160 MiB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
     faster, all rows and some columns of the vocabulary take the place of several chunks, in
@@ -192,6 +200,7 @@ DEFAULTS: dict[str, Any] = dict(
     group=None,
     allreduce_dgrad=True,
     impl="auto",
+    lora=None,
     chunk_tokens=None,
     logits_dtype=None,
     product_dtype=None,

@@ -31,7 +31,7 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear import chunks
-from em_kernels.linear.plan import Linear, Needs
+from em_kernels.linear.plan import Linear
 from em_kernels.ops import fakes, ranks
 from em_kernels.ops.schemas import (
     AllReduce,
@@ -106,7 +106,7 @@ def _loss_rows(
 
 def _linear_stats(call: LinearStats) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
-    needs = call.needs if any(call.needs.inputs) else None
+    needs = call.needs if any(wanted_of(call)) else None
     module, spec, linear = _serve_linear(call, outputs, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
@@ -128,8 +128,9 @@ def _linear_grad(call: LinearGrad) -> list[Tensor]:
 
 
 def _linear_grad_into(call: LinearGradInto) -> None:
-    of_hidden, _, of_bias = _linear_gradients(call, call.into)
-    made = [g for g, need in ((of_hidden, call.needs.hidden), (of_bias, call.needs.bias)) if need]
+    gradients, wanted = _linear_gradients(call, call.into), list(wanted_of(call))
+    wanted[1] = False  # it is added
+    made = [g for g, need in zip(gradients, wanted) if need]
     for result, gradient in zip(call.results, made, strict=True):
         result.copy_(gradient)
 
@@ -140,7 +141,7 @@ def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) ->
     saved, upstream = _flat(call.saved, hidden), _flat(call.upstream, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept, into)
-    return _shape_grads(grads, needs, hidden)
+    return _shape_grads(grads, call)
 
 
 def _linear_loss(call: LinearLoss) -> list[Tensor]:
@@ -149,9 +150,9 @@ def _linear_loss(call: LinearLoss) -> list[Tensor]:
     upstream = _flat(call.upstream, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.loss(linear, spec, upstream, tuple(outputs), needs, module)
-    *rows, of_hidden, of_weight, of_bias = results
-    grads = _shape_grads([of_hidden, of_weight, of_bias], needs, hidden)
-    return [*_shape_rows(rows, outputs, hidden.shape[:-1]), *grads]
+    count = len(Saved._fields) + len(outputs)
+    grads = _shape_grads(results[count:], call)
+    return [*_shape_rows(results[:count], outputs, hidden.shape[:-1]), *grads]
 
 
 def _all_reduce(call: AllReduce) -> list[Tensor]:
@@ -221,9 +222,21 @@ def _as_result(name: str, row: Tensor) -> Tensor:
     return row.nan_to_num(nan=-1).to(torch.int64) if name == "rank" else row
 
 
-def _shape_grads(grads: list[Tensor], needs: Needs, hidden: Tensor) -> list[Tensor]:
-    grad_hidden, *rest = grads
-    return [grad_hidden.view(hidden.shape), *rest] if needs.hidden else grads
+def wanted_of(call: LinearStats | LinearGrad | LinearGradInto | LinearLoss) -> tuple[bool, ...]:
+    """Which gradients: of hidden, weight and bias, and of the two of the low-rank part."""
+    return *call.needs.inputs, call.low.need_x, call.low.need_weight
+
+
+def _shape_grads(
+    grads: list[Tensor], call: LinearGrad | LinearGradInto | LinearLoss
+) -> list[Tensor]:
+    """With the leading shape of hidden where a gradient has rows."""
+    shape, low = call.hidden.shape, call.low
+    if call.needs.hidden:
+        grads[0] = grads[0].view(shape)
+    if low.x is not None and low.need_x:
+        grads[3] = grads[3].view(low.x.shape)
+    return grads
 
 
 def _serve_linear(
@@ -234,9 +247,10 @@ def _serve_linear(
 ) -> tuple[Backend, RowSpec, Linear]:
     """`_serve`, and the product that makes the rows."""
     chunk, dtype = call.chunk_tokens, call.logits_dtype
-    vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype)
+    low = call.low if call.low.x is None else (call.low.x.shape[-1], *call.low[2:])
+    vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype, low)
     module, spec = _serve(call.impl, call.hidden, vocab, call.spec, outputs, options, check)
-    return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype)
+    return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
 
 
 def _serve(

@@ -25,6 +25,7 @@ from em_kernels.backends.interface import (
     read_numbers,
 )
 from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved
+from em_kernels.linear.low_rank import LowRank
 from em_kernels.linear.plan import Needs, OtherNeeds
 
 _Record = TypeVar("_Record", bound=tuple[Any, ...])
@@ -184,6 +185,7 @@ class LinearStats(NamedTuple):
     impl: str
     needs: Needs = Needs()  # of the gradient that will follow: none
     keep_logits: Size | None = 0
+    low: LowRank = LowRank()
 
 
 @arguments
@@ -206,12 +208,14 @@ class LinearGrad(NamedTuple):
     logits_dtype: torch.dtype | None
     impl: str
     kept: Tensor | None = None
+    low: LowRank = LowRank()
 
 
 @arguments
 class LinearGradInto(NamedTuple):
     into: Changed
-    results: Annotated[Sequence[Tensor], Argument(type="Tensor(b!)[]")]  # what is needed of dX, db
+    # What is needed of dX, db and the low-rank part's.
+    results: Annotated[Sequence[Tensor], Argument(type="Tensor(b!)[]")]
     hidden: Tensor
     weight: Tensor
     spec: RowSpec
@@ -222,6 +226,7 @@ class LinearGradInto(NamedTuple):
     logits_dtype: torch.dtype | None
     impl: str
     kept: Tensor | None = None
+    low: LowRank = LowRank()
 
 
 @arguments
@@ -235,6 +240,7 @@ class LinearLoss(NamedTuple):
     chunk_tokens: Size | None
     logits_dtype: torch.dtype | None
     impl: str
+    low: LowRank = LowRank()
 
 
 @arguments

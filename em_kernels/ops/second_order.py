@@ -32,22 +32,25 @@ _UPSTREAM_LENGTH = len(Upstream._fields)
 
 
 def weighted_sum(inputs: tuple[Any, ...], spec: RowSpec, upstream: Upstream) -> Tensor:
-    """sum_i upstream_i statistic_i of (logits, None, None) or of (hidden, weight, bias),
-    differentiable."""
+    """sum_i upstream_i statistic_i of (logits, None, None, None, None) or of (hidden, weight, bias,
+    and the low-rank part's two or None), differentiable."""
     if spec.group is not None:
         grouped()
-    x, weight, bias = inputs
+    x, weight, bias, low, low_weight = inputs
     lead = x.dim() - 1
     spec = flatten_spec(read_numbers(spec), lead)
     x = x.reshape(-1, x.shape[-1])
+    low = None if low is None else low.reshape(-1, low.shape[-1])
     rows = Upstream(*(None if g is None else flatten_rows(g, lead) for g in upstream))
     if spec.mask is not None:
         kept = spec.mask.nonzero()[:, 0]
+        low = None if low is None else low[kept]
         x, spec = x[kept], select_rows(spec._replace(mask=None), kept)
         rows = Upstream(*(None if g is None else g[kept] for g in rows))
     if weight is not None:
         wide = accumulate_dtype(x.dtype)
         x, spec = x.to(wide) @ weight.to(x.dtype).to(wide).T, spec._replace(bias=bias)
+        x = x if low is None else x + low.to(wide) @ low_weight.to(wide).T
     given = {name: g for name, g in zip(DIFFERENTIABLE, rows) if g is not None}
     values = reference.stats(x, spec, tuple(given))[len(Saved._fields) :]
     first, *more = ((g * value).sum() for g, value in zip(given.values(), values, strict=True))
@@ -137,11 +140,12 @@ class Memory:
         spec: RowSpec,
         weights: Upstream,
         dtype: torch.dtype,
+        low: tuple[Tensor | None, ...] = (None, None),
     ):
         self.inputs = tuple(None if x is None else weakref.ref(x) for x in inputs)
         self.group, self.rows = spec.group, (*weights, *row_tensors(spec))
+        self.dtype, self.low = dtype, low  # x of it is made for the call, and small
         self.sum, self.versions = statistic_sum(spec), self._versions(inputs)
-        self.dtype = dtype
 
     def recall(self) -> tuple[Tensor | None, ...]:
         """The inputs; none if one is gone, or anything was changed in place."""
@@ -149,7 +153,7 @@ class Memory:
         if self._versions(inputs) != self.versions:
             return ()
         *operands, bias = inputs
-        return *(x if x is None else x.to(self.dtype) for x in operands), bias
+        return *(x if x is None else x.to(self.dtype) for x in operands), bias, *self.low
 
     def value(self, inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         upstream, *rows = rest
@@ -158,7 +162,7 @@ class Memory:
 
     def _versions(self, inputs: tuple[Tensor | None, ...]) -> list[int | None]:
         """Inference tensors count no changes: 0."""
-        every = (*inputs, *self.rows)
+        every = (*inputs, *self.low, *self.rows)
         return [None if x is None else 0 if x.is_inference() else x._version for x in every]
 
 

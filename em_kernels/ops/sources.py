@@ -17,6 +17,7 @@ from torch import Tensor
 from em_kernels.backends.interface import RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.row_index import with_index
 from em_kernels.linear.half import scale_rows, upstream_scale
+from em_kernels.linear.low_rank import LowRank
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.fakes import empty_rows
 from em_kernels.ops.registry import call
@@ -33,15 +34,32 @@ from em_kernels.ops.schemas import (
     SoftmaxStats,
 )
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
-NONE: Gradients = (None, None, None)
+
+class Gradients(NamedTuple):
+    """Those of a source's tensors."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    low: Tensor | None = None
+    low_weight: Tensor | None = None
+
+
+class Low(NamedTuple):
+    """The low-rank part of a head: (..., r) and (V, r), whose product is added to the logits."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+
+
+NO_LOW = Low()
 
 
 class Loss(NamedTuple):
     """A source's answer to a loss."""
 
     rows: list[Tensor]  # as the operators of statistics return them
-    gradients: Gradients = NONE
+    gradients: Gradients = Gradients()
     scale: Tensor | None = None  # what the gradients are too large by
 
 
@@ -64,7 +82,12 @@ class FromLogits:
         return outputs
 
     def stats(
-        self, x: Tensor, weight: Tensor | None, spec: RowSpec, outputs: Sequence[str]
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        spec: RowSpec,
+        outputs: Sequence[str],
+        low: Low = NO_LOW,
     ) -> tuple[list[Tensor], Tensor | None]:
         return call(SoftmaxStats(x, spec, outputs, self.impl)), None
 
@@ -76,9 +99,10 @@ class FromLogits:
         saved: Saved,
         upstream: Upstream,
         kept: Tensor | None,
+        low: Low = NO_LOW,
     ) -> Gradients:
         (grad,) = call(SoftmaxGrad(x, spec, saved, upstream, self.impl))
-        return grad, None, None
+        return Gradients(grad)
 
     def loss(
         self,
@@ -87,6 +111,7 @@ class FromLogits:
         spec: RowSpec,
         weights: Upstream,
         outputs: Sequence[str],
+        low: Low = NO_LOW,
     ) -> Loss:
         if not self.needed:
             return Loss(self.stats(x, None, spec, outputs)[0])
@@ -97,9 +122,9 @@ class FromLogits:
             call(SoftmaxLossInplace(x, rows, spec, weights, outputs, self.impl))
             # Kernels write through raw pointers: tell autograd, in case an operation kept `x`.
             torch.autograd.graph.increment_version(x)
-            return Loss(rows, (x.detach(), None, None), scale)
+            return Loss(rows, Gradients(x.detach()), scale)
         *rows, grad = call(SoftmaxLoss(x, spec, weights, outputs, self.impl))
-        return Loss(rows, (grad, None, None), scale)
+        return Loss(rows, Gradients(grad), scale)
 
 
 class Into(NamedTuple):
@@ -138,6 +163,7 @@ class FromHidden:
     # forward pass makes.
     single: str | None = None
     into: Into | None = None
+    low_needs: tuple[bool, bool] = (False, False)
 
     @property
     def accumulates(self) -> bool:
@@ -157,7 +183,12 @@ class FromHidden:
         return outputs if self.single is None else (self.single,)
 
     def stats(
-        self, x: Tensor, weight: Tensor, spec: RowSpec, outputs: Sequence[str]
+        self,
+        x: Tensor,
+        weight: Tensor,
+        spec: RowSpec,
+        outputs: Sequence[str],
+        low: Low = NO_LOW,
     ) -> tuple[list[Tensor], Tensor | None]:
         """(rows, the logits or the gradient of a weight 1 that `grad` will want)."""
         if self.fused:
@@ -166,9 +197,9 @@ class FromHidden:
             one = x.new_ones(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
             rows, gradients, _ = self.loss(x, weight, spec, Upstream(**{self.single: one}), outputs)
             return rows, gradients[0]
-        ahead = self.needs, self.keep_logits
+        ahead = self.needs, self.keep_logits, self._low(low)
         results = call(LinearStats(x, weight, spec, outputs, *self.product, *ahead))
-        if not any(self.needs.inputs):
+        if not self._needed:
             return results, None
         *rows, kept = results
         return rows, kept
@@ -181,46 +212,65 @@ class FromHidden:
         saved: Saved,
         upstream: Upstream,
         kept: Tensor | None,
+        low: Low = NO_LOW,
     ) -> Gradients:
         if self.single is not None:
             given = getattr(upstream, self.single)
             counted = given if spec.mask is None else torch.where(spec.mask, given, 0)
             unit: Any = kept
-            return (unit * counted[..., None]).to(x.dtype), None, None
+            return Gradients((unit * counted[..., None]).to(x.dtype))
         needs = self.needs
         if self.into is not None and needs.weight:
             if self.into.is_wanted():
-                return self._add(self.into, x, weight, spec, saved, upstream, kept)
+                rest = upstream, needs, *self.product, kept, self._low(low)
+                return self._add(self.into, x, weight, spec, saved, *rest)
             needs = needs._replace(weight=False)
-        arguments = LinearGrad(x, weight, spec, saved, upstream, needs, *self.product, kept)
-        return _wanted(call(arguments), needs)
+        rest = upstream, needs, *self.product, kept, self._low(low)
+        return self._wanted(call(LinearGrad(x, weight, spec, saved, *rest)), needs)
 
     def _add(self, into: Into, x: Tensor, weight: Tensor, spec: RowSpec, *rest: Any) -> Gradients:
         """`grad` with dW added to `into`."""
-        saved, upstream, kept = rest
-        bias = weight.new_empty(0) if spec.bias is None else torch.empty_like(spec.bias)
-        hidden = torch.empty_like(x, memory_format=torch.contiguous_format)
-        results = [g for g, need in ((hidden, self.needs.hidden), (bias, self.needs.bias)) if need]
-        common = (x, weight, spec, saved, upstream, self.needs, *self.product, kept)
-        call(LinearGradInto(into.total, results, *common))
+        low: LowRank = rest[-1]
+        places = (x, spec.bias, low.x, low.weight)
+        asked = (self.needs.hidden, self.needs.bias, *self.low_needs)
+        made = [
+            torch.empty_like(place, memory_format=torch.contiguous_format)
+            if place is not None and need
+            else None
+            for place, need in zip(places, asked, strict=True)
+        ]
+        results = [g for g in made if g is not None]
+        call(LinearGradInto(into.total, results, x, weight, spec, *rest))
         into.mark()
-        return _wanted([hidden, hidden, bias], self.needs._replace(weight=False))
+        return Gradients(made[0], None, *made[1:])
 
     def loss(
-        self, x: Tensor, weight: Any, spec: RowSpec, weights: Upstream, outputs: Sequence[str]
+        self,
+        x: Tensor,
+        weight: Any,
+        spec: RowSpec,
+        weights: Upstream,
+        outputs: Sequence[str],
+        low: Low = NO_LOW,
     ) -> Loss:
-        if not any(self.needs.inputs):
-            return Loss(call(LinearStats(x, weight, spec, outputs, *self.product)))
-        results = call(LinearLoss(x, weight, spec, weights, self.needs, outputs, *self.product))
-        *rows, of_hidden, of_weight, of_bias = results
-        return Loss(rows, _wanted([of_hidden, of_weight, of_bias], self.needs))
+        part = self._low(low)
+        if not self._needed:
+            return Loss(call(LinearStats(x, weight, spec, outputs, *self.product, low=part)))
+        rest = self.needs, outputs, *self.product, part
+        results = call(LinearLoss(x, weight, spec, weights, *rest))
+        count = len(Saved._fields) + len(outputs)
+        return Loss(results[:count], self._wanted(results[count:], self.needs))
 
+    @property
+    def _needed(self) -> bool:
+        return any((*self.needs.inputs, *self.low_needs))
 
-def _wanted(gradients: Sequence[Tensor], needs: Needs) -> Gradients:
-    hidden, weight, bias = (
-        g if need else None for g, need in zip(gradients, needs.inputs, strict=True)
-    )
-    return hidden, weight, bias
+    def _low(self, low: Low) -> LowRank:
+        return LowRank(*low, *self.low_needs)
+
+    def _wanted(self, gradients: Sequence[Tensor], needs: Needs) -> Gradients:
+        asked = (*needs.inputs, *self.low_needs)
+        return Gradients(*(g if need else None for g, need in zip(gradients, asked)))
 
 
 Source = FromLogits | FromHidden

@@ -20,7 +20,14 @@ from em_kernels.linear.plan import Needs
 from em_kernels.ops.registry import differentiate
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats, arguments, flat, nothing, unflat
 from em_kernels.ops.second_order import differentiable, statistic_sum
-from em_kernels.ops.sources import FromHidden, FromLogits, Source, copy_to_ranks
+from em_kernels.ops.sources import (
+    NO_LOW,
+    FromHidden,
+    FromLogits,
+    Low,
+    Source,
+    copy_to_ranks,
+)
 
 
 class Results(NamedTuple):
@@ -56,6 +63,12 @@ def wanted_gradients(sources: Sequence[str], *inputs: Tensor | None) -> tuple[bo
     return tuple(recording and x is not None and x.requires_grad for x in inputs)
 
 
+def low_needs(sources: Sequence[str], low: Low) -> tuple[bool, bool]:
+    """The same of the low-rank part."""
+    of_x, of_weight = wanted_gradients(sources, *low)
+    return of_x, of_weight
+
+
 @arguments
 class Call(NamedTuple):
     """What `Statistics` is applied to; `source` answers for x and weight."""
@@ -65,6 +78,7 @@ class Call(NamedTuple):
     spec: RowSpec
     outputs: Sequence[str]
     source: Source
+    low: Low = NO_LOW
 
 
 @arguments
@@ -76,6 +90,7 @@ class _Kept(NamedTuple):
     made: Tensor | None  # by the source, beside the rows
     saved: Saved
     spec: RowSpec  # its tensors alone
+    low: Low
 
 
 def statistics(call: Call) -> Sequence[Tensor]:
@@ -90,16 +105,16 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, weight, spec, ctx.outputs, ctx.source = unflat(Call, args)
+        x, weight, spec, ctx.outputs, ctx.source, low = unflat(Call, args)
         spec = ctx.source.looked_through(spec)
-        rows, made = ctx.source.stats(x, weight, spec, ctx.outputs)
+        rows, made = ctx.source.stats(x, weight, spec, ctx.outputs, low)
         saved, stats = results_of(ctx.outputs, rows)
         wanted = differentiable_outputs(ctx.source.differentiable(ctx.outputs), True)
         constant = [row for name, row in stats.items() if name not in wanted]
         ctx.mark_non_differentiable(*saved, *constant)
         ctx.set_materialize_grads(False)
         ctx.spec, tensors = _without_tensors(spec)
-        ctx.save_for_backward(*flat(_Kept(x, weight, made, saved, tensors)))
+        ctx.save_for_backward(*flat(_Kept(x, weight, made, saved, tensors, low)))
         return tuple(rows)
 
     @staticmethod
@@ -114,16 +129,21 @@ class Statistics(torch.autograd.Function):
                 "em_kernels: with accumulate_into the gradient of weight is added where it belongs "
                 "and has no derivative: leave accumulate_into out where create_graph=True"
             )
-        x, weight, made, saved, tensors = unflat(_Kept, ctx.saved_tensors)
+        x, weight, made, saved, tensors, low = unflat(_Kept, ctx.saved_tensors)
         spec = _with_tensors(ctx.spec, tensors)
 
         def compute() -> Any:
-            return ctx.source.grad(x, weight, spec, saved, upstream, made)
+            return ctx.source.grad(x, weight, spec, saved, upstream, made, low)
 
-        inputs, rest = (x, weight, spec.bias), (*upstream, *row_tensors(spec))
-        of_x, of_weight, of_bias = differentiable(compute, statistic_sum(spec), inputs, rest)
-        found = none._replace(x=of_x, weight=of_weight, spec=none.spec._replace(bias=of_bias))
-        return tuple(flat(found))
+        inputs, rest = (x, weight, spec.bias, *low), (*upstream, *row_tensors(spec))
+        return gradients_of(none, differentiable(compute, statistic_sum(spec), inputs, rest))
+
+
+def gradients_of(none: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the backward pass of a call returns: `none`, its record of None, and `Gradients`."""
+    of_x, of_weight, of_bias, *of_low = found
+    spec = none.spec._replace(bias=of_bias)
+    return tuple(flat(none._replace(x=of_x, weight=of_weight, spec=spec, low=Low(*of_low))))
 
 
 _TENSORS = [name for name, hint in get_type_hints(RowSpec).items() if hint == Tensor | None]
@@ -152,8 +172,11 @@ def _derive_linear_stats(*args: Any) -> list[Tensor]:
     hidden = copy_to_ranks(hidden, spec.group)
     sources = differentiable_outputs(call.outputs, True)
     needs = Needs(*wanted_gradients(sources, hidden, weight, spec.bias))
-    source = FromHidden(needs, call.chunk_tokens, call.logits_dtype, call.impl)
-    return list(statistics(Call(hidden, weight, spec, call.outputs, source)))
+    low = Low(call.low.x, call.low.weight)
+    low = low if low.x is None else low._replace(x=copy_to_ranks(low.x, spec.group))
+    product = call.chunk_tokens, call.logits_dtype, call.impl
+    source = FromHidden(needs, *product, low_needs=low_needs(sources, low))
+    return list(statistics(Call(hidden, weight, spec, call.outputs, source, low)))
 
 
 differentiate("softmax_stats", _derive_softmax_stats)

@@ -23,6 +23,7 @@ from em_kernels.backends.interface import (
     serializable,
 )
 from em_kernels.backends.row_index import is_exporting
+from em_kernels.linear.low_rank import LowRank
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_logits,
@@ -39,6 +40,7 @@ from em_kernels.ops.linear_softmax_stats import (
     product_operands,
     sum_of,
 )
+from em_kernels.ops.lora import low_part
 from em_kernels.ops.options import (
     DEFAULTS,
     ChunkOptions,
@@ -52,7 +54,7 @@ from em_kernels.ops.registry import record
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.sources import FromHidden, FromLogits, copy_to_ranks
 from em_kernels.ops.statistics import Call as StatisticsCall
-from em_kernels.ops.statistics import statistics
+from em_kernels.ops.statistics import low_needs, statistics
 
 
 @serializable
@@ -149,18 +151,23 @@ def linear_token_loss(
     outputs = check_outputs(options, target)
     if is_exporting():
         names = all_outputs(outputs, weights)
-        rows = record(LinearStats(hidden, weight, spec, names, *product_arguments(given)))
+        part = LowRank(*low_part(own[0], weight, given))
+        arguments = hidden, weight, spec, names, *product_arguments(given)
+        rows = record(LinearStats(*arguments, low=part))
         return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
     needs = needs_of(("loss",), hidden, weight, spec, given)
+    low = low_part(own[0], weight, given, spec.group)
     hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
+    product, of_low = product_arguments(given), low_needs(("loss",), low)
     if into is not None and needs.weight:  # what the gradient is multiplied by is not known yet
         names = all_outputs(outputs, weights)
-        source = FromHidden(needs, *product_arguments(given), keep_logits=None, into=into)
-        made = statistics(StatisticsCall(hidden, weight, spec, names, source))
+        source = FromHidden(needs, *product, keep_logits=None, into=into, low_needs=of_low)
+        made = statistics(StatisticsCall(hidden, weight, spec, names, source, low))
         return _pack_loss(outputs, with_loss(outputs, names, made, weights))
-    source = FromHidden(needs, *product_arguments(given))
-    memory = remember(own, spec, weights, hidden.dtype)
-    return _pack_loss(outputs, loss(Call(hidden, weight, spec, weights, outputs, source, memory)))
+    source = FromHidden(needs, *product, low_needs=of_low)
+    memory = remember(own, spec, weights, hidden.dtype, low)
+    call = Call(hidden, weight, spec, weights, outputs, source, memory, low)
+    return _pack_loss(outputs, loss(call))
 
 
 @takes_options

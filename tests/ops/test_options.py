@@ -23,6 +23,7 @@ ROWS = (
     "group: 'dist.ProcessGroup | None' = None, "
 )
 CHUNKS = (
+    "lora: 'tuple[Tensor, Tensor, float] | None' = None, "
     "chunk_tokens: 'int | None' = None, logits_dtype: 'torch.dtype | None' = None, "
     "product_dtype: 'torch.dtype | None' = None, "
     "filter_eps: 'float | None' = None, accumulate_into: 'Tensor | None' = None"

@@ -35,8 +35,9 @@ RECORDED = (
     "Tensor? temperature_rows, float temperature, float softcap, float logit_scale, SymInt "
     "valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, str[] outputs, "
     "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl, bool need_hidden=False, bool "
-    "need_weight=False, bool need_bias=False, float? filter_eps=None, SymInt? keep_logits=0) "
-    "-> Tensor[]",
+    "need_weight=False, bool need_bias=False, float? filter_eps=None, SymInt? keep_logits=0, "
+    "Tensor? low_hidden=None, Tensor? low_weight=None, bool need_low_hidden=False, bool "
+    "need_low_weight=False) -> Tensor[]",
     "linear_stats_fused(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? "
     "mask, Tensor? temperature_rows, float temperature, float softcap, float logit_scale, "
     "SymInt valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, str[] "
@@ -46,20 +47,23 @@ RECORDED = (
     "valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, Tensor max, "
     "Tensor log1p_r, Tensor mean_d, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_lse, bool "
     "need_hidden, bool need_weight, bool need_bias, float? filter_eps, SymInt? chunk_tokens, "
-    "ScalarType? logits_dtype, str impl, Tensor? kept=None) -> Tensor[]",
+    "ScalarType? logits_dtype, str impl, Tensor? kept=None, Tensor? low_hidden=None, Tensor? "
+    "low_weight=None, bool need_low_hidden=False, bool need_low_weight=False) -> Tensor[]",
     "linear_grad_(Tensor(a!) into, Tensor(b!)[] results, Tensor hidden, Tensor weight, Tensor? "
     "bias, Tensor? target, Tensor? mask, Tensor? temperature_rows, float temperature, float "
     "softcap, float logit_scale, SymInt valid_vocab, str? group, Tensor? numbers, bool "
     "compact, Tensor? index, Tensor max, Tensor log1p_r, Tensor mean_d, Tensor? g_logprob, "
     "Tensor? g_entropy, Tensor? g_lse, bool need_hidden, bool need_weight, bool need_bias, "
     "float? filter_eps, SymInt? chunk_tokens, ScalarType? logits_dtype, str impl, Tensor? "
-    "kept=None) -> ()",
+    "kept=None, Tensor? low_hidden=None, Tensor? low_weight=None, bool "
+    "need_low_hidden=False, bool need_low_weight=False) -> ()",
     "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? mask, "
     "Tensor? temperature_rows, float temperature, float softcap, float logit_scale, SymInt "
     "valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, Tensor? "
     "g_logprob, Tensor? g_entropy, Tensor? g_lse, bool need_hidden, bool need_weight, bool "
     "need_bias, float? filter_eps, str[] outputs, SymInt? chunk_tokens, ScalarType? "
-    "logits_dtype, str impl) -> Tensor[]",
+    "logits_dtype, str impl, Tensor? low_hidden=None, Tensor? low_weight=None, bool "
+    "need_low_hidden=False, bool need_low_weight=False) -> Tensor[]",
     "entropy_temperature(Tensor logits, float threshold, float ratio, float minimum, int "
     "iterations, str impl) -> Tensor[]",
     "entropy_descent(Tensor logits, float threshold, float learning_rate, int steps, str "
