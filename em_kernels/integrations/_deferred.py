@@ -26,18 +26,32 @@ def gathered_as(head: Head, dtype: torch.dtype) -> Head:
     """The head, in `dtype` if it is FSDP2's shards, which may be wider than what they become."""
     if not is_dtensor(head.weight):
         return head
-    bias = head.bias if head.bias is None else head.bias.to(dtype)
-    return head._replace(weight=head.weight.to(dtype), bias=bias)
+    bias, lora = head.bias if head.bias is None else head.bias.to(dtype), head.lora
+    if lora is not None:
+        lora = lora[0].to(dtype), lora[1].to(dtype), lora[2]
+    return head._replace(weight=head.weight.to(dtype), bias=bias, lora=lora)
 
 
 class Operands(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    a: Tensor | None = None  # of the head's LoRA, as `b`
+    b: Tensor | None = None
 
+    @classmethod
+    def local(cls, hidden: Tensor, head: Head) -> tuple[Operands, object]:
+        """(what this rank has of them, the group that the vocabulary is cut over)"""
+        hidden, weight, bias, group = local_operands(hidden, head.weight, head.bias, None)
+        own = cls(hidden.to(weight.device), weight, bias)
+        if head.lora is None:
+            return own, group
+        a = local_operands(hidden, head.lora[0], None, None)[1]
+        return own._replace(a=a, b=local_operands(hidden, head.lora[1], None, group)[1]), group
 
-def detached(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
-    return Operands(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    def detached(self) -> Operands:
+        made: list = [None if x is None else x.detach() for x in self]
+        return Operands(*made)
 
 
 class HeadCall:
@@ -47,12 +61,11 @@ class HeadCall:
     model do to them included. group: of a vocabulary cut between ranks.
     """
 
-    def __init__(self, model, head: Head, hidden: Tensor, group):
-        operands, device = (hidden, head.weight, head.bias), hidden.device.type
-        enabled = torch.is_grad_enabled()
+    def __init__(self, model, head: Head, operands: Operands, group):
+        device, enabled = operands.hidden.device.type, torch.is_grad_enabled()
         self.needs = [enabled and x is not None and x.requires_grad for x in operands]
-        self.operands = detached(hidden, head.weight, head.bias)
-        self.model = model
+        self.operands = operands.detached()
+        self.model, self.scaling = model, 0.0 if head.lora is None else head.lora[2]
         self.options = dict(softcap=head.softcap, logit_scale=head.logit_scale, group=group)
         self.autocast = torch.is_autocast_enabled(device)
         self.autocast_dtype = torch.get_autocast_dtype(device)
@@ -77,8 +90,9 @@ class HeadCall:
             for x, need in zip(operands, self.needs):
                 if need and x is not None:
                     x.requires_grad_()
-        hidden, weight, bias = operands
-        arguments = {**arguments, **self.options, "bias": bias}
+        hidden, weight, bias, a, b = operands
+        lora = None if a is None else (a, b, self.scaling)
+        arguments = {**arguments, **self.options, "bias": bias, "lora": lora}
         with torch.autocast(hidden.device.type, self.autocast_dtype, enabled=self.autocast):
             loss = linear_token_loss(hidden, weight, target, **arguments).loss
         if not loss.requires_grad:
@@ -87,25 +101,43 @@ class HeadCall:
 
     def _gradient(self, loss: Tensor, operands: Operands) -> list[Tensor]:
         """Of what needs one, as wide as it was made: a loss scale for float16 comes in backward."""
-        _, gradient, _ = ready_gradients(loss.grad_fn)
+        _, made, _ = ready_gradients(loss.grad_fn)
         group = self.options["group"]
-        if group is not None and gradient[0] is not None:
-            (gradient[0],) = call(AllReduce(gradient[0], group.group_name))
+        if group is not None:
+            made = [
+                call(AllReduce(g, group.group_name))[0] if whole and g is not None else g
+                for g, whole in zip(made, (True, False, False, True, False))
+            ]
+        gradient = self._through_a(made, operands)
         return [
             g.to(torch.promote_types(g.dtype, x.dtype))
-            for g, x in zip(gradient, operands)
-            if g is not None and x is not None
+            for g, x, need in zip(gradient, operands, self.needs)
+            if need and x is not None
         ]
+
+    @torch.no_grad()
+    def _through_a(self, made: list, operands: Operands) -> list:
+        """For the gradient of scaling hidden @ A.T that of A, and its part in that of hidden."""
+        of_hidden, of_weight, of_bias, low, of_b = made
+        hidden, a = operands.hidden, operands.a
+        if low is None or a is None:
+            return made
+        wide = torch.promote_types(torch.promote_types(low.dtype, hidden.dtype), a.dtype)
+        low = self.scaling * low.to(wide)
+        of_a = low.reshape(-1, low.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1]).to(wide)
+        if of_hidden is not None:
+            of_hidden = of_hidden + low @ a.to(wide)
+        return [of_hidden, of_weight, of_bias, of_a, of_b]
 
     @torch.no_grad()
     def _whole(self) -> Operands:
         """The operands anew; weight and bias gathered if their memory was freed with the forward's
         end."""
-        hidden, weight, bias = self.operands
-        if _is_freed(weight) or _is_freed(bias):
-            head = gathered_as(read_head(self.model), weight.dtype)
-            _, weight, bias, _ = local_operands(hidden, head.weight, head.bias, None)
-        return detached(hidden, weight, bias)
+        own = self.operands
+        if any(map(_is_freed, own[1:])):
+            head = gathered_as(read_head(self.model), own.weight.dtype)
+            own, _ = Operands.local(own.hidden, head)
+        return own.detached()
 
     def add_gradient(self, gradient: list[Tensor]) -> None:
         """Of one loss; the graph may hold several of this call."""
@@ -115,9 +147,9 @@ class HeadCall:
         self.gradient = [b if a is None else a if b is None else a + b for a, b in zip(before, new)]
 
     def take_gradient(self) -> list[Tensor | None]:
-        """That of all losses, (hidden, weight, bias), which is then forgotten."""
+        """That of all losses, of the operands, which is then forgotten."""
         gradient, self.gradient = self.gradient, None
-        return [None] * 3 if gradient is None else gradient
+        return [None] * len(self.needs) if gradient is None else gradient
 
 
 class HeadStand(Taken):
@@ -132,10 +164,9 @@ class HeadStand(Taken):
         super().__call__(hidden)
         head = read_head(self.model)
         check_dtypes(head, hidden)
-        hidden, weight, bias, group = local_operands(hidden, head.weight, head.bias, None)
-        hidden, head = hidden.to(weight.device), head._replace(weight=weight, bias=bias)
-        self.calls = [HeadCall(self.model, head, hidden, group)]
-        return _Head.apply(self.calls[0], hidden, weight, bias)
+        operands, group = Operands.local(hidden, head)
+        self.calls = [HeadCall(self.model, head, operands, group)]
+        return _Head.apply(self.calls[0], *operands)
 
     @torch.compiler.disable
     def take_call(self) -> HeadCall:
@@ -151,7 +182,7 @@ class _Head(torch.autograd.Function):
     """The head's node in the graph of the forward."""
 
     @staticmethod
-    def forward(ctx, call, hidden, weight, bias):
+    def forward(ctx, call, hidden, *operands):
         ctx.call = call
         return hidden.new_empty((*hidden.shape[:-1], 0))
 

@@ -7,13 +7,13 @@ results.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from em_kernels.lm.lora_heads import is_a, is_lora, read_lora, why_not_plain_lora
 from em_kernels.ops.arguments import FLOAT_DTYPES
 from em_kernels.ops.plain import path_of, why_in_parts, why_not_plain
 
@@ -40,37 +40,53 @@ class ModelError(ValueError):
 
 
 class Head(NamedTuple):
-    """logits = softcap(logit_scale * hidden @ weight.T + bias), softcap(u) = c tanh(u / c)."""
+    """logits = softcap(logit_scale * hidden @ weight.T + bias), softcap(u) = c tanh(u / c).
+
+    With `lora`, (A, B, scaling), weight stands for weight + scaling B @ A, which is never made.
+    """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    lora: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def arguments(self) -> dict:
         """All but the weight, by the names that the `linear_*` functions have for it."""
-        return dict(bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale)
+        return {name: value for name, value in self._asdict().items() if name != "weight"}
 
     def beside(self, other: Head) -> dict:
         """Of two heads, what the `linear_divergence` functions take but the hidden states.
 
         Of the vocabulary the entries that both have: where two heads are padded to different sizes
-        the others are no tokens. The other head is detached.
+        the others are no tokens. The other head is detached. A LoRA is merged here: those functions
+        take none.
         """
         rows = min(len(self.weight), len(other.weight))
-        own, other = self.first(rows), other.first(rows)
-        found = dict(weight=own.weight, **own.arguments)
-        for name, value in dict(weight=other.weight, **other.arguments).items():
+        own, other = self.first(rows).merged(), other.first(rows).merged()
+        found = own._asdict()
+        for name, value in other._asdict().items():
             found[f"other_{name}"] = value.detach() if isinstance(value, Tensor) else value
-        return found
+        return {name: value for name, value in found.items() if not name.endswith("lora")}
+
+    def merged(self) -> Head:
+        """The same without `lora`, which is in a new weight of the wider dtype."""
+        if self.lora is None:
+            return self
+        a, b, scaling = self.lora
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), self.weight.dtype)
+        weight = self.weight.to(dtype) + scaling * b.to(dtype) @ a.to(dtype)
+        return self._replace(weight=weight, lora=None)
 
     def first(self, rows: int) -> Head:
         """The head of the first `rows` entries of the vocabulary."""
         if rows == len(self.weight):
             return self
-        bias = None if self.bias is None else self.bias[:rows]
-        return self._replace(weight=self.weight[:rows], bias=bias)
+        bias, lora = None if self.bias is None else self.bias[:rows], self.lora
+        if lora is not None:
+            lora = lora[0], lora[1][:rows], lora[2]
+        return self._replace(weight=self.weight[:rows], bias=bias, lora=lora)
 
     def transform(self, products: Tensor) -> Tensor:
         """The logits out of what the model's own layer gives, hidden @ weight.T + its bias."""
@@ -80,6 +96,9 @@ class Head(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """All the logits, in float32: for checks on a few tokens."""
         products = hidden.float() @ self.weight.float().T
+        if self.lora is not None:
+            a, b, scaling = self.lora
+            products = products + scaling * (hidden.float() @ a.float().T) @ b.float().T
         if self.bias is not None:
             products = products + self.bias.float() / self.logit_scale
         return self.transform(products)
@@ -99,6 +118,7 @@ def read_head(model) -> Head:
 
     PEFT's wrappers are looked into: the head is the active copy of `modules_to_save`, the weight
     with its trainable tokens, or the layer under adapters that are disabled, merged or not active.
+    Active LoRA adapters are the head's `lora`; of several, as one of all their ranks.
 
     Raises:
         ModelError: the model has no head, or one that is not softcap(scale * (x @ weight.T + bias))
@@ -110,13 +130,19 @@ def read_head(model) -> Head:
     for hook in layer._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):  # pruning, weight_norm, ...
             hook(layer, ())  # makes the weight
-    if _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
+    if is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
         weight, bias = layer.get_merged_weights(layer.active_adapters), None
     else:
         weight, bias = layer.weight, layer.bias
     _check_weight(name, weight)
+    lora = None
+    if is_lora(layer):
+        lora, bias = read_lora(layer, bias)
+        for factor in lora[:2]:
+            _check_weight(name, factor)
     softcap, scale = _read_config(model)
-    return Head(weight, bias if bias is None or scale == 1 else scale * bias, softcap, scale)
+    bias = bias if bias is None or scale == 1 else scale * bias
+    return Head(weight, bias, softcap, scale, lora)
 
 
 def _read_config(model) -> tuple[float | None, float]:
@@ -155,29 +181,30 @@ def head_layers(model) -> list[nn.Module]:
 
 def _inside(layer: Any) -> nn.Module | None:
     """What a wrapper of PEFT calls and adds nothing to, in the state it is in; else None."""
-    if _is_a(layer, "peft.utils.other", "TrainableTokensWrapper"):
+    if is_a(layer, "peft.utils.other", "TrainableTokensWrapper"):
         return layer.token_adapter
-    if _is_a(layer, "peft.utils.other", "ModulesToSaveWrapper"):
+    if is_a(layer, "peft.utils.other", "ModulesToSaveWrapper"):
         active = layer.active_adapters
         if layer.disable_adapters or not active or not set(active) <= set(layer.modules_to_save):
             return layer.original_module
         return layer.modules_to_save[active[0]]
-    if _is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+    if is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
         parts = [getattr(layer, part, ()) for part in layer.adapter_layer_names]
         active = any(adapter in part for part in parts for adapter in layer.active_adapters)
         return layer.base_layer if layer.disable_adapters or layer.merged or not active else None
     return None
 
 
-def _is_a(layer: object, module: str, name: str) -> bool:
-    """isinstance, of a class whose package need not be there."""
-    return isinstance(layer, getattr(sys.modules.get(module), name, ()))
-
-
 def _check_layer(name: str, layer: nn.Module) -> None:
     kind = path_of(type(layer))
-    if _is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
-        if not _is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
+    if is_lora(layer):
+        base: Any = layer.base_layer
+        _check_layer(name, base)
+        _check_own_forward(name, base)
+        if (reason := why_not_plain_lora(layer)) is not None:
+            raise ModelError(f"the head of {name} has a LoRA that is not served: {reason}")
+    elif is_a(layer, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+        if not is_a(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
             raise ModelError(
                 f"the head of {name} is a {kind}, not a plain nn.Linear: leave it out of "
                 'target_modules (modules_to_save=["lm_head"] trains all of it), or merge and unload'

@@ -135,3 +135,27 @@ def test_the_gradient_of_float16_waits_for_the_loss_scale():
     truth = -(log_p.exp() * log_p).sum(-1)[counted].sum() / 1e7
     (expected,) = torch.autograd.grad(truth, weight)
     assert error(model.lm_head.weight.grad.double() / scale, expected) < 2e-3
+
+
+@pytest.mark.parametrize("frozen", ((), ("lora_A",), ("lora_B",)))
+def test_lora_on_the_head(frozen):
+    """The gradient of A and B, and of the adapters below, as through the model's own logits."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(make_model(tie_word_embeddings=False), config).double().train()
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name and any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    logits = model(IDS).logits[:, :-1]
+    mask = LABELS[:, 1:] != -100
+    log_p = logits.log_softmax(-1)
+    mean = (-(log_p.exp() * log_p).sum(-1) * mask).sum() / mask.sum()
+    wanted = torch.autograd.grad(mean, trained)
+    loss_func = entropy_loss_func(model)
+    for times in (1, 2):
+        loss = loss_func(model(IDS), LABELS)
+        assert error(loss.detach(), mean.detach()) < 1e-12
+        loss.backward()
+        for parameter, gradient in zip(trained, wanted, strict=True):
+            assert error(parameter.grad, times * gradient) < 1e-9

@@ -10,7 +10,7 @@ from tiny_qwen2 import make_model
 from torch import nn
 
 from em_kernels.integrations.transformers import apply_em_kernels
-from em_kernels.lm.heads import ModelError
+from em_kernels.lm.heads import ModelError, read_head
 
 
 def adapted(settings, then=lambda model: None):
@@ -35,6 +35,15 @@ def other_adapter(model):
     model.set_adapter("other")
 
 
+def two_loras(model):
+    import peft
+
+    config = peft.LoraConfig(target_modules=["lm_head"], r=3, lora_alpha=7, init_lora_weights=False)
+    model.add_adapter("other", config)
+    model.double()
+    model.base_model.set_adapter(["default", "other"])
+
+
 def merged_then_disabled(model):
     model.merge_adapter()
     model.base_model.disable_adapter_layers()
@@ -50,6 +59,10 @@ ADAPTED = {
         dict(target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]})
     ),
     "disabled": adapted(ON_HEAD, lambda model: model.base_model.disable_adapter_layers()),
+    "LoRA": adapted(ON_HEAD),
+    "rsLoRA": adapted(dict(**ON_HEAD, use_rslora=True, lora_alpha=3)),
+    "two LoRAs": adapted(ON_HEAD, two_loras),
+    "LoRA with dropout, in eval": adapted(dict(**ON_HEAD, lora_dropout=0.5)),
     "merged": adapted(ON_HEAD, lambda model: model.merge_adapter()),
     "merged, then disabled": adapted(ON_HEAD, merged_then_disabled),
     "merged and unloaded": adapted(ON_HEAD, lambda model: model.merge_and_unload()),
@@ -62,14 +75,14 @@ ADAPTED = {
 def test_adapters_that_are_served(name, when):
     model = changed(ADAPTED[name], when)
     check_right(model)
-    if name in ("modules_to_save", "trainable tokens", "another is active"):
+    if name in ("modules_to_save", "trainable tokens", "another is active", "LoRA", "two LoRAs"):
         with model.disable_adapter():
             check_right(model)
         check_right(model)
 
 
 @WHEN
-@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LoHaConfig", "VeraConfig"])
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "VeraConfig"])
 def test_adapters_on_the_head_are_refused(kind, when):
     """At once, though most start as no change at all."""
     peft = pytest.importorskip("peft")
@@ -78,6 +91,34 @@ def test_adapters_on_the_head_are_refused(kind, when):
     message = r"is a peft\.tuners\..*Linear, not a plain .*out of target_modules .*or merge"
     with pytest.raises(ModelError, match=message):
         run_patched(changed(lambda model: peft.get_peft_model(model, config).double(), when))
+
+
+def trained(model):
+    model.train()
+
+
+LORAS = {
+    "DoRA": (dict(use_dora=True), lambda model: None, "not plain LoRA but Dora: leave the head"),
+    "dropout": (dict(lora_dropout=0.5), trained, "lora_dropout=0.5, which draws other hidden"),
+    "hook": (
+        {},
+        lambda m: m.get_output_embeddings().lora_B.default.register_forward_hook(lambda *a: None),
+        "a torch.nn.modules.linear.Linear inside its LoRA is changed or has hooks",
+    ),
+    "hook below": (
+        {},
+        lambda m: m.get_output_embeddings().base_layer.register_forward_hook(lambda *a: None),
+        "a torch.nn.modules.linear.Linear inside its LoRA is changed or has hooks",
+    ),
+}
+
+
+@WHEN
+@pytest.mark.parametrize("name", LORAS)
+def test_loras_that_are_more_than_a_product_are_refused(name, when):
+    settings, act, message = LORAS[name]
+    with pytest.raises(ModelError, match=f"has a LoRA that is not served: .*{message}"):
+        run_patched(changed(adapted({**ON_HEAD, **settings}, lambda m: act(m) and None), when))
 
 
 @WHEN
@@ -106,7 +147,7 @@ def test_a_head_for_every_row_is_refused(part, when):
         assert error(out.entropy, expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["modules_to_save", "trainable tokens"])
+@pytest.mark.parametrize("name", ["modules_to_save", "trainable tokens", "LoRA", "two LoRAs"])
 def test_what_is_trained_of_the_head_gets_its_gradient(name):
     model = changed(ADAPTED[name], "after")
     inputs = dict(input_ids=IDS, labels=IDS)
@@ -116,6 +157,27 @@ def test_what_is_trained_of_the_head_gets_its_gradient(name):
     assert trained and all(p.grad is not None for p in trained)
     for p, gradient in zip(trained, torch.autograd.grad(expected, trained)):
         assert error(p.grad, gradient) < 1e-8
+
+
+def test_lora_on_a_head_that_is_tied():
+    peft = pytest.importorskip("peft")
+    model = make_model(tie_word_embeddings=True).double().eval()
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    model = apply_em_kernels(peft.get_peft_model(model, config).double().eval())
+    check_right(model)
+
+
+def test_lora_of_float32_on_a_bfloat16_head():
+    """As PEFT puts it there: its product is in float32, and no copy of the head is."""
+    peft = pytest.importorskip("peft")
+    model = make_model(tie_word_embeddings=False).bfloat16().eval()
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    model = apply_em_kernels(peft.get_peft_model(model, config).eval())
+    assert read_head(model).lora[0].dtype == torch.float32
+    with torch.no_grad():
+        expected = truth(model(input_ids=IDS).logits)["entropy"]
+        entropy = model(input_ids=IDS, em_outputs=("entropy",)).entropy
+    assert error(entropy, expected) < 1e-2
 
 
 def test_tied_trainable_tokens_are_in_the_head():

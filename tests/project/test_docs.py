@@ -55,6 +55,8 @@ def names(tmp_path) -> dict:
         "logits": torch.randn(2, 6, 50, requires_grad=True),
         "hidden": torch.randn(2, 6, 8, requires_grad=True),
         "weight": torch.randn(50, 8, requires_grad=True),
+        "a": torch.randn(3, 8),
+        "b": torch.randn(50, 3),
         "teacher_hidden": torch.randn(2, 6, 12),
         "teacher_weight": torch.randn(50, 12),
         "advantage": torch.randn(2, 6),

@@ -56,8 +56,7 @@ def test_gradient_checkpointing_changes_no_number(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(target_modules=["q_proj", "lm_head"]), "lm_head"),
-        (dict(target_modules=["lm_head"]), "lm_head"),
+        (dict(target_modules=["q_proj", "lm_head"], use_dora=True), "LoRA that is not served"),
         (dict(kind=peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)), "virtual tokens"),
         (
             dict(kind=peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
