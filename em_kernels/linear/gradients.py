@@ -62,8 +62,10 @@ class Gradients:
             self.bias[columns] += total / self.spec.logit_scale
 
     def finished_bias(self) -> Tensor:
-        like = self.linear.weight if self.spec.bias is None else self.spec.bias
-        return unscaled(self.bias, self.scale).to(self.result(like.dtype))
+        bias, given = unscaled(self.bias, self.scale), self.spec.bias
+        if given is None and self.needs.bias:
+            return bias
+        return bias.to(self.result((self.linear.weight if given is None else given).dtype))
 
     def finished_low(self) -> list[Tensor]:
         return self.low_sums.finish(self.scale, self.spec.mask, self.result)

@@ -9,8 +9,10 @@ from helpers import error, truth
 from tiny_qwen2 import make_model
 from torch import nn
 
+from em_kernels import linear_divergence
 from em_kernels.integrations.transformers import apply_em_kernels
 from em_kernels.lm.heads import ModelError, read_head
+from em_kernels.lm.models import hidden_states
 
 
 def adapted(settings, then=lambda model: None):
@@ -189,3 +191,20 @@ def test_tied_trainable_tokens_are_in_the_head():
         if "trainable_tokens" in name:
             nn.init.normal_(parameter)
     check_right(model)
+
+
+def test_a_lora_head_beside_its_base():
+    """The divergence of an adapted head from the one below is that of the models' own logits."""
+    model = changed(ADAPTED["LoRA"], "before")
+    with torch.no_grad():
+        own, logits = read_head(model), model(input_ids=IDS).logits
+        hidden = hidden_states(model, IDS, torch.ones_like(IDS))
+        with model.disable_adapter():
+            base, base_logits = read_head(model), model(input_ids=IDS).logits
+            base_hidden = hidden_states(model, IDS, torch.ones_like(IDS))
+        pair = dict(hidden=hidden, other_hidden=base_hidden, **own.beside(base))
+        found = linear_divergence(**pair, kind="forward_kl")
+        log_p, log_q = logits.log_softmax(-1), base_logits.log_softmax(-1)
+        first = own.first(5).logits(hidden)
+    assert error(found, (log_q.exp() * (log_q - log_p)).sum(-1)) < 1e-9
+    assert error(first, logits[..., :5]) < 1e-5
