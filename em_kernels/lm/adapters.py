@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from em_kernels.lm.fingerprint import digest, is_packed
 from em_kernels.lm.heads import ModelError, causal_lm
+from em_kernels.lm.lora_heads import is_lora
 from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line
 
@@ -234,9 +235,10 @@ def merged_copy(model):
     }
     copied = copy.deepcopy(model, on_cpu).to("cpu")
     plain = causal_lm(copied)
-    head = plain.get_output_embeddings()
-    if type(head) is nn.Linear and type(plain.get_input_embeddings()) is not nn.Embedding:
-        # an adapter on embeddings that the head is tied to is not one on the head
+    head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
+    if (type(head) is nn.Linear and type(embeddings) is not nn.Embedding) or is_lora(head):
+        # an adapter on one of the two, where they are tied, is not one on the other
+        head = getattr(head, "base_layer", head)
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     try:
         return copied.merge_and_unload()

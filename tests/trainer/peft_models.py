@@ -20,6 +20,7 @@ KINDS = {
     "biases": dict(bias="all"),
     "dropout": dict(lora_dropout=0.3),
     "embeddings": dict(target_modules=["q_proj", "embed_tokens"]),
+    "head": dict(target_modules=["q_proj", "lm_head"]),
     "head of its own": dict(modules_to_save=["lm_head"]),
     "head and embeddings": dict(modules_to_save=["embed_tokens", "lm_head"]),
     "trainable tokens": dict(trainable_token_indices=[4, 5]),
