@@ -19,6 +19,10 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, *, estimator: str = "k3") 
     k3 = exp(d) - d - 1      unbiased, >= 0, small variance; the gradient of KL(p_ref || p) on
                              average
 
+    The KL itself, at every token and over the whole vocabulary, is
+    `linear_divergence(hidden, weight, ref_hidden, ref_weight, kind="reverse_kl")`, or `divergence`
+    of logits; `grpo_loss` takes it as `ref_kl`.
+
     "On average" is over tokens sampled from p itself, with the sampling not differentiated. For
     k3, d is held to at most 20 (no gradient above), which keeps exp(d) finite; verl's k3 holds d
     to [-20, 20] and the result to at most 10, TRL's nothing.
