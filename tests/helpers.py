@@ -11,7 +11,7 @@ from torch import Tensor
 
 import em_kernels
 from em_kernels.backends.choice import why_not
-from em_kernels.backends.interface import OUTPUTS
+from em_kernels.backends.interface import OUTPUTS, RowSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -62,14 +62,21 @@ def truth(x: Tensor, target: Tensor | None = None, **transform) -> dict[str, Ten
         "logit_mean": mean,
         "logit_var": variance,
         "logit_skew": torch.where(variance > 0, (centred**3).mean(-1) / variance**1.5, 0),
+        "kept_mass": torch.ones_like(entropy),
     }
     if target is not None:
         out["logprob"] = log_p.gather(-1, target[..., None])[..., 0]
         out["is_top1"] = target == z.argmax(-1)
         out["rank"] = (z > z.gather(-1, target[..., None])).sum(-1)
+        out["is_kept"] = out["logprob"] > -math.inf
         square = (p * p * log_p).sum(-1) + entropy * out["collision"]
         out["entropy_slope"] = square - out["logprob"].exp() * (out["logprob"] + entropy)
     return {name: out[name] for name in OUTPUTS if name in out}
+
+
+def row_arguments(spec: RowSpec) -> tuple:
+    """Its arguments of an operator that lie in their place, before those that came later."""
+    return spec[: RowSpec._fields.index("truncation")]
 
 
 def eager(x: Tensor, target: Tensor, **transform) -> dict[str, Tensor]:

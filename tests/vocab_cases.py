@@ -119,6 +119,22 @@ def stats_with_everything(share, impl):
     )
 
 
+def stats_of_what_was_kept(dtype=torch.float32, **limits):
+    """Ties at the borders in bfloat16; with ids, sets of every size."""
+
+    def case(share, impl):
+        logits, target, upstream = draw_rows(dtype)
+        given = dict(limits)
+        if not limits:
+            kept = torch.rand(18, VOCAB) < torch.rand(18, 1)
+            kept[:, 5] = True
+            offsets = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+            given["kept"] = kept.nonzero()[:, 1].contiguous(), offsets
+        return stats_case(share, logits, target, upstream, temperature=0.8, impl=impl, **given)
+
+    return case
+
+
 def stats_without_target(share, impl):
     logits, _, upstream = draw_rows()
     return stats_case(share, logits, None, upstream, ("entropy", "collision", "lse"), impl=impl)
@@ -495,6 +511,15 @@ CASES = {
     "stats, a shard of padding": stats_with_a_shard_of_padding,
     "no rows": no_rows,
     "all rows masked": all_rows_masked,
+    "stats, top_k": stats_of_what_was_kept(top_k=4),
+    "stats, all limits": stats_of_what_was_kept(top_k=20, top_p=0.8, min_p=0.01),
+    "stats, vLLM's order, ties": stats_of_what_was_kept(
+        torch.bfloat16, top_p=0.9, min_p=0.02, sampler="vllm"
+    ),
+    "stats, kept sets": stats_of_what_was_kept(),
+    "linear stats, top_k, chunks of 4": linear_stats_of(torch.float32, chunk_tokens=4, top_k=15),
+    "linear stats, top_k, blocks": linear_stats_in_blocks(torch.float32, chunk_tokens=7, top_k=15),
+    "linear loss, top_k": linear_loss_of(torch.float32, chunk_tokens=3, top_k=5),
     "linear stats, one chunk": linear_stats_of(torch.float32),
     "linear stats, chunks of 4": linear_stats_of(torch.float32, chunk_tokens=4),
     "linear stats, frozen head": linear_stats_of_a_frozen_head,

@@ -160,14 +160,16 @@ def uneven_chunks():
 def opcheck():
     """Operators with a group, in step on all ranks."""
     head, target = draw_head(own_share())
-    gradient = (torch.ones(3, 2).T.bfloat16(), dist.group.WORLD.group_name)
+    name = dist.group.WORLD.group_name
+    gradient = (torch.ones(3, 2).T.bfloat16(), name)
+    of_rows = RowSpec(head.bias.detach(), target.view(-1), group=name)
     torch.library.opcheck(torch.ops.em_kernels.all_reduce.default, gradient)
     torch.library.opcheck(
         torch.ops.em_kernels.linear_loss.default,
         (
             head.hidden.detach().view(18, 8),
             head.weight.detach(),
-            *RowSpec(head.bias.detach(), target.view(-1), group=dist.group.WORLD.group_name),
+            *of_rows[: RowSpec._fields.index("truncation")],
             *Upstream(entropy=torch.ones(18)),
             *chunks.Needs(True, True, True),
             ("entropy",),

@@ -25,13 +25,19 @@ Spec = TypeVar("Spec", "RowSpec", "OtherSpec")
 
 
 class Argument(NamedTuple):
-    """In `Annotated`: name and type of a field in an operator's schema, where not its own."""
+    """In `Annotated`: name and type of a field in an operator's schema, where not its own.
+
+    A field that is `last` lies behind all others, with its default: it came after programs had been
+    exported that must still load. In its record it is among the last ones too.
+    """
 
     name: str = ""
     type: str = ""
+    last: bool = False
 
 
 Size = Annotated[int, Argument(type="SymInt")]  # a number that torch.compile may leave open
+LaterTensor = Annotated[Tensor | None, Argument(last=True)]
 
 
 def serializable(kind: type[Kind]) -> type[Kind]:
@@ -64,6 +70,8 @@ class TokenStats(NamedTuple):
         entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per
             unit of learning rate x advantage in a policy-gradient step on token y, in logit space.
         rank: how many z_v are larger than z_y (int64).
+        kept_mass: of what is kept of a truncated distribution, under the whole one; else 1.
+        is_kept: y has a probability, logprob > -inf (bool); of a truncated distribution, y is kept.
     """
 
     logprob: Tensor | MaybeNone = None
@@ -79,12 +87,15 @@ class TokenStats(NamedTuple):
     logit_skew: Tensor | MaybeNone = None
     entropy_slope: Tensor | MaybeNone = None
     rank: Tensor | MaybeNone = None
+    kept_mass: Tensor | MaybeNone = None
+    is_kept: Tensor | MaybeNone = None
 
 
 OUTPUTS = TokenStats._fields
 ROW_OUTPUTS = OUTPUTS[: OUTPUTS.index("rank")]
 """What `Backend.stats` of row kernels makes; the others are made by backends around them."""
-NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope", "rank"})
+NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope", "rank", "is_kept"})
+BOOLEAN = frozenset({"is_top1", "is_kept"})
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
 NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
 
@@ -116,6 +127,18 @@ class RowSpec(NamedTuple):
     compact: bool = True  # rows may be looked for though that waits for the device; see `row_index`
     # (K,) int64, where `mask` is True, if that was looked for. It hides a method of tuples.
     index: Tensor | None = None  # type: ignore[assignment]
+    # What a sampler kept, see `truncation`: by limits, or by ids. Row kernels do not see it.
+    truncation: LaterTensor = None  # (N, 3) float64: top_k, top_p, min_p
+    kept_ids: LaterTensor = None  # (M,) int64, of row i from kept_rows[i, 0] to before [i, 1]
+    kept_rows: LaterTensor = None  # (N, 2) int64
+    border: LaterTensor = None  # (N, 3) float64, of a backward pass: `BORDER`, and `is_kept`
+    min_p_first: Annotated[bool, Argument(last=True)] = False
+    # An output is not a row kernel's own: rows are not gone through in parts.
+    whole: Annotated[bool, Argument(last=True)] = False
+
+
+BORDER = ("border_level", "border_first")
+"""Outputs that a forward pass over truncated rows makes for its backward pass."""
 
 
 class Numbers(NamedTuple):
@@ -187,6 +210,9 @@ class Backend(Protocol):
     widest_shard: int | None = None
     """Entries of the rank that has most of them, where the ranks of a group share a vocabulary:
     all ranks plan memory, and chunk rows, for as many. None without a group."""
+
+    entries: int | None = None
+    """Of the vocabulary over all ranks of a group. None without one."""
 
     @property
     def local(self) -> Backend:
@@ -342,14 +368,36 @@ def read_numbers(spec: Spec) -> Spec:
 
 
 def row_tensors(spec: RowSpec) -> tuple[Tensor | None, ...]:
-    """(target, mask, temperature_rows): the tensors of a spec with an entry for each row."""
-    return spec.target, spec.mask, spec.temperature_rows
+    """The tensors of a spec with an entry for each row."""
+    rows = spec.target, spec.mask, spec.temperature_rows
+    return *rows, spec.truncation, spec.kept_rows, spec.border
 
 
 def with_row_tensors(spec: RowSpec, tensors: Iterable[Tensor | None]) -> RowSpec:
     """The same spec with others in the place of `row_tensors`."""
-    target, mask, temperature_rows = tensors
-    return spec._replace(target=target, mask=mask, temperature_rows=temperature_rows)
+    target, mask, temperature_rows, truncation, kept_rows, border = tensors
+    return spec._replace(
+        target=target,
+        mask=mask,
+        temperature_rows=temperature_rows,
+        truncation=truncation,
+        kept_rows=kept_rows,
+        border=border,
+    )
+
+
+def without_row_tensors(spec: RowSpec) -> RowSpec:
+    return with_row_tensors(spec, (None,) * len(row_tensors(spec)))
+
+
+def has_support(spec: RowSpec) -> bool:
+    """Whether the rows are truncated."""
+    return spec.truncation is not None or spec.kept_rows is not None
+
+
+def without_support(spec: RowSpec) -> RowSpec:
+    """The spec of the whole distribution."""
+    return spec._replace(truncation=None, kept_ids=None, kept_rows=None, border=None)
 
 
 def flatten_rows(rows: Tensor, lead: int) -> Tensor:
@@ -377,10 +425,15 @@ def pick(upstream: Upstream, rows: Tensor | slice) -> Upstream:
 
 
 def spec_of_slice(spec: RowSpec, start: int, size: int) -> RowSpec:
-    """The spec with targets counted from `start`, for the gradient in `size` entries from there.
+    """The spec with ids counted from `start`, for the gradient in `size` entries from there.
 
     Targets that lie elsewhere become the first of these: see `upstream_of_slice`.
     """
+    if start and spec.kept_ids is not None:
+        spec = spec._replace(kept_ids=spec.kept_ids - start)
+    if start and spec.border is not None:
+        level, first, kept = spec.border.unbind(-1)
+        spec = spec._replace(border=torch.stack([level, first - start, kept], -1))
     if spec.target is None:
         return spec
     target = spec.target - start

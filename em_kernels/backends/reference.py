@@ -13,7 +13,9 @@ Leaving the maximum out of `r` keeps relative accuracy when the model is nearly 
 H = 1e-9 the textbook `lse - sum_v p_v z_v` has no correct digit left in float32.
 
 A -inf logit has probability 0 and adds 0 to every sum; a row holding NaN or +inf, or no finite
-logit, is NaN in all its outputs; a row that is masked is exactly 0 in all of them.
+logit, is NaN in all its outputs; a row that is masked is exactly 0 in all of them. What a sampler
+left out (`truncation`) has z = -inf, and all that follows from it; the logprob of a target that is
+left out is -inf, a constant.
 
 `stats` is differentiable by autograd (that is how the closed forms in `grad` are tested); `stats`,
 `grad` and `loss` together are what every other backend provides too.
@@ -34,8 +36,10 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    has_support,
     select_rows,
 )
+from em_kernels.backends.truncation import Border, Limits, find_border, is_in_set, is_outside
 
 _BLOCK_ENTRIES = 1 << 22  # of the copies of rows that `above` makes
 
@@ -54,9 +58,23 @@ def transform(logits: Tensor, spec: RowSpec) -> Tensor:
     return z.masked_fill(excluded, -math.inf)
 
 
+def kept(z: Tensor, spec: RowSpec) -> Tensor:
+    """z, -inf outside of what a sampler kept."""
+    if spec.kept_rows is not None and spec.kept_ids is not None:
+        return z.masked_fill(~is_in_set(z.detach(), spec.kept_ids, spec.kept_rows), -math.inf)
+    if spec.border is not None:
+        level, first, _ = spec.border.unbind(-1)
+        return z.masked_fill(is_outside(z.detach(), Border(level.to(z.dtype), first)), -math.inf)
+    if spec.truncation is None:
+        return z
+    border = find_border(z, spec.truncation, spec.min_p_first)
+    return z.masked_fill(is_outside(z.detach(), border), -math.inf)
+
+
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); see the module's docstring."""
-    z = transform(logits, spec)
+    whole = transform(logits, spec)
+    z = kept(whole, spec)
     usable = torch.isfinite(z.detach().amax(-1)) & ~z.detach().isnan().any(-1)
     usable = usable & _good_arguments(spec)
     z = torch.where(usable[:, None], z, 0)
@@ -75,8 +93,14 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     if spec.target is not None:
         target = _safe_target(spec.target, spec)
         d_target = torch.where(excluded, -math.inf, d).gather(1, target[:, None])[:, 0]
-        values["logprob"] = d_target - log1p_r
+        logprob = d_target - log1p_r
+        if has_support(spec):
+            logprob = torch.where(logprob == -math.inf, -math.inf, logprob)
+        values["logprob"] = logprob
         values["is_top1"] = (target == argmax[:, 0]).to(z.dtype)
+        values["is_kept"] = (logprob > -math.inf).to(z.dtype)
+    if "kept_mass" in outputs:
+        values["kept_mass"] = (values["lse"] - whole.detach().logsumexp(-1)).exp()
     if NEEDS_SECOND_ORDER.intersection(outputs):
         values.update(_second_order(e / (1 + r)[:, None], d, log1p_r, mean_d, values))
     if NEEDS_LOGIT_MOMENTS.intersection(outputs):
@@ -119,7 +143,7 @@ def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: T
 
     `out` may be narrower than `logits`; row i of both may then begin at the same byte.
     """
-    z = transform(logits, spec)
+    z = kept(transform(logits, spec), spec)
     d = z - saved.max[:, None]
     excluded = d == -math.inf
     d = d.masked_fill(excluded, 0)
@@ -131,7 +155,8 @@ def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: T
         gz += upstream.lse[:, None] * p
     if upstream.logprob is not None and spec.target is not None:
         target = _safe_target(spec.target, spec)
-        gz += upstream.logprob[:, None] * _logprob_grad(p, d, excluded, target, saved)
+        g = _kept_logprob(upstream.logprob, excluded, target, spec)
+        gz += g[:, None] * _logprob_grad(p, d, excluded, target, saved)
     gx = gz * _slope(z, excluded, spec)
     # 0 * NaN would leak a masked row's NaN, and exp() forgets that a saved maximum was NaN.
     gx = torch.where(saved.max.isnan()[:, None], math.nan, gx)
@@ -156,6 +181,13 @@ def _logprob_grad(p: Tensor, d: Tensor, excluded: Tensor, target: Tensor, saved:
     log_p = torch.where(excluded, -math.inf, d - saved.log1p_r[:, None])
     own = target[:, None]
     return (-p).scatter(1, own, -torch.expm1(log_p.gather(1, own)))
+
+
+def _kept_logprob(g: Tensor, excluded: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
+    """The upstream gradient of logprob, 0 where a sampler left the target out."""
+    if not has_support(spec):
+        return g
+    return g.masked_fill(excluded.gather(1, target[:, None])[:, 0], 0)
 
 
 def _slope(z: Tensor, excluded: Tensor, spec: RowSpec) -> Tensor | float:
@@ -185,6 +217,8 @@ def _in_range(target: Tensor, spec: RowSpec) -> Tensor:
 def _good_arguments(spec: RowSpec) -> Tensor | bool:
     """False in rows of a target out of range or a temperature not positive and finite."""
     good = True if spec.target is None else _in_range(spec.target, spec)
+    if spec.truncation is not None:
+        good = good & Limits.of(spec.truncation).good()
     if spec.temperature_rows is None:
         return good
     return good & (spec.temperature_rows > 0) & spec.temperature_rows.isfinite()

@@ -89,6 +89,7 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
     group = resolve(cast(str, spec.group))
     tokens = like.shape[:-1].numel()
     common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
+    common = (*common, spec.truncation is None, spec.min_p_first, spec.kept_ids is None)
     own = torch.tensor([vocab, tokens, 0, 0, zlib.crc32(repr(common).encode())])
     own = own.to(like.device)
     place = torch.arange(1, tokens + 1, device=like.device)
@@ -128,6 +129,7 @@ class VocabParallel(Backend):
         self._inner, self.shards = inner, shards
         self.name, self.narrows, self.counts = inner.name, inner.narrows, True
         self.first_entry, self.widest_shard = shards.start, shards.widest
+        self.entries = shards.ends[-1]
         self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
 
     @property

@@ -66,6 +66,8 @@ class TokenStatsOutput(ModelOutput):
     logit_var: Tensor | None = None
     logit_skew: Tensor | None = None
     entropy_slope: Tensor | None = None
+    kept_mass: Tensor | None = None
+    is_kept: Tensor | None = None
 
     def __init__(self, *args, **values):
         names = [f.name for f in fields(self)]

@@ -21,6 +21,7 @@ from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
 from em_kernels.ops.options import DEFAULTS
 from em_kernels.ops.plain import path_of, why_in_parts, why_not_plain
+from em_kernels.ops.truncate import LIMITS, SAMPLERS, Limit
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 1 << 63
@@ -210,6 +211,7 @@ def make_spec(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not _is_int(ignore_index, -_MOST):
         raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
+    truncation, (kept_ids, kept_rows) = _truncation(x, options), _kept_sets(x, options)
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
         numbers = Numbers()
@@ -226,6 +228,10 @@ def make_spec(
         numbers=row_numbers,
         # The ranks of a group wait for each other anyway.
         compact=options["mask"] is not None or group is not None,
+        truncation=truncation,
+        kept_ids=kept_ids,
+        kept_rows=kept_rows,
+        min_p_first=options["sampler"] == SAMPLERS[1],
     )
 
 
@@ -366,6 +372,66 @@ def _temperature(temperature: float | Tensor, x: Tensor, name: str) -> tuple[Ten
     if temperature.requires_grad:
         raise ValueError(f"{name} must not require grad: it is treated as a constant")
     return temperature.to(accumulate_dtype(x.dtype)), 1.0
+
+
+def _truncation(x: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+    """(..., 3) float64, the limits of every row; None where they are all left out."""
+    if options["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {options['sampler']!r}")
+    given = [name for name in LIMITS if options[name] is not None]
+    if not given:
+        return None
+    if options["kept"] is not None:
+        raise ValueError(f"kept is what was kept: leave out {given[0]}, or give no kept")
+    columns = [_limit(name, options[name], x, limit) for name, limit in LIMITS.items()]
+    return torch.stack(columns, -1)
+
+
+def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
+    """A column of `RowSpec.truncation`. Values of a tensor are checked in the operator."""
+    if isinstance(value, Tensor):
+        check_rows(name, value, x)
+        if value.dtype == torch.bool or value.is_floating_point() == limit.whole:
+            kind = "an integer dtype" if limit.whole else "floating point"
+            raise TypeError(f"{name} must have {kind}, got {value.dtype}")
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require grad: it is treated as a constant")
+        return value.to(torch.float64)
+    rows = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
+    if value is None:
+        return rows.mul_(limit.none)
+    if limit.whole and not _is_int(value):
+        raise TypeError(f"{name} must be an int, an int tensor or None, got {_kind(value)}")
+    check_number(name, value, limit.holds, f"{limit.rule} or None, which keeps all,")
+    return rows.mul_(value)
+
+
+def _kind(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, float)) else type(value).__name__
+
+
+def _kept_sets(x: Tensor, options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """(ids, (..., 2) where those of each row begin and end); values are checked in the operator."""
+    kept = options["kept"]
+    if kept is None:
+        return None, None
+    if not isinstance(kept, (tuple, list)) or len(kept) != 2:
+        raise TypeError(f"kept must be (ids, offsets) or None, got {type(kept).__name__}")
+    for name, part in zip(("ids", "offsets"), kept):
+        check_tensor(f"kept: {name}", part)
+        if part.dtype != torch.int64:
+            raise TypeError(f"kept: {name} must be int64, got {part.dtype}")
+        if part.dim() != 1:
+            raise ValueError(f"kept: {name} must be 1-D, got shape {tuple(part.shape)}")
+        check_device(f"kept: {name}", part, x)
+    ids, offsets = kept
+    if offsets.shape[0] != x.shape[:-1].numel() + 1:
+        raise ValueError(
+            f"kept: offsets must be one more than the {x.shape[:-1].numel()} rows of the flattened "
+            f"leading shape, got {offsets.shape[0]}"
+        )
+    ends = torch.stack([offsets[:-1], offsets[1:]], -1)
+    return ids, ends.view(*x.shape[:-1], 2)
 
 
 def _valid_vocab(valid_vocab: int | None, vocab: int, group: Any) -> int:

@@ -37,6 +37,7 @@ from em_kernels.ops.options import (
     LinearStatsOptions,
     takes_options,
 )
+from em_kernels.ops.truncate import LIMITS
 
 
 def token_covariance(
@@ -94,18 +95,20 @@ def linear_token_covariance(
 ) -> Tensor:
     """`token_covariance` with logprob of softmax(hidden @ weight.T), without all the logits.
 
-    Tokens whose target is `ignore_index` do not count. On a GPU a `mask` is looked at, which waits
-    for the device: tokens where it is 0 are left out of the product.
+    Tokens whose target is `ignore_index`, or was left out by a sampler, do not count. On a GPU a
+    `mask` is looked at, which waits for the device: tokens where it is 0 are left out of the
+    product.
 
     Args:
         hidden, weight, target, bias: as in `linear_softmax_stats`.
         advantage, mask, group: as in `token_covariance`; `group` is the data-parallel one.
         vocab_group: the vocabulary-parallel group, `group` of `linear_softmax_stats`.
     """
+    truncated = any(options.get(name) is not None for name in (*LIMITS, "kept"))
     stats_options: LinearStatsOptions = {
         **options,
         "mask": mask,
-        "outputs": ("logprob",),
+        "outputs": ("logprob", "is_kept") if truncated else ("logprob",),
         "group": vocab_group,
         "accumulate_into": None,
     }
@@ -113,6 +116,8 @@ def linear_token_covariance(
         stats = linear_softmax_stats(hidden, weight, target, bias=bias, **stats_options)
     ignored = options.get("ignore_index", DEFAULTS["ignore_index"])
     counted = row_mask(hidden, target, ignored, mask)
+    if truncated:
+        counted = stats.is_kept
     return token_covariance(stats.logprob, advantage, counted, group=options.get("group"))
 
 

@@ -19,6 +19,7 @@ from em_kernels.backends.interface import (
     row_tensors,
     select_rows,
     with_row_tensors,
+    without_row_tensors,
 )
 from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved, Side
 from em_kernels.backends.row_index import with_index
@@ -321,7 +322,7 @@ def _rest(given: PerToken, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 def _value_of(given: PerToken) -> Any:
     """sum_i upstream_i D_i of `_inputs` and `_rest`, differentiable any number of times."""
-    common = with_row_tensors(given.spec._replace(bias=None), (None, None, None))
+    common = without_row_tensors(given.spec._replace(bias=None))
     beside, divergence = given.other._replace(bias=None, temperature_rows=None), given.divergence
 
     def value(inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import Saved, accumulate_dtype
+from em_kernels.backends.interface import BOOLEAN, Saved, accumulate_dtype
 from em_kernels.backends.vocab_parallel import size_of
 from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype
@@ -30,7 +30,7 @@ from em_kernels.ops.schemas import (
     SoftmaxStats,
 )
 
-_DTYPES = {"is_top1": torch.bool, "rank": torch.int64}
+_DTYPES = {**dict.fromkeys(BOOLEAN, torch.bool), "rank": torch.int64}
 
 
 def empty_rows(like: Tensor, outputs: Sequence[str]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
+from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream, has_support
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import ScaleInplace, arguments, flat, nothing, unflat
 from em_kernels.ops.second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
@@ -22,8 +22,12 @@ def all_outputs(outputs: Sequence[str], weights: Upstream) -> tuple[str, ...]:
     return tuple(name for name in OUTPUTS if name in outputs or name in needed)
 
 
-def _combine(stats: dict[str, Tensor], weights: Upstream) -> Tensor:
-    """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite."""
+def _combine(stats: dict[str, Tensor], weights: Upstream, truncated: bool) -> Tensor:
+    """sum_i w_i stat_i; a row without weight adds 0 even where its statistic is not finite, and so
+    does the logprob of a target that a sampler left out."""
+    if truncated and weights.logprob is not None:
+        logprob = stats["logprob"]
+        stats = {**stats, "logprob": torch.where(logprob == -torch.inf, 0, logprob)}
     first, *more = (
         torch.where(weight != 0, weight * stats[name], 0).sum()
         for name, weight in zip(weights._fields, weights)
@@ -33,14 +37,18 @@ def _combine(stats: dict[str, Tensor], weights: Upstream) -> Tensor:
 
 
 def with_loss(
-    outputs: Sequence[str], names: Sequence[str], rows: Sequence[Tensor], weights: Upstream
+    outputs: Sequence[str],
+    names: Sequence[str],
+    rows: Sequence[Tensor],
+    weights: Upstream,
+    spec: RowSpec,
 ) -> tuple[Tensor, ...]:
     """(loss, *outputs, detached) out of an operator's results.
 
     An exported program keeps just this, on top of the statistics, and its gradient is theirs.
     """
     stats = results_of(names, rows).stats
-    return _combine(stats, weights), *(stats[name].detach() for name in outputs)
+    return _combine(stats, weights, has_support(spec)), *(stats[name].detach() for name in outputs)
 
 
 def _finish(
@@ -146,7 +154,7 @@ class Loss(torch.autograd.Function):
         x, weight, spec, weights, outputs, source, ctx.memory, low = unflat(Call, args)
         names = all_outputs(outputs, weights)
         rows, grads, scale = source.loss(x, weight, spec, weights, names, low)
-        results = with_loss(outputs, names, rows, weights)
+        results = with_loss(outputs, names, rows, weights, spec)
         return _finish(ctx, source.impl, results, grads, (x, weight, spec.bias, *low), scale)
 
     @staticmethod

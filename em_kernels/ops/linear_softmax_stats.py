@@ -46,6 +46,7 @@ from em_kernels.ops.statistics import (
     statistics,
     wanted_gradients,
 )
+from em_kernels.ops.truncate import LIMITS
 
 
 @takes_options
@@ -205,6 +206,9 @@ def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[s
         "logits_dtype": (None, wide),
         "impl": ("auto", *fusing_names()),
     }
+    for name in (*LIMITS, "kept"):
+        if given[name] is not None:
+            raise ValueError(f"{name} must be None with fuse_product: there are no logits to cut")
     for name, values in allowed.items():
         if given[name] not in values:
             raise ValueError(

@@ -19,6 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class SupportOptions(TypedDict, total=False):
+    top_k: int | Tensor | None
+    top_p: float | Tensor | None
+    min_p: float | Tensor | None
+    sampler: str
+    kept: tuple[Tensor, Tensor] | None
+
+
 class LogitOptions(TypedDict, total=False):
     temperature: float | Tensor
     softcap: float | None
@@ -29,7 +37,7 @@ class LogitOptions(TypedDict, total=False):
     impl: str
 
 
-class RowOptions(LogitOptions, total=False):
+class RowOptions(LogitOptions, SupportOptions, total=False):
     outputs: tuple[str, ...]
     mask: Tensor | None
 
@@ -58,7 +66,7 @@ class ChunkOptions(RowOptions, ProductOptions, HeadOptions, SumOptions, total=Fa
     pass
 
 
-class CovarianceOptions(LogitOptions, ProductOptions, HeadOptions, total=False):
+class CovarianceOptions(LogitOptions, SupportOptions, ProductOptions, HeadOptions, total=False):
     keep_logits: int | None
     fuse_product: bool
     entropy_requires_grad: bool
@@ -68,13 +76,15 @@ class LinearStatsOptions(RowOptions, CovarianceOptions, SumOptions, total=False)
     pass
 
 
-class EntropyOptions(LogitOptions, total=False):
+class EntropyOptions(LogitOptions, SupportOptions, total=False):
     target: Tensor | None
     logprob_weight: Tensor | None
     inplace: bool
 
 
-class LinearEntropyOptions(LogitOptions, ProductOptions, HeadOptions, SumOptions, total=False):
+class LinearEntropyOptions(
+    LogitOptions, SupportOptions, ProductOptions, HeadOptions, SumOptions, total=False
+):
     target: Tensor | None
     logprob_weight: Tensor | None
 
@@ -110,6 +120,23 @@ target: (...) int64 token ids, for `ignore_index` and `logprob_weight`.
 outputs: names of `TokenStats` to compute; nothing else is computed. Where there is no target
     the default is entropy alone; a name that needs one is then an error.
 temperature: positive, a float or a tensor of the leading shape; no gradient.
+top_k: of the distribution that a sampler drew from, as the next four: how many of the largest z it
+    kept, those that tie with the last one too; from 1 on, an int or an int tensor of the
+    leading shape; None keeps all, as any number from V on does. What was left out has
+    probability 0 and gradient 0; a target that was has logprob -inf, no gradient of it and,
+    in a loss, no share by `logprob_weight`: count them by the output `is_kept`. All
+    statistics are those of what is kept, `kept_mass` says how much that is. Where entries
+    tie at the end of top_p those of higher ids are kept, as a stable sort does.
+top_p: in (0, 1], a float or a tensor of the leading shape: the fewest of the largest z that have
+    this share of the probability of what top_k left; one at least. Reached is what is
+    reached to rounding, 2 eps of the dtype of z.
+min_p: in [0, 1], a float or a tensor of the leading shape: those with p_v >= min_p max p.
+sampler: the order of the three, after the temperature: "transformers" is top_k, top_p, min_p;
+    "vllm" is min_p, top_k, top_p, as vLLM's PyTorch sampler (its fused GPU samplers cut
+    ties by their position: give those by `kept`).
+kept: in their place the kept sets themselves, (ids, offsets), both int64: row i of the flattened
+    leading shape kept ids[offsets[i] : offsets[i + 1]], each once, in any order, one at
+    least where the row counts; N + 1 offsets from 0 to len(ids). Values are looked at on a CPU.
 softcap: c > 0 or None.
 logit_scale: non-zero factor on the logits.
 ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
@@ -192,6 +219,11 @@ DEFAULTS: dict[str, Any] = dict(
     target=None,
     outputs=("logprob", "entropy"),
     temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    sampler="transformers",
+    kept=None,
     softcap=None,
     logit_scale=1.0,
     ignore_index=-100,

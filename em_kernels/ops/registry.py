@@ -20,6 +20,7 @@ from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
 from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
+    BOOLEAN,
     Backend,
     RowSpec,
     Saved,
@@ -28,11 +29,14 @@ from em_kernels.backends.interface import (
     as_rows,
     flatten_rows,
     flatten_spec,
+    has_support,
+    row_kernels_make,
 )
+from em_kernels.backends.support import Support, kept_upstream
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear import chunks
 from em_kernels.linear.plan import Linear
-from em_kernels.ops import fakes, ranks
+from em_kernels.ops import fakes, ranks, truncate
 from em_kernels.ops.schemas import (
     AllReduce,
     CountTokens,
@@ -70,7 +74,7 @@ def _softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
     logits = call.logits
     module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
     view, out = as_rows(logits), module.empty(logits.shape, logits.dtype, logits.device)
-    saved, upstream = _flat(call.saved, logits), _flat(call.upstream, logits)
+    saved, upstream = _flat(call.saved, logits), kept_upstream(spec, _flat(call.upstream, logits))
     module.grad(view, spec, saved, upstream, out.view(view.shape))
     return [out]
 
@@ -138,7 +142,7 @@ def _linear_grad_into(call: LinearGradInto) -> None:
 def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) -> list[Tensor]:
     hidden, needs = call.hidden, call.needs
     module, spec, linear = _serve_linear(call, (), (needs.hidden,), check=False)
-    saved, upstream = _flat(call.saved, hidden), _flat(call.upstream, hidden)
+    saved, upstream = _flat(call.saved, hidden), kept_upstream(spec, _flat(call.upstream, hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept, into)
     return _shape_grads(grads, call)
@@ -217,7 +221,7 @@ def _shape_rows(rows: list[Tensor], outputs: Sequence[str], shape: torch.Size) -
 
 
 def _as_result(name: str, row: Tensor) -> Tensor:
-    if name == "is_top1":
+    if name in BOOLEAN:
         return row > 0
     return row.nan_to_num(nan=-1).to(torch.int64) if name == "rank" else row
 
@@ -249,7 +253,8 @@ def _serve_linear(
     chunk, dtype = call.chunk_tokens, call.logits_dtype
     low = call.low if call.low.x is None else (call.low.x.shape[-1], *call.low[2:])
     vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype, low)
-    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, outputs, options, check)
+    given = (outputs, options, check, None, True)
+    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, *given)
     return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
 
 
@@ -262,6 +267,7 @@ def _serve(
     options: tuple[Any, ...] = (),
     check: bool = True,
     loss_of: Tensor | None = None,
+    owned: bool = False,
 ) -> tuple[Backend, RowSpec]:
     """The backend, and the spec flattened and its values checked.
 
@@ -273,19 +279,25 @@ def _serve(
     if spec.group is None:
         kind = ("rows",) if loss_of is None else ("loss", _aligned(loss_of))
         spec = ready(spec, lead)
-        return extended(backend(impl, x.device, *kind), spec, outputs), spec
+        return extended(backend(impl, x.device, *kind), spec, outputs, owned), spec
     module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
     options = (module.name, x.dtype, *options)
     shards = vocab_parallel.agree(flatten_spec(spec, lead), vocab, x, options)
     spec = ready(spec._replace(valid_vocab=shards.ends[-1]), lead)
     spec = spec._replace(valid_vocab=shards.size)
-    return extended(VocabParallel(module, shards), spec, outputs), spec
+    return extended(VocabParallel(module, shards), spec, outputs, owned), spec
 
 
-def extended(module: Backend, spec: RowSpec, outputs: Sequence[str]) -> Backend:
-    """The backend with what the spec and the outputs ask for beyond its own, around it."""
+def extended(module: Backend, spec: RowSpec, outputs: Sequence[str], owned: bool) -> Backend:
+    """The backend with what the spec and the outputs ask for beyond its own, around it.
+
+    `owned`: the logits will lie in memory of ours. Both passes over rows must come to the same:
+    where only the forward pass knows of an output that is not a row kernel's, `spec.whole` is set.
+    """
     if "rank" in outputs:
         module = ChosenIds(module)
+    if has_support(spec) or spec.whole or not row_kernels_make(outputs):
+        module = Support(module, owned)
     return module
 
 
@@ -312,6 +324,7 @@ def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
         rows = spec.temperature_rows
         good = (rows > 0) & rows.isfinite()
         _check_rows(good, spec, "temperature_rows", "positive and finite", prefix)
+    truncate.check_values(spec)
     return spec
 
 

@@ -1,7 +1,8 @@
 """The arguments of the operators: a NamedTuple for each, which is also its schema.
 
 An operator takes the fields in their order, and where a field is a NamedTuple itself, the fields of
-that. So an argument is added where the field is, and nowhere else.
+that. So an argument is added where the field is, and nowhere else. Fields that came after programs
+had been exported (`Argument.last`) follow after all others, so that those still load.
 """
 
 from __future__ import annotations
@@ -42,34 +43,42 @@ class _Layout(NamedTuple):
     """How a record lies among the arguments."""
 
     parts: list[tuple[Any, int]]  # (the NamedTuple that a field is or None, its arguments)
-    size: int
+    size: int  # of all, those that come last included
     defaults: list[Any]  # of the last arguments
 
 
 _LAYOUTS: dict[type, _Layout] = {}
+_FIRST: dict[type, int] = {}  # of a NamedTuple, how many of its fields are not `last`
 
 
 def arguments(kind: type[_Record]) -> type[_Record]:
     """A NamedTuple whose fields, and theirs where one is a NamedTuple, are arguments in a row."""
-    hints = get_type_hints(kind)
-    parts = [
-        (hint, len(hint._fields)) if hasattr(hint, "_fields") else (None, 1)
-        for hint in hints.values()
-    ]
+    parts, last = [], []
+    for hint in get_type_hints(kind).values():
+        if hasattr(hint, "_fields"):
+            _FIRST[hint] = sum(not _is_last(note) for _, note in _hints(hint))
+            last += [hint._field_defaults[name] for name in hint._fields[_FIRST[hint] :]]
+            parts.append((hint, _FIRST[hint]))
+        else:
+            parts.append((None, 1))
     defaults = flat(tuple(kind._field_defaults.values()))  # type: ignore[attr-defined]
-    _LAYOUTS[kind] = _Layout(parts, sum(count for _, count in parts), defaults)
+    size = sum(count for _, count in parts) + len(last)
+    _LAYOUTS[kind] = _Layout(parts, size, [*defaults, *last])
     return kind
 
 
 def flat(record: tuple[Any, ...]) -> list[Any]:
     """The arguments that a record stands for."""
     values: list[Any] = []
+    last: list[Any] = []
     for value in record:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            values.extend(value)
+            first = _FIRST.get(type(value), len(value))
+            values.extend(value[:first])
+            last.extend(value[first:])
         else:
             values.append(value)
-    return values
+    return values + last
 
 
 def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
@@ -77,10 +86,15 @@ def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
     layout = _LAYOUTS[kind]
     if len(values) < layout.size:
         values = [*values, *layout.defaults[len(values) - layout.size :]]
-    start, fields = 0, []
+    start, end, fields = 0, sum(count for _, count in layout.parts), []
     for part, count in layout.parts:
         own = values[start : start + count]
-        fields.append(own[0] if part is None else part(*own))
+        if part is None:
+            fields.append(own[0])
+        else:
+            more = len(part._fields) - count
+            fields.append(part(*own, *values[end : end + more]))
+            end += more
         start += count
     return kind(*fields)
 
@@ -94,17 +108,26 @@ def schema(kind: type[tuple[Any, ...]]) -> str:
     """The arguments as a schema declares them; what a record has by default can be left out."""
     defaults = kind._field_defaults  # type: ignore[attr-defined]
     declared: list[str] = []
-    for (name, hint), (part, _) in zip(_hints(kind), _LAYOUTS[kind].parts, strict=True):
+    last: list[str] = []
+    for (name, hint), (part, count) in zip(_hints(kind), _LAYOUTS[kind].parts, strict=True):
         own = [_declared(*field) for field in (_hints(part) if part else [(name, hint)])]
         if name in defaults:
             values = defaults[name] if part else (defaults[name],)
             own = [f"{text}={value}" for text, value in zip(own, values, strict=True)]
-        declared.extend(own)
-    return ", ".join(declared)
+        elif part:
+            ends = [f"={part._field_defaults[field]}" for field in part._fields[count:]]
+            own[count:] = [text + end for text, end in zip(own[count:], ends, strict=True)]
+        declared.extend(own[:count])
+        last.extend(own[count:])
+    return ", ".join(declared + last)
 
 
 def _hints(kind: type) -> list[tuple[str, Any]]:
     return list(get_type_hints(kind, include_extras=True).items())
+
+
+def _is_last(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and bool(hint.__metadata__[0].last)
 
 
 def _declared(name: str, hint: Any) -> str:

@@ -26,6 +26,7 @@ from em_kernels.backends.interface import (
     row_tensors,
     select_rows,
     with_row_tensors,
+    without_row_tensors,
 )
 
 _UPSTREAM_LENGTH = len(Upstream._fields)
@@ -64,7 +65,7 @@ def wanted() -> bool:
 
 def statistic_sum(spec: RowSpec) -> Callable[[tuple[Any, ...], tuple[Any, ...]], Tensor]:
     """`weighted_sum` as `differentiable` wants it, rest being (*upstream, *row_tensors(spec))."""
-    common = with_row_tensors(spec._replace(bias=None), (None, None, None))
+    common = without_row_tensors(spec._replace(bias=None))
 
     def value(inputs: tuple[Tensor | None, ...], rest: tuple[Tensor | None, ...]) -> Tensor:
         upstream, rows = rest[:_UPSTREAM_LENGTH], rest[_UPSTREAM_LENGTH:]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import (
+    BORDER,
     DIFFERENTIABLE,
     RowSpec,
     Saved,
     TokenStats,
     Upstream,
+    has_support,
+    row_kernels_make,
     row_tensors,
 )
 from em_kernels.linear.plan import Needs
@@ -91,6 +94,7 @@ class _Kept(NamedTuple):
     saved: Saved
     spec: RowSpec  # its tensors alone
     low: Low
+    border: Tensor | None  # of truncated rows: for the gradient alone, not for its derivatives
 
 
 def statistics(call: Call) -> Sequence[Tensor]:
@@ -106,15 +110,17 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         x, weight, spec, ctx.outputs, ctx.source, low = unflat(Call, args)
-        spec = ctx.source.looked_through(spec)
-        rows, made = ctx.source.stats(x, weight, spec, ctx.outputs, low)
-        saved, stats = results_of(ctx.outputs, rows)
+        spec = ctx.source.looked_through(spec._replace(whole=not row_kernels_make(ctx.outputs)))
+        names = (*ctx.outputs, *_noted(spec, ctx.outputs))
+        rows, made = ctx.source.stats(x, weight, spec, names, low)
+        saved, stats = results_of(names, rows)
+        rows, border = rows[: len(saved) + len(ctx.outputs)], _border(stats)
         wanted = differentiable_outputs(ctx.source.differentiable(ctx.outputs), True)
-        constant = [row for name, row in stats.items() if name not in wanted]
+        constant = [stats[name] for name in ctx.outputs if name not in wanted]
         ctx.mark_non_differentiable(*saved, *constant)
         ctx.set_materialize_grads(False)
         ctx.spec, tensors = _without_tensors(spec)
-        ctx.save_for_backward(*flat(_Kept(x, weight, made, saved, tensors, low)))
+        ctx.save_for_backward(*flat(_Kept(x, weight, made, saved, tensors, low, border)))
         return tuple(rows)
 
     @staticmethod
@@ -129,11 +135,12 @@ class Statistics(torch.autograd.Function):
                 "em_kernels: with accumulate_into the gradient of weight is added where it belongs "
                 "and has no derivative: leave accumulate_into out where create_graph=True"
             )
-        x, weight, made, saved, tensors, low = unflat(_Kept, ctx.saved_tensors)
+        x, weight, made, saved, tensors, low, border = unflat(_Kept, ctx.saved_tensors)
         spec = _with_tensors(ctx.spec, tensors)
 
         def compute() -> Any:
-            return ctx.source.grad(x, weight, spec, saved, upstream, made, low)
+            known = spec if border is None else spec._replace(border=border)
+            return ctx.source.grad(x, weight, known, saved, upstream, made, low)
 
         inputs, rest = (x, weight, spec.bias, *low), (*upstream, *row_tensors(spec))
         return gradients_of(none, differentiable(compute, statistic_sum(spec), inputs, rest))
@@ -144,6 +151,23 @@ def gradients_of(none: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | No
     of_x, of_weight, of_bias, *of_low = found
     spec = none.spec._replace(bias=of_bias)
     return tuple(flat(none._replace(x=of_x, weight=of_weight, spec=spec, low=Low(*of_low))))
+
+
+def _noted(spec: RowSpec, outputs: Sequence[str]) -> tuple[str, ...]:
+    """What the backward pass over truncated rows must know of them, beside the outputs."""
+    if not has_support(spec):
+        return ()
+    kept = spec.target is not None and "is_kept" not in outputs
+    return (*BORDER, "is_kept") if kept else BORDER
+
+
+def _border(stats: dict[str, Tensor]) -> Tensor | None:
+    """`RowSpec.border`"""
+    if BORDER[0] not in stats:
+        return None
+    level, first = (stats[name].to(torch.float64) for name in BORDER)
+    kept = stats["is_kept"].to(torch.float64) if "is_kept" in stats else torch.ones_like(level)
+    return torch.stack([level, first, kept], -1)
 
 
 _TENSORS = [name for name, hint in get_type_hints(RowSpec).items() if hint == Tensor | None]

@@ -106,7 +106,7 @@ def token_loss(
     if is_exporting():
         names = all_outputs(outputs, weights)
         rows = record(SoftmaxStats(logits, spec, names, impl))
-        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights, spec))
     needed = torch.is_grad_enabled() and logits.requires_grad
     source = FromLogits(impl, needed, inplace and not torch.compiler.is_compiling())
     memory = remember((logits, None, None), spec, weights, logits.dtype)
@@ -154,7 +154,7 @@ def linear_token_loss(
         part = LowRank(*low_part(own[0], weight, given))
         arguments = hidden, weight, spec, names, *product_arguments(given)
         rows = record(LinearStats(*arguments, low=part))
-        return _pack_loss(outputs, with_loss(outputs, names, rows, weights))
+        return _pack_loss(outputs, with_loss(outputs, names, rows, weights, spec))
     needs = needs_of(("loss",), hidden, weight, spec, given)
     low = low_part(own[0], weight, given, spec.group)
     hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
@@ -163,7 +163,7 @@ def linear_token_loss(
         names = all_outputs(outputs, weights)
         source = FromHidden(needs, *product, keep_logits=None, into=into, low_needs=of_low)
         made = statistics(StatisticsCall(hidden, weight, spec, names, source, low))
-        return _pack_loss(outputs, with_loss(outputs, names, made, weights))
+        return _pack_loss(outputs, with_loss(outputs, names, made, weights, spec))
     source = FromHidden(needs, *product, low_needs=of_low)
     memory = remember(own, spec, weights, hidden.dtype, low)
     call = Call(hidden, weight, spec, weights, outputs, source, memory, low)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 import triton
 import triton.language as tl
+from helpers import row_arguments
 from triton_rows import DEVICE, DTYPES, NAMES, ROUNDINGS, assert_close, double, rounding
 
 from em_kernels import linear_softmax_stats
@@ -327,7 +328,7 @@ def test_leading_shape_and_no_target():
 
 def test_opcheck():
     hidden, weight, spec = make()
-    arguments = (hidden, weight, *spec, ["logprob", "is_top1"])
+    arguments = (hidden, weight, *row_arguments(spec), ["logprob", "is_top1"])
     torch.library.opcheck(torch.ops.em_kernels.linear_stats_fused.default, arguments)
 
 

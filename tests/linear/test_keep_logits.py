@@ -3,7 +3,15 @@
 import pytest
 import torch
 from gpu_products import block_small_vocabularies, play_gpu
-from helpers import ON_CPU, make_linear, product_flops, random_target, random_upstream, same_bits
+from helpers import (
+    ON_CPU,
+    make_linear,
+    product_flops,
+    random_target,
+    random_upstream,
+    row_arguments,
+    same_bits,
+)
 
 from em_kernels import linear_softmax_stats
 from em_kernels.backends.interface import RowSpec
@@ -162,7 +170,7 @@ def test_compiled(dynamic, keep):
 def test_opcheck(keep, chunk):
     hidden, weight = (x.detach() for x in make_linear(2, N, dim=D, vocab=V))
     later = (True, True, False, None, keep)
-    arguments = (*RowSpec(valid_vocab=V), ("entropy",), chunk, None, "auto")
+    arguments = (*row_arguments(RowSpec(valid_vocab=V)), ("entropy",), chunk, None, "auto")
     operator = torch.ops.em_kernels.linear_stats.default
     torch.library.opcheck(operator, (hidden, weight, *arguments, *later))
     assert len(operator(hidden, weight, *arguments)) == 4, "nothing is kept unless told"

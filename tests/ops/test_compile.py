@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import FAST_IMPLS, error, random_logits, random_target, same_bits
+from helpers import FAST_IMPLS, error, random_logits, random_target, row_arguments, same_bits
 
 import em_kernels
 from em_kernels import (
@@ -53,14 +53,15 @@ def operator_arguments(name, dtype, device, impl):
         return [torch.rand(N, dtype=wide, device=device) for _ in range(count)]
 
     needs, cut = (True, True, True, 1e-3), (2, None, impl)
+    given, of_head = row_arguments(spec(device)), row_arguments(spec(device, bias))
     return {
-        "softmax_stats": (logits, *spec(device), OUTPUTS, impl),
-        "softmax_grad": (logits, *spec(device), *rows(3), *rows(3), impl),
-        "softmax_loss": (logits, *spec(device), *rows(3), ("entropy", "is_top1"), impl),
-        "softmax_loss_": (logits, rows(4), *spec(device), *rows(3), ("logprob",), impl),
-        "linear_stats": (*operands, *spec(device, bias), OUTPUTS, *cut),
-        "linear_grad": (*operands, *spec(device, bias), *rows(3), *rows(3), *needs, *cut),
-        "linear_loss": (*operands, *spec(device, bias), *rows(3), *needs, ("entropy",), *cut),
+        "softmax_stats": (logits, *given, OUTPUTS, impl),
+        "softmax_grad": (logits, *given, *rows(3), *rows(3), impl),
+        "softmax_loss": (logits, *given, *rows(3), ("entropy", "is_top1"), impl),
+        "softmax_loss_": (logits, rows(4), *given, *rows(3), ("logprob",), impl),
+        "linear_stats": (*operands, *of_head, OUTPUTS, *cut),
+        "linear_grad": (*operands, *of_head, *rows(3), *rows(3), *needs, *cut),
+        "linear_loss": (*operands, *of_head, *rows(3), *needs, ("entropy",), *cut),
         **divergence_arguments(logits, operands, device, impl),
         "entropy_temperature": (logits, 0.3, 0.1, 0.05, 4, impl),
         "entropy_descent": (logits, 0.3, 1.0, 3, impl),
@@ -74,7 +75,7 @@ def divergence_arguments(logits, operands, device, impl):
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = [torch.rand(N, dtype=wide, device=device) for _ in range(len(PairSaved._fields))]
     other = OtherSpec(None, torch.rand(N, device=device) + 0.5, 1.0, 4.0, 1.1)
-    asked = (*spec(device), *other, "js", 0.3)
+    asked = (*row_arguments(spec(device)), *other, "js", 0.3)
     pair, names = (logits, logits.flip(-1)), (("entropy", "is_top1"), ("lse",))
     heads, needs = (hidden, weight, hidden.flip(0), weight.flip(-1)), (True, True, False, None)
     cut = (2, None, impl)
@@ -104,9 +105,9 @@ def test_opcheck_of_what_requires_grad_and_of_numbers_in_a_tensor(impl, device, 
     operator = getattr(torch.ops.em_kernels, name).default
     arguments = list(operator_arguments(name, torch.float32, device, impl))
     begin = 1 + name.startswith("linear")
-    end = begin + len(RowSpec._fields)
+    end = begin + len(row_arguments(RowSpec()))
     expected = operator(*arguments)
-    arguments[begin:end] = with_numbers(RowSpec(*arguments[begin:end]))
+    arguments[begin:end] = row_arguments(with_numbers(RowSpec(*arguments[begin:end])))
     if name == "linear_loss":
         arguments[end + 6] = None  # filter_eps
     for ours, theirs in zip(operator(*arguments), expected, strict=True):
@@ -123,7 +124,7 @@ def test_opcheck_of_what_requires_grad_and_of_numbers_in_a_tensor(impl, device, 
 def test_opcheck_without_the_optional_arguments(impl, device, name):
     logits, hidden = random_logits(N, V, device=device), random_logits(N, D, device=device)
     weight, ones = random_logits(V, D, device=device), torch.ones(N, device=device)
-    plain = RowSpec(valid_vocab=V, compact=False)
+    plain = row_arguments(RowSpec(valid_vocab=V, compact=False))
     saved, upstream, needs = (ones, ones, ones), (None, ones, None), (True, False, False, None)
     arguments = {
         "softmax_stats": (logits, *plain, ("entropy",), impl),

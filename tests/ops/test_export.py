@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import error, random_logits, random_target, same_bits
+from helpers import error, random_logits, random_target, row_arguments, same_bits
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
@@ -252,7 +252,7 @@ def check_gradients(results, stats, tensors):
 
 def test_softmax_stats_called_directly_has_its_gradient():
     (x,), own, outputs = leaves((N, V)), spec(), ("logprob", "entropy", "lse")
-    results = torch.ops.em_kernels.softmax_stats(x, *own, outputs, "auto")
+    results = torch.ops.em_kernels.softmax_stats(x, *row_arguments(own), outputs, "auto")
     stats = softmax_stats(x, own.target, outputs=outputs, **OPTIONS)
     check_gradients(results, torch.stack(stats[:3]), [x])
 
@@ -261,7 +261,9 @@ def test_linear_stats_called_directly_has_its_gradient():
     hidden, weight, bias = tensors = leaves((N, D), (V, D), (V,))
     outputs = ("logprob", "entropy", "lse")
     own = spec()._replace(bias=bias)
-    results = torch.ops.em_kernels.linear_stats(hidden, weight, *own, outputs, 2, None, "auto")
+    results = torch.ops.em_kernels.linear_stats(
+        hidden, weight, *row_arguments(own), outputs, 2, None, "auto"
+    )
     options = dict(bias=bias, outputs=outputs, chunk_tokens=2, **OPTIONS)
     stats = linear_softmax_stats(hidden, weight, own.target, **options)
     check_gradients(results, torch.stack(stats[:3]), tensors)
@@ -271,13 +273,13 @@ def underived(name):
     """Arguments of an operator that has no derivative."""
     x, hidden, weight, bias = leaves((N, V), (N, D), (V, D), (V,))
     rows, needs, cut = torch.ones(N), (True, True, True, None), (2, None, "auto")
-    linear = (hidden, weight, *spec()._replace(bias=bias))
+    linear = (hidden, weight, *row_arguments(spec()._replace(bias=bias)))
     upstream, saved = (rows, rows, None), (rows, rows, rows)
     memory = [rows.clone() for _ in range(4)]
     return {
-        "softmax_grad": (x, *spec(), *saved, *upstream, "auto"),
-        "softmax_loss": (x, *spec(), *upstream, ("entropy",), "auto"),
-        "softmax_loss_": (x, memory, *spec(), *upstream, ("lse",), "auto"),
+        "softmax_grad": (x, *row_arguments(spec()), *saved, *upstream, "auto"),
+        "softmax_loss": (x, *row_arguments(spec()), *upstream, ("entropy",), "auto"),
+        "softmax_loss_": (x, memory, *row_arguments(spec()), *upstream, ("lse",), "auto"),
         "linear_grad": (*linear, *saved, *upstream, *needs, *cut),
         "linear_loss": (*linear, *upstream, *needs, ("entropy", "is_top1"), *cut),
         "scale_": (x, torch.tensor(0.5), "auto"),

@@ -18,6 +18,9 @@ WEIGHTS = torch.ones(3)
 # As of the first version, where every function repeated them; a type of `group` was not said.
 ROWS = (
     "outputs: 'tuple[str, ...]' = ('logprob', 'entropy'), temperature: 'float | Tensor' = 1.0, "
+    "top_k: 'int | Tensor | None' = None, top_p: 'float | Tensor | None' = None, "
+    "min_p: 'float | Tensor | None' = None, sampler: 'str' = 'transformers', "
+    "kept: 'tuple[Tensor, Tensor] | None' = None, "
     "softcap: 'float | None' = None, logit_scale: 'float' = 1.0, ignore_index: 'int' = -100, "
     "mask: 'Tensor | None' = None, valid_vocab: 'int | None' = None, "
     "group: 'dist.ProcessGroup | None' = None, "

@@ -1,0 +1,105 @@
+"""The kept set of a row: what a sampler leaves of a distribution before it draws from it.
+
+With z as in `reference.transform`, temperature included, m = max_v z_v and p = softmax(z):
+
+    top_k   keeps z_v >= the k-th largest z: all that tie with it too
+    min_p   keeps z_v >= m + log(min_p), which is p_v >= min_p max p
+    top_p   goes through what is left in falling order of z, equal ones in falling order of v, and
+            keeps an entry while those before it have less than top_p of the mass of what is left;
+            it keeps the first
+
+In the order of transformers (`LogitsProcessorList` of generate) top_k is first, top_p counts the
+mass of what top_k left, and min_p is last; in that of vLLM min_p is first, and top_p counts the
+mass of what min_p and top_k left. These are the only differences: a ratio to max p does not change
+when others are left out. What is kept is a border, a level of z and the first id kept at it:
+
+    v is kept where z_v > level, or z_v = level and v >= first
+
+top_p within two roundings of z (2 eps) counts as reached, and m + log(min_p) is rounded to the
+dtype of z: probabilities that were taken as logarithms fall on the side on which they were meant.
+
+Sources: Fan et al., "Hierarchical Neural Story Generation" (2018), arXiv:1805.04833, for top_k;
+Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), arXiv:1904.09751, for top_p;
+Nguyen et al., "Turning Up the Heat: Min-p Sampling" (2024), arXiv:2407.01082.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Border(NamedTuple):
+    """Where the kept set of each row ends, (N,) each."""
+
+    level: Tensor  # of the dtype of z; -inf keeps all of a row, +inf nothing
+    first: Tensor  # int64
+
+
+class Limits(NamedTuple):
+    """The columns of `RowSpec.truncation`, (N,) float64; what is not asked for keeps everything."""
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @classmethod
+    def of(cls, truncation: Tensor) -> Limits:
+        return cls(*truncation.unbind(-1))
+
+    def good(self) -> Tensor:
+        """Where a row has limits that can be; NaN is none."""
+        top_k, top_p, min_p = self
+        return (top_k >= 1) & (top_p > 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
+
+    def level_of_min_p(self, top: Tensor) -> Tensor:
+        return (top.double() + self.min_p.log()).to(top.dtype)
+
+    def mass(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """Less than this of the mass of what is left is before an entry that top_p keeps."""
+        return (self.top_p - 2 * torch.finfo(dtype).eps) * total
+
+    def border(self, top: Tensor, level: Tensor, first: Tensor) -> Border:
+        """With the rules of rows that cannot be computed: one that has no finite maximum is left as
+        it is, and of one with bad limits nothing is left."""
+        usable, good = top.isfinite(), self.good()
+        level = torch.where(usable, level, -torch.inf).masked_fill(~good, torch.inf)
+        return Border(level, torch.where(usable & good, first, 0))
+
+
+def find_border(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
+    """The border of rows z (N, V), by sorting them: the definition."""
+    limits, vocab = Limits.of(truncation), z.shape[-1]
+    value, ids = z.detach().sort(dim=-1, stable=True)  # NaN is last
+    top = value[:, -1]
+    place = vocab - limits.top_k.nan_to_num().clamp(1, vocab).long()
+    level_k, level_m = value.gather(1, place[:, None])[:, 0], limits.level_of_min_p(top)
+    base = torch.maximum(level_k, level_m) if min_p_first else level_k
+    mass = (value.double() - top.double()[:, None]).exp().masked_fill(value < base[:, None], 0)
+    upto = mass.flip(-1).cumsum(-1)
+    before = torch.nn.functional.pad(upto[:, :-1], (1, 0))  # in falling order
+    kept = (before < limits.mass(upto[:, -1], z.dtype)[:, None]).sum(-1).clamp(min=1)
+    last = vocab - torch.where(limits.top_p < 1, kept, vocab)[:, None]
+    level_p, first = value.gather(1, last)[:, 0], ids.gather(1, last)[:, 0]
+    level = torch.maximum(torch.maximum(level_k, level_m), level_p)
+    first = torch.where((level == level_p) & (limits.top_p < 1), first, 0)
+    return limits.border(top, level, first)
+
+
+def is_outside(z: Tensor, border: Border) -> Tensor:
+    """Which entries of z (N, V) are not kept; a NaN is not outside."""
+    level, ids = border.level[:, None], torch.arange(z.shape[-1], device=z.device)
+    return (z < level) | ((z == level) & (ids < border.first[:, None]))
+
+
+def is_in_set(z: Tensor, kept_ids: Tensor, kept_rows: Tensor) -> Tensor:
+    """Which entries of z (N, V) have their ids in kept_ids[start:end] of their row."""
+    lengths = kept_rows[:, 1] - kept_rows[:, 0]
+    row = torch.arange(z.shape[0], device=z.device).repeat_interleave(lengths)
+    within = torch.arange(row.shape[0], device=z.device)
+    within = within - (lengths.cumsum(0) - lengths)[row]
+    inside = torch.zeros(z.shape, dtype=torch.bool, device=z.device)
+    inside[row, kept_ids[kept_rows[row, 0] + within]] = True
+    return inside
