@@ -100,9 +100,12 @@ NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
 NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
 
 
+_ROW_OUTPUTS = frozenset(ROW_OUTPUTS)
+
+
 def row_kernels_make(outputs: Iterable[str]) -> bool:
     """Whether all of them are of `ROW_OUTPUTS`."""
-    return not set(outputs).difference(ROW_OUTPUTS)
+    return _ROW_OUTPUTS.issuperset(outputs)
 
 
 class RowSpec(NamedTuple):

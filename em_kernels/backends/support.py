@@ -30,9 +30,12 @@ from em_kernels.backends.interface import (
     spec_of_slice,
     without_support,
 )
-from em_kernels.backends.truncation import Border, find_border, is_outside
+from em_kernels.backends.truncation import Border, find_border, find_border_among, is_outside
 
-PIECE_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}  # of copies of rows, in float32
+PIECE_BYTES = {"cpu": 8 << 20, "gpu": 64 << 20}  # of copies of rows, in float32
+LARGEST = 1024  # entries of a row that are looked at first
+SORTED_ENTRIES = 8 * LARGEST  # rows of fewer are sorted at once
+SORTED_ROWS = 8  # at a time
 _MADE = frozenset({"kept_mass", "is_kept", *BORDER})  # here
 
 
@@ -195,10 +198,22 @@ def cut(x: Tensor, spec: RowSpec) -> Border:
     for piece, picked in _pieces(x, spec):
         assert picked.truncation is not None
         z = reference.transform(piece, without_support(picked))
-        border = find_border(z, picked.truncation, picked.min_p_first)
+        border = _found(z, picked.truncation, picked.min_p_first)
         _fill(piece, picked, is_outside(z, border))
         found.append(border)
     return Border(*(torch.cat(parts) for parts in zip(*found)))
+
+
+def _found(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
+    """`find_border`; where looking costs nothing, rows are sorted only if their largest entries do
+    not say where it is."""
+    if z.shape[-1] < SORTED_ENTRIES or not row_index.is_free_to_look(z):
+        return find_border(z, truncation, min_p_first)
+    border, known = find_border_among(z, truncation, min_p_first, LARGEST)
+    for rows in (~known).nonzero()[:, 0].split(SORTED_ROWS):
+        level, first = find_border(z[rows], truncation[rows], min_p_first)
+        border.level[rows], border.first[rows] = level, first
+    return border
 
 
 def count_above(

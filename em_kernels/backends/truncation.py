@@ -71,21 +71,56 @@ class Limits(NamedTuple):
 
 def find_border(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
     """The border of rows z (N, V), by sorting them: the definition."""
-    limits, vocab = Limits.of(truncation), z.shape[-1]
     value, ids = z.detach().sort(dim=-1, stable=True)  # NaN is last
-    top = value[:, -1]
-    place = vocab - limits.top_k.nan_to_num().clamp(1, vocab).long()
-    level_k, level_m = value.gather(1, place[:, None])[:, 0], limits.level_of_min_p(top)
+    return _border(_Sorted(value, ids, z.shape[-1], None), truncation, min_p_first)[0]
+
+
+def find_border_among(
+    z: Tensor, truncation: Tensor, min_p_first: bool, count: int
+) -> tuple[Border, Tensor]:
+    """(`find_border`, where it is known): from the `count` largest of each row and the sum of the
+    whole one alone. Known is a border above the least of them."""
+    z, vocab = z.detach(), z.shape[-1]
+    ids = z.topk(count, sorted=False).indices.sort(-1).values
+    value, order = z.gather(-1, ids).sort(dim=-1, stable=True)
+    total = (z - value[:, -1:]).exp().sum(-1, dtype=torch.float64)
+    largest = _Sorted(value, ids.gather(-1, order), vocab, total)
+    return _border(largest, truncation, min_p_first)
+
+
+class _Sorted(NamedTuple):
+    """The largest entries of rows in rising order, equal ones in that of their ids."""
+
+    value: Tensor  # (N, C)
+    ids: Tensor
+    vocab: int
+    total: Tensor | None  # the mass of whole rows, where some are not here
+
+
+def _border(rows: _Sorted, truncation: Tensor, min_p_first: bool) -> tuple[Border, Tensor]:
+    limits, (value, ids, vocab, whole) = Limits.of(truncation), rows
+    top, count = value[:, -1], value.shape[-1]
+    least = torch.full_like(top, -torch.inf) if whole is not None else value[:, 0]
+    top_k = limits.top_k.nan_to_num().clamp(1, vocab).long()
+    place = (count - top_k).clamp(min=0)
+    level_k = value.gather(1, place[:, None])[:, 0]
+    level_k = torch.where(top_k < vocab, level_k, least)
+    level_m = limits.level_of_min_p(top)
     base = torch.maximum(level_k, level_m) if min_p_first else level_k
     mass = (value.double() - top.double()[:, None]).exp().masked_fill(value < base[:, None], 0)
     upto = mass.flip(-1).cumsum(-1)
     before = torch.nn.functional.pad(upto[:, :-1], (1, 0))  # in falling order
-    kept = (before < limits.mass(upto[:, -1], z.dtype)[:, None]).sum(-1).clamp(min=1)
-    last = vocab - torch.where(limits.top_p < 1, kept, vocab)[:, None]
+    total = upto[:, -1] if whole is None else torch.where(base > least, upto[:, -1], whole)
+    kept = (before < limits.mass(total, value.dtype)[:, None]).sum(-1).clamp(min=1)
+    some = limits.top_p < 1
+    last = (count - kept)[:, None]
     level_p, first = value.gather(1, last)[:, 0], ids.gather(1, last)[:, 0]
+    level_p = torch.where(some, level_p, least)
     level = torch.maximum(torch.maximum(level_k, level_m), level_p)
-    first = torch.where((level == level_p) & (limits.top_p < 1), first, 0)
-    return limits.border(top, level, first)
+    first = torch.where((level == level_p) & some, first, 0)
+    end = value[:, 0]  # what is above this is all here
+    known = ((base > end) | (base == -torch.inf)) & ((level > end) | (level == -torch.inf))
+    return limits.border(top, level, first), known | ~top.isfinite() | ~limits.good()
 
 
 def is_outside(z: Tensor, border: Border) -> Tensor:

@@ -53,7 +53,7 @@ from em_kernels.ops.schemas import (
     SoftmaxLoss,
     SoftmaxLossInplace,
     SoftmaxStats,
-    flat,
+    given,
     schema,
     unflat,
     with_numbers,
@@ -383,7 +383,7 @@ def record(arguments: tuple[Any, ...]) -> list[Tensor]:
     """The operator of these arguments, as a program that is exported keeps it."""
     operator: Callable[..., list[Tensor]]
     operator = getattr(torch.ops.em_kernels, _NAMES[type(arguments)])
-    return operator(*flat(arguments))
+    return operator(*given(arguments))
 
 
 def call(arguments: tuple[Any, ...]) -> list[Tensor]:

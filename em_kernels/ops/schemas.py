@@ -43,7 +43,8 @@ class _Layout(NamedTuple):
     """How a record lies among the arguments."""
 
     parts: list[tuple[Any, int]]  # (the NamedTuple that a field is or None, its arguments)
-    size: int  # of all, those that come last included
+    first: int  # how many of the arguments are not `last`
+    size: int
     defaults: list[Any]  # of the last arguments
 
 
@@ -62,8 +63,8 @@ def arguments(kind: type[_Record]) -> type[_Record]:
         else:
             parts.append((None, 1))
     defaults = flat(tuple(kind._field_defaults.values()))  # type: ignore[attr-defined]
-    size = sum(count for _, count in parts) + len(last)
-    _LAYOUTS[kind] = _Layout(parts, size, [*defaults, *last])
+    first = sum(count for _, count in parts)
+    _LAYOUTS[kind] = _Layout(parts, first, first + len(last), [*defaults, *last])
     return kind
 
 
@@ -72,13 +73,23 @@ def flat(record: tuple[Any, ...]) -> list[Any]:
     values: list[Any] = []
     last: list[Any] = []
     for value in record:
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            first = _FIRST.get(type(value), len(value))
+        first = _FIRST.get(type(value))
+        if first is None:
+            values.append(value)
+        elif first == len(value):
+            values.extend(value)
+        else:
             values.extend(value[:first])
             last.extend(value[first:])
-        else:
-            values.append(value)
     return values + last
+
+
+def given(record: tuple[Any, ...]) -> list[Any]:
+    """`flat` without the last arguments, where they are what they are if left out."""
+    values, first = flat(record), _LAYOUTS[type(record)].first
+    if all(value is None or value is False for value in values[first:]):
+        del values[first:]
+    return values
 
 
 def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
@@ -86,7 +97,7 @@ def unflat(kind: type[_Record], values: Sequence[Any]) -> _Record:
     layout = _LAYOUTS[kind]
     if len(values) < layout.size:
         values = [*values, *layout.defaults[len(values) - layout.size :]]
-    start, end, fields = 0, sum(count for _, count in layout.parts), []
+    start, end, fields = 0, layout.first, []
     for part, count in layout.parts:
         own = values[start : start + count]
         if part is None:

@@ -110,7 +110,9 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         x, weight, spec, ctx.outputs, ctx.source, low = unflat(Call, args)
-        spec = ctx.source.looked_through(spec._replace(whole=not row_kernels_make(ctx.outputs)))
+        if not row_kernels_make(ctx.outputs):
+            spec = spec._replace(whole=True)
+        spec = ctx.source.looked_through(spec)
         names = (*ctx.outputs, *_noted(spec, ctx.outputs))
         rows, made = ctx.source.stats(x, weight, spec, names, low)
         saved, stats = results_of(names, rows)
