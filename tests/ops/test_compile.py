@@ -89,8 +89,9 @@ def divergence_arguments(logits, operands, device, impl):
     }
 
 
-# Triton's alone: tests/backends/test_triton_linear.py. Between ranks: tests/vocab_checks.py.
-ELSEWHERE = ("linear_stats_fused", "all_reduce")
+# Triton's alone: tests/backends/test_triton_linear.py. Between ranks: tests/vocab_checks.py, and of
+# tokens tests/ops/test_token_ranks.py.
+ELSEWHERE = ("linear_stats_fused", "all_reduce", "count_tokens", "gather_alike")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))

@@ -15,6 +15,7 @@ from em_kernels import (
     linear_softmax_stats,
     linear_token_covariance,
     linear_token_loss,
+    next_token_targets,
     softmax_stats,
     token_loss,
 )
@@ -146,6 +147,15 @@ def test_a_mask_is_looked_at_once_for_a_covariance(gpu_rule):
         with Looks() as looks:
             linear_token_covariance(*inputs, mask, impl="reference")
         assert looks.names == ([] if mask is None else ["nonzero"])
+
+
+def test_a_mean_over_segments_waits_for_nothing(gpu_rule):
+    logits, ids = torch.randn(N, V, requires_grad=True), torch.arange(N) // 5 - 1
+    with Looks() as looks:
+        options = dict(reduction="sequence_mean", segment_ids=ids, impl="reference")
+        entropy_loss(logits, **options).backward()
+        next_token_targets(targets(), ids)
+    assert looks.names == []
 
 
 def test_a_mean_over_all_tokens_makes_no_mask(monkeypatch):
