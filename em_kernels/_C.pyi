@@ -1,11 +1,15 @@
 """The compiled CPU kernels: csrc/cpu/bindings.cpp."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 BLOCK: int
+_Spec: TypeAlias = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float, float, int
+]
 
 def new_parts(rows: int) -> Tensor: ...
 def stats(
@@ -74,6 +78,45 @@ def above(
     ids: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor | None]: ...
+def divergence_sums(
+    logits: Tensor,
+    spec: _Spec,
+    other_logits: Tensor,
+    other_spec: _Spec,
+    kind: str,
+    mixed: float,
+    saved: Sequence[Tensor],
+    /,
+) -> Tensor: ...
+def divergence_grad(
+    logits: Tensor,
+    spec: _Spec,
+    other_logits: Tensor,
+    other_spec: _Spec,
+    kind: str,
+    mixed: float,
+    saved: Sequence[Tensor],
+    weights: Tensor | None,
+    other_weights: Tensor | None,
+    out: Tensor | None,
+    other_out: Tensor | None,
+    /,
+) -> None: ...
+def divergence_loss(
+    logits: Tensor,
+    spec: _Spec,
+    other_logits: Tensor,
+    other_spec: _Spec,
+    kind: str,
+    mixed: float,
+    weights: Tensor | None,
+    other_weights: Tensor | None,
+    out: Tensor | None,
+    other_out: Tensor | None,
+    outputs: Sequence[str],
+    other_outputs: Sequence[str],
+    /,
+) -> list[Tensor]: ...
 def add_product(total: Tensor, grad_logits: Tensor, x: Tensor, add: bool, /) -> bool: ...
 def empty(shape: Sequence[int], dtype: torch.dtype, /) -> Tensor: ...
 def release_memory() -> None: ...

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <unordered_map>
 #include <vector>
@@ -249,6 +250,8 @@ std::pair<Tensor, OptionalTensor> above(
   return {counts, sums};
 }
 
+#include "pair_bindings.h"
+
 std::vector<std::string> isa_levels() {
   std::vector<std::string> names;
   for (auto level = cpu::usable_levels(); *level; ++level) names.push_back((*level)->name);
@@ -288,6 +291,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grad", &grad, release());
   m.def("loss", &loss, release());
   m.def("above", &above, release());
+  m.def("divergence_sums", &divergence_sums, release());
+  m.def("divergence_grad", &divergence_grad, release());
+  m.def("divergence_loss", &divergence_loss, release());
   m.def("add_product", &cpu::add_product, release());
   m.def("empty", &empty);
   m.def("release_memory", &release_memory);

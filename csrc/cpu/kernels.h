@@ -45,6 +45,32 @@ struct Above {
   double* sums = nullptr;        // (rows, count)
 };
 
+enum class Divergence : int { kForwardKl, kReverseKl, kJs };
+
+// What the gradients need of a pair of rows, Real (rows,) each, as em_kernels.backends.pair has it.
+struct PairSaved {
+  void *max = nullptr, *log1p_r = nullptr, *other_max = nullptr, *other_log1p_r = nullptr;
+  void *gap = nullptr, *own_kl = nullptr, *other_kl = nullptr;
+};
+
+// One side of a pair. `results` are of its statistics; `gradient` has `g_lse`, the weights of the
+// rows, and where it goes. Null where they are not wanted.
+struct Side {
+  Problem problem;
+  const Results* results = nullptr;
+  const Gradient* gradient = nullptr;
+};
+
+// A call on pairs of rows, of one dtype. With `results` of both sides all of `saved` is made on the
+// way, with `sums` (3, rows) those alone; the gradients are made of what is in `saved`.
+struct Pairs {
+  Side own, other;
+  Divergence kind = Divergence::kForwardKl;
+  double mixed = 0;
+  PairSaved saved;
+  double* sums = nullptr;
+};
+
 struct Level {
   const char* name;
   void (*stats)(const Problem&, const Results&, const Slice&, const Parallel&);
@@ -52,6 +78,7 @@ struct Level {
   // stats, then grad of the same rows while they are in cache; `saved` comes from the results.
   void (*loss)(const Problem&, const Results&, const Gradient&, const Parallel&);
   void (*above)(const Problem&, const Above&, const Parallel&);
+  void (*divergence)(const Pairs&, const Parallel&);
 };
 
 // Compiled and supported by this processor, best first; never empty, ends with null.

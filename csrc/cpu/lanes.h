@@ -125,6 +125,10 @@ struct Lanes {
   friend EM_INLINE Lanes minus_n_ln2(Lanes d, Lanes n) {
     return d - n * set(T(0.693359375)) + n * set(T(2.12194440e-4));
   }
+  // floor(log2 x) of a positive normal float.
+  friend EM_INLINE Lanes exponent_of(Lanes x) {
+    return make([&](int i) { return T(std::ilogb(x.lane[i])); });
+  }
   // The float whose bits are those of k shifted left by 23; see vexp.
   friend EM_INLINE Lanes shift_to_exponent(Lanes k) {
     return make([&](int i) { return bit_cast<T>(Bits<T>(bit_cast<Bits<T>>(k.lane[i]) << 23)); });

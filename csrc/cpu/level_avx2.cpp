@@ -18,6 +18,7 @@ namespace avx2 {
 #include "blocks.h"
 #include "rows.h"
 #include "above.h"
+#include "divergence.h"
 }  // namespace avx2
 }  // namespace em_kernels::cpu
 
@@ -26,6 +27,7 @@ namespace avx2 {
 #endif
 
 namespace em_kernels::cpu {
-const Level kAvx2 = {"avx2", avx2::stats, avx2::grad, avx2::loss, avx2::above};
+const Level kAvx2 = {
+    "avx2", avx2::stats, avx2::grad, avx2::loss, avx2::above, avx2::divergence};
 }  // namespace em_kernels::cpu
 #endif

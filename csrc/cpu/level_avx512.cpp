@@ -20,6 +20,7 @@ namespace avx512 {
 #include "blocks.h"
 #include "rows.h"
 #include "above.h"
+#include "divergence.h"
 }  // namespace avx512
 }  // namespace em_kernels::cpu
 
@@ -28,6 +29,7 @@ namespace avx512 {
 #endif
 
 namespace em_kernels::cpu {
-const Level kAvx512 = {"avx512", avx512::stats, avx512::grad, avx512::loss, avx512::above};
+const Level kAvx512 = {
+    "avx512", avx512::stats, avx512::grad, avx512::loss, avx512::above, avx512::divergence};
 }  // namespace em_kernels::cpu
 #endif

@@ -13,7 +13,9 @@ using F32 = Lanes<float, 8>;
 #include "blocks.h"
 #include "rows.h"
 #include "above.h"
+#include "divergence.h"
 }  // namespace portable
 
-const Level kPortable = {"portable", portable::stats, portable::grad, portable::loss, portable::above};
+const Level kPortable = {
+    "portable", portable::stats, portable::grad, portable::loss, portable::above, portable::divergence};
 }  // namespace em_kernels::cpu

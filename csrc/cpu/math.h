@@ -34,6 +34,62 @@ EM_INLINE V clamp_exponent(V d) {
   return max_or_b(V::set(exp_floor<typename V::T>), d);
 }
 
+// log y of y = 1 + less in (0, 1], to rounding in relative terms where less is near 0: of a y in
+// [sqrt 1/2, 1] the polynomial takes `less`, else what is left of y over a power of two (Moshier,
+// Cephes, logf).
+template <class V>
+EM_INLINE V vlog1p(V less, V y) {
+  const V zero = V::set(0.0f), n = exponent_of(y * V::set(1.41421356f));
+  const V scaled = y * shift_to_exponent(V::set(12583039.0f) - n);
+  const V f = select(n == zero, less, scaled - V::set(1.0f));
+  V p = V::set(7.0376836292e-2f);
+  p = fma(p, f, V::set(-1.1514610310e-1f));
+  p = fma(p, f, V::set(1.1676998740e-1f));
+  p = fma(p, f, V::set(-1.2420140846e-1f));
+  p = fma(p, f, V::set(1.4249322787e-1f));
+  p = fma(p, f, V::set(-1.6668057665e-1f));
+  p = fma(p, f, V::set(2.0000714765e-1f));
+  p = fma(p, f, V::set(-2.4999993993e-1f));
+  p = fma(p, f, V::set(3.3333331174e-1f));
+  const V square = f * f;
+  const V tail = fma(square * f, p, fma(square, V::set(-0.5f), n * V::set(-2.12194440e-4f)));
+  return fma(n, V::set(0.693359375f), f + tail);
+}
+
+template <int W>
+EM_INLINE Lanes<double, W> vlog1p(Lanes<double, W> less, Lanes<double, W> y) {
+  return Lanes<double, W>::make(
+      [&](int i) { return less.lane[i] < -0.5 ? std::log(y.lane[i]) : std::log1p(less.lane[i]); });
+}
+
+// e^-x - 1 + x for |x| < 0.5: a series, of positive terms or nearly so.
+template <class V>
+EM_INLINE V excess(V x) {
+  const V minus = V::set(0.0f) - x;
+  V s = V::set(float(1.0 / 3628800));
+  s = fma(s, minus, V::set(float(1.0 / 362880)));
+  s = fma(s, minus, V::set(float(1.0 / 40320)));
+  s = fma(s, minus, V::set(float(1.0 / 5040)));
+  s = fma(s, minus, V::set(float(1.0 / 720)));
+  s = fma(s, minus, V::set(float(1.0 / 120)));
+  s = fma(s, minus, V::set(float(1.0 / 24)));
+  s = fma(s, minus, V::set(float(1.0 / 6)));
+  s = fma(s, minus, V::set(0.5f));
+  return x * x * s;
+}
+
+template <int W>
+EM_INLINE Lanes<double, W> excess(Lanes<double, W> x) {
+  return Lanes<double, W>::make([&](int i) {
+    double term = 1 / 1307674368000.0, sum = term;  // 1 / 15!
+    for (int k = 15; k > 2; --k) {
+      term *= k;
+      sum = term - x.lane[i] * sum;
+    }
+    return x.lane[i] * x.lane[i] * sum;
+  });
+}
+
 // tanh for |x| < 0.625: odd polynomial of degree 11 (Moshier, Cephes, tanhf).
 template <class V>
 EM_INLINE V tanh_near_zero(V x) {

@@ -61,5 +61,8 @@ struct F32 {
   friend EM_INLINE F32 minus_n_ln2(F32 d, F32 n) {
     return d - n * set(0.693359375f) + n * set(2.12194440e-4f);
   }
+  friend EM_INLINE F32 exponent_of(F32 x) {
+    return {__builtin_convertvector((Ints)x.v >> 23, Floats) - 127};
+  }
   friend EM_INLINE F32 shift_to_exponent(F32 k) { return {(Floats)((Ints)k.v << 23)}; }
 };

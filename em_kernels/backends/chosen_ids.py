@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from em_kernels.backends import divergence as pairs
 from em_kernels.backends.above import above, counting
 from em_kernels.backends.interface import (
     Backend,
@@ -15,6 +16,7 @@ from em_kernels.backends.interface import (
     Upstream,
     accumulate_dtype,
 )
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 
 class ChosenIds(Backend):
@@ -70,6 +72,23 @@ class ChosenIds(Backend):
 
     def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
         return self._inner.add_product(total, grad_logits, x, add)
+
+    def divergence_sums(
+        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
+    ) -> Tensor:
+        return pairs.sums(self._inner, own, other, saved, divergence)
+
+    def divergence_grad(
+        self,
+        own: Side,
+        other: Side,
+        saved: PairSaved,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+    ) -> bool:
+        pairs.grad(self._inner, own, other, saved, divergence, weights, out)
+        return True
 
     def _rank(self, logits: Tensor, spec: RowSpec) -> Tensor:
         """(N,)"""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from em_kernels.backends import availability
 from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 
 def why_not(device: torch.device | None) -> str | None:
@@ -57,6 +58,37 @@ class Cpu(Backend):
         out: Tensor,
     ) -> list[Tensor]:
         return self._compiled.loss(logits, *_row_arguments(spec), *upstream, outputs, out)
+
+    def divergence_sums(
+        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
+    ) -> Tensor:
+        return self._compiled.divergence_sums(*_pair(own, other, divergence), list(saved))
+
+    def divergence_grad(
+        self,
+        own: Side,
+        other: Side,
+        saved: PairSaved,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+    ) -> bool:
+        pair = _pair(own, other, divergence)
+        self._compiled.divergence_grad(*pair, list(saved), *weights, *out)
+        return True
+
+    def divergence_loss(
+        self,
+        own: Side,
+        other: Side,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+        outputs: tuple[str, ...],
+        other_outputs: tuple[str, ...],
+    ) -> list[Tensor]:
+        pair = _pair(own, other, divergence)
+        return self._compiled.divergence_loss(*pair, *weights, *out, outputs, other_outputs)
 
     def new_parts(self, rows: int) -> Tensor:
         return self._compiled.new_parts(rows)
@@ -121,6 +153,13 @@ def _row_arguments(spec: RowSpec) -> RowArguments:
         *(spec.bias, spec.target, spec.mask, spec.temperature_rows),
         *(spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab),
     )
+
+
+def _pair(
+    own: Side, other: Side, divergence: Divergence
+) -> tuple[Tensor, RowArguments, Tensor, RowArguments, str, float]:
+    mine, theirs = _row_arguments(own.spec), _row_arguments(other.spec)
+    return own.logits, mine, other.logits, theirs, divergence.kind, divergence.mixed
 
 
 def load() -> Cpu:

@@ -344,7 +344,7 @@ class Backend(Protocol):
         outputs: tuple[str, ...],
         other_outputs: tuple[str, ...],
     ) -> list[Tensor] | None:
-        """As `divergence.loss`."""
+        """As `divergence.loss`; without weights as `divergence.stats`."""
         return None
 
 

@@ -184,12 +184,11 @@ class VocabParallel(Backend):
         self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
     ) -> Tensor:
         """Of the whole rows: those of the ranks, added in their order in float64."""
-        if own.spec.valid_vocab == 0:
-            sums = torch.zeros(3, len(saved.gap), dtype=saved.gap.dtype, device=saved.gap.device)
-        else:
+        sums = torch.zeros(3, len(saved.gap), dtype=torch.float64, device=saved.gap.device)
+        if own.spec.valid_vocab > 0:
             own, other = self._own_side(own), self._own_side(other)
-            sums = pairs.sums(self._inner, own, other, saved, divergence)
-        total: Tensor = gather(sums, self.shards.group).to(torch.float64).sum(0)
+            sums.copy_(pairs.sums(self._inner, own, other, saved, divergence))
+        total: Tensor = gather(sums, self.shards.group).sum(0)
         return total
 
     def divergence_grad(

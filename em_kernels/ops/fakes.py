@@ -30,14 +30,14 @@ from em_kernels.ops.schemas import (
     SoftmaxStats,
 )
 
-_DTYPES = {**dict.fromkeys(BOOLEAN, torch.bool), "rank": torch.int64}
+RESULT_DTYPES = {**dict.fromkeys(BOOLEAN, torch.bool), "rank": torch.int64}
 
 
 def empty_rows(like: Tensor, outputs: Sequence[str]) -> list[Tensor]:
     """Memory for what the statistics operators return, of the leading shape of `like`."""
     dtype = accumulate_dtype(like.dtype)
     return [
-        like.new_empty(like.shape[:-1], dtype=_DTYPES.get(name, dtype))
+        like.new_empty(like.shape[:-1], dtype=RESULT_DTYPES.get(name, dtype))
         for name in (*Saved._fields, *outputs)
     ]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from em_kernels.backends.interface import Backend, Descent, Goal, RowSpec, Saved, Upstream
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 from em_kernels.backends.triton import above, control, launch, linear, presence, scale
+from em_kernels.backends.triton import divergence as pairs
 from em_kernels.backends.triton.elementary import INTERPRETED
 
 interpreted = bool(INTERPRETED.value)
@@ -68,3 +70,20 @@ class Triton(Backend):
 
     def descend(self, z: Tensor, descent: Descent) -> Tensor:
         return control.descend(z, descent)
+
+    def divergence_sums(
+        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
+    ) -> Tensor:
+        return pairs.sums(own, other, saved, divergence)
+
+    def divergence_grad(
+        self,
+        own: Side,
+        other: Side,
+        saved: PairSaved,
+        divergence: Divergence,
+        weights: PairWeights,
+        out: PairOut,
+    ) -> bool:
+        pairs.grad(own, other, saved, divergence, weights, out)
+        return True
