@@ -1,4 +1,4 @@
-"""Divergences of two rows: their sums, and the gradients; `backends.divergence` has the formulas."""
+"""Divergences of two rows, their sums and gradients; `backends.divergence` has the formulas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def excess_of(p, m, u):
 @triton.jit
 def towards(p, u, kl):
     """p (u - kl): 0 where p is, and where the KL is infinite."""
-    return tl.where((p == 0) | (kl == INF), 0, p * (u - kl))
+    return tl.where(kl < INF, tl.where(p == 0, 0, p * (u - kl)), 0)
 
 
 @triton.jit
