@@ -29,8 +29,14 @@ from benchmarks.common import (
 from em_kernels import backends
 from em_kernels.backends.availability import why_no_gpu
 
-OPERATORS = ("softmax_stats", "token_loss", "linear_softmax_stats", "linear_entropy_loss")
-LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
+OPERATORS = (
+    "softmax_stats",
+    "token_loss",
+    "linear_softmax_stats",
+    "linear_entropy_loss",
+    "operands",
+)
+LOGITS_ROWS, HIDDEN_ROWS, OPERANDS_ROWS = 256, 1024, 128
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "python -m benchmarks", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("op", nargs="*", help=f"any of {', '.join(OPERATORS)}; all by default")
-    parser.add_argument("--n", type=int, help="tokens; default 256 from logits, 1024 from hidden")
+    parser.add_argument(
+        "--n", type=int, help="tokens; default 256 from logits, 1024 from hidden, 128 in operands"
+    )
     parser.add_argument("--v", type=int, help="vocabulary; default 151936")
     parser.add_argument("--d", type=int, help="hidden size; default 896")
     parser.add_argument(
@@ -78,6 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
     rows = HIDDEN_ROWS if operator.startswith("linear") else LOGITS_ROWS
+    rows = OPERANDS_ROWS if operator == "operands" else rows
     n, v, d = (48, 3001, 64) if options.quick else (rows, 151936, 896)
     return Sizes(options.n or n, options.v or v, options.d or d)
 
