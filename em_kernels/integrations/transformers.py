@@ -66,6 +66,7 @@ class TokenStatsOutput(ModelOutput):
     logit_var: Tensor | None = None
     logit_skew: Tensor | None = None
     entropy_slope: Tensor | None = None
+    rank: Tensor | None = None
     kept_mass: Tensor | None = None
     is_kept: Tensor | None = None
 

@@ -200,7 +200,8 @@ def test_adapters_on_the_backbone_of_a_frozen_model():
 
 def test_peft():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    targets = ["q_proj", "lm_head"]
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
     model = peft.get_peft_model(make("llama"), config).double().eval()
     inputs = batch()
     expected, _ = expected_stats(model, inputs)
@@ -209,8 +210,8 @@ def test_peft():
     assert error(out.logprob, expected["logprob"]) < 1e-9
     check_gradients(out.entropy.sum(), expected["entropy"].sum(), model)
     remove_em_kernels(model)
-    config = peft.LoraConfig(target_modules=["lm_head"], r=2)
-    with pytest.raises(ModelError, match=r"is a peft\.tuners\.lora\.layer\.Linear, not a plain"):
+    config = peft.LoHaConfig(target_modules=["lm_head"], r=2)
+    with pytest.raises(ModelError, match=r"is a peft\.tuners\.loha\.layer\.Linear, not a plain"):
         apply_em_kernels(peft.get_peft_model(make("llama"), config))
 
 

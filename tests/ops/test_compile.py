@@ -54,6 +54,9 @@ def operator_arguments(name, dtype, device, impl):
 
     needs, cut = (True, True, True, 1e-3), (2, None, impl)
     given, of_head = row_arguments(spec(device)), row_arguments(spec(device, bias))
+    low = (*(random_logits(size, 3, dtype=dtype, device=device) for size in (N, V)), True, True)
+    empty = [torch.empty_like(x) for x in (operands[0], bias, *low[:2])]
+    into = torch.zeros_like(operands[1], dtype=wide), empty
     return {
         "softmax_stats": (logits, *given, OUTPUTS, impl),
         "softmax_grad": (logits, *given, *rows(3), *rows(3), impl),
@@ -61,7 +64,8 @@ def operator_arguments(name, dtype, device, impl):
         "softmax_loss_": (logits, rows(4), *given, *rows(3), ("logprob",), impl),
         "linear_stats": (*operands, *of_head, OUTPUTS, *cut),
         "linear_grad": (*operands, *of_head, *rows(3), *rows(3), *needs, *cut),
-        "linear_loss": (*operands, *of_head, *rows(3), *needs, ("entropy",), *cut),
+        "linear_grad_": (*into, *operands, *of_head, *rows(3), *rows(3), *needs, *cut, None, *low),
+        "linear_loss": (*operands, *of_head, *rows(3), *needs, ("entropy",), *cut, *low),
         **divergence_arguments(logits, operands, device, impl),
         "entropy_temperature": (logits, 0.3, 0.1, 0.05, 4, impl),
         "entropy_descent": (logits, 0.3, 1.0, 3, impl),
