@@ -157,6 +157,21 @@ REFUSED = {
         on_head(lambda h: setattr(h.weight, "data", torch.empty(0))),
         r"has the shape \(0,\), not \(V, D\): FSDP1 and DeepSpeed ZeRO-3",
     ),
+    "ZeRO-3": (
+        on_head(
+            lambda h: (setattr(h.weight, "data", torch.empty(0)), setattr(h.weight, "ds_id", 0))
+        ),
+        r"is cut by DeepSpeed ZeRO-3 .*deepspeed\.zero\.GatheredParameters",
+    ),
+    "FSDP1": (
+        on_head(
+            lambda h: (
+                setattr(h.weight, "data", torch.empty(40)),
+                setattr(h.weight, "_fsdp_flattened", True),
+            )
+        ),
+        r"is cut by FSDP1 .*summon_full_params",
+    ),
     "hook": (on_head(lambda h: h.register_forward_hook(lambda m, a, out: 0.5 * out)), HOOK),
     "hook in place": (on_head(lambda h: h.register_forward_hook(halve_in_place)), HOOK),
     "hook on a token": (on_head(lambda h: h.register_forward_hook(forbid_a_token)), HOOK),
