@@ -35,6 +35,7 @@ OPERATORS = (
     "linear_softmax_stats",
     "linear_entropy_loss",
     "operands",
+    "truncated",
 )
 LOGITS_ROWS, HIDDEN_ROWS, OPERANDS_ROWS = 256, 1024, 128
 

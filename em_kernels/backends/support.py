@@ -209,7 +209,9 @@ def _found(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
     not say where it is."""
     if z.shape[-1] < SORTED_ENTRIES or not row_index.is_free_to_look(z):
         return find_border(z, truncation, min_p_first)
-    border, known = find_border_among(z, truncation, min_p_first, LARGEST)
+    top_k = truncation[:, 0].max().item() if len(z) else 1
+    count = LARGEST if not top_k <= LARGEST // 4 else max(64, 4 * int(top_k))
+    border, known = find_border_among(z, truncation, min_p_first, count)
     for rows in (~known).nonzero()[:, 0].split(SORTED_ROWS):
         level, first = find_border(z[rows], truncation[rows], min_p_first)
         border.level[rows], border.first[rows] = level, first

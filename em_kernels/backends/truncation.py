@@ -83,7 +83,9 @@ def find_border_among(
     z, vocab = z.detach(), z.shape[-1]
     ids = z.topk(count, sorted=False).indices.sort(-1).values
     value, order = z.gather(-1, ids).sort(dim=-1, stable=True)
-    total = (z - value[:, -1:]).exp().sum(-1, dtype=torch.float64)
+    total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+    wide = (truncation[:, 0] > count).nonzero()[:, 0]  # of the others top_p counts what is here
+    total[wide] = (z[wide] - value[wide, -1:]).exp().sum(-1, dtype=torch.float64)
     largest = _Sorted(value, ids.gather(-1, order), vocab, total)
     return _border(largest, truncation, min_p_first)
 
@@ -110,7 +112,9 @@ def _border(rows: _Sorted, truncation: Tensor, min_p_first: bool) -> tuple[Borde
     mass = (value.double() - top.double()[:, None]).exp().masked_fill(value < base[:, None], 0)
     upto = mass.flip(-1).cumsum(-1)
     before = torch.nn.functional.pad(upto[:, :-1], (1, 0))  # in falling order
-    total = upto[:, -1] if whole is None else torch.where(base > least, upto[:, -1], whole)
+    total = upto[:, -1]
+    if whole is not None:  # all that base leaves is here, or all there is
+        total = torch.where((base > least) | (top_k <= count), total, whole)
     kept = (before < limits.mass(total, value.dtype)[:, None]).sum(-1).clamp(min=1)
     some = limits.top_p < 1
     last = (count - kept)[:, None]
