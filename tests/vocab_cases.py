@@ -231,6 +231,40 @@ def head_gradients(values, upstream, head):
     return with_gradients(values, upstream, parts, {"hidden": head.hidden})
 
 
+def ids_of(target):
+    """Five ids a row, repeated, on several ranks, and padding."""
+    ids = torch.stack([target, (target + 31) % VOCAB, target, (target * 7) % VOCAB, target], -1)
+    ids[0, :, 4] = -100
+    return ids
+
+
+OF_IDS = ("logprob", "entropy", "lse", "is_top1", "rank")
+
+
+def stats_of_ids(share, impl):
+    logits, target, upstream = draw_rows()
+    upstream["logprob"] = torch.randn(2, 9, 5)
+    return stats_case(share, logits, ids_of(target), upstream, OF_IDS, impl=impl, softcap=9.0)
+
+
+def linear_loss_of_ids(share, impl):
+    head, target = draw_head(share)
+    loss, stats = linear_token_loss(
+        head.hidden,
+        head.weight,
+        ids_of(target),
+        bias=head.bias,
+        logprob_weight=torch.randn(2, 9, 5),
+        entropy_weight=torch.randn(2, 9),
+        outputs=OF_IDS,
+        chunk_tokens=4,
+        group=share.group,
+        impl=impl,
+    )
+    values = {"loss": loss, **{name: getattr(stats, name) for name in OF_IDS}}
+    return head_gradients(values, {"loss": torch.tensor(1.0)}, head)
+
+
 def linear_stats_of(dtype, **options):
     def case(share, impl):
         head, target = draw_head(share, dtype)
@@ -505,6 +539,8 @@ CASES = {
     "stats, every argument": stats_with_everything,
     "stats, no target": stats_without_target,
     "stats, a view": stats_of_a_view,
+    "stats, ids": stats_of_ids,
+    "linear loss, ids": linear_loss_of_ids,
     "stats, sure rows": stats_of_sure_rows,
     "stats, shifted rows": stats_of_shifted_rows,
     "stats, bad rows": stats_of_bad_rows,

@@ -1,4 +1,23 @@
-"""What is said of chosen ids of a row beside its statistics, on top of any backend."""
+"""Chosen ids of a row: their log-probabilities, their ranks, and the gradient, around any backend.
+
+With z of the row kernels, m = max z, d_k = z_{id_k} - m and l_k = d_k - log1p(r), which is exact to
+rounding in relative terms where one id has nearly all the mass (d = 0, l = -log1p(r)):
+
+    logprob_k = l_k        rank_k = |{v: z_v > z_k}|
+    is_top1_k = (no v has z_v > z_k, or z_v = z_k with v < id_k)
+
+For upstream gradients g_k, G_y = sum of g_k over id_k = y (an id may be there twice), and those of
+the entropy and of lse, g_H and g_lse,
+
+    dL/dz_v = [v chosen] G_v - p_v sum_k g_k + g_H p_v (E - d_v) + g_lse p_v
+            = G_y (1 - p_y) - p_y (sum_k g_k - G_y) + ...          at a chosen y, 1 - p_y by expm1
+
+So the backend makes the gradient in which lse has g_lse - sum_k g_k, and the entries at the ids are
+written over, repeated ids with the same number: nothing is added atomically.
+
+The logits of the ids are read from the rows that are in memory, whichever product made them: a
+product of the ids' rows of a weight alone would have other bits than that of all.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +29,28 @@ from torch import Tensor
 from em_kernels.backends import divergence as pairs
 from em_kernels.backends.above import above, counting
 from em_kernels.backends.interface import (
+    OF_IDS,
+    PADDING,
     Backend,
     RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
+    as_ids,
+    has_ids,
+    spec_of_slice,
+    upstream_of_slice,
+    where_rows,
 )
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 
 class ChosenIds(Backend):
-    """A backend that also makes `rank`, around another."""
+    """A backend that also makes `rank`, and takes a target of (N, K), around another.
+
+    A row is left out by `mask` alone. An id that is PADDING has logprob 0, rank 0, is not the first
+    and brings no gradient; one that is out of range, where that is not refused, is NaN by itself.
+    """
 
     def __init__(self, inner: Backend):
         self._inner = inner
@@ -29,19 +59,42 @@ class ChosenIds(Backend):
 
     @property
     def local(self) -> Backend:
-        return self._inner.local
+        return self if self._inner.local is self._inner else ChosenIds(self._inner.local)
+
+    def total(self, x: Tensor) -> Tensor:
+        return self._inner.total(x)
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
-        asked = tuple(name for name in outputs if name != "rank")
-        rows = self._inner.stats(logits, spec, asked)
-        if asked == outputs:
-            return rows
-        return _with_rank(rows, self._rank(logits, spec), outputs)
+        target = _first_id(spec)
+        left = OF_IDS if target is None else {"rank"}
+        own = tuple(name for name in outputs if name not in left)
+        made = self._inner.stats(logits, spec._replace(target=target), own)
+        rows = dict(zip((*Saved._fields, *own), made, strict=True))
+        if target is not None and spec.target is not None and has_ids(spec):
+            for name in OF_IDS.intersection(own):
+                rows[name] = torch.where(spec.target == PADDING, 0, rows[name][:, None])
+        rows |= self._of_ids(logits, spec, set(outputs).difference(own), rows)
+        return [rows[name] for name in (*Saved._fields, *outputs)]
 
     def grad(
         self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
     ) -> None:
-        self._inner.grad(logits, spec, saved, upstream, out)
+        target, given = _first_id(spec), upstream.logprob
+        if given is not None and spec.target is not None and has_ids(spec):
+            given = torch.where(spec.target == PADDING, 0, given)
+            upstream = upstream._replace(logprob=given if target is None else given[:, 0])
+        if given is None or target is not None:
+            self._inner.grad(logits, spec._replace(target=target), saved, upstream, out)
+        elif spec.valid_vocab == 0:
+            out.zero_()
+        elif self.local is not self:
+            size = spec.valid_vocab
+            upstream = upstream_of_slice(spec, upstream, self.first_entry, size)
+            self.local.grad(
+                logits, spec_of_slice(spec, self.first_entry, size), saved, upstream, out
+            )
+        else:
+            self._grad_of_ids(logits, spec, saved, upstream, out)
 
     def loss(
         self,
@@ -51,11 +104,10 @@ class ChosenIds(Backend):
         outputs: tuple[str, ...],
         out: Tensor,
     ) -> list[Tensor]:
-        asked = tuple(name for name in outputs if name != "rank")
-        # Before the gradient takes the place of the logits.
-        rank = None if asked == outputs else self._rank(logits, spec)
-        rows = self._inner.loss(logits, spec, upstream, asked, out)
-        return rows if rank is None else _with_rank(rows, rank, outputs)
+        """`stats`, then `grad`: of the whole rows, the logits still in memory."""
+        rows = self.stats(logits, spec, outputs)
+        self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
+        return rows
 
     def above(
         self,
@@ -90,19 +142,96 @@ class ChosenIds(Backend):
         pairs.grad(self._inner, own, other, saved, divergence, weights, out)
         return True
 
-    def _rank(self, logits: Tensor, spec: RowSpec) -> Tensor:
-        """(N,)"""
+    def _of_ids(
+        self, logits: Tensor, spec: RowSpec, names: set[str], rows: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the inner backend has not made, of the shape of the target."""
+        if not names or spec.target is None:
+            return {}
+        ids = as_ids(spec.target)
+        values, own = {}, self._inner.local
+        able = counting(own, logits.device)
+        z = _z_at(own, self._inner, logits, spec, ids) if "logprob" in names else None
+        if z is not None:
+            d = z.double() - rows["max"][:, None].double()
+            values["logprob"] = (d - rows["log1p_r"][:, None].double()).to(z.dtype)
+        if names != {"logprob"}:
+            level = z if able is own else None
+            level = _z_at(able, self._inner, logits, spec, ids) if level is None else level
+            values |= self._places(logits, spec, level, names)
+        nan = (rows["max"] - rows["max"])[:, None]  # or 0
+        shaped = {}
+        for name, value in values.items():
+            value = torch.where(ids == PADDING, 0, value) + nan
+            value = value if spec.mask is None else where_rows(spec.mask, value)
+            shaped[name] = value.view(spec.target.shape)
+        return shaped
+
+    def _places(
+        self, logits: Tensor, spec: RowSpec, level: Tensor, names: set[str]
+    ) -> dict[str, Tensor]:
+        """`rank` and `is_top1`, NaN where an id is out of range."""
         assert spec.target is not None
-        ids = spec.target[:, None]
-        level = _z_at(counting(self._inner.local, logits.device), self._inner, logits, spec, ids)
-        counts, _ = above(self._inner, logits, spec, level)
-        return counts[:, 0]
+        ids, plain, values = as_ids(spec.target), spec._replace(target=None), {}
+        if "rank" in names:
+            values["rank"] = above(self._inner, logits, plain, level)[0].to(level.dtype)
+        if "is_top1" in names:
+            before, _ = above(self._inner, logits, plain, level, ids=ids)
+            values["is_top1"] = (before == 0).to(level.dtype)
+        return {name: value.masked_fill(level.isnan(), torch.nan) for name, value in values.items()}
+
+    def _grad_of_ids(
+        self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
+    ) -> None:
+        assert spec.target is not None and upstream.logprob is not None
+        given = upstream.logprob.double()
+        inside = (spec.target >= 0) & (spec.target < spec.valid_vocab)
+        ids = torch.where(inside, spec.target, 0)
+        x = _x_at(logits, ids)  # `out` may be the logits
+        same, others = _same_and_others(ids, torch.where(inside, given, 0))
+        plain = spec._replace(target=None)
+        lse = -given.sum(1)
+        total = lse if upstream.lse is None else upstream.lse.double() + lse
+        wide = accumulate_dtype(logits.dtype)
+        self._inner.grad(
+            logits, plain, saved, upstream._replace(logprob=None, lse=total.to(wide)), out
+        )
+        z, slope = _entries(self._inner, x, plain, ids)
+        d = z.double() - saved.max[:, None].double()
+        log_p = d - saved.log1p_r[:, None].double()
+        p = log_p.exp()
+        own = -same * torch.expm1(log_p)
+        rest = -others
+        if upstream.lse is not None:
+            rest = rest + upstream.lse[:, None].double()
+        if upstream.entropy is not None:
+            away = saved.mean_d[:, None].double() - d
+            rest = rest + upstream.entropy[:, None].double() * away
+        value = (own + torch.where(p == 0, 0, p * rest)) * slope
+        if spec.mask is not None:
+            value = where_rows(spec.mask, value)
+        inner = logits.shape[1]
+        row = torch.arange(len(ids), device=ids.device)[:, None]
+        out[row // inner, row % inner, ids] = value.to(out.dtype)
 
 
-def _with_rank(rows: list[Tensor], rank: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
-    """`rank` where it belongs, NaN where the row is."""
-    place = len(Saved._fields) + outputs.index("rank")
-    return [*rows[:place], rank + (rows[0] - rows[0]), *rows[place:]]
+def _first_id(spec: RowSpec) -> Tensor | None:
+    """The target as kernels take it, where there is one id; any entry in the place of padding."""
+    if spec.target is None or not has_ids(spec):
+        return spec.target
+    if spec.target.shape[1] > 1:
+        return None
+    return torch.where(spec.target == PADDING, 0, spec.target)[:, 0]
+
+
+def _same_and_others(ids: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each id, the sum of what is given to its equals in the row, and to all others; (N, K)."""
+    same, others = torch.zeros_like(given), torch.zeros_like(given)
+    for id_j, given_j in zip(ids.split(1, 1), given.split(1, 1)):
+        equal = ids == id_j
+        same += torch.where(equal, given_j, 0)
+        others += torch.where(equal, 0, given_j)
+    return same, others
 
 
 def _z_at(able: Backend, whole: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
@@ -117,18 +246,37 @@ def _z_at(able: Backend, whole: Backend, logits: Tensor, spec: RowSpec, ids: Ten
 
 
 def z_of_entries(backend: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
-    """z at ids (N, K), with the very bits of a backend's kernels: as the maximum of rows of one
-    entry. -inf where there is none, as where it is NaN or +inf."""
-    inner, count = logits.shape[1], ids.shape[1]
+    """z at ids (N, K), with the very bits of a backend's kernels; -inf where there is none, and
+    where it is NaN or +inf."""
+    return _entries(backend, _x_at(logits, ids), spec, ids, slopes=False)[0]
+
+
+def _x_at(logits: Tensor, ids: Tensor) -> Tensor:
+    inner = logits.shape[1]
     row = torch.arange(len(ids), device=ids.device)[:, None]
     x = logits[row // inner, row % inner, ids]
-    one = RowSpec(temperature=spec.temperature, softcap=spec.softcap, valid_vocab=1)
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _entries(
+    backend: Backend, x: Tensor, spec: RowSpec, ids: Tensor, slopes: bool = True
+) -> tuple[Tensor, Tensor]:
+    """z and dz/dx of the logits x (N, K), as of rows of one entry: whose maximum is z, and whose
+    gradient of lse is dz/dx where e^(z - max) is 1."""
+    one, scale = RowSpec(temperature=spec.temperature, softcap=spec.softcap, valid_vocab=1), 1.0
     if spec.bias is None:
         one = one._replace(logit_scale=spec.logit_scale)
     else:  # as the kernels do it, rounded twice
-        x = x.to(accumulate_dtype(x.dtype)) * spec.logit_scale
-        x = x + spec.bias[ids].to(x.dtype)
+        scale = spec.logit_scale
+        x = x * scale + spec.bias[ids].to(x.dtype)
     if spec.temperature_rows is not None:
-        one = one._replace(temperature_rows=spec.temperature_rows.repeat_interleave(count))
-    z: Tensor = backend.stats(x.reshape(1, -1, 1), one, ())[0]
-    return z.nan_to_num(nan=-torch.inf).view(ids.shape)
+        one = one._replace(temperature_rows=spec.temperature_rows.repeat_interleave(x.shape[1]))
+    rows = x.reshape(1, -1, 1)
+    z: Tensor = backend.stats(rows, one, ())[0]
+    if not slopes:
+        return z.nan_to_num(nan=-torch.inf).view(x.shape), z
+    least = torch.finfo(x.dtype).max ** 0.5  # of -inf, and finite over any temperature
+    rows = rows.nan_to_num(-least).clamp(min=-least, max=least)
+    saved, slope = Saved(*backend.stats(rows, one, ())), torch.empty_like(rows)
+    backend.grad(rows, one, saved, Upstream(lse=torch.ones_like(saved.max)), slope)
+    return z.nan_to_num(nan=-torch.inf).view(x.shape), slope.view(x.shape).double() * scale

@@ -96,11 +96,35 @@ ROW_OUTPUTS = OUTPUTS[: OUTPUTS.index("rank")]
 """What `Backend.stats` of row kernels makes; the others are made by backends around them."""
 NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope", "rank", "is_kept"})
 BOOLEAN = frozenset({"is_top1", "is_kept"})
+OF_IDS = frozenset({"logprob", "is_top1", "rank"})  # (N, K) where targets are
+PADDING = -(1 << 61)  # an id of a row of ids that stands for none
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
 NEEDS_LOGIT_MOMENTS = frozenset({"self_certainty", "logit_mean", "logit_var", "logit_skew"})
 
 
 _ROW_OUTPUTS = frozenset(ROW_OUTPUTS)
+
+
+def has_ids(spec: RowSpec) -> bool:
+    """Whether a flattened spec has several ids a row."""
+    return spec.target is not None and spec.target.dim() == 2
+
+
+def as_ids(target: Tensor) -> Tensor:
+    """A flattened target as (N, K)."""
+    return target if target.dim() == 2 else target[:, None]
+
+
+def row_shape(name: str, spec: RowSpec, rows: int) -> tuple[int, ...]:
+    """Of an output of so many rows; the spec is flattened."""
+    if name in OF_IDS and spec.target is not None:
+        return (rows, *spec.target.shape[1:])
+    return (rows,)
+
+
+def where_rows(mask: Tensor, x: Tensor) -> Tensor:
+    """x (N, ...) where mask (N,) is True, else 0."""
+    return torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
 
 
 def row_kernels_make(outputs: Iterable[str]) -> bool:
@@ -118,7 +142,7 @@ class RowSpec(NamedTuple):
     """
 
     bias: Tensor | None = None  # (V,)
-    target: Tensor | None = None  # (N,) int64
+    target: Tensor | None = None  # (N,) int64, or (N, K): backends around others serve it
     mask: Tensor | None = None  # (N,) bool
     temperature_rows: Tensor | None = None  # (N,), in place of `temperature`
     temperature: float = 1.0
@@ -449,7 +473,9 @@ def upstream_of_slice(spec: RowSpec, upstream: Upstream, start: int, size: int) 
     if upstream.logprob is None or spec.target is None:
         return upstream
     owned = _inside(spec.target - start, size)
-    elsewhere = torch.where(owned, 0, upstream.logprob)
+    elsewhere = torch.where(owned | (spec.target == PADDING), 0, upstream.logprob)
+    if elsewhere.dim() == 2:
+        elsewhere = elsewhere.sum(1)
     lse = -elsewhere if upstream.lse is None else upstream.lse - elsewhere
     return upstream._replace(logprob=torch.where(owned, upstream.logprob, 0), lse=lse)
 

@@ -31,13 +31,17 @@ from torch import Tensor
 from em_kernels.backends.interface import (
     NEEDS_LOGIT_MOMENTS,
     NEEDS_SECOND_ORDER,
+    PADDING,
     Backend,
     RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
+    as_ids,
+    has_ids,
     has_support,
     select_rows,
+    where_rows,
 )
 from em_kernels.backends.truncation import Border, Limits, find_border, is_in_set, is_outside
 
@@ -91,14 +95,7 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
 
     values = {"entropy": log1p_r - mean_d, "lse": m[:, 0] + log1p_r, "max_prob": 1 / (1 + r)}
     if spec.target is not None:
-        target = _safe_target(spec.target, spec)
-        d_target = torch.where(excluded, -math.inf, d).gather(1, target[:, None])[:, 0]
-        logprob = d_target - log1p_r
-        if has_support(spec):
-            logprob = torch.where(logprob == -math.inf, -math.inf, logprob)
-        values["logprob"] = logprob
-        values["is_top1"] = (target == argmax[:, 0]).to(z.dtype)
-        values["is_kept"] = (logprob > -math.inf).to(z.dtype)
+        values.update(_of_ids(spec, torch.where(excluded, -math.inf, d), log1p_r, argmax))
     if "kept_mass" in outputs:
         values["kept_mass"] = (values["lse"] - whole.detach().logsumexp(-1)).exp()
     if NEEDS_SECOND_ORDER.intersection(outputs):
@@ -110,6 +107,23 @@ def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tenso
     return [_apply_row_rules(row, usable, spec.mask) for row in rows]
 
 
+def _of_ids(spec: RowSpec, d: Tensor, log1p_r: Tensor, argmax: Tensor) -> dict[str, Tensor]:
+    """logprob_y = d_y - log1p(r) of one target a row or of K ids, of which one that is out of range
+    is NaN by itself, and padding 0."""
+    assert spec.target is not None
+    ids = as_ids(spec.target)
+    safe = _safe_target(ids, spec)
+    logprob, is_top1 = d.gather(1, safe) - log1p_r[:, None], (safe == argmax).to(d.dtype)
+    if has_support(spec):
+        logprob = torch.where(logprob == -math.inf, -math.inf, logprob)
+    is_kept = (logprob > -math.inf).to(d.dtype)
+    if not has_ids(spec):
+        return {"logprob": logprob[:, 0], "is_top1": is_top1[:, 0], "is_kept": is_kept[:, 0]}
+    logprob = torch.where(_in_range(ids, spec), logprob, math.nan)
+    values = {"logprob": logprob, "is_top1": is_top1}
+    return {name: torch.where(ids == PADDING, 0, value) for name, value in values.items()}
+
+
 def _second_order(
     p: Tensor, d: Tensor, log1p_r: Tensor, mean_d: Tensor, values: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -117,7 +131,7 @@ def _second_order(
     away = d - mean_d[:, None]
     collision = (p * p).sum(-1)
     out = {"varentropy": (p * away * away).sum(-1), "collision": collision}
-    if "logprob" in values:
+    if "logprob" in values and values["logprob"].dim() == 1:
         logprob, entropy = values["logprob"], values["entropy"]
         p_target = logprob.exp()
         own = torch.where(p_target > 0, p_target * (logprob + entropy), 0)
@@ -216,7 +230,7 @@ def _in_range(target: Tensor, spec: RowSpec) -> Tensor:
 
 def _good_arguments(spec: RowSpec) -> Tensor | bool:
     """False in rows of a target out of range or a temperature not positive and finite."""
-    good = True if spec.target is None else _in_range(spec.target, spec)
+    good = True if spec.target is None or has_ids(spec) else _in_range(spec.target, spec)
     if spec.truncation is not None:
         good = good & Limits.of(spec.truncation).good()
     if spec.temperature_rows is None:
@@ -225,8 +239,8 @@ def _good_arguments(spec: RowSpec) -> Tensor | bool:
 
 
 def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor:
-    row = torch.where(usable, row, math.nan)
-    return row if mask is None else torch.where(mask, row, 0)
+    row = torch.where(usable.view(-1, *[1] * (row.dim() - 1)), row, math.nan)
+    return row if mask is None else where_rows(mask, row)
 
 
 def above(

@@ -30,6 +30,7 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    as_ids,
     select_rows,
     spec_of_slice,
     upstream_of_slice,
@@ -96,8 +97,10 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
     if spec.mask is not None:
         own[2] = (place * spec.mask).sum()
     if spec.target is not None:
-        counted = spec.target if spec.mask is None else spec.target * spec.mask
-        own[3] = (place * counted).sum()
+        target = as_ids(spec.target)
+        counted = target if spec.mask is None else target * spec.mask[:, None]
+        number = torch.arange(1, target.shape[1] + 1, device=like.device)
+        own[3] = (place[:, None] * number * counted).sum()
     sizes, *shared = gather(own, group).T.tolist()
     for name, values in zip(_SHARED, shared, strict=True):
         if len(set(values)) > 1:

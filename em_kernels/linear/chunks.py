@@ -31,7 +31,9 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+    has_ids,
     pick,
+    row_shape,
     select_rows,
 )
 from em_kernels.backends.row_index import kept_rows
@@ -83,7 +85,7 @@ def stats(
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     rows = Rows.counted(linear, index, backend, needs, True)
-    results, kept = _empty_rows(linear, rows, 3 + len(outputs)), None
+    results, kept = _empty_rows(linear, rows, spec, outputs), None
     if needs is not None:
         shape = kept_shape(linear, keep)
         kept = backend.empty(shape, linear.logits_dtype, linear.hidden.device)
@@ -141,12 +143,12 @@ def loss(
     """
     index, spec = kept_rows(spec, linear.hidden.shape[0])
     frozen = needs == Needs(hidden=True) and vocab_forward.has_single_source(upstream)
-    frozen = frozen and linear.low.x is None
+    frozen = frozen and linear.low.x is None and not has_ids(spec)
     rows = Rows.counted(linear, index, backend, needs, in_parts=frozen)
     if rows.in_parts:
         forward = vocab_forward.Pass.over(linear, spec, backend, rows)
         return _loss_of_hidden(forward, upstream, outputs)
-    results = _empty_rows(linear, rows, 3 + len(outputs))
+    results = _empty_rows(linear, rows, spec, outputs)
     sums = ChunkGradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
@@ -161,7 +163,7 @@ def _loss_of_hidden(
 ) -> list[Tensor]:
     """`loss` with the vocabulary outermost, of which only dX is wanted."""
     hidden, rows = forward.linear.hidden, forward.rows
-    results = _empty_rows(forward.linear, rows, 3 + len(outputs))
+    results = _empty_rows(forward.linear, rows, forward.spec, outputs)
     out = hidden.new_zeros(hidden.shape, dtype=ready_dtype(hidden.dtype))
     for own in rows.spans():
         part = rows.at(own)
@@ -213,9 +215,12 @@ def _chunks(
         yield Chunk(part, x, linear.low_rows(part, mask), room, gradient[: x.shape[0]], unread)
 
 
-def _empty_rows(linear: Linear, rows: Rows, count: int) -> list[Tensor]:
+def _empty_rows(
+    linear: Linear, rows: Rows, spec: RowSpec, outputs: tuple[str, ...]
+) -> list[Tensor]:
     """Zeros where a row is left out: what a masked row reports."""
     hidden = linear.hidden
     dtype = accumulate_dtype(hidden.dtype)
     make = torch.empty if rows.index is None else torch.zeros
-    return [make(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(count)]
+    shapes = [row_shape(name, spec, hidden.shape[0]) for name in (*Saved._fields, *outputs)]
+    return [make(shape, dtype=dtype, device=hidden.device) for shape in shapes]

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import row_index
-from em_kernels.backends.interface import Backend, RowSpec, Upstream, accumulate_dtype, pick
+from em_kernels.backends.interface import (
+    Backend,
+    RowSpec,
+    Upstream,
+    accumulate_dtype,
+    pick,
+    where_rows,
+)
 from em_kernels.linear import products
 from em_kernels.linear.columns import BLOCK, kept_columns
 from em_kernels.linear.half import rows_scale, scale_rows, unscaled
@@ -226,4 +233,4 @@ def _counted(upstream: Upstream, mask: Tensor | None) -> Upstream:
     """0 where the mask is."""
     if mask is None:
         return upstream
-    return Upstream(*(None if g is None else torch.where(mask, g, 0) for g in upstream))
+    return Upstream(*(None if g is None else where_rows(mask, g) for g in upstream))

@@ -23,15 +23,20 @@ def ready_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def upstream_scale(upstream: Upstream, spec: RowSpec, dtype: torch.dtype) -> Tensor | None:
+def upstream_scale(
+    upstream: Upstream, spec: RowSpec, dtype: torch.dtype, lead: int = 1
+) -> Tensor | None:
     """The power of two for logits or operands of `dtype`, 0-d float32; None where none is needed.
+
+    Rows have `lead` dimensions; the weights of several ids of a row add up.
 
     1 where no weight of a row that counts is finite and not 0. Nothing waits for the device.
     """
     if dtype != torch.float16:
         return None
-    given = [g for g in upstream if g is not None]
-    sizes = torch.stack([g.detach().abs() for g in given]).amax(0) * _slope(spec, given[0].device)
+    sizes_of = [g.detach().abs() for g in upstream if g is not None]
+    given = [g.sum(-1) if g.dim() > lead else g for g in sizes_of]
+    sizes = torch.stack(given).amax(0) * _slope(spec, given[0].device)
     counted = sizes.isfinite() if spec.mask is None else sizes.isfinite() & spec.mask
     sizes = torch.where(counted, sizes, 0).flatten()
     return power_of_two(torch.cat([sizes, sizes.new_zeros(1)]).amax())

@@ -17,7 +17,14 @@ from torch.nn.functional import softplus
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
-from em_kernels.ops.arguments import check_floating, check_number, check_shape, count_mask
+from em_kernels.ops.arguments import (
+    NEVER_IGNORED,
+    check_floating,
+    check_logits,
+    check_number,
+    check_shape,
+    count_mask,
+)
 from em_kernels.ops.divergence import linear_divergence
 from em_kernels.ops.softmax_stats import softmax_stats
 
@@ -252,13 +259,14 @@ def logprob_at(logits: Tensor, index: Tensor, *, temperature: float = 1.0) -> Te
     Raises:
         TypeError, ValueError: naming the argument and what was received.
     """
-    lse = softmax_stats(logits, outputs=("lse",), temperature=temperature).lse
-    if index.dtype != torch.int64 or index.shape[:-1] != lse.shape:
+    check_logits(logits)
+    if index.dtype != torch.int64 or index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
-            f"index must be int64 of shape ({', '.join(map(str, lse.shape))}, k), got "
+            f"index must be int64 of shape ({', '.join(map(str, logits.shape[:-1]))}, k), got "
             f"{index.dtype} of shape {tuple(index.shape)}"
         )
-    return logits.gather(-1, index).to(lse.dtype) / temperature - lse.unsqueeze(-1)
+    options: Any = dict(temperature=temperature, ignore_index=NEVER_IGNORED)
+    return softmax_stats(logits, index, outputs=("logprob",), **options).logprob
 
 
 def _regret_inputs(

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends.choice import IMPLS
-from em_kernels.backends.interface import NEEDS_TARGET, OUTPUTS, Numbers, RowSpec, accumulate_dtype
+from em_kernels.backends.interface import (
+    NEEDS_TARGET,
+    OUTPUTS,
+    PADDING,
+    Numbers,
+    RowSpec,
+    accumulate_dtype,
+)
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
@@ -200,8 +207,12 @@ def make_spec(
     target: Tensor | None,
     options: Mapping[str, Any],
     bias: Tensor | None = None,
+    ids: bool = False,
 ) -> RowSpec:
-    """Check the options that every public function shares; `x` gives leading shape and device."""
+    """Check the options that every public function shares; `x` gives leading shape and device.
+
+    `ids`: the target may be several ids a row, (..., K), padded with `ignore_index`.
+    """
     impl, group = options["impl"], options["group"]
     ignore_index = options["ignore_index"]
     if impl not in IMPLS:
@@ -215,10 +226,15 @@ def make_spec(
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
         numbers = Numbers()
+    target = _target(target, x, ids)
+    several = target is not None and target.dim() == x.dim()
+    mask = row_mask(x, None if several else target, ignore_index, options["mask"])
+    if target is not None and several:
+        target = torch.where(target == ignore_index, PADDING, target)
     return RowSpec(
         bias=bias,
-        target=_target(target, x),
-        mask=row_mask(x, target, ignore_index, options["mask"]),
+        target=target,
+        mask=mask,
         temperature_rows=per_row,
         temperature=float(numbers.temperature),
         softcap=float(numbers.softcap),
@@ -351,10 +367,19 @@ def check_number(name: str, value: float, good: Callable[[float], bool], rule: s
         raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
 
 
-def _target(target: Tensor | None, x: Tensor) -> Tensor | None:
+def _target(target: Tensor | None, x: Tensor, ids: bool) -> Tensor | None:
     if target is None:
         return None
-    check_rows("target", target, x)
+    check_tensor("target", target)
+    if ids and target.dim() == x.dim() and target.shape[:-1] == x.shape[:-1]:
+        if target.shape[-1] == 0:
+            raise ValueError(
+                f"target must have an id in every row, got shape {tuple(target.shape)}; pad rows "
+                "of fewer ids with ignore_index"
+            )
+        check_device("target", target, x)
+    else:
+        check_rows("target", target, x)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
     return target

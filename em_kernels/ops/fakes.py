@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import BOOLEAN, Saved, accumulate_dtype
+from em_kernels.backends.interface import BOOLEAN, OF_IDS, RowSpec, Saved, accumulate_dtype
 from em_kernels.backends.vocab_parallel import size_of
 from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype
@@ -33,11 +33,17 @@ from em_kernels.ops.schemas import (
 RESULT_DTYPES = {**dict.fromkeys(BOOLEAN, torch.bool), "rank": torch.int64}
 
 
-def empty_rows(like: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+def _shape(name: str, like: Tensor, spec: RowSpec) -> torch.Size:
+    if name in OF_IDS and spec.target is not None:
+        return spec.target.shape
+    return like.shape[:-1]
+
+
+def empty_rows(like: Tensor, outputs: Sequence[str], spec: RowSpec) -> list[Tensor]:
     """Memory for what the statistics operators return, of the leading shape of `like`."""
     dtype = accumulate_dtype(like.dtype)
     return [
-        like.new_empty(like.shape[:-1], dtype=RESULT_DTYPES.get(name, dtype))
+        like.new_empty(_shape(name, like, spec), dtype=RESULT_DTYPES.get(name, dtype))
         for name in (*Saved._fields, *outputs)
     ]
 
@@ -59,7 +65,7 @@ def _fake_grads(
 
 
 def softmax_stats(call: SoftmaxStats) -> list[Tensor]:
-    return empty_rows(call.logits, call.outputs)
+    return empty_rows(call.logits, call.outputs, call.spec)
 
 
 def softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
@@ -67,7 +73,10 @@ def softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
 
 
 def softmax_loss(call: SoftmaxLoss) -> list[Tensor]:
-    return [*empty_rows(call.logits, call.outputs), call.logits.new_empty(call.logits.shape)]
+    return [
+        *empty_rows(call.logits, call.outputs, call.spec),
+        call.logits.new_empty(call.logits.shape),
+    ]
 
 
 def nothing(call: SoftmaxLossInplace | LinearGradInto | ScaleInplace) -> None:
@@ -98,7 +107,7 @@ def entropy_descent(call: EntropyDescent) -> list[Tensor]:
 
 
 def linear_stats(call: LinearStats) -> list[Tensor]:
-    rows = empty_rows(call.hidden, call.outputs)
+    rows = empty_rows(call.hidden, call.outputs, call.spec)
     if any((*call.needs.inputs, *call.low[2:])):
         linear = Linear.of(call.hidden, call.weight, call.chunk_tokens, call.logits_dtype)
         shape = kept_shape(linear, call.keep_logits)
@@ -107,7 +116,7 @@ def linear_stats(call: LinearStats) -> list[Tensor]:
 
 
 def linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
-    return empty_rows(call.hidden, call.outputs)
+    return empty_rows(call.hidden, call.outputs, call.spec)
 
 
 def linear_grad(call: LinearGrad) -> list[Tensor]:
@@ -115,4 +124,4 @@ def linear_grad(call: LinearGrad) -> list[Tensor]:
 
 
 def linear_loss(call: LinearLoss) -> list[Tensor]:
-    return [*empty_rows(call.hidden, call.outputs), *_fake_grads(call, ready_dtype)]
+    return [*empty_rows(call.hidden, call.outputs, call.spec), *_fake_grads(call, ready_dtype)]

@@ -32,6 +32,7 @@ from em_kernels.ops.arguments import (
     make_spec,
     product_dtype_of,
 )
+from em_kernels.ops.chosen import served
 from em_kernels.ops.dtensor import local_operands
 from em_kernels.ops.lora import low_part
 from em_kernels.ops.options import DEFAULTS, LinearStatsOptions, takes_options
@@ -100,10 +101,11 @@ def linear_softmax_stats(
     check_keep_logits(given["keep_logits"])
     if given["fuse_product"]:
         _check_fused((hidden, weight, bias), given)
-    spec = make_spec(hidden, weight.shape[0], target, given, bias)
+    spec = make_spec(hidden, weight.shape[0], target, given, bias, ids=True)
     outputs = check_outputs(options, target)
-    if given["fuse_product"] and not row_kernels_make(outputs):
-        raise ValueError(f"outputs must be among {ROW_OUTPUTS} with fuse_product, got {outputs}")
+    spec, form = served(spec, outputs, hidden)
+    if given["fuse_product"]:
+        _check_fused_rows(spec, outputs, hidden)
     if is_exporting() and not given["fuse_product"]:
         low = LowRank(*low_part(own, weight, given))
         product = product_arguments(given)
@@ -114,7 +116,7 @@ def linear_softmax_stats(
         hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
         source = _source(hidden, weight, spec, outputs, given, into, low_rank)
         rows = statistics(Call(hidden, weight, spec, outputs, source, low_rank))
-    return pack_stats(outputs, rows, given["entropy_requires_grad"])
+    return pack_stats(outputs, rows, form, given["entropy_requires_grad"])
 
 
 def _source(
@@ -131,10 +133,9 @@ def _source(
     alone = (
         needs.inputs == (True, False, False) and len(brings) == 1 and given["filter_eps"] is None
     ) and low.x is None
-    single = brings[0] if alone else None
+    one = spec.target is None or spec.target.dim() < hidden.dim()
+    single = brings[0] if alone and one else None
     keep, fused = given["keep_logits"], given["fuse_product"]
-    if not row_kernels_make(outputs):
-        keep = 0  # their forward pass goes through whole rows
     product, of_low = product_arguments(given), low_needs(brings, low)
     return FromHidden(needs, *product, keep, fused, single, into, of_low)
 
@@ -214,6 +215,15 @@ def _check_fused(tensors: tuple[Tensor, Tensor, Tensor | None], given: Mapping[s
             raise ValueError(
                 f"{name} must be one of {values} with fuse_product, got {given[name]!r}"
             )
+
+
+def _check_fused_rows(spec: RowSpec, outputs: tuple[str, ...], hidden: Tensor) -> None:
+    if not row_kernels_make(outputs):
+        raise ValueError(f"outputs must be among {ROW_OUTPUTS} with fuse_product, got {outputs}")
+    if spec.target is not None and spec.target.dim() == hidden.dim():
+        raise ValueError(
+            f"target must be one id a row with fuse_product, got shape {tuple(spec.target.shape)}"
+        )
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
 from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
     BOOLEAN,
+    PADDING,
     Backend,
     RowSpec,
     Saved,
@@ -29,8 +30,10 @@ from em_kernels.backends.interface import (
     as_rows,
     flatten_rows,
     flatten_spec,
+    has_ids,
     has_support,
     row_kernels_make,
+    where_rows,
 )
 from em_kernels.backends.support import Support, kept_upstream
 from em_kernels.backends.vocab_parallel import VocabParallel
@@ -294,7 +297,7 @@ def extended(module: Backend, spec: RowSpec, outputs: Sequence[str], owned: bool
     `owned`: the logits will lie in memory of ours. Both passes over rows must come to the same:
     where only the forward pass knows of an output that is not a row kernel's, `spec.whole` is set.
     """
-    if "rank" in outputs:
+    if "rank" in outputs or has_ids(spec):
         module = ChosenIds(module)
     if has_support(spec) or spec.whole or not row_kernels_make(outputs):
         module = Support(module, owned)
@@ -314,12 +317,11 @@ def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
     that of the caller's names."""
     spec = flatten_spec(spec, lead)
     if spec.target is not None and row_index.is_free_to_look(spec.target):
-        _check_rows(
-            (spec.target >= 0) & (spec.target < spec.valid_vocab),
-            spec,
-            "target",
-            f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)",
-        )
+        good = (spec.target >= 0) & (spec.target < spec.valid_vocab)
+        if has_ids(spec):
+            good |= spec.target == PADDING
+        rule = f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)"
+        _check_rows(good, spec, "target", rule)
     if spec.temperature_rows is not None and row_index.is_free_to_look(spec.temperature_rows):
         rows = spec.temperature_rows
         good = (rows > 0) & rows.isfinite()
@@ -329,11 +331,11 @@ def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
 
 
 def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str, prefix: str = "") -> None:
-    bad = ~good if spec.mask is None else ~good & spec.mask
+    bad = ~good if spec.mask is None else where_rows(spec.mask, ~good)
     if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        name, value = prefix + field.removesuffix("_rows"), getattr(spec, field)[row].item()
-        raise ValueError(f"{name} must be {rule}, got {value} at token {row}")
+        first = tuple(bad.nonzero()[0].tolist())
+        name, value = prefix + field.removesuffix("_rows"), getattr(spec, field)[first].item()
+        raise ValueError(f"{name} must be {rule}, got {value} at token {first[0]}")
 
 
 class Operator(NamedTuple):

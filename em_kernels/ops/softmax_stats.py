@@ -16,6 +16,7 @@ from em_kernels.ops.arguments import (
     check_outputs,
     make_spec,
 )
+from em_kernels.ops.chosen import served
 from em_kernels.ops.dtensor import local_logits
 from em_kernels.ops.options import DEFAULTS, StatsOptions, takes_options
 from em_kernels.ops.registry import record
@@ -35,6 +36,7 @@ def softmax_stats(
         z = softcap(logit_scale * logits) / temperature,   softcap(u) = c tanh(u / c)
         H = log1p(r) - q / (1 + r),   logprob_y = d_y - log1p(r),   lse = max z + log1p(r)
         d_v = z_v - max z,   r = sum exp(d_v),   q = sum exp(d_v) d_v   over all but the argmax
+        rank_y = |{v: z_v > z_y}|, -1 in a row without probabilities
 
     Leaving the maximum out of r keeps H accurate, in relative terms, down to H = 1e-9.
     Gradients: dH/dz_v = p_v (q / (1 + r) - d_v); dlogprob/dz_v = 1[v = y] - p_v; dlse/dz_v = p_v.
@@ -42,7 +44,10 @@ def softmax_stats(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64; row-strided views are read in
             place. A -inf logit has probability 0. A row with NaN, +inf or no finite logit is NaN.
-        target: (...) int64 token ids y; needed by logprob, is_top1 and entropy_slope. An id outside
+        target: (...) int64 token ids y, needed by logprob, is_top1, entropy_slope and rank; or K
+            ids a row, (..., K), of which logprob, is_top1 and rank are then (..., K) too. An id
+            that is `ignore_index` pads a row of fewer: its logprob and rank are 0, and the row is
+            left out by `mask` alone. An id may be there twice. An id outside
             the vocabulary is an error unless its row is ignored or masked: where -1 or a padding id
             stands for no token, say so by `ignore_index` or `mask`.
 
@@ -67,13 +72,14 @@ def softmax_stats(
     check_entropy_requires_grad(given["entropy_requires_grad"])
     logits, given["group"] = local_logits(logits, given["group"])
     check_logits(logits, empty=given["group"] is not None)
-    spec = make_spec(logits, logits.shape[-1], target, given)
+    spec = make_spec(logits, logits.shape[-1], target, given, ids=True)
     outputs, impl = check_outputs(options, target), given["impl"]
+    spec, form = served(spec, outputs, logits)
     if is_exporting():  # a program keeps the operator and no autograd function
         rows: Sequence[Tensor] = record(SoftmaxStats(logits, spec, outputs, impl))
     else:
         rows = statistics(Call(logits, None, spec, outputs, FromLogits(impl)))
-    return pack_stats(outputs, rows, given["entropy_requires_grad"])
+    return pack_stats(outputs, rows, form, given["entropy_requires_grad"])
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:

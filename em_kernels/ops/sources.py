@@ -115,10 +115,10 @@ class FromLogits:
     ) -> Loss:
         if not self.needed:
             return Loss(self.stats(x, None, spec, outputs)[0])
-        scale = upstream_scale(weights, spec, x.dtype)
+        scale = upstream_scale(weights, spec, x.dtype, x.dim() - 1)
         weights = scale_rows(weights, scale)
         if self.inplace:
-            rows = empty_rows(x, outputs)
+            rows = empty_rows(x, outputs, spec)
             call(SoftmaxLossInplace(x, rows, spec, weights, outputs, self.impl))
             # Kernels write through raw pointers: tell autograd, in case an operation kept `x`.
             torch.autograd.graph.increment_version(x)

@@ -20,6 +20,7 @@ from em_kernels.backends.interface import (
     row_tensors,
 )
 from em_kernels.linear.plan import Needs
+from em_kernels.ops.chosen import Form
 from em_kernels.ops.registry import differentiate
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats, arguments, flat, nothing, unflat
 from em_kernels.ops.second_order import differentiable, statistic_sum
@@ -46,12 +47,15 @@ def results_of(outputs: Sequence[str], rows: Sequence[Tensor]) -> Results:
 
 
 def pack_stats(
-    outputs: Sequence[str], rows: Sequence[Tensor], entropy_requires_grad: bool = True
+    outputs: Sequence[str],
+    rows: Sequence[Tensor],
+    form: Form,
+    entropy_requires_grad: bool = True,
 ) -> TokenStats:
     stats = results_of(outputs, rows).stats
     if "entropy" in stats and not entropy_requires_grad:
         stats["entropy"] = stats["entropy"].detach()
-    return TokenStats(**stats)
+    return form.results(stats)
 
 
 def differentiable_outputs(outputs: Sequence[str], entropy_requires_grad: bool) -> list[str]:

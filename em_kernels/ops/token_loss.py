@@ -29,9 +29,12 @@ from em_kernels.ops.arguments import (
     check_logits,
     check_outputs,
     check_rows,
+    check_shape,
+    check_tensor,
     make_spec,
     row_mask,
 )
+from em_kernels.ops.chosen import Form, served
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss
 from em_kernels.ops.linear_softmax_stats import (
@@ -84,7 +87,8 @@ def token_loss(
     Args:
         logits, target: as in `softmax_stats`.
         entropy_weight, logprob_weight: (...) constants (no gradient), at least one of them;
-            `logprob_weight` needs a target. A token with no weight is treated as masked: it is
+            `logprob_weight` needs a target, and is (..., K) as that where it is: the loss is then
+            summed over k too. A token with no weight is treated as masked: it is
             not computed and its statistics are 0.
         inplace: may overwrite the memory of `logits` with their gradient.
 
@@ -100,17 +104,21 @@ def token_loss(
     given = {**DEFAULTS, **options}
     logits, given["group"] = local_logits(logits, given["group"])
     check_logits(logits, empty=given["group"] is not None)
-    spec = make_spec(logits, logits.shape[-1], target, given)
+    spec = make_spec(logits, logits.shape[-1], target, given, ids=True)
     weights, spec = _weigh(logits, spec, entropy_weight, logprob_weight)
     outputs, impl = check_outputs(options, target), given["impl"]
+    spec, form = served(spec, outputs, logits)
+    weights = form.weights(weights)
     if is_exporting():
         names = all_outputs(outputs, weights)
         rows = record(SoftmaxStats(logits, spec, names, impl))
-        return _pack_loss(outputs, with_loss(outputs, names, rows, weights, spec))
+        return _pack_loss(outputs, form, with_loss(outputs, names, rows, weights, spec))
     needed = torch.is_grad_enabled() and logits.requires_grad
     source = FromLogits(impl, needed, inplace and not torch.compiler.is_compiling())
     memory = remember((logits, None, None), spec, weights, logits.dtype)
-    return _pack_loss(outputs, loss(Call(logits, None, spec, weights, outputs, source, memory)))
+    return _pack_loss(
+        outputs, form, loss(Call(logits, None, spec, weights, outputs, source, memory))
+    )
 
 
 @takes_options
@@ -146,15 +154,17 @@ def linear_token_loss(
     own = hidden, weight, bias
     hidden, weight = product_operands(hidden, weight, bias, given)
     into = sum_of(given, whole, weight)
-    spec = make_spec(hidden, weight.shape[0], target, given, bias)
+    spec = make_spec(hidden, weight.shape[0], target, given, bias, ids=True)
     weights, spec = _weigh(hidden, spec, entropy_weight, logprob_weight)
     outputs = check_outputs(options, target)
+    spec, form = served(spec, outputs, hidden)
+    weights = form.weights(weights)
     if is_exporting():
         names = all_outputs(outputs, weights)
         part = LowRank(*low_part(own[0], weight, given))
         arguments = hidden, weight, spec, names, *product_arguments(given)
         rows = record(LinearStats(*arguments, low=part))
-        return _pack_loss(outputs, with_loss(outputs, names, rows, weights, spec))
+        return _pack_loss(outputs, form, with_loss(outputs, names, rows, weights, spec))
     needs = needs_of(("loss",), hidden, weight, spec, given)
     low = low_part(own[0], weight, given, spec.group)
     hidden = copy_to_ranks(hidden, spec.group if given["allreduce_dgrad"] else None)
@@ -163,11 +173,11 @@ def linear_token_loss(
         names = all_outputs(outputs, weights)
         source = FromHidden(needs, *product, keep_logits=None, into=into, low_needs=of_low)
         made = statistics(StatisticsCall(hidden, weight, spec, names, source, low))
-        return _pack_loss(outputs, with_loss(outputs, names, made, weights, spec))
+        return _pack_loss(outputs, form, with_loss(outputs, names, made, weights, spec))
     source = FromHidden(needs, *product, low_needs=of_low)
     memory = remember(own, spec, weights, hidden.dtype, low)
     call = Call(hidden, weight, spec, weights, outputs, source, memory, low)
-    return _pack_loss(outputs, loss(call))
+    return _pack_loss(outputs, form, loss(call))
 
 
 @takes_options
@@ -311,13 +321,19 @@ def _weigh(
     weights, mask = [], spec.mask
     for name, weight in (("logprob_weight", logprob_weight), ("entropy_weight", entropy_weight)):
         if weight is not None:
-            check_rows(name, weight, x)
+            if name == "logprob_weight" and spec.target is not None:
+                check_tensor(name, weight)
+                check_shape(name, weight, spec.target)
+            else:
+                check_rows(name, weight, x)
             if weight.requires_grad:
                 raise ValueError(f"{name} must not require grad: it is a constant; detach it")
             weight = weight.to(accumulate_dtype(x.dtype))
         weights.append(weight)
     if not reduced:
-        weighted = functools.reduce(torch.logical_or, (w != 0 for w in weights if w is not None))
+        given = [w != 0 for w in weights if w is not None]
+        rows = [w.any(-1) if w.dim() == x.dim() else w for w in given]
+        weighted = functools.reduce(torch.logical_or, rows)
         mask = weighted if mask is None else mask & weighted
     return Upstream(*weights), spec._replace(mask=mask)
 
@@ -345,6 +361,6 @@ def _reduced(
     return {"entropy_weight": _Reduction(weight), "mask": mask}
 
 
-def _pack_loss(outputs: tuple[str, ...], results: tuple[Tensor, ...]) -> TokenLoss:
+def _pack_loss(outputs: tuple[str, ...], form: Form, results: tuple[Tensor, ...]) -> TokenLoss:
     total, *values = results
-    return TokenLoss(total, TokenStats(**dict(zip(outputs, values))))
+    return TokenLoss(total, form.results(dict(zip(outputs, values))))

@@ -80,7 +80,7 @@ OPERANDS = [
 SHARED = [
     ({"target": [0]}, TypeError, "target must be a tensor, got list"),
     ({"target": TARGET[0]}, ValueError, r"target .* \(2, 3\), got shape \(3,\)"),
-    ({"target": TARGET[..., None]}, ValueError, r"target .* got shape \(2, 3, 1\)"),
+    ({"target": TARGET[..., None, None]}, ValueError, r"target .* got shape \(2, 3, 1, 1\)"),
     ({"target": TARGET.int()}, TypeError, "target must be int64, got torch.int32"),
     ({"target": TARGET.float()}, TypeError, "target must be int64, got torch.float32"),
     ({"target": TARGET.to("meta")}, ValueError, "target must be on cpu, got meta"),
