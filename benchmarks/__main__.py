@@ -36,6 +36,7 @@ OPERATORS = (
     "linear_entropy_loss",
     "operands",
     "truncated",
+    "linear_divergence",
 )
 LOGITS_ROWS, HIDDEN_ROWS, OPERANDS_ROWS = 256, 1024, 128
 

@@ -13,6 +13,7 @@ from helpers import (
     same_bits,
 )
 
+from benchmarks.common import peak_memory
 from em_kernels import (
     linear_divergence,
     linear_divergence_loss,
@@ -172,6 +173,29 @@ def test_statistics_of_both_heads(impl, device):
     assert error(found.stats.entropy, own.entropy) < 1e-6
     assert error(found.other_stats.entropy, other.entropy) < 1e-6
     assert error(found.other_stats.lse, other.lse) < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the workspace is 1 GiB")
+@pytest.mark.parametrize("impl", [name for name in FAST_IMPLS if name == "cpu"])
+@pytest.mark.parametrize("frozen", (True, False), ids=("teacher", "both"))
+def test_under_200_mb_however_many_tokens(impl, frozen):
+    """All the logits of one head would be 200 MB in bfloat16."""
+    torch.use_deterministic_algorithms(False)
+    heads = [random_logits(*shape, 16, dtype=torch.bfloat16) for shape in ((2048,), (50021,)) * 2]
+    for tensor in heads[: 2 if frozen else 4]:
+        tensor.requires_grad_()
+    options = dict(token_weight=torch.ones(2048), kind="js", impl=impl)
+
+    def step():
+        torch.autograd.grad(
+            linear_divergence_loss(*heads, **options).loss, [x for x in heads if x.requires_grad]
+        )
+
+    step()
+    peak = peak_memory(step, "cpu")
+    if peak is None:
+        pytest.skip("no resettable peak in /proc/self/status here")
+    assert 100e6 < peak < 200e6, "chunks of logits are 160 MB: less was not measured"
 
 
 @EVERY_IMPL
