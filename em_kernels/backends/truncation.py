@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _BLOCK = 16  # entries
 
 
