@@ -140,10 +140,10 @@ def pair_sums(
         its = row_constants(
             row, other_rows, other_scale, other_softcap, other_temperature, other_how
         )
-        known, unused = load_known(row, saved)
+        known, _unused = load_known(row, saved)
         b = tl.full((), mixed, how.wide)
         for start in range(0, valid, how.block):
-            p, q, delta, slope, other_slope = load_pair(
+            p, q, delta, _slope, _other_slope = load_pair(
                 x, y, rows, other_rows, start, valid, (own, its), known, how, other_how
             )
             of_p, of_q, m, apart = ratios(p, q, delta, b, kind)
@@ -217,7 +217,7 @@ def pair_gradients(
         p, q, delta, slope, other_slope = load_pair(
             x, y, rows, other_rows, start, valid, (own, its), known, how, other_how
         )
-        of_p, of_q, m, apart = ratios(p, q, delta, b, kind)
+        of_p, of_q, _m, apart = ratios(p, q, delta, b, kind)
         # A narrower gradient lies over logits that other threads read.
         tl.debug_barrier()
         if weights.own is not None:
