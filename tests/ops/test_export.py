@@ -16,6 +16,8 @@ from em_kernels import (
     TokenStats,
     clip_cov_mask,
     entropy_loss,
+    linear_divergence,
+    linear_divergence_loss,
     linear_entropy_loss,
     linear_softmax_stats,
     linear_token_covariance,
@@ -74,7 +76,18 @@ def covariance(head, hidden, target, mask, rows):
     return found + head(hidden).sum() * 0
 
 
-FUNCTIONS = (stats, linear_stats, loss, linear_loss, entropy, linear_entropy, trl, covariance)
+def divergences(head, hidden, target, mask, rows):
+    options = dict(bias=head.bias, mask=mask, kind="js", beta=0.3, other_softcap=4.0)
+    pair = hidden, head.weight, hidden.flip(-1), head.weight.detach()
+    loss = linear_divergence_loss(*pair, token_weight=rows, other_outputs=("entropy",), **options)
+    value = linear_divergence(*pair, kind="reverse_kl", chunk_tokens=2)
+    return loss.loss + loss.other_stats.entropy.sum() + value
+
+
+FUNCTIONS = (
+    *(stats, linear_stats, loss, linear_loss, entropy, linear_entropy, trl, covariance),
+    divergences,
+)
 by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 
@@ -134,7 +147,8 @@ def test_an_exported_program_has_the_values_and_gradients(function, strict):
     model, tokens = Model(function), torch.export.Dim("tokens", min=3, max=100)
     program = export(model, make_inputs(), (({0: tokens},) * 4,), strict)
     kept = operators(program)
-    assert kept and kept <= {"em_kernels.softmax_stats", "em_kernels.linear_stats"}
+    statistics = "softmax_stats", "linear_stats", "divergence_stats", "linear_divergence_stats"
+    assert kept and kept <= {f"em_kernels.{name}" for name in statistics}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
