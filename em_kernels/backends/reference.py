@@ -50,7 +50,8 @@ _BLOCK_ENTRIES = 1 << 22  # of the copies of rows that `above` makes
 
 def transform(logits: Tensor, spec: RowSpec) -> Tensor:
     """z = softcap(logit_scale * x + bias) / T over the valid vocabulary: (N, valid_vocab)."""
-    x = logits.reshape(-1, logits.shape[-1])[:, : spec.valid_vocab]
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # a shard may have no entry
+    x = rows[:, : spec.valid_vocab]
     u = x.to(accumulate_dtype(x.dtype)) * spec.logit_scale
     if spec.bias is not None:
         u = u + spec.bias[: spec.valid_vocab].to(u.dtype)
