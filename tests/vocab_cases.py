@@ -195,6 +195,15 @@ def stats_with_a_shard_of_padding(share, impl):
     return stats_case(share, logits, target % valid, upstream, valid_vocab=valid, impl=impl)
 
 
+def kept_with_a_shard_of_nothing(share, impl):
+    """The last rank has no entry, here where the others have all."""
+    logits, target, upstream = draw_rows()
+    sizes = None if share.sizes is None else (*share.sizes[:-2], sum(share.sizes[-2:]), 0)
+    return stats_case(
+        share._replace(sizes=sizes), logits, target, upstream, top_k=9, top_p=0.9, impl=impl
+    )
+
+
 def no_rows(share, impl):
     x = share.part(torch.zeros(0, VOCAB))
     stats = softmax_stats(x, torch.zeros(0, dtype=torch.int64), group=share.group, impl=impl)
@@ -545,6 +554,7 @@ CASES = {
     "stats, shifted rows": stats_of_shifted_rows,
     "stats, bad rows": stats_of_bad_rows,
     "stats, a shard of padding": stats_with_a_shard_of_padding,
+    "stats, kept, a shard of nothing": kept_with_a_shard_of_nothing,
     "no rows": no_rows,
     "all rows masked": all_rows_masked,
     "stats, top_k": stats_of_what_was_kept(top_k=4),

@@ -56,6 +56,7 @@ class ChosenIds(Backend):
         self._inner = inner
         self.name, self.narrows, self.counts = inner.name, inner.narrows, inner.counts
         self.first_entry, self.widest_shard = inner.first_entry, inner.widest_shard
+        self.entries = inner.entries
 
     @property
     def local(self) -> Backend:
@@ -71,8 +72,9 @@ class ChosenIds(Backend):
         made = self._inner.stats(logits, spec._replace(target=target), own)
         rows = dict(zip((*Saved._fields, *own), made, strict=True))
         if target is not None and spec.target is not None and has_ids(spec):
+            nan = (rows["max"] - rows["max"])[:, None]  # or 0
             for name in OF_IDS.intersection(own):
-                rows[name] = torch.where(spec.target == PADDING, 0, rows[name][:, None])
+                rows[name] = torch.where(spec.target == PADDING, nan, rows[name][:, None])
         rows |= self._of_ids(logits, spec, set(outputs).difference(own), rows)
         return [rows[name] for name in (*Saved._fields, *outputs)]
 

@@ -90,15 +90,11 @@ def product_dtype_of(
                 f"product_dtype={wider}"
             )
         return wider
-    if not isinstance(told, torch.dtype) or (
-        told not in given and torch.promote_types(told, wider) != told
-    ):
+    if told not in FLOAT_DTYPES or (told not in given and torch.promote_types(told, wider) != told):
         raise ValueError(
             f"product_dtype must be the dtype of {of_hidden} ({hidden.dtype}) or of {of_weight} "
             f"({weight.dtype}), a float dtype that holds both, or None, got {told!r}"
         )
-    if told not in FLOAT_DTYPES:
-        raise ValueError(f"product_dtype must be a float dtype, got {told!r}")
     return told
 
 
@@ -218,10 +214,7 @@ def make_spec(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     per_row, numbers = transform_numbers(options, x)
-    if not _is_int(ignore_index):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not _is_int(ignore_index, -_MOST):
-        raise ValueError(f"ignore_index must be an int, got {_got(ignore_index)}")
+    check_int("ignore_index", ignore_index)
     truncation, (kept_ids, kept_rows) = _truncation(x, options), _kept_sets(x, options)
     row_numbers = graph_inputs(numbers)
     if row_numbers is not None:
@@ -306,6 +299,15 @@ def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
             f"got shape {tuple(rows.shape)}"
         )
     check_device(name, rows, x)
+
+
+def constant(name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights, checked, of the dtype."""
+    if weights.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {weights.dtype}")
+    if weights.requires_grad:
+        raise ValueError(f"{name} must not require grad: it is a constant; detach it")
+    return weights.to(dtype)
 
 
 def count_mask(mask: Tensor, like: Tensor | None = None, name: str = "mask") -> Tensor:
@@ -416,7 +418,8 @@ def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
     """A column of `RowSpec.truncation`. Values of a tensor are checked in the operator."""
     if isinstance(value, Tensor):
         check_rows(name, value, x)
-        if value.dtype == torch.bool or value.is_floating_point() == limit.whole:
+        wrong = value.dtype == torch.bool or value.is_complex()
+        if wrong or value.is_floating_point() == limit.whole:
             kind = "an integer dtype" if limit.whole else "floating point"
             raise TypeError(f"{name} must have {kind}, got {value.dtype}")
         if value.requires_grad:
@@ -428,7 +431,7 @@ def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
     if limit.whole and not _is_int(value):
         raise TypeError(f"{name} must be an int, an int tensor or None, got {_kind(value)}")
     check_number(name, value, limit.holds, f"{limit.rule} or None, which keeps all,")
-    return rows.mul_(value)
+    return rows.mul_(value if abs(value) < _MOST else float(value))
 
 
 def _kind(value: Any) -> str:
@@ -469,6 +472,13 @@ def _valid_vocab(valid_vocab: int | None, vocab: int, group: Any) -> int:
         rule = "positive" if group is not None else f"in [1, {shown(vocab)}]"
         raise ValueError(f"valid_vocab must be {rule} or None, got {shown(valid_vocab)}")
     return valid_vocab
+
+
+def check_int(name: str, value: Any) -> None:
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not _is_int(value, -_MOST):
+        raise ValueError(f"{name} must be an int, got {_got(value)}")
 
 
 def _is_int(value: Any, least: int | None = None) -> bool:

@@ -40,7 +40,8 @@ class Form(NamedTuple):
     def _result(self, name: str, x: Tensor) -> Tensor:
         if name not in OF_IDS or self.padding is None:
             return x
-        return _counted(self.padding, x[..., None])
+        x = x[..., None]
+        return _counted(self.padding & (x == x), x)  # a NaN is the row's, padding or not
 
 
 def served(spec: RowSpec, outputs: tuple[str, ...], x: Tensor) -> tuple[RowSpec, Form]:

@@ -17,6 +17,7 @@ from em_kernels.ops.arguments import (
     check_logits,
     check_number,
     check_rows,
+    constant,
     graph_inputs,
     make_spec,
     output_names,
@@ -134,11 +135,10 @@ def _checked_kind(kind: str, beta: float) -> Divergence:
 def weigh(x: Tensor, token_weight: Tensor, asked: Asked) -> tuple[Tensor, Asked]:
     """The weights, and a spec that leaves out the rows of weight 0."""
     check_rows("token_weight", token_weight, x)
-    if token_weight.requires_grad:
-        raise ValueError("token_weight must not require grad: it is a constant; detach it")
+    weights = constant("token_weight", token_weight, accumulate_dtype(x.dtype))
     mask, counted = asked.spec.mask, token_weight != 0
     spec = asked.spec._replace(mask=counted if mask is None else mask & counted)
-    return token_weight.to(accumulate_dtype(x.dtype)), asked._replace(spec=spec)
+    return weights, asked._replace(spec=spec)
 
 
 def check_some_gradient(**inputs: Tensor | None) -> None:

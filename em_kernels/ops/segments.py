@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends.row_index import has_values, is_free_to_look
-from em_kernels.ops.arguments import check_group, check_shape
+from em_kernels.ops.arguments import check_group, check_int, check_shape
 from em_kernels.ops.ranks import PADDING
 from em_kernels.ops.reductions import check_integers
 from em_kernels.ops.registry import call
@@ -120,8 +120,7 @@ def next_token_targets(
     Source of the zigzag: Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2.
     """
     check_integers("ids", ids)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_int("ignore_index", ignore_index)
     group = check_group(context_group, "context_group")
     chunks = _check_layout(layout, ids, segment_ids, group is not None)
     tensors, values = [ids.long()], [ignore_index]
@@ -208,7 +207,7 @@ def _check_even(length: Tensor, segments: Tensor) -> None:
 
 def _check_layout(layout: str, ids: Tensor, segment_ids: Tensor | None, is_cut: bool) -> int:
     """How many chunks of each row `ids` has."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
     if layout == "packed_zigzag" and segment_ids is None:
         raise ValueError(f"segment_ids must be given for layout {layout!r}, got None")
@@ -222,8 +221,7 @@ def _check_layout(layout: str, ids: Tensor, segment_ids: Tensor | None, is_cut: 
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    check_int(name, value)
     if value < 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
 

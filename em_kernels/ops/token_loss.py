@@ -31,6 +31,7 @@ from em_kernels.ops.arguments import (
     check_rows,
     check_shape,
     check_tensor,
+    constant,
     make_spec,
     row_mask,
 )
@@ -326,9 +327,7 @@ def _weigh(
                 check_shape(name, weight, spec.target)
             else:
                 check_rows(name, weight, x)
-            if weight.requires_grad:
-                raise ValueError(f"{name} must not require grad: it is a constant; detach it")
-            weight = weight.to(accumulate_dtype(x.dtype))
+            weight = constant(name, weight, accumulate_dtype(x.dtype))
         weights.append(weight)
     if not reduced:
         given = [w != 0 for w in weights if w is not None]

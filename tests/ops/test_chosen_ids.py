@@ -202,6 +202,16 @@ def test_edges(impl, device):
     assert x.grad[[0, 4]].isfinite().all() and (x.grad[3] == 0).all()
 
 
+@EACH_IMPL
+def test_padding_is_nan_in_a_row_that_is(impl, device):
+    x = random_logits(2, V, device=device)
+    x[0, 1] = float("nan")
+    for ids in ([[-100]] * 2, [[-100, 2]] * 2):
+        stats = softmax_stats(x, torch.tensor(ids, device=device), outputs=ASKED, impl=impl)
+        assert stats.logprob[0].isnan().all() and (stats.rank[0] == -1).all()
+        assert stats.logprob[1, 0] == 0 and stats.rank[1, 0] == 0
+
+
 def test_first_and_second_derivatives():
     x = random_logits(3, 11, dtype=torch.float64).requires_grad_()
     ids = torch.tensor([[0, 3, 3], [4, 4, 4], [10, -100, 1]])

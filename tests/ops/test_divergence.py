@@ -303,6 +303,8 @@ def test_bad_tensors_are_named():
         divergence_loss(x, y, token_weight=ones)
     with pytest.raises(ValueError, match="token_weight must not require grad"):
         divergence_loss(*leaves(x, y), token_weight=ones.requires_grad_())
+    with pytest.raises(TypeError, match="token_weight must be real numbers"):
+        divergence_loss(*leaves(x, y), token_weight=torch.ones(4, dtype=torch.cfloat))
     with pytest.raises(ValueError, match="token_weight must have the leading shape"):
         divergence_loss(*leaves(x, y), token_weight=torch.ones(3))
     with torch.no_grad():

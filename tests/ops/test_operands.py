@@ -89,6 +89,12 @@ def test_the_product_is_in_the_wider_dtype(call, dtypes, impl, options):
         assert error(x.grad, gradient) < UNIT[x.dtype] + 20 * max(wider, UNIT[torch.float32])
 
 
+@pytest.mark.parametrize("told", (torch.int8, torch.float8_e4m3fn, torch.cfloat, "float32"))
+def test_what_is_no_dtype_of_a_product_is_refused(told):
+    with pytest.raises(ValueError, match="product_dtype must be the dtype of hidden"):
+        linear_softmax_stats(torch.zeros(2, 3), torch.zeros(4, 3), product_dtype=told)
+
+
 @EACH_IMPL
 @pytest.mark.parametrize("call", (by_stats, by_loss))
 def test_told_dtypes(call, impl):

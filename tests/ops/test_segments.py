@@ -225,6 +225,10 @@ THREE = torch.zeros(3, dtype=torch.int64)
         ),
         (lambda: next_token_targets(THREE, context_group=2), TypeError, "context_group must be"),
         (lambda: next_token_targets(THREE, ignore_index=None), TypeError, "ignore_index must be"),
+        (lambda: next_token_targets(THREE, ignore_index=1 << 64), ValueError, "ignore_index must"),
+        (lambda: next_token_targets(THREE, layout=["zigzag"]), ValueError, "layout must be one of"),
+        (lambda: from_offsets(OFFSETS, 1 << 64), ValueError, "num_tokens must .*64 bits do not"),
+        (lambda: from_offsets(OFFSETS, first_id=1 << 64), ValueError, "first_id must be an int"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):

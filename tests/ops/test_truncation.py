@@ -468,6 +468,7 @@ REFUSED = (
     (dict(top_k=torch.tensor([1, 0, 2])), ValueError, "top_k must be from 1 on, got 0 at token 1"),
     (dict(top_k=torch.ones(3)), TypeError, "top_k must have an integer dtype"),
     (dict(top_k=torch.ones(2, dtype=torch.int64)), ValueError, "top_k must have the leading shape"),
+    (dict(top_k=torch.ones(3, dtype=torch.cfloat)), TypeError, "top_k must have an integer dtype"),
     (dict(top_p=0.0), ValueError, "top_p must be in"),
     (dict(top_p=1.5), ValueError, "top_p must be in"),
     (dict(top_p=math.nan), ValueError, "top_p must be in"),
@@ -515,6 +516,12 @@ def test_the_fused_product_refuses(options):
     hidden, weight = torch.zeros(3, 2), torch.zeros(5, 2)
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be .*fuse_product"):
         linear_softmax_stats(hidden, weight, fuse_product=True, **options)
+
+
+def test_any_number_from_v_on_keeps_all():
+    x = random_logits(N, V)
+    for top_k in (V, 1 << 63, 1 << 80):
+        assert (softmax_stats(x, outputs=("kept_mass",), top_k=top_k).kept_mass == 1).all()
 
 
 def test_every_output_is_there_with_limits():
