@@ -479,7 +479,11 @@ REFUSED = (
         "top_p must .* got nan at token 1",
     ),
     (dict(top_p=torch.tensor([1, 1, 1])), TypeError, "top_p must have floating point"),
-    (dict(top_p=torch.rand(3, requires_grad=True)), ValueError, "top_p must not require grad"),
+    (
+        dict(top_p=torch.full((3,), 0.5, requires_grad=True)),
+        ValueError,
+        "top_p must not require grad",
+    ),
     (dict(min_p=-0.1), ValueError, "min_p must be in"),
     (dict(min_p=1.1), ValueError, "min_p must be in"),
     (dict(sampler="sglang"), ValueError, "sampler must be one of"),
