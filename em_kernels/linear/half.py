@@ -24,7 +24,7 @@ def ready_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def upstream_scale(
-    upstream: Upstream, spec: RowSpec, dtype: torch.dtype, lead: int = 1
+    upstream: Upstream, spec: RowSpec, dtype: torch.dtype, lead: int
 ) -> Tensor | None:
     """The power of two for logits or operands of `dtype`, 0-d float32; None where none is needed.
 
@@ -55,7 +55,7 @@ def rows_scale(
     """`upstream_scale` of the rows of `index`, None for all."""
     if index is not None and dtype == torch.float16:
         spec, upstream = select_rows(spec, index), pick(upstream, index)
-    return upstream_scale(upstream, spec, dtype)
+    return upstream_scale(upstream, spec, dtype, 1)
 
 
 def unscaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -111,7 +111,8 @@ class LogitPairs:
         pair, scales = (operands.x, operands.other_x), []
         given: list[Tensor | None] = []
         for need, spec, x in zip(self.needs, specs, pair, strict=True):
-            scale = upstream_scale(Upstream(entropy=weights * STEEP), spec, x.dtype)
+            steep = Upstream(entropy=weights * STEEP)
+            scale = upstream_scale(steep, spec, x.dtype, x.dim() - 1)
             row = scale_rows(Upstream(entropy=weights), scale).entropy
             given.append(row if need else None)
             scales.append(scale if need else None)

@@ -218,10 +218,10 @@ def test_the_scale_is_a_power_of_two():
     assert power_of_two(torch.tensor(0.0)) == 1
     spec = RowSpec(mask=torch.tensor([True, True, True, False]), temperature=0.5)
     weights = torch.tensor([torch.nan, torch.inf, -0.125, 8.0])
-    assert upstream_scale(Upstream(weights), spec, torch.float16) == 2.0**12
-    assert upstream_scale(Upstream(weights[:0]), RowSpec(), torch.float16) == 1
+    assert upstream_scale(Upstream(weights), spec, torch.float16, 1) == 2.0**12
+    assert upstream_scale(Upstream(weights[:0]), RowSpec(), torch.float16, 1) == 1
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert upstream_scale(Upstream(weights), spec, dtype) is None
+        assert upstream_scale(Upstream(weights), spec, dtype, 1) is None
 
 
 @pytest.fixture

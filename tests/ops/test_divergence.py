@@ -222,6 +222,19 @@ def test_the_gradient_of_a_loss_has_no_derivative(impl, device):
 
 
 @EVERY_IMPL
+def test_a_loss_of_half_precision_in_any_leading_shape(impl, device):
+    pair = draw_pair(2, 3, V, dtype=torch.float16, device=device)
+    weight = torch.rand(2, 3, device=device)
+    shaped, flat = leaves(*pair), leaves(*(x.flatten(0, 1) for x in pair))
+    loss = divergence_loss(*shaped, token_weight=weight, mask=weight > 0.2, impl=impl).loss
+    weight = weight.flatten()
+    same = divergence_loss(*flat, token_weight=weight, mask=weight > 0.2, impl=impl).loss
+    assert torch.allclose(loss, same)
+    for got, want in zip(gradients(loss, shaped), gradients(same, flat), strict=True):
+        assert torch.equal(got.flatten(0, 1), want)
+
+
+@EVERY_IMPL
 def test_a_frozen_side_gets_no_gradient(impl, device):
     x, y = draw_pair(N, V, device=device)
     both = gradients(divergence(*(own := leaves(x, y)), impl=impl), own)
