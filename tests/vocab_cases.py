@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from em_kernels import (
     token_covariance,
     token_loss,
 )
+from em_kernels.backends import support
 from em_kernels.backends.interface import OUTPUTS
 from em_kernels.integrations import verl
 from em_kernels.linear import vocab_blocks
@@ -133,6 +135,12 @@ def stats_of_what_was_kept(dtype=torch.float32, **limits):
         return stats_case(share, logits, target, upstream, temperature=0.8, impl=impl, **given)
 
     return case
+
+
+def stats_in_pieces_of_rows(share, impl):
+    """As many rows at a time on all ranks: of the widest shard."""
+    with patch.dict(support.PIECE_BYTES, cpu=4 * 45 * 4):
+        return stats_of_what_was_kept(top_k=4)(share, impl)
 
 
 def stats_without_target(share, impl):
@@ -558,6 +566,7 @@ CASES = {
     "no rows": no_rows,
     "all rows masked": all_rows_masked,
     "stats, top_k": stats_of_what_was_kept(top_k=4),
+    "stats, top_k, in pieces": stats_in_pieces_of_rows,
     "stats, all limits": stats_of_what_was_kept(top_k=20, top_p=0.8, min_p=0.01),
     "stats, vLLM's order, ties": stats_of_what_was_kept(
         torch.bfloat16, top_p=0.9, min_p=0.02, sampler="vllm"

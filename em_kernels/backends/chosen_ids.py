@@ -21,13 +21,11 @@ product of the ids' rows of a weight alone would have other bits than that of al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from em_kernels.backends import divergence as pairs
 from em_kernels.backends.above import above, counting
+from em_kernels.backends.around import Around
 from em_kernels.backends.interface import (
     OF_IDS,
     PADDING,
@@ -42,28 +40,18 @@ from em_kernels.backends.interface import (
     upstream_of_slice,
     where_rows,
 )
-from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 
-class ChosenIds(Backend):
+class ChosenIds(Around):
     """A backend that also makes `rank`, and takes a target of (N, K), around another.
 
     A row is left out by `mask` alone. An id that is PADDING has logprob 0, rank 0, is not the first
     and brings no gradient; one that is out of range, where that is not refused, is NaN by itself.
     """
 
-    def __init__(self, inner: Backend):
-        self._inner = inner
-        self.name, self.narrows, self.counts = inner.name, inner.narrows, inner.counts
-        self.first_entry, self.widest_shard = inner.first_entry, inner.widest_shard
-        self.entries = inner.entries
-
     @property
     def local(self) -> Backend:
         return self if self._inner.local is self._inner else ChosenIds(self._inner.local)
-
-    def total(self, x: Tensor) -> Tensor:
-        return self._inner.total(x)
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         target = _first_id(spec)
@@ -97,52 +85,6 @@ class ChosenIds(Backend):
             )
         else:
             self._grad_of_ids(logits, spec, saved, upstream, out)
-
-    def loss(
-        self,
-        logits: Tensor,
-        spec: RowSpec,
-        upstream: Upstream,
-        outputs: tuple[str, ...],
-        out: Tensor,
-    ) -> list[Tensor]:
-        """`stats`, then `grad`: of the whole rows, the logits still in memory."""
-        rows = self.stats(logits, spec, outputs)
-        self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
-        return rows
-
-    def above(
-        self,
-        logits: Tensor,
-        spec: RowSpec,
-        levels: Tensor,
-        top: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._inner.above(logits, spec, levels, top, ids)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._inner.empty(shape, dtype, device)
-
-    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
-        return self._inner.add_product(total, grad_logits, x, add)
-
-    def divergence_sums(
-        self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
-    ) -> Tensor:
-        return pairs.sums(self._inner, own, other, saved, divergence)
-
-    def divergence_grad(
-        self,
-        own: Side,
-        other: Side,
-        saved: PairSaved,
-        divergence: Divergence,
-        weights: PairWeights,
-        out: PairOut,
-    ) -> bool:
-        pairs.grad(self._inner, own, other, saved, divergence, weights, out)
-        return True
 
     def _of_ids(
         self, logits: Tensor, spec: RowSpec, names: set[str], rows: dict[str, Tensor]

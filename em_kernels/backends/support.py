@@ -12,12 +12,13 @@ the same entries outside, since it has the same logits to the last bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from em_kernels.backends import reference, row_index
+from em_kernels.backends.around import Around
 from em_kernels.backends.border_search import search
 from em_kernels.backends.interface import (
     BORDER,
@@ -39,34 +40,26 @@ SORTED_ROWS = 8  # at a time
 _MADE = frozenset({"kept_mass", "is_kept", *BORDER})  # here
 
 
-class Support(Backend):
+class Support(Around):
     """The wrapped backend's kernels over the kept entries of rows; see the module.
 
     `owned`: the logits lie in memory of ours, and may be written.
     """
 
     def __init__(self, inner: Backend, owned: bool):
-        self._inner, self._owned = inner, owned
-        self.name, self.narrows = inner.name, inner.narrows
-        self.first_entry, self.widest_shard = inner.first_entry, inner.widest_shard
-        self.entries = inner.entries
+        super().__init__(inner)
+        self._owned = owned
 
     @property
     def local(self) -> Backend:
         return Support(self._inner.local, self._owned)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._inner.empty(shape, dtype, device)
-
-    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
-        return self._inner.add_product(total, grad_logits, x, add)
-
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         if self._owned or not has_support(spec):
             return self._stats(logits, spec, outputs)
         found = [
-            self._stats(piece.clone(memory_format=torch.contiguous_format), picked, outputs)
-            for piece, picked in _pieces(logits, spec)
+            self._stats(piece, picked, outputs)
+            for piece, picked in _copies(logits, spec, self.widest_shard)
         ]
         return found[0] if len(found) == 1 else [torch.cat(rows) for rows in zip(*found)]
 
@@ -285,12 +278,27 @@ def _fill(piece: Tensor, spec: RowSpec, outside: Tensor) -> None:
     piece[..., : shape[-1]].masked_fill_(outside.view(shape), _filling(spec))
 
 
+def _copies(x: Tensor, spec: RowSpec, widest: int | None) -> Iterator[tuple[Tensor, RowSpec]]:
+    """Copies of rows, (1, rows, V), and their spec, as `_pieces`; as many at a time on all ranks
+    that share them, of which one has `widest` entries."""
+    rows, inner = x.shape[:2].numel(), max(1, x.shape[1])
+    most = _most_rows(x, x.shape[-1] if widest is None else widest)
+    for start in range(0, max(1, rows), most):
+        own = slice(start, min(start + most, rows))
+        at = torch.arange(own.start, own.stop, device=x.device)
+        yield x[at // inner, at % inner][None], select_rows(spec, own)
+
+
+def _most_rows(x: Tensor, vocab: int) -> int:
+    memory = PIECE_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
+    return max(1, memory // (4 * max(1, vocab)))
+
+
 def _pieces(x: Tensor, spec: RowSpec) -> Iterator[tuple[Tensor, RowSpec]]:
     """Rows (outer, inner, V) and their spec, as many at a time as PIECE_BYTES hold; one at least,
     empty where there is none."""
     outer, inner, vocab = x.shape
-    memory = PIECE_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    most = max(1, memory // (4 * max(1, vocab)))
+    most = _most_rows(x, vocab)
     if outer * inner <= most:
         yield x, spec
         return

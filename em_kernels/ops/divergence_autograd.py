@@ -349,10 +349,10 @@ def _value_of(given: PerToken) -> Any:
 def _definition_side(inputs: tuple[Any, ...], spec: RowSpec) -> Side:
     x, weight, bias = inputs
     spec, wide = flatten_spec(spec, x.dim() - 1), accumulate_dtype(x.dtype)
-    x = x.reshape(-1, x.shape[-1]).to(wide)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
     if weight is not None:
-        x, spec = x @ weight.to(wide).T, spec._replace(bias=bias)
-    return Side(x[None], spec)
+        rows, spec = rows @ weight.to(x.dtype).to(wide).T, spec._replace(bias=bias)
+    return Side(rows[None], spec)
 
 
 def _derive_stats(*args: Any) -> list[Tensor]:

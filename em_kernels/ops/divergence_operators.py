@@ -14,6 +14,7 @@ from em_kernels.backends.pair import OtherSpec, PairOut, PairSaved, PairWeights,
 from em_kernels.linear import pairs
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, Needs, OtherNeeds, default_logits_dtype
+from em_kernels.ops.fakes import RESULT_DTYPES
 from em_kernels.ops.registry import Operator, _checked, _serve, _shape_rows, define
 from em_kernels.ops.schemas import (
     DivergenceGrad,
@@ -120,7 +121,8 @@ def _common(*dtypes: torch.dtype) -> torch.dtype:
 
 def _serve_pair(call: Any, x: Tensor, vocab: int, check: bool) -> tuple[Backend, RowSpec, RowSpec]:
     """The backend, and the specs of both rows."""
-    backend, spec = _serve(call.impl, x, vocab, call.spec, (), _shared_options(call), check)
+    names = (*getattr(call, "outputs", ()), *getattr(call, "other_outputs", ()))
+    backend, spec = _serve(call.impl, x, vocab, call.spec, names, _shared_options(call), check)
     rows = call.other.temperature_rows
     own = call.other._replace(temperature_rows=None if rows is None else rows.reshape(-1))
     other = own.beside(spec)
@@ -186,9 +188,7 @@ def _shape_gradients(grads: list[Tensor], call: _OfHidden) -> list[Tensor]:
 def _fake_rows(call: Any, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     names = (*PairSaved._fields, "divergence", *call.outputs, *call.other_outputs)
     wide = accumulate_dtype(dtype)
-    return [
-        x.new_empty(x.shape[:-1], dtype=torch.bool if name == "is_top1" else wide) for name in names
-    ]
+    return [x.new_empty(x.shape[:-1], dtype=RESULT_DTYPES.get(name, wide)) for name in names]
 
 
 def _fake_stats(call: DivergenceStats) -> list[Tensor]:

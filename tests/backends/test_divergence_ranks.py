@@ -44,10 +44,12 @@ def calls(x, y, heads, biases, mask, weight, kind, beta, impl, group=None):
     value = divergence(*pair, valid_vocab=V - 2, **options)
     loss = divergence_loss(*pair, token_weight=weight, **options)
     linear = linear_divergence(*own, **head_options)
-    names = dict(outputs=("entropy",), other_outputs=("lse",))
+    target = torch.arange(0, 7 * N, 7)
+    names = dict(outputs=("entropy", "rank"), other_outputs=("lse", "rank"), target=target)
     made = linear_divergence_loss(*own, token_weight=weight, **names, **head_options)
     values = [value, loss.loss, loss.divergence, linear, made.loss, made.divergence]
     values += [made.stats.entropy, made.other_stats.lse]
+    values += [stats.rank.double() for stats in (made.stats, made.other_stats)]
     values = [v.detach() for v in values]
     inputs = [*own, *mine]
     found = [*gradients(value, pair, weight), *torch.autograd.grad(loss.loss, pair)]

@@ -80,7 +80,7 @@ def divergence_arguments(logits, operands, device, impl):
     rows = [torch.rand(N, dtype=wide, device=device) for _ in range(len(PairSaved._fields))]
     other = OtherSpec(None, torch.rand(N, device=device) + 0.5, 1.0, 4.0, 1.1)
     asked = (*row_arguments(spec(device)), *other, "js", 0.3)
-    pair, names = (logits, logits.flip(-1)), (("entropy", "is_top1"), ("lse",))
+    pair, names = (logits, logits.flip(-1)), (OUTPUTS, ("lse", "rank"))
     heads, needs = (hidden, weight, hidden.flip(0), weight.flip(-1)), (True, True, False, None)
     cut = (2, None, impl)
     return {

@@ -186,16 +186,19 @@ def test_statistics_of_both_sides(impl, device):
     x, y = draw_pair(2, 3, V, device=device)
     target = random_target(2, 3, vocab=V, device=device)
     target[0, 0] = -100
-    names = ("entropy", "logprob", "is_top1")
-    options = dict(target=target, outputs=names, other_outputs=("entropy",), impl=impl)
+    names = ("entropy", "logprob", "is_top1", "rank", "kept_mass", "is_kept")
+    others = ("entropy", "rank")
+    options = dict(target=target, outputs=names, other_outputs=others, impl=impl)
     found = divergence_stats(*leaves(x, y), **options)
     loss = divergence_loss(*leaves(x, y), token_weight=torch.ones(2, 3, device=device), **options)
-    expected, other = softmax_stats(x, target, outputs=names), softmax_stats(y, target)
+    expected = softmax_stats(x, target, outputs=names)
+    other = softmax_stats(y, target, outputs=others)
     for name in names:
         ours = getattr(found.stats, name)
         assert not ours.requires_grad and same_bits(ours, getattr(loss.stats, name))
         assert error(ours.double(), getattr(expected, name).double()) < 1e-6
     assert error(found.other_stats.entropy, other.entropy) < 1e-6
+    assert torch.equal(found.other_stats.rank, other.rank)
     assert found.divergence[0, 0] == 0 and found.other_stats.logprob is None
     assert not loss.divergence.requires_grad
 

@@ -165,10 +165,12 @@ def test_the_other_head_alone(impl, device):
 def test_statistics_of_both_heads(impl, device):
     x, weight, _, y, other_weight, _ = draw_heads(device)
     target = random_target(N, vocab=V, device=device)
-    options = dict(outputs=("logprob", "entropy"), other_outputs=("entropy", "lse"), target=target)
+    options = dict(outputs=("logprob", "entropy", "rank"), target=target)
+    options |= dict(other_outputs=("entropy", "lse", "is_kept"))
     found = linear_divergence_stats(x, weight, y, other_weight, impl=impl, **options)
-    own = linear_softmax_stats(x, weight, target, impl=impl)
+    own = linear_softmax_stats(x, weight, target, outputs=options["outputs"], impl=impl)
     other = linear_softmax_stats(y, other_weight, outputs=("entropy", "lse"), impl=impl)
+    assert torch.equal(found.stats.rank, own.rank) and found.other_stats.is_kept.all()
     assert error(found.stats.logprob, own.logprob) < 1e-6
     assert error(found.stats.entropy, own.entropy) < 1e-6
     assert error(found.other_stats.entropy, other.entropy) < 1e-6
