@@ -1,4 +1,4 @@
-"""The border of a kept set found by counting, without sorting: for rows that ranks share, and GPUs.
+"""The border of a kept set found by counting, without sorting: for rows that ranks share.
 
 What lies above some levels of a row, a number and a mass (`Backend.above`), is a sum over its
 entries, and so over shards and over ranks, which all come to the same border. Levels are floats in

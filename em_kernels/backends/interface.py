@@ -95,7 +95,8 @@ OUTPUTS = TokenStats._fields
 ROW_OUTPUTS = OUTPUTS[: OUTPUTS.index("rank")]
 """What `Backend.stats` of row kernels makes; the others are made by backends around them."""
 NEEDS_TARGET = frozenset({"logprob", "is_top1", "entropy_slope", "rank", "is_kept"})
-BOOLEAN = frozenset({"is_top1", "is_kept"})
+RESULT_DTYPES = {"is_top1": torch.bool, "is_kept": torch.bool, "rank": torch.int64}
+"""Of outputs that are no floats."""
 OF_IDS = frozenset({"logprob", "is_top1", "rank"})  # (N, K) where targets are
 PADDING = -(1 << 61)  # an id of a row of ids that stands for none
 NEEDS_SECOND_ORDER = frozenset({"varentropy", "collision", "entropy_slope"})
@@ -115,11 +116,9 @@ def as_ids(target: Tensor) -> Tensor:
     return target if target.dim() == 2 else target[:, None]
 
 
-def row_shape(name: str, spec: RowSpec, rows: int) -> tuple[int, ...]:
-    """Of an output of so many rows; the spec is flattened."""
-    if name in OF_IDS and spec.target is not None:
-        return (rows, *spec.target.shape[1:])
-    return (rows,)
+def row_shape(name: str, spec: RowSpec, lead: Sequence[int]) -> Sequence[int]:
+    """Of an output of rows of this leading shape, in which the spec is too."""
+    return spec.target.shape if name in OF_IDS and spec.target is not None else lead
 
 
 def where_rows(mask: Tensor, x: Tensor) -> Tensor:

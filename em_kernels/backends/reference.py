@@ -251,7 +251,7 @@ def above(
     rows, (inner, vocab) = len(levels), logits.shape[1:]
     counts = torch.zeros_like(levels, dtype=torch.int64)
     sums = None if top is None else torch.zeros_like(levels, dtype=torch.float64)
-    step = max(1, _BLOCK_ENTRIES // vocab)
+    step = max(1, _BLOCK_ENTRIES // max(1, vocab))
     for part in (slice(begin, begin + step) for begin in range(0, rows, step)):
         at = torch.arange(rows, device=logits.device)[part]
         z = transform(logits[at // inner, at % inner], select_rows(spec, part))

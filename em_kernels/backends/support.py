@@ -136,7 +136,9 @@ class Support(Around):
 
         def above(levels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
             own = None if ids is None else ids - inner.first_entry
-            counts, sums = count_above(x, bare, levels, largest, own)
+            # As `fill_outside` has z: to the last bit.
+            counts, sums = reference.above(x, bare, levels, largest, own)
+            assert sums is not None
             return inner.total(counts), inner.total(sums)
 
         border = search(above, top, spec.truncation, spec.min_p_first, entries)
@@ -209,28 +211,6 @@ def _found(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
         level, first = find_border(z[rows], truncation[rows], min_p_first)
         border.level[rows], border.first[rows] = level, first
     return border
-
-
-def count_above(
-    x: Tensor, spec: RowSpec, levels: Tensor, top: Tensor, ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """How many z are above levels (N, K), or at one and below its id, and the sums of e^(z - top):
-    (N, K) int64 and float64."""
-    counts = torch.zeros_like(levels, dtype=torch.int64)
-    sums = torch.zeros_like(levels, dtype=torch.float64)
-    start = 0
-    for piece, picked in _pieces(x, spec):
-        z = reference.transform(piece, picked)
-        own = slice(start, start + z.shape[0])
-        mass = (z.double() - top[own, None].double()).exp()
-        for k in range(levels.shape[1]):
-            found = z > levels[own, k, None]
-            if ids is not None:
-                before = torch.arange(z.shape[1], device=z.device) < ids[own, k, None]
-                found |= (z == levels[own, k, None]) & before
-            counts[own, k], sums[own, k] = found.sum(-1), torch.where(found, mass, 0).sum(-1)
-        start = own.stop
-    return counts, sums
 
 
 def fill_outside(x: Tensor, spec: RowSpec, border: Border) -> None:

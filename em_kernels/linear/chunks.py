@@ -222,5 +222,5 @@ def _empty_rows(
     hidden = linear.hidden
     dtype = accumulate_dtype(hidden.dtype)
     make = torch.empty if rows.index is None else torch.zeros
-    shapes = [row_shape(name, spec, hidden.shape[0]) for name in (*Saved._fields, *outputs)]
+    shapes = [row_shape(name, spec, hidden.shape[:1]) for name in (*Saved._fields, *outputs)]
     return [make(shape, dtype=dtype, device=hidden.device) for shape in shapes]

@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import BOOLEAN, OF_IDS, RowSpec, Saved, accumulate_dtype
+from em_kernels.backends.interface import (
+    RESULT_DTYPES,
+    RowSpec,
+    Saved,
+    accumulate_dtype,
+    row_shape,
+)
 from em_kernels.backends.vocab_parallel import size_of
 from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype
@@ -30,20 +36,12 @@ from em_kernels.ops.schemas import (
     SoftmaxStats,
 )
 
-RESULT_DTYPES = {**dict.fromkeys(BOOLEAN, torch.bool), "rank": torch.int64}
-
-
-def _shape(name: str, like: Tensor, spec: RowSpec) -> torch.Size:
-    if name in OF_IDS and spec.target is not None:
-        return spec.target.shape
-    return like.shape[:-1]
-
 
 def empty_rows(like: Tensor, outputs: Sequence[str], spec: RowSpec) -> list[Tensor]:
     """Memory for what the statistics operators return, of the leading shape of `like`."""
     dtype = accumulate_dtype(like.dtype)
     return [
-        like.new_empty(_shape(name, like, spec), dtype=RESULT_DTYPES.get(name, dtype))
+        like.new_empty(row_shape(name, spec, like.shape[:-1]), dtype=RESULT_DTYPES.get(name, dtype))
         for name in (*Saved._fields, *outputs)
     ]
 

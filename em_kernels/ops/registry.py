@@ -20,8 +20,8 @@ from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
 from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
-    BOOLEAN,
     PADDING,
+    RESULT_DTYPES,
     Backend,
     RowSpec,
     Saved,
@@ -224,9 +224,10 @@ def _shape_rows(rows: list[Tensor], outputs: Sequence[str], shape: torch.Size) -
 
 
 def _as_result(name: str, row: Tensor) -> Tensor:
-    if name in BOOLEAN:
+    dtype = RESULT_DTYPES.get(name)
+    if dtype == torch.bool:
         return row > 0
-    return row.nan_to_num(nan=-1).to(torch.int64) if name == "rank" else row
+    return row if dtype is None else row.nan_to_num(nan=-1).to(dtype)
 
 
 def wanted_of(call: LinearStats | LinearGrad | LinearGradInto | LinearLoss) -> tuple[bool, ...]:

@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
-from em_kernels.backends.interface import BOOLEAN, OUTPUTS, RowSpec, as_rows
+from em_kernels.backends.interface import OUTPUTS, RESULT_DTYPES, RowSpec, as_rows
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
@@ -75,7 +75,7 @@ def check_outputs(out, x, target, **transform):
     for name in OUTPUTS:
         value = getattr(out, name)
         assert value.shape == x.shape[:-1], name
-        if name in BOOLEAN or name == "rank":
+        if name in RESULT_DTYPES:
             assert torch.equal(value, expected[name])
             continue
         assert value.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
