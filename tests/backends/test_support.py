@@ -11,7 +11,7 @@ from em_kernels.backends import row_index, support
 from em_kernels.backends.border_search import search
 from em_kernels.backends.choice import REFERENCE
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
-from em_kernels.backends.support import Support, count_above
+from em_kernels.backends.support import Support
 from em_kernels.backends.truncation import find_border, find_border_among, is_outside
 
 N, V = 48, 97
@@ -61,7 +61,7 @@ def test_the_border_found_by_counting_is_that_of_sorting(kind, dtype, min_p_firs
 
     def above(levels, ids):
         largest = torch.where(top.isfinite(), top, 0)
-        return count_above(z[None], RowSpec(valid_vocab=V), levels, largest, ids)
+        return REFERENCE.above(z[None], RowSpec(valid_vocab=V), levels, largest, ids)
 
     found = search(above, top, truncation, min_p_first, V)
     assert same_sets(z, found, find_border(z, truncation, min_p_first))
