@@ -41,7 +41,8 @@ class Form(NamedTuple):
         if name not in OF_IDS or self.padding is None:
             return x
         x = x[..., None]
-        return _counted(self.padding & (x == x), x)  # a NaN is the row's, padding or not
+        bad = x < 0 if name == "rank" else x.isnan()  # it is the row's, padding or not
+        return _counted(self.padding & ~bad, x)
 
 
 def served(spec: RowSpec, outputs: tuple[str, ...], x: Tensor) -> tuple[RowSpec, Form]:
