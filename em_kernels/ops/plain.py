@@ -17,6 +17,7 @@ _SERVED = ("torch.distributed.", "torch._subclasses.")
 _TORCH_FUNCTION: Any = Tensor.__torch_function__
 _FUNCTIONS = (_TORCH_FUNCTION.__func__, None)  # None: turned off, as for parameters
 _QUANTISED = ("Params4bit", "Int8Params", "GGUF")  # how names of classes begin
+_PLAIN = (Tensor, torch.nn.Parameter)  # most tensors, told at once
 _DEQUANTISE = "dequantise it, as its .dequantize() may"
 
 
@@ -29,6 +30,8 @@ def why_not_plain(x: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return None
     kind = type(x)
+    if kind in _PLAIN and x.layout is torch.strided and not (x.is_nested or x.is_quantized):
+        return None
     if x.is_nested:
         return "give x.to_padded_tensor(0) and a mask, or x.values()"
     if any(base.__name__.startswith(_QUANTISED) for base in kind.__mro__) or x.is_quantized:

@@ -33,7 +33,6 @@ from em_kernels.backends.interface import (
     has_ids,
     has_support,
     row_kernels_make,
-    where_rows,
 )
 from em_kernels.backends.support import Support, kept_upstream
 from em_kernels.backends.vocab_parallel import VocabParallel
@@ -332,7 +331,9 @@ def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
 
 
 def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str, prefix: str = "") -> None:
-    bad = ~good if spec.mask is None else where_rows(spec.mask, ~good)
+    bad = ~good
+    if spec.mask is not None:
+        bad &= spec.mask if bad.dim() == 1 else spec.mask[:, None]
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
         name, value = prefix + field.removesuffix("_rows"), getattr(spec, field)[first].item()
