@@ -40,6 +40,7 @@ from em_kernels.ops.token_loss import (
     linear_token_loss,
     token_loss,
 )
+from em_kernels.ops.top_logprobs import TopLogprobs, linear_top_logprobs, top_logprobs
 
 if TYPE_CHECKING:  # a module that can be called, which type checkers do not know
     from em_kernels.backends.choice import backends
@@ -53,6 +54,7 @@ __all__ = [
     "TokenDivergence",
     "TokenLoss",
     "TokenStats",
+    "TopLogprobs",
     "WeightedDivergence",
     "backends",
     "clip_cov_mask",
@@ -70,6 +72,7 @@ __all__ = [
     "linear_softmax_stats",
     "linear_token_covariance",
     "linear_token_loss",
+    "linear_top_logprobs",
     "next_token_targets",
     "segment_ids_from_cu_seqlens",
     "segment_ids_from_position_ids",
@@ -77,4 +80,5 @@ __all__ = [
     "softmax_stats",
     "token_covariance",
     "token_loss",
+    "top_logprobs",
 ]

@@ -23,9 +23,11 @@ from em_kernels import (
     linear_softmax_stats,
     linear_token_covariance,
     linear_token_loss,
+    linear_top_logprobs,
     softmax_stats,
     token_covariance,
     token_loss,
+    top_logprobs,
 )
 from em_kernels.backends import support
 from em_kernels.backends.interface import OUTPUTS
@@ -280,6 +282,22 @@ def linear_loss_of_ids(share, impl):
     )
     values = {"loss": loss, **{name: getattr(stats, name) for name in OF_IDS}}
     return head_gradients(values, {"loss": torch.tensor(1.0)}, head)
+
+
+def likeliest(share, impl):
+    """Ties within and between shards, a rank without entries, more than a rank has."""
+    logits, _, _ = draw_rows()
+    x = share.part(logits * 2 // 1 / 2)
+    head, _ = draw_head(share)
+    common = dict(mask=torch.rand(2, 9) > 0.2, group=share.group, impl=impl)
+    options = dict(bias=head.bias, temperature=0.7, chunk_tokens=4, **common)
+    found = {
+        "few": top_logprobs(x, 3, **common),
+        "many": top_logprobs(x, 35, softcap=9.0, **common),
+        "first": top_logprobs(x, 33, valid_vocab=33, **common),
+        "linear": linear_top_logprobs(head.hidden, head.weight, 5, **options),
+    }
+    return {f"{k} {name}": v for k, t in found.items() for name, v in t._asdict().items()}, {}
 
 
 def linear_stats_of(dtype, **options):
@@ -558,6 +576,7 @@ CASES = {
     "stats, a view": stats_of_a_view,
     "stats, ids": stats_of_ids,
     "linear loss, ids": linear_loss_of_ids,
+    "the likeliest": likeliest,
     "stats, sure rows": stats_of_sure_rows,
     "stats, shifted rows": stats_of_shifted_rows,
     "stats, bad rows": stats_of_bad_rows,

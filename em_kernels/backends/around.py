@@ -27,6 +27,9 @@ class Around(Backend):
     def total(self, x: Tensor) -> Tensor:
         return self._inner.total(x)
 
+    def gathered(self, x: Tensor) -> Tensor:
+        return self._inner.gathered(x)
+
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         return self._inner.stats(logits, spec, outputs)
 

@@ -249,6 +249,10 @@ class Backend(Protocol):
         """The sum of x over the ranks that share rows; x itself where none do."""
         return x
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """(R, ...), the x of each of the R ranks that share rows, in their order."""
+        return x[None]
+
     @abstractmethod
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         """[max, log1p_r, mean_d, *outputs], each (N,)."""

@@ -190,7 +190,7 @@ def kept_upstream(spec: RowSpec, upstream: Upstream) -> Upstream:
 def cut(x: Tensor, spec: RowSpec) -> Border:
     """Find the borders of rows, and fill what is outside."""
     found = []
-    for piece, picked in _pieces(x, spec):
+    for piece, picked in pieces(x, spec):
         assert picked.truncation is not None
         z = reference.transform(piece, without_support(picked))
         border = _found(z, picked.truncation, picked.min_p_first)
@@ -216,7 +216,7 @@ def _found(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
 def fill_outside(x: Tensor, spec: RowSpec, border: Border) -> None:
     """Fill what is outside of borders that were found before."""
     start = 0
-    for piece, picked in _pieces(x, spec):
+    for piece, picked in pieces(x, spec):
         z = reference.transform(piece, without_support(picked))
         own = slice(start, start + z.shape[0])
         level, first = border.level[own].to(z.dtype), border.first[own]
@@ -259,7 +259,7 @@ def _fill(piece: Tensor, spec: RowSpec, outside: Tensor) -> None:
 
 
 def _copies(x: Tensor, spec: RowSpec, widest: int | None) -> Iterator[tuple[Tensor, RowSpec]]:
-    """Copies of rows, (1, rows, V), and their spec, as `_pieces`; as many at a time on all ranks
+    """Copies of rows, (1, rows, V), and their spec, as `pieces`; as many at a time on all ranks
     that share them, of which one has `widest` entries."""
     rows, inner = x.shape[:2].numel(), max(1, x.shape[1])
     most = _most_rows(x, x.shape[-1] if widest is None else widest)
@@ -274,7 +274,7 @@ def _most_rows(x: Tensor, vocab: int) -> int:
     return max(1, memory // (4 * max(1, vocab)))
 
 
-def _pieces(x: Tensor, spec: RowSpec) -> Iterator[tuple[Tensor, RowSpec]]:
+def pieces(x: Tensor, spec: RowSpec) -> Iterator[tuple[Tensor, RowSpec]]:
     """Rows (outer, inner, V) and their spec, as many at a time as PIECE_BYTES hold; one at least,
     empty where there is none."""
     outer, inner, vocab = x.shape

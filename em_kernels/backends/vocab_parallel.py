@@ -233,7 +233,10 @@ class VocabParallel(Backend):
         return self.total(counts), None if sums is None else self.total(sums)
 
     def total(self, x: Tensor) -> Tensor:
-        return sum_shards(gather(x.contiguous(), self.shards.group))
+        return sum_shards(self.gathered(x))
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return gather(x.contiguous(), self.shards.group)
 
     def _parts(self, logits: Tensor, spec: RowSpec, names: tuple[str, ...]) -> Tensor:
         """What this rank reports, (P, N): the inner backend's statistics; where it has no finite

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
     Backend,
     RowSpec,
@@ -37,6 +38,7 @@ from em_kernels.backends.interface import (
     select_rows,
 )
 from em_kernels.backends.row_index import kept_rows
+from em_kernels.backends.top_ids import top_logprobs as find_top
 from em_kernels.linear import vocab_blocks, vocab_forward
 from em_kernels.linear.chunking import LOGIT_BYTES, column_blocks, row_stride
 from em_kernels.linear.gradients import ChunkGradients
@@ -99,6 +101,20 @@ def stats(
             for part, logits, row_spec, _ in chunk.parts(linear, spec):
                 _put(results, part, backend.stats(logits[None], row_spec, outputs))
     return results if kept is None else [*results, kept]
+
+
+def top_logprobs(linear: Linear, spec: RowSpec, k: int, backend: Backend) -> list[Tensor]:
+    """[ids, logprob], each (N, k), of `top_ids.top_logprobs`; one matrix product."""
+    index, spec = kept_rows(spec, linear.hidden.shape[0])
+    around = ChosenIds(backend)  # as the statistics of ids have their chunks
+    rows = Rows.counted(linear, index, around, None, True)
+    shape, hidden = (linear.hidden.shape[0], k), linear.hidden
+    ids = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+    logprob = torch.zeros(shape, dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
+    for chunk in _chunks(linear, spec, rows, around):
+        for part, logits, row_spec, _ in chunk.parts(linear, spec):
+            _put([ids, logprob], part, list(find_top(backend, logits[None], row_spec, k)))
+    return [ids, logprob]
 
 
 def grad(

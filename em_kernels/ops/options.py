@@ -66,6 +66,16 @@ class ChunkOptions(RowOptions, ProductOptions, HeadOptions, SumOptions, total=Fa
     pass
 
 
+class TopOptions(LogitOptions, total=False):
+    mask: Tensor | None
+
+
+class LinearTopOptions(TopOptions, HeadOptions, total=False):
+    chunk_tokens: int | None
+    logits_dtype: torch.dtype | None
+    product_dtype: torch.dtype | None
+
+
 class CovarianceOptions(LogitOptions, SupportOptions, ProductOptions, HeadOptions, total=False):
     keep_logits: int | None
     fuse_product: bool

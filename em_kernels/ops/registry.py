@@ -50,6 +50,7 @@ from em_kernels.ops.schemas import (
     LinearLoss,
     LinearStats,
     LinearStatsFused,
+    LinearTopCall,
     ScaleInplace,
     SoftmaxGrad,
     SoftmaxLoss,
@@ -247,7 +248,7 @@ def _shape_grads(
 
 
 def _serve_linear(
-    call: LinearStats | LinearGrad | LinearGradInto | LinearLoss,
+    call: LinearStats | LinearGrad | LinearGradInto | LinearLoss | LinearTopCall,
     outputs: Sequence[str],
     options: tuple[Any, ...],
     check: bool = True,

@@ -278,6 +278,26 @@ class LinearLoss(NamedTuple):
 
 
 @arguments
+class TopCall(NamedTuple):
+    logits: Tensor
+    spec: RowSpec
+    k: int
+    impl: str
+
+
+@arguments
+class LinearTopCall(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    spec: RowSpec
+    k: int
+    chunk_tokens: Size | None
+    logits_dtype: torch.dtype | None
+    impl: str
+    low: LowRank = LowRank()
+
+
+@arguments
 class DivergenceStats(NamedTuple):
     logits: Tensor
     other_logits: Tensor

@@ -67,6 +67,8 @@ def operator_arguments(name, dtype, device, impl):
         "linear_grad_": (*into, *operands, *of_head, *rows(3), *rows(3), *needs, *cut, None, *low),
         "linear_loss": (*operands, *of_head, *rows(3), *needs, ("entropy",), *cut, *low),
         **divergence_arguments(logits, operands, device, impl),
+        "top_logprobs": (logits, *given, 3, impl),
+        "linear_top_logprobs": (*operands, *of_head, 3, *cut),
         "entropy_temperature": (logits, 0.3, 0.1, 0.05, 4, impl),
         "entropy_descent": (logits, 0.3, 1.0, 3, impl),
         "scale_": (logits, torch.tensor(0.5, dtype=wide, device=device), impl),

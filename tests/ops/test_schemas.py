@@ -124,6 +124,16 @@ RECORDED = (
     "need_hidden, bool need_weight, bool need_bias, float? filter_eps, bool "
     "need_other_hidden, bool need_other_weight, bool need_other_bias, str[] outputs, str[] "
     "other_outputs, SymInt? chunk_tokens, ScalarType? logits_dtype, str impl) -> Tensor[]",
+    "top_logprobs(Tensor logits, Tensor? bias, Tensor? target, Tensor? mask, Tensor? "
+    "temperature_rows, float temperature, float softcap, float logit_scale, SymInt "
+    "valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, int k, str impl) "
+    "-> Tensor[]",
+    "linear_top_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? "
+    "mask, Tensor? temperature_rows, float temperature, float softcap, float logit_scale, "
+    "SymInt valid_vocab, str? group, Tensor? numbers, bool compact, Tensor? index, int k, "
+    "SymInt? chunk_tokens, ScalarType? logits_dtype, str impl, Tensor? low_hidden=None, "
+    "Tensor? low_weight=None, bool need_low_hidden=False, bool need_low_weight=False) -> "
+    "Tensor[]",
 )
 
 
