@@ -314,6 +314,7 @@ def _with_texts(doc: str, names: Iterable[str]) -> str:
     own, blank, rest = after.partition("\n\n")
     described, texts = _entries(textwrap.dedent(own)), _entries(TEXTS)
     shared = [texts[name] for name in DEFAULTS if name in names and name not in described]
+    shared = list(dict.fromkeys(shared))  # an entry may be of several names
     lines = [own.rstrip()] if own.strip() else []
     lines += [textwrap.indent(text, "    ") for text in shared]
     return (before + header + "\n".join(lines) + blank + rest).lstrip("\n")

@@ -249,6 +249,15 @@ def linear_entropy_loss(
     return linear_token_loss(hidden, weight, bias=bias, outputs=(), **reduced, **options).loss
 
 
+def _shown(value: object) -> str:
+    """A tensor by its shape, not its numbers: `lora` and `accumulate_into` are large."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)}, {value.dtype}>"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)
+
+
 class EntropyLoss(nn.Module):
     """`entropy_loss` with its options fixed; call it with (logits, mask=None, segment_ids=None)."""
 
@@ -269,7 +278,7 @@ class EntropyLoss(nn.Module):
         return entropy_loss(logits, mask, segment_ids=segment_ids, **self.options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
 
 
 class LinearEntropyLoss(EntropyLoss):

@@ -216,8 +216,8 @@ class RLConfig(TrainConfig):
     )
     opd_kind: str = rl_setting(
         "reverse_kl",
-        "opd: the divergence between the student p and the teacher q: KL(p || q), KL(q || p) or "
-        "Jensen-Shannon",
+        "opd: the divergence between the student p and the teacher q: forward_kl is KL(q || p), "
+        "reverse_kl KL(p || q), js Jensen-Shannon",
         choices=KINDS,
     )
     opd_beta: float = rl_setting(
@@ -255,6 +255,11 @@ class RLConfig(TrainConfig):
             raise ValueError(
                 f"teacher is for the objective 'opd', got {self.teacher!r} for "
                 f"{self.schedule or self.objective!r}: leave it out"
+            )
+        if self.kl_estimator == EXACT and self.ref_kl == 0:
+            raise ValueError(
+                f"kl_estimator {EXACT!r} is the form of a penalty that ref_kl weighs, got ref_kl=0: "
+                "give it a weight, or leave kl_estimator out"
             )
         for stage in self.stages:
             self._check_stage(stage)

@@ -87,6 +87,16 @@ def test_help_describes_every_option(function):
     assert DEFAULTS.keys() & inspect.signature(function).parameters.keys() <= described.keys()
 
 
+BY_NAME = {name: getattr(em, name) for name in em.__all__}
+
+
+@pytest.mark.parametrize("name", [name for name, it in BY_NAME.items() if callable(it)])
+def test_help_says_nothing_twice(name):
+    lines = inspect.getdoc(BY_NAME[name]).partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    entries = [line for line in lines if line[4:5].strip() and ":" in line]
+    assert len(entries) == len(set(entries))
+
+
 def test_every_option_has_a_text_and_a_default():
     assert _entries(TEXTS).keys() == DEFAULTS.keys()
 
@@ -181,6 +191,8 @@ def test_the_modules_can_be_copied_and_say_what_they_were_given(again):
     assert repr(linear) == (
         "LinearEntropyLoss(reduction='token_mean', temperature=1.0, chunk_tokens=2)"
     )
+    low_rank = em.LinearEntropyLoss(lora=(torch.zeros(1, 2), torch.zeros(5, 1), 0.5))
+    assert "lora=(<(1, 2), torch.float32>, <(5, 1), torch.float32>, 0.5)" in repr(again(low_rank))
 
 
 @pytest.mark.parametrize("function", [f for f in ALL if not isinstance(f, type)])

@@ -142,6 +142,7 @@ def test_the_coefficient_moves_toward_the_target_and_starts_where_it_is_told():
         (dict(objective="kl_cov", ref_kl=0.1), "ref_kl must be 0 with kl_cov"),
         (dict(compat="official"), "compat must be one of"),
         (dict(kl_estimator="k4"), "kl_estimator must be one of"),
+        (dict(kl_estimator="exact"), "kl_estimator 'exact' is the form of a penalty that ref_kl w"),
         (dict(objective="opd", problems=()), "problems or prompts must be given for 'opd', got n"),
         (dict(schedule="opd:1,grpo", problems=(), prompts=("1",)), "problems must be given for 'o"),
         (dict(teacher="m"), "teacher is for the objective 'opd', got 'm' for 'grpo': leave it"),
