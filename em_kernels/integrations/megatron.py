@@ -45,7 +45,10 @@ def vocab_parallel_cross_entropy(
         ImportError: no tp_group, and no Megatron-Core.
     """
     if label_smoothing != 0:
-        raise ValueError(f"label_smoothing must be 0, got {label_smoothing!r}")
+        raise ValueError(
+            f"label_smoothing must be 0, got {label_smoothing!r}: leave it out here, or keep "
+            "Megatron's own function, which smooths over each rank's shard"
+        )
     group = megatron_group() if tp_group is None else tp_group
     return -shard_stats(vocab_parallel_logits, target, group, ("logprob",)).logprob
 
