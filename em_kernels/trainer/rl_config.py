@@ -258,8 +258,8 @@ class RLConfig(TrainConfig):
             )
         if self.kl_estimator == EXACT and self.ref_kl == 0:
             raise ValueError(
-                f"kl_estimator {EXACT!r} is the form of a penalty that ref_kl weighs, got ref_kl=0: give "
-                "it a weight, or leave kl_estimator out"
+                f"kl_estimator {EXACT!r} is the form of a penalty that ref_kl weighs, got ref_kl=0:"
+                " give it a weight, or leave kl_estimator out"
             )
         for stage in self.stages:
             self._check_stage(stage)
