@@ -61,6 +61,9 @@ def called_differently():
         "impl": stats(impl=ON_CPU[0 if first else -1]),
         "dtype": message(lambda: softmax_stats(x.double() if first else x, group=share.group)),
         "temperature": stats(temperature=0.5 if first else 0.7),
+        "temperatures": stats(temperature=torch.full((2, 9), 0.5 if first else 0.7)),
+        "top_p": stats(top_p=0.5 if first else 0.7),
+        "kept": stats(kept=(torch.arange(18) + int(first), torch.arange(19))),
         "chunk": message(
             lambda: linear_softmax_stats(hidden, weight, chunk_tokens=4 + first, group=share.group)
         ),

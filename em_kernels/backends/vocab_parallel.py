@@ -39,10 +39,12 @@ from em_kernels.backends.merge import merge, parts_of, sum_shards
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
+_ODD = 1_000_003
 _SHARED = (
     "number of tokens",
     "mask and ignored targets",
     "target",
+    "numbers of each token (temperature, top_k, top_p, min_p, kept)",
     "options (dtype, impl, outputs, temperature, chunk_tokens, whether hidden is frozen, ...)",
 )
 
@@ -91,7 +93,7 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
     tokens = like.shape[:-1].numel()
     common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
     common = (*common, spec.truncation is None, spec.min_p_first, spec.kept_ids is None)
-    own = torch.tensor([vocab, tokens, 0, 0, zlib.crc32(repr(common).encode())])
+    own = torch.tensor([vocab, tokens, 0, 0, 0, zlib.crc32(repr(common).encode())])
     own = own.to(like.device)
     place = torch.arange(1, tokens + 1, device=like.device)
     if spec.mask is not None:
@@ -101,12 +103,22 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
         counted = target if spec.mask is None else target * spec.mask[:, None]
         number = torch.arange(1, target.shape[1] + 1, device=like.device)
         own[3] = (place[:, None] * number * counted).sum()
+    for given in (spec.temperature_rows, spec.truncation, spec.kept_rows, spec.kept_ids):
+        own[4] = own[4] * _ODD + _checksum(given, like.device)
     sizes, *shared = gather(own, group).T.tolist()
     for name, values in zip(_SHARED, shared, strict=True):
         if len(set(values)) > 1:
             got = values if name == _SHARED[0] else f"checksums {values}"
             raise ValueError(f"group: every rank must be given the same {name}, got {got}")
     return _lay_out(group, sizes, spec.valid_vocab)
+
+
+def _checksum(numbers: Tensor | None, device: torch.device) -> Tensor:
+    """Of their bits and places, int64, which may overflow."""
+    if numbers is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    bits = numbers.detach().to(torch.float64).reshape(-1).contiguous().view(torch.int64)
+    return (torch.arange(1, bits.shape[0] + 1, device=device) * bits).sum()
 
 
 def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Shards:
