@@ -37,8 +37,10 @@ OPERATORS = (
     "operands",
     "truncated",
     "linear_divergence",
+    "chosen_ids",
 )
-LOGITS_ROWS, HIDDEN_ROWS, OPERANDS_ROWS = 256, 1024, 128
+LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
+FEWER_ROWS = {"operands": 128, "chosen_ids": 64}  # those of many tables
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +49,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("op", nargs="*", help=f"any of {', '.join(OPERATORS)}; all by default")
     parser.add_argument(
-        "--n", type=int, help="tokens; default 256 from logits, 1024 from hidden, 128 in operands"
+        "--n",
+        type=int,
+        help=f"tokens; default {LOGITS_ROWS} from logits, {HIDDEN_ROWS} from hidden states, "
+        + ", ".join(f"{rows} in {name}" for name, rows in FEWER_ROWS.items()),
     )
     parser.add_argument("--v", type=int, help="vocabulary; default 151936")
     parser.add_argument("--d", type=int, help="hidden size; default 896")
@@ -88,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
     rows = HIDDEN_ROWS if operator.startswith("linear") else LOGITS_ROWS
-    rows = OPERANDS_ROWS if operator == "operands" else rows
+    rows = FEWER_ROWS.get(operator, rows)
     n, v, d = (48, 3001, 64) if options.quick else (rows, 151936, 896)
     return Sizes(options.n or n, options.v or v, options.d or d)
 

@@ -84,9 +84,21 @@ def divergences(head, hidden, target, mask, rows):
     return loss.loss + loss.other_stats.entropy.sum() + value
 
 
+def chosen_ids(head, hidden, target, mask, rows):
+    """A target of (..., K), padding among the ids."""
+    ids = torch.stack([target, (target + 3) % V, target], -1)
+    options = dict(mask=mask, temperature=0.7, outputs=("logprob", "rank", "is_top1", "entropy"))
+    of_hidden = linear_softmax_stats(hidden, head.weight, ids, bias=head.bias, **options)
+    of_logits = softmax_stats(head(hidden), ids, **options)
+    weights = dict(logprob_weight=rows[:, None] * torch.ones_like(ids))
+    loss = linear_token_loss(hidden, head.weight, ids, bias=head.bias, **weights).loss
+    ranked = of_hidden.logprob * of_hidden.rank + of_logits.logprob * of_logits.is_top1
+    return ranked.sum(-1) + of_hidden.entropy + loss
+
+
 FUNCTIONS = (
     *(stats, linear_stats, loss, linear_loss, entropy, linear_entropy, trl, covariance),
-    divergences,
+    *(divergences, chosen_ids),
 )
 by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
