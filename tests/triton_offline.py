@@ -79,6 +79,7 @@ def cases(arch: int) -> Iterator[tuple[str, Callable]]:
     yield from shared()
     yield from narrowing()
     yield from controls()
+    yield from counted()
     yield from products(arch)
     if arch == 90:
         yield from calls(torch.float64, True, ("logprob", "entropy"))
@@ -124,6 +125,24 @@ def controls() -> Iterator[tuple[str, Callable]]:
     goal, way = Goal(0.3, 0.1, 0.05, 12), Descent(0.3, 1.0, 10)
     yield "temperature-bfloat16", lambda: backend.find_temperature(logits, goal)
     yield "descent-float32", lambda: backend.descend(logits.float(), way)
+
+
+def counted() -> Iterator[tuple[str, Callable]]:
+    """What lies above levels: as many as a program takes, their masses too; of one, ids before it
+    too."""
+    levels, ids = torch.zeros(16, 4), torch.zeros(16, 1, dtype=torch.int64)
+    for dtype, vocab in ((torch.bfloat16, VOCAB), (torch.float32, VOCAB), (torch.float32, ODD)):
+        logits, spec = torch.empty(1, 16, vocab, dtype=dtype), RowSpec(valid_vocab=vocab)
+        name = str(dtype).removeprefix("torch.") + "-odd" * (vocab == ODD)
+
+        def masses(logits=logits, spec=spec):
+            return backend.above(logits, spec, levels, levels[:, 0].contiguous())
+
+        def places(logits=logits, spec=spec):
+            return backend.above(logits, spec, levels[:, :1], None, ids)
+
+        yield f"above-{name}", masses
+        yield f"above_ids-{name}", places
 
 
 def shared() -> Iterator[tuple[str, Callable]]:

@@ -15,6 +15,45 @@ _AT_ONCE = 4  # levels of a program, which reads the row once for all of them
 
 
 @triton.jit
+def zeros(number, block, dtype):
+    """A block of lanes a level, as a row is loaded: of one block of (levels, lanes) the compiler
+    has another order, and moves every entry between threads."""
+    blocks = ()
+    for _ in tl.static_range(number):
+        blocks = blocks + (tl.zeros((block,), dtype),)
+    return blocks
+
+
+@triton.jit
+def load_each(values, place, left, other, number):
+    loaded = ()
+    for k in tl.static_range(number):
+        loaded = loaded + (tl.load(values + place + k, mask=k < left, other=other),)
+    return loaded
+
+
+@triton.jit
+def store_sums(out, place, left, blocks, dtype):
+    for k in tl.static_range(len(blocks)):
+        total = tl.sum(blocks[k].to(dtype), 0)
+        tl.store(out + place + k, total, mask=k < left)
+
+
+@triton.jit
+def add_over(found, mass, z, e, lanes, level, before):
+    """`found` and `mass` of each level with a block of the row; `e` may be None, or `before`."""
+    counts, sums = (), ()
+    for k in tl.static_range(len(level)):
+        over = z > level[k]
+        if before is not None:
+            over = over | ((z == level[k]) & (lanes < before[k]))
+        counts = counts + (found[k] + over.to(tl.int32),)
+        if e is not None:
+            sums = sums + (mass[k] + tl.where(over, e, 0),)
+    return counts, sums
+
+
+@triton.jit
 def count_over(
     logits,
     view,
@@ -33,34 +72,32 @@ def count_over(
     at_once: tl.constexpr,
 ):
     row = tl.program_id(0)
-    k = tl.program_id(1) * at_once + tl.arange(0, at_once)
-    place = row.to(tl.int64) * number + k
-    inside = k < number
-    level = tl.load(levels + place, mask=inside, other=INF).to(how.wide)[:, None]
-    before = None
+    first = tl.program_id(1) * at_once
+    place, left = row.to(tl.int64) * number + first, number - first
+    level = load_each(levels, place, left, INF, at_once)
+    before, mass = None, ()
     if ids is not None:
-        before = tl.load(ids + place, mask=inside, other=0)[:, None]
+        before = load_each(ids, place, left, 0, at_once)
     wanted = row >= 0
     if rows.mask is not None:
         wanted = tl.load(rows.mask + row) != 0
-    found = tl.zeros((at_once, how.block), tl.int32)
-    mass = tl.zeros((at_once, how.block), how.wide)
+    found = zeros(at_once, how.block, tl.int32)
+    if top is not None:
+        mass = zeros(at_once, how.block, how.wide)
     if wanted:
         x = row_of(logits, row, view, how)
         constants = row_constants(row, rows, scale, softcap, temperature, how)
         for start in range(0, valid, how.block):
             z, _ = load_z(x, rows, 0, start, valid - start, constants, how)
-            over = z[None, :] > level
-            if ids is not None:
-                entries = start + tl.arange(0, how.block)[None, :]
-                over = over | ((z[None, :] == level) & (entries < before))
-            found += over.to(tl.int32)
+            lanes = start + tl.arange(0, how.block)
             if top is not None:
                 e = exp(distance(z, tl.load(top + row).to(how.wide)))
-                mass += tl.where(over, e[None, :], 0)
-    tl.store(counts + place, tl.sum(found, 1), mask=inside)
+                found, mass = add_over(found, mass, z, e, lanes, level, before)
+            else:
+                found, _none = add_over(found, None, z, None, lanes, level, before)
+    store_sums(counts, place, left, found, tl.int32)
     if top is not None:
-        tl.store(sums + place, tl.sum(mass.to(tl.float64), 1), mask=inside)
+        store_sums(sums, place, left, mass, tl.float64)
 
 
 def above(
