@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.heads import Head
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.objectives.ppl import topk_label_kl
 from em_kernels.ops.divergence import (
     WeightedDivergence,
     linear_divergence,
@@ -20,6 +21,7 @@ from em_kernels.ops.divergence import (
 )
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
+from em_kernels.ops.top_logprobs import TopLogprobs, linear_top_logprobs
 from em_kernels.trainer.strategy import SingleProcessStrategy
 
 _UNKNOWN: Any = None
@@ -31,8 +33,9 @@ class Tokens(NamedTuple):
     Position t holds the distribution that token t + 1 was drawn from; `loss_mask` marks those of
     generated tokens that count. `advantage` is the same along a row. The entropy and logprob
     weights are those of `linear_token_loss`, that of the divergence the `token_weight` of
-    `linear_divergence_loss`; `ref_kl` is the exact KL from the reference; `selected` is what the
-    objective chose of all tokens. What is not known yet is None.
+    `linear_divergence_loss`; `ref_kl` is the KL from the reference or the label; `label_ids` and
+    `label_logprob`, (B, T, k), are what is stored of the label's distributions; `selected` is what
+    the objective chose of all tokens. What is not known yet is None.
     """
 
     input_ids: Tensor
@@ -44,6 +47,8 @@ class Tokens(NamedTuple):
     divergence_weight: Tensor | None = None
     ref_logprob: Tensor | None = None
     ref_kl: Tensor | None = None
+    label_ids: Tensor | None = None
+    label_logprob: Tensor | None = None
     old_logprob: Tensor = _UNKNOWN
     advantage: Tensor = _UNKNOWN
     selected: Tensor = _UNKNOWN
@@ -91,6 +96,12 @@ def token_stats(
     return _token_stats(_hidden(model, part), head, part, temperature, outputs)
 
 
+def token_labels(model, head: Head, part: Tokens, temperature: float, k: int) -> TopLogprobs:
+    """The k likeliest tokens at every place that counts, and their log-probabilities."""
+    options: Any = dict(temperature=temperature, mask=part.loss_mask, **head.arguments)
+    return linear_top_logprobs(_hidden(model, part), head.weight, k, ignore_index=0, **options)
+
+
 def stats_and_divergence(
     model,
     head: Head,
@@ -100,13 +111,16 @@ def stats_and_divergence(
     other: SingleProcessStrategy | None,
     kind: str | None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """`token_stats`, and at every token the divergence from another model, exact, (B, T), if asked.
+    """`token_stats`, and at every token the divergence from another model, exact, (B, T), if asked,
+    or from the stored label, whose tokens are read in the same pass as the written one.
 
     The other model reads the micro-batch here: in one pass over the answers it does so as often
     as for log-probabilities taken before, and no more than a micro-batch of its hidden states is
     kept.
     """
     hidden = _hidden(model, part)
+    if part.label_ids is not None:
+        return _stats_and_label_kl(hidden, head, part, temperature, outputs)
     stats = _token_stats(hidden, head, part, temperature, outputs)
     if other is None or kind is None:
         return stats, None
@@ -147,18 +161,30 @@ def _token_stats(hidden: Tensor, head: Head, part: Tokens, temperature, outputs)
 
 
 def _of_tokens(
-    function, hidden: Tensor, head: Head, part: Tokens, temperature, outputs, **weights
+    function, hidden: Tensor, head: Head, part: Tokens, temperature, outputs, target=None, **weights
 ) -> Any:
     return function(
         hidden,
         head.weight,
-        part.input_ids.roll(-1, 1),
+        part.input_ids.roll(-1, 1) if target is None else target,
         outputs=outputs,
         temperature=temperature,
         mask=part.loss_mask,
         **weights,
         **head.arguments,
     )
+
+
+def _stats_and_label_kl(
+    hidden: Tensor, head: Head, part: Tokens, temperature, outputs
+) -> tuple[TokenStats, Tensor]:
+    """`token_stats` and the KL from the stored label, whose ids stand after the written one."""
+    ids, label = cast(Tensor, part.label_ids), cast(Tensor, part.label_logprob)
+    target = torch.cat([part.input_ids.roll(-1, 1)[..., None], ids], -1)
+    stats = _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, target)
+    logprob = stats.logprob
+    written = logprob[..., 0].clone()  # FSDP2 wants no views
+    return stats._replace(logprob=written), topk_label_kl(logprob[..., 1:], label)
 
 
 def _with_other(

@@ -18,6 +18,7 @@ from em_kernels.trainer.batch import (
     Tokens,
     micro_batches,
     stats_and_divergence,
+    token_labels,
     token_stats,
 )
 from em_kernels.trainer.collect import Collected, ProblemOrder, collect
@@ -108,7 +109,11 @@ class PolicyUpdate:
         reference = None
         if self.config.ref_kl > 0 and self.config.exact_kl(objective) is None:
             reference = self._statistics(self.reference, tokens, ("logprob",))["logprob"]
-        return tokens._replace(old_logprob=before["logprob"], ref_logprob=reference), before
+        known = tokens._replace(old_logprob=before["logprob"], ref_logprob=reference)
+        if objective == "ppl" and self.config.ppl_label == "topk":
+            ids, logprob = read_labels(self.run, tokens, self.config.ppl_label_k)
+            known = known._replace(label_ids=ids, label_logprob=logprob)
+        return known, before
 
     @torch.no_grad()
     def _copy_policy(self) -> None:
@@ -198,16 +203,31 @@ def read_statistics(
     """(B, T) each, without gradient; 0 where no token counts. Ranks share the work."""
     shape, device = tokens.input_ids.shape, tokens.input_ids.device
     found = {name: torch.zeros(shape, device=device) for name in outputs}
-    compute = partial(token_stats, outputs=outputs)
+    _read_into(found, run, strategy, tokens, partial(token_stats, outputs=outputs))
+    return found
+
+
+def read_labels(run: Run, tokens: Tokens, k: int) -> tuple[Tensor, Tensor]:
+    """The policy's k likeliest ids and their log-probabilities, (B, T, k); 0 where none counts."""
+    found = {
+        "ids": tokens.input_ids.new_zeros(*tokens.input_ids.shape, k),
+        "logprob": torch.zeros(*tokens.input_ids.shape, k, device=tokens.input_ids.device),
+    }
+    _read_into(found, run, run.strategy, tokens, partial(token_labels, k=k))
+    return found["ids"], found["logprob"]
+
+
+def _read_into(
+    found: dict[str, Tensor], run: Run, strategy, tokens: Tokens, compute: Callable[..., Any]
+) -> None:
     parts = micro_batches(tokens, run.config.micro_batch)
     with torch.no_grad(), eval_mode(strategy.trained):
         for part in run.ranks.shard_micro_batches(parts):
-            stats = strategy.compute(part.tokens, compute)
+            read = strategy.compute(part.tokens, compute)
             for name, values in found.items():
-                values[part.rows, part.columns] = getattr(stats, name).to(values)
+                values[part.rows, part.columns] = getattr(read, name).to(values)
     for values in found.values():
         run.ranks.sum_tensor(values)
-    return found
 
 
 def take_step(

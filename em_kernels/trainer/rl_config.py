@@ -43,7 +43,7 @@ from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.schedule import WITHOUT_REWARDS, Stage, parse_schedule
 
 WHOLE_LABELS = ("sampler", "reference")  # policies that are there, with all their probabilities
-PPL_LABELS = ("pseudo", "none", *WHOLE_LABELS)
+PPL_LABELS = ("pseudo", "none", "topk", *WHOLE_LABELS)
 EXACT = "exact"  # the KL itself in place of an estimate of it
 OPD_WEIGHTS = ("none", "teacher_entropy")
 TEXT_REWARDS = ("verified", "majority", "empo", "l-grpo", "length", "random", "format")
@@ -204,8 +204,12 @@ class RLConfig(TrainConfig):
     ppl_label: str = rl_setting(
         "pseudo",
         "ppl: label of the segments; with the exact KL at every token: sampler, the policy that "
-        "drew them, of which a copy is made in every update, or reference, the initial model",
+        "drew them, of which a copy is made in every update, or reference, the initial model; "
+        "topk, what is stored of the sampler: its `ppl_label_k` likeliest tokens, others as one",
         choices=PPL_LABELS,
+    )
+    ppl_label_k: int = rl_setting(
+        20, "ppl: how many tokens at every place are stored as label topk", check=at_least(1)
     )
     teacher: str | None = rl_setting(
         None,

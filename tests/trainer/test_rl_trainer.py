@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_runs import PROBLEMS, rl_settings, run_rl
-from tiny_qwen2 import make_model, make_tokenizer
+from tiny_qwen2 import WORDS, make_model, make_tokenizer
 from torch.nn.functional import logsigmoid
 from trainer_runs import without_times
 
@@ -34,6 +34,9 @@ EXACT = {
     "grpo, exact KL": dict(objective="grpo", ref_kl=0.7, kl_estimator="exact"),
     "ppl, labelled by the reference": dict(SETTINGS["ppl"], objective="ppl", ppl_label="reference"),
     "ppl, labelled by the sampler": dict(SETTINGS["ppl"], objective="ppl", ppl_label="sampler"),
+    "ppl, labelled by all tokens": dict(
+        SETTINGS["ppl"], objective="ppl", ppl_label="topk", ppl_label_k=len(WORDS)
+    ),
 }
 
 
@@ -177,6 +180,29 @@ def test_the_label_is_the_policy_of_this_update_or_of_the_first(label, monkeypat
     logprob, entropy = plain_statistics(model, tokens)
     exact = plain_exact_kl(model, tokens, pi)
     plain_loss(config, "ppl", logprob, entropy, tokens, None, exact).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (steps.gradients[3] - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_stored_label_is_that_of_the_policy_of_this_update(monkeypatch):
+    """In the second epoch of the second update: the KL of k tokens, and one for all others."""
+    steps, k = Steps(monkeypatch), 4
+    changes = dict(ppl_label="topk", ppl_label_k=k, updates=2, epochs=2, minibatches=1)
+    config = settings_of("ppl", **changes, learning_rate=3e-3)
+    run_rl(config)
+    pi, model = make_model(), make_model()
+    pi.load_state_dict(steps.weights[2])
+    model.load_state_dict(steps.weights[3])
+    tokens = steps.tokens[3]
+    stored, ids = plain_log_softmax(pi, tokens).detach().topk(k)
+    counted = tokens.loss_mask
+    assert (tokens.label_logprob - stored)[counted].abs().max() < 1e-4
+    assert torch.equal(tokens.label_ids[counted], ids[counted])
+    logprob, entropy = plain_statistics(model, tokens)
+    own = plain_log_softmax(model, tokens).gather(-1, ids)
+    rest, other = (1 - x.exp().sum(-1) for x in (stored, own))
+    kl = (stored.exp() * (stored - own)).sum(-1) + rest * (rest / other).log()
+    plain_loss(config, "ppl", logprob, entropy, tokens, None, (None, kl)).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (steps.gradients[3] - expected).norm() <= 1e-4 * expected.norm()
 
@@ -335,6 +361,7 @@ RESUMED = {
     "reference": dict(ref_kl=0.3),
     "exact": dict(ref_kl=0.3, kl_estimator="exact"),
     "sampler": dict(schedule="ppl:3,grpo", ppl_label="sampler"),
+    "topk": dict(schedule="ppl:3,grpo", ppl_label="topk", ppl_label_k=4),
     "stages": dict(schedule="em:1,grpo++:2@1e-3,kl_cov", reward="random"),
 }
 
