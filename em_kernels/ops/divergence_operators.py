@@ -20,7 +20,7 @@ from em_kernels.backends.pair import OtherSpec, PairOut, PairSaved, PairWeights,
 from em_kernels.linear import pairs
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, Needs, OtherNeeds, default_logits_dtype
-from em_kernels.ops.registry import Operator, _checked, _serve, _shape_rows, define
+from em_kernels.ops.registry import Operator, define
 from em_kernels.ops.schemas import (
     DivergenceGrad,
     DivergenceLoss,
@@ -29,6 +29,7 @@ from em_kernels.ops.schemas import (
     LinearDivergenceLoss,
     LinearDivergenceStats,
 )
+from em_kernels.ops.serve import checked, serve, shape_rows
 
 _OfLogits = DivergenceStats | DivergenceGrad | DivergenceLoss
 _OfHidden = LinearDivergenceStats | LinearDivergenceGrad | LinearDivergenceLoss
@@ -127,12 +128,12 @@ def _common(*dtypes: torch.dtype) -> torch.dtype:
 def _serve_pair(call: Any, x: Tensor, vocab: int, check: bool) -> tuple[Backend, RowSpec, RowSpec]:
     """The backend, and the specs of both rows."""
     names = (*getattr(call, "outputs", ()), *getattr(call, "other_outputs", ()))
-    backend, spec = _serve(call.impl, x, vocab, call.spec, names, _shared_options(call), check)
+    backend, spec = serve(call.impl, x, vocab, call.spec, names, _shared_options(call), check)
     rows = call.other.temperature_rows
     own = call.other._replace(temperature_rows=None if rows is None else rows.reshape(-1))
     other = own.beside(spec)
     if check:
-        _checked(other._replace(target=None), 1, "other_")
+        checked(other._replace(target=None), 1, "other_")
     return backend, spec, other
 
 
@@ -177,9 +178,9 @@ def _rows(rows: list[Tensor], call: Any, x: Tensor) -> list[Tensor]:
     saved = PairSaved(*rows[:count])
     value = saved.value(call.divergence)
     value = value.clone() if any(value is row for row in saved) else value
-    # `_shape_rows` names the first three, and what is a truth value.
+    # `shape_rows` names the first three, and what is a truth value.
     names = (*PairSaved._fields[3:], "divergence", *call.outputs, *call.other_outputs)
-    return _shape_rows([*saved, value, *rows[count:]], names, x.shape[:-1])
+    return shape_rows([*saved, value, *rows[count:]], names, x.shape[:-1])
 
 
 def _shape_gradients(grads: list[Tensor], call: _OfHidden) -> list[Tensor]:

@@ -9,7 +9,7 @@ operator that autograd meets by itself, as in an exported program (`differentiat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,27 +18,16 @@ from torch import Tensor
 
 from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
-from em_kernels.backends.chosen_ids import ChosenIds
 from em_kernels.backends.interface import (
-    PADDING,
-    RESULT_DTYPES,
-    Backend,
-    RowSpec,
     Saved,
     Upstream,
     accumulate_dtype,
     as_rows,
     flatten_rows,
-    flatten_spec,
-    has_ids,
-    has_support,
-    row_kernels_make,
 )
-from em_kernels.backends.support import Support, kept_upstream
-from em_kernels.backends.vocab_parallel import VocabParallel
+from em_kernels.backends.support import kept_upstream
 from em_kernels.linear import chunks
-from em_kernels.linear.plan import Linear
-from em_kernels.ops import fakes, ranks, truncate
+from em_kernels.ops import fakes, ranks
 from em_kernels.ops.schemas import (
     AllReduce,
     CountTokens,
@@ -50,7 +39,6 @@ from em_kernels.ops.schemas import (
     LinearLoss,
     LinearStats,
     LinearStatsFused,
-    LinearTopCall,
     ScaleInplace,
     SoftmaxGrad,
     SoftmaxLoss,
@@ -61,6 +49,7 @@ from em_kernels.ops.schemas import (
     unflat,
     with_numbers,
 )
+from em_kernels.ops.serve import checked, serve, serve_linear, shape_rows
 
 _Rows = TypeVar("_Rows", Saved, Upstream)
 
@@ -68,14 +57,14 @@ _Rows = TypeVar("_Rows", Saved, Upstream)
 def _softmax_stats(call: SoftmaxStats) -> list[Tensor]:
     logits, outputs = call.logits, call.outputs
     vocab = logits.shape[-1]
-    module, spec = _serve(call.impl, logits, vocab, call.spec, outputs, (outputs,))
+    module, spec = serve(call.impl, logits, vocab, call.spec, outputs, (outputs,))
     rows = module.stats(as_rows(logits), spec, tuple(outputs))
-    return _shape_rows(rows, outputs, logits.shape[:-1])
+    return shape_rows(rows, outputs, logits.shape[:-1])
 
 
 def _softmax_grad(call: SoftmaxGrad) -> list[Tensor]:
     logits = call.logits
-    module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
+    module, spec = serve(call.impl, logits, logits.shape[-1], call.spec, check=False)
     view, out = as_rows(logits), module.empty(logits.shape, logits.dtype, logits.device)
     saved, upstream = _flat(call.saved, logits), kept_upstream(spec, _flat(call.upstream, logits))
     module.grad(view, spec, saved, upstream, out.view(view.shape))
@@ -103,31 +92,29 @@ def _loss_rows(
     """The per-row results, and the gradient: in `out`, else of the shape of the logits."""
     logits, outputs = call.logits, call.outputs
     vocab = logits.shape[-1]
-    module, spec = _serve(call.impl, logits, vocab, call.spec, outputs, (outputs,), loss_of=view)
+    module, spec = serve(call.impl, logits, vocab, call.spec, outputs, (outputs,), loss_of=view)
     if out is None:
         out = module.empty(logits.shape, logits.dtype, logits.device)
     upstream = _flat(call.upstream, logits)
     rows = module.loss(view, spec, upstream, tuple(outputs), out.view(view.shape))
-    return _shape_rows(rows, outputs, logits.shape[:-1]), out
+    return shape_rows(rows, outputs, logits.shape[:-1]), out
 
 
 def _linear_stats(call: LinearStats) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
     needs = call.needs if any(wanted_of(call)) else None
-    module, spec, linear = _serve_linear(call, outputs, (outputs,))
+    module, spec, linear = serve_linear(call, outputs, (outputs,))
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.stats(linear, spec, tuple(outputs), module, needs, call.keep_logits)
     kept = [] if needs is None else [results.pop()]
-    return [*_shape_rows(results, outputs, hidden.shape[:-1]), *kept]
+    return [*shape_rows(results, outputs, hidden.shape[:-1]), *kept]
 
 
 def _linear_stats_fused(call: LinearStatsFused) -> list[Tensor]:
     hidden, outputs = call.hidden, call.outputs
     module, x = fusing(hidden.device), hidden.reshape(-1, hidden.shape[-1])
-    rows = module.linear_stats(
-        x, call.weight, _checked(call.spec, hidden.dim() - 1), tuple(outputs)
-    )
-    return _shape_rows(rows, outputs, hidden.shape[:-1])
+    rows = module.linear_stats(x, call.weight, checked(call.spec, hidden.dim() - 1), tuple(outputs))
+    return shape_rows(rows, outputs, hidden.shape[:-1])
 
 
 def _linear_grad(call: LinearGrad) -> list[Tensor]:
@@ -144,7 +131,7 @@ def _linear_grad_into(call: LinearGradInto) -> None:
 
 def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) -> list[Tensor]:
     hidden, needs = call.hidden, call.needs
-    module, spec, linear = _serve_linear(call, (), (needs.hidden,), check=False)
+    module, spec, linear = serve_linear(call, (), (needs.hidden,), check=False)
     saved, upstream = _flat(call.saved, hidden), kept_upstream(spec, _flat(call.upstream, hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         grads = chunks.grad(linear, spec, saved, upstream, needs, module, call.kept, into)
@@ -153,13 +140,13 @@ def _linear_gradients(call: LinearGrad | LinearGradInto, into: Tensor | None) ->
 
 def _linear_loss(call: LinearLoss) -> list[Tensor]:
     hidden, outputs, needs = call.hidden, call.outputs, call.needs
-    module, spec, linear = _serve_linear(call, outputs, (outputs, needs.hidden))
+    module, spec, linear = serve_linear(call, outputs, (outputs, needs.hidden))
     upstream = _flat(call.upstream, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         results = chunks.loss(linear, spec, upstream, tuple(outputs), needs, module)
     count = len(Saved._fields) + len(outputs)
     grads = _shape_grads(results[count:], call)
-    return [*_shape_rows(results[:count], outputs, hidden.shape[:-1]), *grads]
+    return [*shape_rows(results[:count], outputs, hidden.shape[:-1]), *grads]
 
 
 def _all_reduce(call: AllReduce) -> list[Tensor]:
@@ -211,25 +198,6 @@ def _flat(rows: _Rows, x: Tensor) -> _Rows:
     return type(rows)(*flattened)
 
 
-def _shape_rows(rows: list[Tensor], outputs: Sequence[str], shape: torch.Size) -> list[Tensor]:
-    """Give per-row results the leading shape, and those that are no numbers of kernels their dtype.
-
-    A result is not a view, as autograd counts them: it can be changed in place.
-    """
-    names = (*Saved._fields, *outputs)
-    rows = [_as_result(name, row) for name, row in zip(names, rows, strict=True)]
-    if len(shape) == 1:
-        return rows
-    return [torch.ops.aten._unsafe_view(row, (*shape, *row.shape[1:])) for row in rows]
-
-
-def _as_result(name: str, row: Tensor) -> Tensor:
-    dtype = RESULT_DTYPES.get(name)
-    if dtype == torch.bool:
-        return row > 0
-    return row if dtype is None else row.nan_to_num(nan=-1).to(dtype)
-
-
 def wanted_of(call: LinearStats | LinearGrad | LinearGradInto | LinearLoss) -> tuple[bool, ...]:
     """Which gradients: of hidden, weight and bias, and of the two of the low-rank part."""
     return *call.needs.inputs, call.low.need_x, call.low.need_weight
@@ -245,100 +213,6 @@ def _shape_grads(
     if low.x is not None and low.need_x:
         grads[3] = grads[3].view(low.x.shape)
     return grads
-
-
-def _serve_linear(
-    call: LinearStats | LinearGrad | LinearGradInto | LinearLoss | LinearTopCall,
-    outputs: Sequence[str],
-    options: tuple[Any, ...],
-    check: bool = True,
-) -> tuple[Backend, RowSpec, Linear]:
-    """`_serve`, and the product that makes the rows."""
-    chunk, dtype = call.chunk_tokens, call.logits_dtype
-    low = call.low if call.low.x is None else (call.low.x.shape[-1], *call.low[2:])
-    vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype, low)
-    given = (outputs, options, check, None, True)
-    module, spec = _serve(call.impl, call.hidden, vocab, call.spec, *given)
-    return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
-
-
-def _serve(
-    impl: str,
-    x: Tensor,
-    vocab: int,
-    spec: RowSpec,
-    outputs: Sequence[str] = (),
-    options: tuple[Any, ...] = (),
-    check: bool = True,
-    loss_of: Tensor | None = None,
-    owned: bool = False,
-) -> tuple[Backend, RowSpec]:
-    """The backend, and the spec flattened and its values checked.
-
-    `loss_of` is given logits, (outer, inner, V), whose loss is wanted. With a group the backend and
-    the spec are those of this rank's shard, `vocab` its size, and `options` what all ranks must
-    have been given alike.
-    """
-    ready, lead = _checked if check else flatten_spec, x.dim() - 1
-    if spec.group is None:
-        kind = ("rows",) if loss_of is None else ("loss", _aligned(loss_of))
-        spec = ready(spec, lead)
-        return extended(backend(impl, x.device, *kind), spec, outputs, owned), spec
-    module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
-    options = (module.name, x.dtype, *options)
-    shards = vocab_parallel.agree(flatten_spec(spec, lead), vocab, x, options)
-    spec = ready(spec._replace(valid_vocab=shards.ends[-1]), lead)
-    spec = spec._replace(valid_vocab=shards.size)
-    return extended(VocabParallel(module, shards), spec, outputs, owned), spec
-
-
-def extended(module: Backend, spec: RowSpec, outputs: Sequence[str], owned: bool) -> Backend:
-    """The backend with what the spec and the outputs ask for beyond its own, around it.
-
-    `owned`: the logits will lie in memory of ours. Both passes over rows must come to the same:
-    where only the forward pass knows of an output that is not a row kernel's, `spec.whole` is set.
-    """
-    if "rank" in outputs or has_ids(spec):
-        module = ChosenIds(module)
-    if has_support(spec) or spec.whole or not row_kernels_make(outputs):
-        module = Support(module, owned)
-    return module
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether the rows of x (outer, inner, V), and those of a new tensor like it, begin at 16
-    bytes."""
-    steps = (*x.stride()[:2], x.shape[2])
-    return x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in steps)
-
-
-def _checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
-    """Flattened, its values checked. On a GPU, to spare a synchronisation, nothing is checked:
-    the kernels answer a target out of range or a non-positive temperature with NaN. `prefix` is
-    that of the caller's names."""
-    spec = flatten_spec(spec, lead)
-    if spec.target is not None and row_index.is_free_to_look(spec.target):
-        good = (spec.target >= 0) & (spec.target < spec.valid_vocab)
-        if has_ids(spec):
-            good |= spec.target == PADDING
-        rule = f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)"
-        _check_rows(good, spec, "target", rule)
-    if spec.temperature_rows is not None and row_index.is_free_to_look(spec.temperature_rows):
-        rows = spec.temperature_rows
-        good = (rows > 0) & rows.isfinite()
-        _check_rows(good, spec, "temperature_rows", "positive and finite", prefix)
-    truncate.check_values(spec)
-    return spec
-
-
-def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str, prefix: str = "") -> None:
-    bad = ~good
-    if spec.mask is not None:
-        bad &= spec.mask if bad.dim() == 1 else spec.mask[:, None]
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        name, value = prefix + field.removesuffix("_rows"), getattr(spec, field)[first].item()
-        raise ValueError(f"{name} must be {rule}, got {value} at token {first[0]}")
 
 
 class Operator(NamedTuple):

@@ -24,8 +24,9 @@ from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.linear_softmax_stats import product_arguments, product_operands
 from em_kernels.ops.lora import low_part
 from em_kernels.ops.options import DEFAULTS, LinearTopOptions, TopOptions, takes_options
-from em_kernels.ops.registry import Operator, _serve, _serve_linear, define, record
+from em_kernels.ops.registry import Operator, define, record
 from em_kernels.ops.schemas import LinearTopCall, TopCall
+from em_kernels.ops.serve import serve, serve_linear
 
 
 @serializable
@@ -119,14 +120,14 @@ def _check_k(k: int) -> None:
 
 def _top(call: TopCall) -> list[Tensor]:
     logits, k = call.logits, call.k
-    module, spec = _serve(call.impl, logits, logits.shape[-1], call.spec, options=(k,))
+    module, spec = serve(call.impl, logits, logits.shape[-1], call.spec, options=(k,))
     _check_entries(k, module, spec)
     return _shaped(find_top(module, as_rows(logits), spec, k), logits.shape[:-1])
 
 
 def _linear_top(call: LinearTopCall) -> list[Tensor]:
     hidden, k = call.hidden, call.k
-    module, spec, linear = _serve_linear(call, (), (k,))
+    module, spec, linear = serve_linear(call, (), (k,))
     _check_entries(k, module, spec)
     with torch.autocast(hidden.device.type, enabled=False):
         found = chunks.top_logprobs(linear, spec, k, module)
