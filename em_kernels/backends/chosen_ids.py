@@ -36,9 +36,11 @@ from em_kernels.backends.interface import (
     accumulate_dtype,
     as_ids,
     has_ids,
+    where_rows,
+)
+from em_kernels.backends.specs import (
     spec_of_slice,
     upstream_of_slice,
-    where_rows,
 )
 
 

@@ -39,9 +39,11 @@ from em_kernels.backends.interface import (
     accumulate_dtype,
     as_ids,
     has_ids,
+    where_rows,
+)
+from em_kernels.backends.specs import (
     has_support,
     select_rows,
-    where_rows,
 )
 from em_kernels.backends.truncation import Border, Limits, find_border, is_in_set, is_outside
 

@@ -26,6 +26,8 @@ from em_kernels.backends.interface import (
     RowSpec,
     Saved,
     Upstream,
+)
+from em_kernels.backends.specs import (
     has_support,
     select_rows,
     spec_of_slice,

@@ -31,12 +31,14 @@ from em_kernels.backends.interface import (
     Upstream,
     accumulate_dtype,
     as_ids,
+)
+from em_kernels.backends.merge import merge, parts_of, sum_shards
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
+from em_kernels.backends.specs import (
     select_rows,
     spec_of_slice,
     upstream_of_slice,
 )
-from em_kernels.backends.merge import merge, parts_of, sum_shards
-from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
 _ODD = 1_000_003

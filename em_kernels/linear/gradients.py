@@ -19,8 +19,10 @@ from em_kernels.backends.interface import (
     RowSpec,
     Upstream,
     accumulate_dtype,
-    pick,
     where_rows,
+)
+from em_kernels.backends.specs import (
+    pick,
 )
 from em_kernels.linear import products
 from em_kernels.linear.columns import BLOCK, kept_columns

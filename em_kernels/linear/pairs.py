@@ -19,7 +19,6 @@ from em_kernels.backends.interface import (
     RowSpec,
     Upstream,
     accumulate_dtype,
-    select_rows,
 )
 from em_kernels.backends.pair import (
     Divergence,
@@ -29,6 +28,9 @@ from em_kernels.backends.pair import (
     Side,
 )
 from em_kernels.backends.row_index import kept_rows
+from em_kernels.backends.specs import (
+    select_rows,
+)
 from em_kernels.linear import products
 from em_kernels.linear.chunking import Chunking, default_chunk_tokens, row_stride
 from em_kernels.linear.gradients import ChunkGradients

@@ -17,6 +17,8 @@ from em_kernels.backends.interface import (
     RowSpec,
     Saved,
     Upstream,
+)
+from em_kernels.backends.specs import (
     pick,
     select_rows,
     spec_of_slice,

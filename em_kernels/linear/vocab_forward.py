@@ -28,6 +28,8 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+)
+from em_kernels.backends.specs import (
     select_rows,
 )
 from em_kernels.linear import products

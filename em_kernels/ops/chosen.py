@@ -17,6 +17,8 @@ from em_kernels.backends.interface import (
     RowSpec,
     TokenStats,
     Upstream,
+)
+from em_kernels.backends.specs import (
     has_support,
 )
 

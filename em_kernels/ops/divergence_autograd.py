@@ -14,6 +14,10 @@ from em_kernels.backends.interface import (
     RowSpec,
     Upstream,
     accumulate_dtype,
+)
+from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved, Side
+from em_kernels.backends.row_index import with_index
+from em_kernels.backends.specs import (
     flatten_spec,
     read_numbers,
     row_tensors,
@@ -21,8 +25,6 @@ from em_kernels.backends.interface import (
     with_row_tensors,
     without_row_tensors,
 )
-from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved, Side
-from em_kernels.backends.row_index import with_index
 from em_kernels.linear.half import scale_rows, upstream_scale
 from em_kernels.linear.pairs import STEEP
 from em_kernels.linear.plan import Needs, OtherNeeds

@@ -23,6 +23,8 @@ from em_kernels.backends.interface import (
     Upstream,
     accumulate_dtype,
     as_rows,
+)
+from em_kernels.backends.specs import (
     flatten_rows,
 )
 from em_kernels.backends.support import kept_upstream

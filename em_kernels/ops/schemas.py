@@ -23,9 +23,11 @@ from em_kernels.backends.interface import (
     Saved,
     Size,
     Upstream,
-    read_numbers,
 )
 from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved
+from em_kernels.backends.specs import (
+    read_numbers,
+)
 from em_kernels.linear.low_rank import LowRank
 from em_kernels.linear.plan import Needs, OtherNeeds
 

@@ -20,6 +20,8 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
+)
+from em_kernels.backends.specs import (
     flatten_rows,
     flatten_spec,
     read_numbers,

@@ -17,10 +17,12 @@ from em_kernels.backends.interface import (
     Backend,
     RowSpec,
     Saved,
-    flatten_spec,
     has_ids,
-    has_support,
     row_kernels_make,
+)
+from em_kernels.backends.specs import (
+    flatten_spec,
+    has_support,
 )
 from em_kernels.backends.support import Support
 from em_kernels.backends.vocab_parallel import VocabParallel

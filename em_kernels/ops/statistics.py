@@ -15,8 +15,10 @@ from em_kernels.backends.interface import (
     Saved,
     TokenStats,
     Upstream,
-    has_support,
     row_kernels_make,
+)
+from em_kernels.backends.specs import (
+    has_support,
     row_tensors,
 )
 from em_kernels.linear.plan import Needs
