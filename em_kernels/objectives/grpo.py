@@ -14,7 +14,10 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.kl import kl_estimate
-from em_kernels.ops.arguments import check_floating, check_number
+from em_kernels.ops.checks import (
+    check_floating,
+    check_number,
+)
 
 
 def grpo_loss(

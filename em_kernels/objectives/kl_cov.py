@@ -13,7 +13,10 @@ from em_kernels.objectives._inputs import (
     policy_kl,
     policy_tokens,
 )
-from em_kernels.ops.arguments import check_number, count_mask
+from em_kernels.ops.checks import (
+    check_number,
+    count_mask,
+)
 from em_kernels.ops.covariance import kl_cov_mask, token_covariance
 
 

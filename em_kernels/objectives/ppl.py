@@ -19,8 +19,10 @@ from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.arguments import (
     NEVER_IGNORED,
-    check_floating,
     check_logits,
+)
+from em_kernels.ops.checks import (
+    check_floating,
     check_number,
     check_shape,
     count_mask,

@@ -1,17 +1,14 @@
-"""Argument checks of the public functions, and their translation to a `RowSpec`.
+"""The arguments of the public functions, checked together, and their translation to a `RowSpec`.
 
-Only shapes, dtypes, devices and Python numbers are looked at here, so the checks are free and can
-be traced by torch.compile; the values of CPU tensors are checked inside the operators.
+As in `checks` no values of tensors are looked at.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends.choice import IMPLS
@@ -24,14 +21,27 @@ from em_kernels.backends.interface import (
     accumulate_dtype,
 )
 from em_kernels.backends.row_index import is_exporting
+from em_kernels.ops.checks import (
+    MOST,
+    check_device,
+    check_group,
+    check_int,
+    check_number,
+    check_rows,
+    check_shape,
+    check_tensor,
+    check_whole,
+    got_int,
+    is_graph_input,
+    is_int,
+    shown,
+)
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
 from em_kernels.ops.options import DEFAULTS
-from em_kernels.ops.plain import path_of, why_in_parts, why_not_plain
 from em_kernels.ops.truncate import LIMITS, SAMPLERS, Limit
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOST = 1 << 63
 DEFAULT_OUTPUTS: tuple[str, ...] = DEFAULTS["outputs"]
 NEVER_IGNORED = -(1 << 62)  # an `ignore_index` that no target is
 
@@ -101,8 +111,10 @@ def product_dtype_of(
 def check_chunks(
     chunk_tokens: int | None, logits_dtype: torch.dtype | None, product_dtype: torch.dtype
 ) -> None:
-    if chunk_tokens is not None and not _is_int(chunk_tokens, 1):
-        raise ValueError(f"chunk_tokens must be a positive int or None, got {_got(chunk_tokens)}")
+    if chunk_tokens is not None and not is_int(chunk_tokens, 1):
+        raise ValueError(
+            f"chunk_tokens must be a positive int or None, got {got_int(chunk_tokens)}"
+        )
     if logits_dtype not in (None, torch.float32, product_dtype):
         raise ValueError(
             f"logits_dtype must be torch.float32, the dtype of the product ({product_dtype}) or "
@@ -116,10 +128,10 @@ def check_entropy_requires_grad(value: bool) -> None:
 
 
 def check_keep_logits(keep_logits: int | None) -> None:
-    if keep_logits is not None and not _is_int(keep_logits, 0):
+    if keep_logits is not None and not is_int(keep_logits, 0):
         raise ValueError(
             "keep_logits must be a number of bytes, an int from 0 on, or None for as many as a "
-            f"chunk takes, got {_got(keep_logits)}"
+            f"chunk takes, got {got_int(keep_logits)}"
         )
 
 
@@ -266,17 +278,6 @@ def graph_inputs(numbers: Numbers) -> Tensor | None:
     return torch.stack([one * value for value in numbers])
 
 
-def check_group(group: Any, name: str = "group") -> str | None:
-    """The name torch.distributed knows the group by; TypeError if it is not one of this rank's."""
-    if group is None:
-        return None
-    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
-        got = "a group that this rank is not in" if outside else type(group).__name__
-        raise TypeError(f"{name} must be a torch.distributed process group or None, got {got}")
-    return group.group_name
-
-
 def row_mask(
     x: Tensor, target: Tensor | None, ignore_index: int, mask: Tensor | None
 ) -> Tensor | None:
@@ -288,85 +289,6 @@ def row_mask(
         return mask
     counted = target != ignore_index
     return counted if mask is None else mask & counted
-
-
-def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
-    """`rows` is a tensor of the leading shape of `x`, on its device."""
-    check_tensor(name, rows)
-    if rows.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{name} must have the leading shape {tuple(x.shape[:-1])}, "
-            f"got shape {tuple(rows.shape)}"
-        )
-    check_device(name, rows, x)
-
-
-def constant(name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights, checked, of the dtype."""
-    if weights.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {weights.dtype}")
-    if weights.requires_grad:
-        raise ValueError(f"{name} must not require grad: it is a constant; detach it")
-    return weights.to(dtype)
-
-
-def count_mask(mask: Tensor, like: Tensor | None = None, name: str = "mask") -> Tensor:
-    check_tensor(name, mask)
-    if like is not None:
-        check_shape(name, mask, like)
-    return nonzero(name, mask)
-
-
-def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if like is not None:
-        check_shape(name, value, like)
-
-
-def check_shape(name: str, value: Tensor, like: Tensor) -> None:
-    if value.shape != like.shape:
-        raise ValueError(
-            f"{name} must have shape {tuple(like.shape)}, got shape {tuple(value.shape)}"
-        )
-    check_device(name, value, like)
-
-
-def check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if (remedy := why_not_plain(value)) is not None:
-        got = f"{path_of(type(value))} of {value.dtype}"
-        raise TypeError(f"{name} must be a plain tensor, got a {got}: {remedy}")
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Refuse a parameter of which this rank holds a part."""
-    if isinstance(value, Tensor) and (reason := why_in_parts(value)) is not None:
-        raise ValueError(f"{name}, of shape {tuple(value.shape)}, {reason}")
-
-
-def is_graph_input(value: float) -> bool:
-    """Whether the number can change from call to call of the graph that torch.compile is making."""
-    if not torch.compiler.is_compiling():
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return not has_static_value(value)
-
-
-def shown(value: float) -> str:
-    """What an error message says was received; torch.compile cannot print an input of its graph."""
-    return "another value" if is_graph_input(value) else repr(value)
-
-
-def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
-    if not (good(value) and abs(value) <= sys.float_info.max):
-        raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
 
 
 def _target(target: Tensor | None, x: Tensor, ids: bool) -> Tensor | None:
@@ -428,10 +350,10 @@ def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
     rows = torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
     if value is None:
         return rows.mul_(limit.none)
-    if limit.whole and not _is_int(value):
+    if limit.whole and not is_int(value):
         raise TypeError(f"{name} must be an int, an int tensor or None, got {_kind(value)}")
     check_number(name, value, limit.holds, f"{limit.rule} or None, which keeps all,")
-    return rows.mul_(value if abs(value) < _MOST else float(value))
+    return rows.mul_(value if abs(value) < MOST else float(value))
 
 
 def _kind(value: Any) -> str:
@@ -466,35 +388,9 @@ def _valid_vocab(valid_vocab: int | None, vocab: int, group: Any) -> int:
     """With a group the size of the whole vocabulary is only known in the operator; 0 is all."""
     if valid_vocab is None:
         return vocab if group is None else 0
-    if not _is_int(valid_vocab):
+    if not is_int(valid_vocab):
         raise TypeError(f"valid_vocab must be an int or None, got {type(valid_vocab).__name__}")
     if valid_vocab < 1 or (group is None and valid_vocab > vocab):
         rule = "positive" if group is not None else f"in [1, {shown(vocab)}]"
         raise ValueError(f"valid_vocab must be {rule} or None, got {shown(valid_vocab)}")
     return valid_vocab
-
-
-def check_int(name: str, value: Any) -> None:
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not _is_int(value, -_MOST):
-        raise ValueError(f"{name} must be an int, got {_got(value)}")
-
-
-def _is_int(value: Any, least: int | None = None) -> bool:
-    """With `least`: from it on, and of 64 bits as all that an operator takes."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return False
-    return least is None or least <= value < _MOST
-
-
-def _got(value: Any) -> str:
-    """What an argument that `_is_int` refuses is."""
-    if not _is_int(value):
-        return repr(value)
-    return shown(value) if -_MOST <= value < _MOST else f"{value}, which 64 bits do not hold"
-
-
-def check_device(name: str, value: Tensor, x: Tensor) -> None:
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on {x.device}, got {value.device}")

@@ -29,7 +29,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype
-from em_kernels.ops.arguments import check_floating, check_group, check_number, count_mask, row_mask
+from em_kernels.ops.arguments import (
+    row_mask,
+)
+from em_kernels.ops.checks import (
+    check_floating,
+    check_group,
+    check_number,
+    count_mask,
+)
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.options import (
     DEFAULTS,

@@ -13,15 +13,17 @@ from em_kernels.backends.pair import KINDS, Divergence, OtherSpec
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
-    check_device,
     check_logits,
-    check_number,
-    check_rows,
-    constant,
     graph_inputs,
     make_spec,
     output_names,
     transform_numbers,
+)
+from em_kernels.ops.checks import (
+    check_device,
+    check_number,
+    check_rows,
+    constant,
 )
 from em_kernels.ops.divergence_autograd import Asked, Operands
 from em_kernels.ops.dtensor import local_logits, local_operands

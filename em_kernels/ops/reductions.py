@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from em_kernels.ops.arguments import check_group, check_number, check_shape, check_tensor
+from em_kernels.ops.checks import (
+    check_group,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 from em_kernels.ops.ranks import PADDING
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import CountTokens

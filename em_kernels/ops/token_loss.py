@@ -28,12 +28,14 @@ from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_logits,
     check_outputs,
+    make_spec,
+    row_mask,
+)
+from em_kernels.ops.checks import (
     check_rows,
     check_shape,
     check_tensor,
     constant,
-    make_spec,
-    row_mask,
 )
 from em_kernels.ops.chosen import Form, served
 from em_kernels.ops.dtensor import local_logits, local_operands
