@@ -61,6 +61,13 @@ def device(impl: str) -> str:
 
 
 @pytest.fixture
+def tensors_there(device: str):
+    """New tensors live there, unless told."""
+    with torch.device(device):
+        yield
+
+
+@pytest.fixture
 def nan_filled_memory():
     """New tensors start as NaN, so that an element a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

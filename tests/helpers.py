@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -115,11 +116,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def random_logits(*shape: int, dtype=torch.float32, device="cpu", scale: float = 3.0) -> Tensor:
+def each_impl(test):
+    """The test with every backend, and new tensors where it wants them."""
+    test = pytest.mark.parametrize("impl", FAST_IMPLS)(test)
+    return pytest.mark.usefixtures("tensors_there")(test)
+
+
+def random_logits(*shape: int, dtype=torch.float32, device=None, scale: float = 3.0) -> Tensor:
     return (scale * torch.randn(shape)).to(dtype).to(device)
 
 
-def random_target(*shape: int, vocab: int, device="cpu") -> Tensor:
+def random_target(*shape: int, vocab: int, device=None) -> Tensor:
     return torch.randint(0, vocab, shape, device=device)
 
 
@@ -137,7 +144,7 @@ def make_weights(kind, *lead, device="cpu"):
     return weights
 
 
-def make_linear(*lead, dim=16, vocab=301, dtype=torch.float32, device="cpu"):
+def make_linear(*lead, dim=16, vocab=301, dtype=torch.float32, device=None):
     hidden = random_logits(*lead, dim, dtype=dtype, device=device, scale=1.0)
     weight = random_logits(vocab, dim, dtype=dtype, device=device, scale=3 * dim**-0.5)
     return hidden.requires_grad_(), weight.requires_grad_()

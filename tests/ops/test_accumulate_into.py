@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import FAST_IMPLS, error, make_linear, random_target, truth
+from helpers import each_impl, error, make_linear, random_target, truth
 from test_operands import Sizes
 
 from em_kernels import (
@@ -18,7 +18,8 @@ from em_kernels.linear import chunking, chunks, products
 from em_kernels.linear.plan import Linear, Needs
 
 N, D, V, STEPS = 24, 16, 301, 4
-EACH_IMPL = pytest.mark.parametrize("impl", FAST_IMPLS)
+
+
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -64,7 +65,7 @@ def batches(dtype):
 
 
 @EACH_CALL
-@EACH_IMPL
+@each_impl
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -92,7 +93,7 @@ def test_it_is_the_sum_of_the_gradients(call, dtypes, impl, options):
 
 
 @EACH_CALL
-@EACH_IMPL
+@each_impl
 def test_it_rounds_less_than_adding_rounded_gradients(call, impl):
     weight, bias, parts, expected = batches(torch.bfloat16)
     into = torch.zeros(V, D)
@@ -105,7 +106,7 @@ def test_it_rounds_less_than_adding_rounded_gradients(call, impl):
     assert error(into, expected) < error(added, expected)
 
 
-@EACH_IMPL
+@each_impl
 def test_the_factor_that_backward_brings_counts(impl):
     """A loss scale, which float16 needs: gradients of 1e-9 are added to float32 all the same."""
     for dtype in (torch.float32, torch.float16):
@@ -144,7 +145,7 @@ def test_no_second_derivative(call):
     assert (into == 0).all()
 
 
-@EACH_IMPL
+@each_impl
 def test_blocks_of_the_vocabulary(impl, monkeypatch):
     monkeypatch.setattr(chunking, "CPU_WORKSPACE_BYTES", 6 * 8 * chunking.row_stride(V))
     monkeypatch.setattr(chunking, "LEAST_COLUMNS", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_products import play_gpu
-from helpers import FAST_IMPLS, error, make_linear, random_target, truth
+from helpers import each_impl, error, make_linear, random_target, truth
 from test_operands import Sizes
 
 from em_kernels import (
@@ -24,7 +24,6 @@ from em_kernels.linear.plan import Linear, Needs
 N, D, V, R, SCALING = 24, 16, 301, 3, 0.75
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("hidden", "weight", "a", "b", "bias")
-EACH_IMPL = pytest.mark.parametrize("impl", FAST_IMPLS)
 
 
 def operands(dtype=F64, low=None):
@@ -66,7 +65,7 @@ EACH_CALL = pytest.mark.parametrize("call", (by_stats, by_loss))
 
 
 @EACH_CALL
-@EACH_IMPL
+@each_impl
 @pytest.mark.parametrize(
     "dtypes",
     ((F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16), (F32, BF16)),
@@ -86,7 +85,7 @@ def test_statistics_and_gradients(call, impl, dtypes, chunk):
 
 
 @EACH_CALL
-@EACH_IMPL
+@each_impl
 def test_each_gradient_only_where_it_is_required(call, impl):
     for frozen in (
         ("weight", "bias"),
@@ -108,7 +107,7 @@ def test_each_gradient_only_where_it_is_required(call, impl):
                 assert error(got, gradients[i]) < 1e-10
 
 
-@EACH_IMPL
+@each_impl
 @pytest.mark.parametrize("source", ("logprob", "lse", "entropy"))
 def test_a_frozen_head_with_one_output(impl, source):
     """Where hidden alone would have its gradient made on the way: with `lora` it has two parts."""
@@ -125,7 +124,7 @@ def test_a_frozen_head_with_one_output(impl, source):
 
 
 @EACH_CALL
-@EACH_IMPL
+@each_impl
 def test_masks_blocks_and_kept_logits(call, impl, monkeypatch):
     monkeypatch.setattr(chunking, "CPU_WORKSPACE_BYTES", 6 * 8 * chunking.row_stride(V))
     monkeypatch.setattr(chunking, "LEAST_COLUMNS", 1)
@@ -162,7 +161,7 @@ def test_as_on_a_gpu(call, dtype, monkeypatch):
         assert error(got, expected) < max(4 * torch.finfo(dtype).eps, 1e-5)
 
 
-@EACH_IMPL
+@each_impl
 def test_with_the_other_options(impl):
     x, target = operands()
     into = torch.zeros(V, D, dtype=F64)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FAST_IMPLS, error, make_linear, random_target, truth
+from helpers import each_impl, error, make_linear, random_target, truth
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +38,6 @@ PAIRS = [
     (torch.bfloat16, torch.float64),
 ]
 EACH_PAIR = pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: "-".join(map(str, pair)))
-EACH_IMPL = pytest.mark.parametrize("impl", FAST_IMPLS)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,7 @@ def exact(hidden, weight, bias, target):
 
 
 @EACH_PAIR
-@EACH_IMPL
+@each_impl
 @pytest.mark.parametrize("call", (by_stats, by_loss))
 @pytest.mark.parametrize("options", ({}, {"chunk_tokens": 7}, {"filter_eps": 1e-9}), ids=str)
 def test_the_product_is_in_the_wider_dtype(call, dtypes, impl, options):
@@ -95,7 +94,7 @@ def test_what_is_no_dtype_of_a_product_is_refused(told):
         linear_softmax_stats(torch.zeros(2, 3), torch.zeros(4, 3), product_dtype=told)
 
 
-@EACH_IMPL
+@each_impl
 @pytest.mark.parametrize("call", (by_stats, by_loss))
 def test_told_dtypes(call, impl):
     """In the narrower one, as where the wider tensor had been cast; in one that holds both."""
@@ -117,7 +116,7 @@ def test_told_dtypes(call, impl):
 
 
 @EACH_PAIR
-@EACH_IMPL
+@each_impl
 def test_frozen_operands_and_blocks_of_the_vocabulary(dtypes, impl, monkeypatch):
     """Memory for a few columns at a time: all orders in which rows and columns are gone through."""
     monkeypatch.setattr(chunking, "CPU_WORKSPACE_BYTES", 12 * 8 * chunking.row_stride(V))
