@@ -63,8 +63,9 @@ def device(impl: str) -> str:
 @pytest.fixture
 def tensors_there(device: str):
     """New tensors live there, unless told."""
-    with torch.device(device):
-        yield
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -273,7 +273,7 @@ SETS = [
 
 @pytest.mark.parametrize("library", (of_transformers, of_vllm), ids=("transformers", "vllm"))
 @fast_impl
-def test_the_sets_are_those_of_the_libraries(library, impl):
+def test_the_sets_are_those_of_the_libraries(library, impl, device):
     """Rows without ties, with many (of bfloat16 logits), and of probabilities that add up to p.
 
     Which of those that tie at the end of top_p are kept is left open by a sort that is not stable.
@@ -285,11 +285,11 @@ def test_the_sets_are_those_of_the_libraries(library, impl):
         for limits in [*SETS, dict(top_k=None, top_p=0.8, min_p=None)]:
             limits = {**limits, "top_k": min(limits["top_k"] or 10**6, scores.shape[-1])}
             want = library(scores, **limits)
-            x = scores.clone().requires_grad_()
+            x = scores.to(device, copy=True).requires_grad_()
             name = "transformers" if library is of_transformers else "vllm"
             lse = softmax_stats(x, outputs=("lse",), sampler=name, impl=impl, **limits).lse
             (p,) = torch.autograd.grad(lse.sum(), x)
-            got = torch.where(p > 0, scores, -math.inf)
+            got = torch.where(p.cpu() > 0, scores, -math.inf)
             assert torch.equal(got.sort().values, want.sort().values), limits
             if scores.unique().numel() == scores.numel():
                 assert torch.equal(got, want), limits
