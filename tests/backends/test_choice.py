@@ -16,7 +16,7 @@ from em_kernels import (
 from em_kernels.backends import choice
 from em_kernels.backends.interface import Backend, Descent, Goal, RowSpec
 from em_kernels.backends.reference import Reference
-from em_kernels.ops import registry
+from em_kernels.ops import serve
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 EVERYTHING = ("reference", "cpu", "triton", "cuda")
@@ -102,8 +102,8 @@ def asked(monkeypatch):
         calls.append(call)
         return real(impl, device, *call)
 
-    real = registry.backend
-    monkeypatch.setattr(registry, "backend", record)
+    real = serve.backend
+    monkeypatch.setattr(serve, "backend", record)
     return calls
 
 
