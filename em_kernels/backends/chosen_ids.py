@@ -34,11 +34,11 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
-    as_ids,
     has_ids,
     where_rows,
 )
 from em_kernels.backends.specs import (
+    as_ids,
     spec_of_slice,
     upstream_of_slice,
 )

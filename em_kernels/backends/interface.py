@@ -111,16 +111,6 @@ def has_ids(spec: RowSpec) -> bool:
     return spec.target is not None and spec.target.dim() == 2
 
 
-def as_ids(target: Tensor) -> Tensor:
-    """A flattened target as (N, K)."""
-    return target if target.dim() == 2 else target[:, None]
-
-
-def row_shape(name: str, spec: RowSpec, lead: Sequence[int]) -> Sequence[int]:
-    """Of an output of rows of this leading shape, in which the spec is too."""
-    return spec.target.shape if name in OF_IDS and spec.target is not None else lead
-
-
 def where_rows(mask: Tensor, x: Tensor) -> Tensor:
     """x (N, ...) where mask (N,) is True, else 0."""
     return torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
@@ -385,25 +375,3 @@ def empty_rows(logits: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
     count, dtype = logits.shape[0] * logits.shape[1], accumulate_dtype(logits.dtype)
     names = (*Saved._fields, *outputs)
     return {name: torch.empty(count, dtype=dtype, device=logits.device) for name in names}
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """View (..., V) as (outer, inner, V) with unit last stride; copies only where no view exists.
-
-    Two leading dimensions are what `logits[:, :-1]` needs to be read in place.
-    """
-    vocab = x.shape[-1]
-    if x.stride(-1) != 1 and vocab > 1:
-        x = x.contiguous()
-    if x.dim() == 3:
-        return x
-    if x.dim() == 1:
-        return x.view(1, 1, vocab)
-    if x.dim() == 2:
-        return x.unsqueeze(0)
-    for split in range(1, x.dim() - 1):
-        try:
-            return x.view(x.shape[:split].numel(), x.shape[split:-1].numel(), vocab)
-        except RuntimeError:
-            continue
-    return x.contiguous().view(1, -1, vocab)

@@ -37,11 +37,11 @@ from em_kernels.backends.interface import (
     Saved,
     Upstream,
     accumulate_dtype,
-    as_ids,
     has_ids,
     where_rows,
 )
 from em_kernels.backends.specs import (
+    as_ids,
     has_support,
     select_rows,
 )

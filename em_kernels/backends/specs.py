@@ -1,13 +1,13 @@
-"""The spec of rows in other forms: flattened, of some rows, of a slice of the vocabulary."""
+"""Rows and their spec in other forms: flattened, of some rows, of a slice of the vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import PADDING, Numbers, RowSpec, Spec, Upstream
+from em_kernels.backends.interface import OF_IDS, PADDING, Numbers, RowSpec, Spec, Upstream
 
 
 def read_numbers(spec: Spec) -> Spec:
@@ -108,3 +108,35 @@ def upstream_of_slice(spec: RowSpec, upstream: Upstream, start: int, size: int) 
 
 def _inside(target: Tensor, size: int) -> Tensor:
     return (target >= 0) & (target < size)
+
+
+def as_ids(target: Tensor) -> Tensor:
+    """A flattened target as (N, K)."""
+    return target if target.dim() == 2 else target[:, None]
+
+
+def row_shape(name: str, spec: RowSpec, lead: Sequence[int]) -> Sequence[int]:
+    """Of an output of rows of this leading shape, in which the spec is too."""
+    return spec.target.shape if name in OF_IDS and spec.target is not None else lead
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View (..., V) as (outer, inner, V) with unit last stride; copies only where no view exists.
+
+    Two leading dimensions are what `logits[:, :-1]` needs to be read in place.
+    """
+    vocab = x.shape[-1]
+    if x.stride(-1) != 1 and vocab > 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    if x.dim() == 1:
+        return x.view(1, 1, vocab)
+    if x.dim() == 2:
+        return x.unsqueeze(0)
+    for split in range(1, x.dim() - 1):
+        try:
+            return x.view(x.shape[:split].numel(), x.shape[split:-1].numel(), vocab)
+        except RuntimeError:
+            continue
+    return x.contiguous().view(1, -1, vocab)

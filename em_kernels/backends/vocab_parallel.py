@@ -13,7 +13,6 @@ error on every rank and not a wait without end.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,18 +22,13 @@ from torch import Tensor
 from em_kernels.backends import divergence as pairs
 from em_kernels.backends import reference
 from em_kernels.backends.above import above
+from em_kernels.backends.around import Around
 from em_kernels.backends.choice import serving
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Saved,
-    Upstream,
-    accumulate_dtype,
-    as_ids,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.merge import merge, parts_of, sum_shards
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 from em_kernels.backends.specs import (
+    as_ids,
     select_rows,
     spec_of_slice,
     upstream_of_slice,
@@ -136,15 +130,15 @@ def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Sh
     return Shards(group, dist.get_rank(group), ends, max(sizes))
 
 
-class VocabParallel(Backend):
+class VocabParallel(Around):
     """A backend over whole rows, of which `logits` are this rank's entries, around another.
 
     In the `RowSpec` it is given, target is global, valid_vocab the number of real entries here.
     """
 
     def __init__(self, inner: Backend, shards: Shards):
-        self._inner, self.shards = inner, shards
-        self.name, self.narrows, self.counts = inner.name, inner.narrows, True
+        super().__init__(inner)
+        self.shards, self.counts = shards, True
         self.first_entry, self.widest_shard = shards.start, shards.widest
         self.entries = shards.ends[-1]
         self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
@@ -152,12 +146,6 @@ class VocabParallel(Backend):
     @property
     def local(self) -> Backend:
         return self._inner
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._inner.empty(shape, dtype, device)
-
-    def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
-        return self._inner.add_product(total, grad_logits, x, add)
 
     def stats(self, logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
         """[max, log1p_r, mean_d, *outputs] of the whole rows, each (N,), the same on all ranks."""
@@ -183,19 +171,6 @@ class VocabParallel(Backend):
             return
         upstream = upstream_of_slice(spec, upstream, self.first_entry, self.shards.size)
         self._inner.grad(logits, self._own_spec(spec), saved, upstream, out)
-
-    def loss(
-        self,
-        logits: Tensor,
-        spec: RowSpec,
-        upstream: Upstream,
-        outputs: tuple[str, ...],
-        out: Tensor,
-    ) -> list[Tensor]:
-        """`stats`, then `grad`: of the whole rows, the logits still in memory."""
-        rows = self.stats(logits, spec, outputs)
-        self.grad(logits, spec, Saved(*rows[:3]), upstream, out)
-        return rows
 
     def divergence_sums(
         self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
@@ -226,6 +201,9 @@ class VocabParallel(Backend):
         own, other = self._own_side(own), self._own_side(other)
         pairs.grad(self._inner, own, other, saved, divergence, weights, out)
         return True
+
+    def divergence_loss(self, *_: Any) -> None:
+        """Left to `divergence.stats` and `grad`: both ask the ranks in between."""
 
     def _own_side(self, side: Side) -> Side:
         return side._replace(spec=self._own_spec(side.spec))

@@ -33,11 +33,11 @@ from em_kernels.backends.interface import (
     Upstream,
     accumulate_dtype,
     has_ids,
-    row_shape,
 )
 from em_kernels.backends.row_index import kept_rows
 from em_kernels.backends.specs import (
     pick,
+    row_shape,
     select_rows,
 )
 from em_kernels.backends.top_ids import top_logprobs as find_top
@@ -46,6 +46,7 @@ from em_kernels.linear.chunking import LOGIT_BYTES, column_blocks, row_stride
 from em_kernels.linear.gradients import ChunkGradients
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, Needs, Rows, kept_shape, pick_rows
+from em_kernels.linear.results import empty_rows, put
 from em_kernels.linear.workspace import lie_in, room_for_gradient
 
 
@@ -97,11 +98,11 @@ def stats(
     if rows.in_parts:
         forward = vocab_forward.Pass.over(linear, spec, backend, rows)
         for own in rows.spans():
-            _put(results, rows.at(own), forward.stats(own, outputs, kept))
+            put(results, rows.at(own), forward.stats(own, outputs, kept))
     else:
         for chunk in _chunks(linear, spec, rows, backend, kept=kept):
             for part, logits, row_spec, _ in chunk.parts(linear, spec):
-                _put(results, part, backend.stats(logits[None], row_spec, outputs))
+                put(results, part, backend.stats(logits[None], row_spec, outputs))
     return results if kept is None else [*results, kept]
 
 
@@ -115,7 +116,7 @@ def top_logprobs(linear: Linear, spec: RowSpec, k: int, backend: Backend) -> lis
     logprob = torch.zeros(shape, dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     for chunk in _chunks(linear, spec, rows, around):
         for part, logits, row_spec, _ in chunk.parts(linear, spec):
-            _put([ids, logprob], part, list(find_top(backend, logits[None], row_spec, k)))
+            put([ids, logprob], part, list(find_top(backend, logits[None], row_spec, k)))
     return [ids, logprob]
 
 
@@ -171,7 +172,7 @@ def loss(
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
         for part, logits, row_spec, out in chunk.parts(linear, spec):
             weights = pick(sums.upstream, part)
-            _put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
+            put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
         sums.add(chunk.rows, chunk.x, chunk.gradient, chunk.low)
     return [*results, *sums.finish()]
 
@@ -186,14 +187,9 @@ def _loss_of_hidden(
     for own in rows.spans():
         part = rows.at(own)
         *values, out[part] = forward.loss(own, upstream, outputs)
-        _put(results, part, values)
+        put(results, part, values)
     none = hidden.new_zeros(0)
     return [*results, out, none, none.clone()]
-
-
-def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> None:
-    for result, value in zip(results, values, strict=True):
-        result[rows] = value.to(result)  # float32 of float64 operands, where that is asked for
 
 
 def _chunks(
@@ -236,9 +232,6 @@ def _chunks(
 def _empty_rows(
     linear: Linear, rows: Rows, spec: RowSpec, outputs: tuple[str, ...]
 ) -> list[Tensor]:
-    """Zeros where a row is left out: what a masked row reports."""
     hidden = linear.hidden
-    dtype = accumulate_dtype(hidden.dtype)
-    make = torch.empty if rows.index is None else torch.zeros
     shapes = [row_shape(name, spec, hidden.shape[:1]) for name in (*Saved._fields, *outputs)]
-    return [make(shape, dtype=dtype, device=hidden.device) for shape in shapes]
+    return empty_rows(rows, shapes, accumulate_dtype(hidden.dtype), hidden)

@@ -36,6 +36,7 @@ from em_kernels.linear.chunking import Chunking, default_chunk_tokens, row_strid
 from em_kernels.linear.gradients import ChunkGradients
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, Needs, Rows, bytes_per_logit, widest
+from em_kernels.linear.results import empty_rows, put
 from em_kernels.linear.workspace import room_for_gradient
 
 # |dD / dz| may reach half of the largest |log p - log q|, where `half` allows for 5: up to 320.
@@ -74,7 +75,7 @@ def stats(
     results = _empty_rows(heads, rows, len(outputs) + len(other_outputs))
     for part, own, other in _chunks(heads, rows, backend):
         names = outputs, other_outputs
-        _put(results, part, definition.stats(backend, own.side, other.side, divergence, *names))
+        put(results, part, definition.stats(backend, own.side, other.side, divergence, *names))
     return results
 
 
@@ -114,7 +115,7 @@ def loss(
         sides, given = (own.side, other.side), sums.weights(part)
         out = sums.places(own, other)
         values = definition.loss(backend, *sides, divergence, given, out, outputs, other_outputs)
-        _put(results, part, values)
+        put(results, part, values)
         sums.add(part, own, other)
     return [*results, *sums.finish()]
 
@@ -209,14 +210,6 @@ def _multiplied(head: Head, memory: tuple[Tensor, Tensor], part: Tensor | slice)
 
 
 def _empty_rows(heads: Heads, rows: Rows, more: int) -> list[Tensor]:
-    """Zeros where a row is left out."""
-    hidden = heads.own.linear.hidden
-    dtype = accumulate_dtype(heads.own.linear.logits_dtype)
-    make = torch.empty if rows.index is None else torch.zeros
-    count = len(PairSaved._fields) + more
-    return [make(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(count)]
-
-
-def _put(results: list[Tensor], rows: Tensor | slice, values: list[Tensor]) -> None:
-    for result, value in zip(results, values, strict=True):
-        result[rows] = value
+    hidden, dtype = heads.own.linear.hidden, accumulate_dtype(heads.own.linear.logits_dtype)
+    shapes = [hidden.shape[:1]] * (len(PairSaved._fields) + more)
+    return empty_rows(rows, shapes, dtype, hidden)

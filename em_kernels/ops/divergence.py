@@ -23,9 +23,8 @@ from em_kernels.ops.divergence_autograd import (
     HeadPairs,
     LogitPairs,
     Operands,
+    Pairs,
     PairSource,
-    PerToken,
-    Weighted,
     needs_of,
     per_token,
     weighted,
@@ -35,6 +34,8 @@ from em_kernels.ops.linear_softmax_stats import product_arguments
 from em_kernels.ops.options import DivergenceOptions, LinearDivergenceOptions, takes_options
 from em_kernels.ops.registry import record
 from em_kernels.ops.sources import copy_to_ranks
+
+_SAVED = len(PairSaved._fields)
 
 
 @serializable
@@ -272,19 +273,19 @@ def _on_ranks(operands: Operands, spec: RowSpec, given: Mapping[str, Any]) -> Op
 
 def _per_token(operands: Operands, asked: Asked, source: PairSource) -> TokenDivergence:
     if is_exporting():  # a program keeps the operator and no autograd function
-        rows = record(source.statistics(operands, asked))[len(PairSaved._fields) :]
+        rows = record(source.statistics(operands, asked))[_SAVED:]
         return _pack([rows[0], *(row.detach() for row in rows[1:])], asked)
-    return _pack(per_token(PerToken(operands, *asked, source)), asked)
+    return _pack(per_token(Pairs(operands, *asked, source))[_SAVED:], asked)
 
 
 def _weighted(
     operands: Operands, asked: Asked, source: PairSource, weights: Tensor
 ) -> WeightedDivergence:
     if is_exporting():
-        rows = record(source.statistics(operands, asked))[len(PairSaved._fields) :]
+        rows = record(source.statistics(operands, asked))[_SAVED:]
         results = [weighted_sum(rows[0], weights), *(row.detach() for row in rows)]
     else:
-        results = weighted(Weighted(operands, *asked, source, weights))
+        results = weighted(Pairs(operands, *asked, source, weights))
     total, *rows = results
     return WeightedDivergence(total, *_pack(rows, asked))
 

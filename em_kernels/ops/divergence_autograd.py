@@ -30,6 +30,7 @@ from em_kernels.linear.pairs import STEEP
 from em_kernels.linear.plan import Needs, OtherNeeds
 from em_kernels.ops import divergence_operators  # noqa: F401  # which defines them
 from em_kernels.ops.forward_gradient import scaled
+from em_kernels.ops.records import arguments, flat, nothing, unflat
 from em_kernels.ops.registry import call, differentiate
 from em_kernels.ops.schemas import (
     DivergenceGrad,
@@ -38,10 +39,6 @@ from em_kernels.ops.schemas import (
     LinearDivergenceGrad,
     LinearDivergenceLoss,
     LinearDivergenceStats,
-    arguments,
-    flat,
-    nothing,
-    unflat,
 )
 from em_kernels.ops.second_order import compiled, differentiable, grouped, wanted
 from em_kernels.ops.sources import copy_to_ranks
@@ -173,8 +170,8 @@ PairSource = LogitPairs | HeadPairs
 
 
 @arguments
-class PerToken(NamedTuple):
-    """What `_PerToken` is applied to."""
+class Pairs(NamedTuple):
+    """What `_PerToken` is applied to, and with weights `_Weighted`."""
 
     operands: Operands
     spec: RowSpec
@@ -183,36 +180,19 @@ class PerToken(NamedTuple):
     outputs: Sequence[str]
     other_outputs: Sequence[str]
     source: PairSource
+    weights: Any = None
 
     def asked(self) -> Asked:
         return Asked(*self[1:6])
 
 
-@arguments
-class Weighted(NamedTuple):
-    """What `_Weighted` is applied to."""
-
-    operands: Operands
-    spec: RowSpec
-    other: OtherSpec
-    divergence: Divergence
-    outputs: Sequence[str]
-    other_outputs: Sequence[str]
-    source: PairSource
-    weights: Tensor
-
-    def asked(self) -> Asked:
-        return Asked(*self[1:6])
-
-
-def per_token(given: PerToken) -> list[Tensor]:
-    """[divergence, *outputs, *other_outputs], the first with its history."""
+def per_token(given: Pairs) -> list[Tensor]:
+    """[*`PairSaved`, divergence, *outputs, *other_outputs], the divergence with its history."""
     apply: Any = _PerToken.apply
-    rows: Sequence[Tensor] = apply(*flat(given))
-    return list(rows[_SAVED:])
+    return list(apply(*flat(given)))
 
 
-def weighted(given: Weighted) -> list[Tensor]:
+def weighted(given: Pairs) -> list[Tensor]:
     """[sum_i weight_i D_i, divergence, *outputs, *other_outputs], the first with its gradient."""
     apply: Any = _Weighted.apply
     results: Sequence[Tensor] = apply(*flat(given))
@@ -227,7 +207,7 @@ def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        given = unflat(PerToken, args)
+        given = unflat(Pairs, args)
         given = given._replace(spec=given.source.looked_through(given.spec))
         rows = call(given.source.statistics(given.operands, given.asked()))
         ctx.mark_non_differentiable(*rows[:_SAVED], *rows[_SAVED + 1 :])
@@ -246,14 +226,14 @@ class _PerToken(torch.autograd.Function):
         tensors, values = ctx.saved_tensors, list(ctx.values)
         for place, tensor in zip(ctx.places, tensors):
             values[place] = tensor
-        given = unflat(PerToken, values)
+        given = unflat(Pairs, values)
         saved = PairSaved(*tensors[len(ctx.places) :])
 
         def compute() -> Any:
             return given.source.grad(given.operands, given.asked(), saved, upstream)
 
         found = differentiable(compute, _value_of(given), _inputs(given), _rest(given, upstream))
-        return _arguments(PerToken, Inputs(*found))
+        return _arguments(Inputs(*found))
 
 
 class _Weighted(torch.autograd.Function):
@@ -261,7 +241,7 @@ class _Weighted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        given = unflat(Weighted, args)
+        given = unflat(Pairs, args)
         rows, gradients, scales = given.source.loss(given.operands, given.asked(), given.weights)
         results = weighted_sum(rows[_SAVED], given.weights), *rows[_SAVED:]
         empty = given.operands.x.new_empty(0)
@@ -291,7 +271,7 @@ class _Weighted(torch.autograd.Function):
         if torch.is_grad_enabled() and not wanted():
             compiled()
         found = differentiable(compute, _no_second, (empty,), (upstream,))
-        return _arguments(Weighted, Inputs(*found))
+        return _arguments(Inputs(*found))
 
 
 def _no_second(*_: Any) -> Tensor:
@@ -302,9 +282,9 @@ def _no_second(*_: Any) -> Tensor:
     )
 
 
-def _arguments(kind: Any, found: Inputs) -> tuple[Tensor | None, ...]:
+def _arguments(found: Inputs) -> tuple[Tensor | None, ...]:
     """The gradients in the places of the arguments."""
-    none = nothing(kind)
+    none: Any = nothing(Pairs)
     operands = Operands(found.x, found.weight, found.other_x, found.other_weight)
     given = none._replace(
         operands=operands,
@@ -314,16 +294,16 @@ def _arguments(kind: Any, found: Inputs) -> tuple[Tensor | None, ...]:
     return tuple(flat(given))
 
 
-def _inputs(given: PerToken | Weighted) -> Inputs:
+def _inputs(given: Pairs) -> Inputs:
     x, weight, other_x, other_weight = given.operands
     return Inputs(x, weight, given.spec.bias, other_x, other_weight, given.other.bias)
 
 
-def _rest(given: PerToken, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _rest(given: Pairs, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return upstream, *row_tensors(given.spec), given.other.temperature_rows
 
 
-def _value_of(given: PerToken) -> Any:
+def _value_of(given: Pairs) -> Any:
     """sum_i upstream_i D_i of `_inputs` and `_rest`, differentiable any number of times."""
     common = without_row_tensors(given.spec._replace(bias=None))
     beside, divergence = given.other._replace(bias=None, temperature_rows=None), given.divergence
@@ -361,7 +341,7 @@ def _derive_stats(*args: Any) -> list[Tensor]:
     given = unflat(DivergenceStats, args)
     operands = Operands(given.logits, None, given.other_logits, None)
     needs = given.logits.requires_grad, given.other_logits.requires_grad
-    return _derived(PerToken(operands, *given[2:-1], LogitPairs(needs, given.impl)))
+    return per_token(Pairs(operands, *given[2:-1], LogitPairs(needs, given.impl)))
 
 
 def _derive_linear_stats(*args: Any) -> list[Tensor]:
@@ -373,18 +353,13 @@ def _derive_linear_stats(*args: Any) -> list[Tensor]:
     its = (other, given.other_weight, given.other.bias)
     needs = needs_of(inputs), needs_of(its)
     source = HeadPairs(needs, *given[-3:])
-    return _derived(PerToken(operands, *given[4:-3], source))
+    return per_token(Pairs(operands, *given[4:-3], source))
 
 
 def needs_of(inputs: Sequence[Tensor | None]) -> Needs:
     """Which of (hidden, weight, bias) a backward pass will want the gradient of."""
     recording = torch.is_grad_enabled()
     return Needs(*(recording and x is not None and x.requires_grad for x in inputs))
-
-
-def _derived(given: PerToken) -> list[Tensor]:
-    apply: Any = _PerToken.apply
-    return list(apply(*flat(given)))
 
 
 differentiate("divergence_stats", _derive_stats)

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import divergence as definition
-from em_kernels.backends.interface import (
-    RESULT_DTYPES,
-    Backend,
-    RowSpec,
-    accumulate_dtype,
-    as_rows,
-)
+from em_kernels.backends.interface import RESULT_DTYPES, Backend, RowSpec, accumulate_dtype
 from em_kernels.backends.pair import OtherSpec, PairOut, PairSaved, PairWeights, Side
+from em_kernels.backends.specs import as_rows
 from em_kernels.linear import pairs
 from em_kernels.linear.half import ready_dtype
 from em_kernels.linear.plan import Linear, Needs, OtherNeeds, default_logits_dtype

@@ -7,13 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    RESULT_DTYPES,
-    RowSpec,
-    Saved,
-    accumulate_dtype,
-    row_shape,
-)
+from em_kernels.backends.interface import RESULT_DTYPES, RowSpec, Saved, accumulate_dtype
+from em_kernels.backends.specs import row_shape
 from em_kernels.backends.vocab_parallel import size_of
 from em_kernels.linear.gradients import same_dtype
 from em_kernels.linear.half import ready_dtype

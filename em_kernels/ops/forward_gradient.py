@@ -16,8 +16,9 @@ from em_kernels.backends.interface import (
 from em_kernels.backends.specs import (
     has_support,
 )
+from em_kernels.ops.records import arguments, flat, nothing, unflat
 from em_kernels.ops.registry import call
-from em_kernels.ops.schemas import ScaleInplace, arguments, flat, nothing, unflat
+from em_kernels.ops.schemas import ScaleInplace
 from em_kernels.ops.second_order import Memory, compiled, differentiable, forgotten, grouped, wanted
 from em_kernels.ops.sources import NO_LOW, Gradients, Low, Source
 from em_kernels.ops.statistics import gradients_of, results_of

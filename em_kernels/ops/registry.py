@@ -18,18 +18,15 @@ from torch import Tensor
 
 from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
-from em_kernels.backends.interface import (
-    Saved,
-    Upstream,
-    accumulate_dtype,
-    as_rows,
-)
+from em_kernels.backends.interface import Saved, Upstream, accumulate_dtype
 from em_kernels.backends.specs import (
+    as_rows,
     flatten_rows,
 )
 from em_kernels.backends.support import kept_upstream
 from em_kernels.linear import chunks
 from em_kernels.ops import fakes, ranks
+from em_kernels.ops.records import given, schema, unflat
 from em_kernels.ops.schemas import (
     AllReduce,
     CountTokens,
@@ -46,9 +43,6 @@ from em_kernels.ops.schemas import (
     SoftmaxLoss,
     SoftmaxLossInplace,
     SoftmaxStats,
-    given,
-    schema,
-    unflat,
     with_numbers,
 )
 from em_kernels.ops.serve import checked, serve, serve_linear, shape_rows

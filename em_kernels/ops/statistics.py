@@ -23,8 +23,9 @@ from em_kernels.backends.specs import (
 )
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.chosen import Form
+from em_kernels.ops.records import arguments, flat, nothing, unflat
 from em_kernels.ops.registry import differentiate
-from em_kernels.ops.schemas import LinearStats, SoftmaxStats, arguments, flat, nothing, unflat
+from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.second_order import differentiable, statistic_sum
 from em_kernels.ops.sources import (
     NO_LOW,

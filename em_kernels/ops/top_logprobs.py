@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    accumulate_dtype,
-    as_rows,
-    serializable,
-)
+from em_kernels.backends.interface import Backend, RowSpec, accumulate_dtype, serializable
+from em_kernels.backends.specs import as_rows
 from em_kernels.backends.top_ids import top_logprobs as find_top
 from em_kernels.linear import chunks
 from em_kernels.linear.low_rank import LowRank
 from em_kernels.ops.arguments import check_logits, make_spec
+from em_kernels.ops.checks import check_int
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.linear_softmax_stats import product_arguments, product_operands
 from em_kernels.ops.lora import low_part
@@ -112,8 +108,7 @@ def _found(call: TopCall | LinearTopCall, given: Mapping[str, Any]) -> TopLogpro
 
 
 def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, how many tokens of each row, got {type(k).__name__}")
+    check_int("k", k)
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
 

@@ -20,7 +20,8 @@ from helpers import (
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
 from em_kernels.backends.choice import backend
-from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Upstream, as_rows
+from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Upstream
+from em_kernels.backends.specs import as_rows
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 VOCAB = 4500  # more than one block of any backend, and no multiple of anything

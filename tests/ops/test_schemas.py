@@ -8,7 +8,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import RowSpec
 from em_kernels.linear.plan import Needs
-from em_kernels.ops import schemas
+from em_kernels.ops import records
 from em_kernels.ops.registry import OPERATORS
 
 # Arguments that came later, at the end and with defaults.
@@ -150,7 +150,7 @@ def with_later(declared):
     return f"{before}{LATER if 'valid_vocab' in before else ''}) -> {end}"
 
 
-@schemas.arguments
+@records.arguments
 class Example(NamedTuple):
     x: Tensor
     spec: RowSpec
@@ -163,9 +163,9 @@ VALUES = (torch.zeros(2), RowSpec(temperature=0.5), Needs(bias=True), 7)
 
 def test_a_record_is_its_fields_in_a_row_and_back():
     example = Example(*VALUES)
-    values = schemas.flat(example)
+    values = records.flat(example)
     assert len(values) == 1 + len(RowSpec._fields) + len(Needs._fields) + 1
-    again = schemas.unflat(Example, values)
+    again = records.unflat(Example, values)
     assert again.x is example.x and again[1:] == example[1:]
     assert type(again.spec) is RowSpec and type(again.needs) is Needs
 
@@ -173,13 +173,13 @@ def test_a_record_is_its_fields_in_a_row_and_back():
 @pytest.mark.parametrize("left_out", range(12))
 def test_arguments_left_out_at_the_end_have_their_defaults(left_out):
     default = Example(*VALUES[:2])
-    values = schemas.flat(default)
-    again = schemas.unflat(Example, values[: len(values) - left_out])
+    values = records.flat(default)
+    again = records.unflat(Example, values[: len(values) - left_out])
     assert again.x is default.x and again[1:] == default[1:]
 
 
 def test_schema_of_a_record():
-    end = schemas.schema(Example).partition("index, ")[2]
+    end = records.schema(Example).partition("index, ")[2]
     assert end == (
         "bool need_hidden=False, bool need_weight=True, bool need_bias=False, "
         f"float? filter_eps=None, int? limit=3{LATER}"

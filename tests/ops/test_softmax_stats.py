@@ -22,7 +22,8 @@ from helpers import (
 )
 
 from em_kernels import entropy_loss, softmax_stats, token_loss
-from em_kernels.backends.interface import OUTPUTS, RESULT_DTYPES, RowSpec, as_rows
+from em_kernels.backends.interface import OUTPUTS, RESULT_DTYPES, RowSpec
+from em_kernels.backends.specs import as_rows
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
