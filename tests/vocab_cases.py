@@ -33,9 +33,7 @@ from em_kernels.backends import support
 from em_kernels.backends.interface import OUTPUTS
 from em_kernels.integrations import verl
 from em_kernels.linear import vocab_blocks
-from em_kernels.ops.checks import (
-    check_group,
-)
+from em_kernels.ops.checks import check_group
 from em_kernels.ops.sources import copy_to_ranks
 
 VOCAB = 63

@@ -37,11 +37,7 @@ from em_kernels.backends.interface import (
     has_ids,
     where_rows,
 )
-from em_kernels.backends.specs import (
-    as_ids,
-    spec_of_slice,
-    upstream_of_slice,
-)
+from em_kernels.backends.specs import as_ids, spec_of_slice, upstream_of_slice
 
 
 class ChosenIds(Around):

@@ -45,15 +45,9 @@ from torch import Tensor
 
 from em_kernels.backends import reference
 from em_kernels.backends.choice import serving
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Saved,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Saved
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
-from em_kernels.backends.specs import (
-    select_rows,
-)
+from em_kernels.backends.specs import select_rows
 
 _BLOCK_ENTRIES = 1 << 20  # of each of the copies that the definition makes
 _NEAR = 0.5  # |u| below which e^-u - 1 + u is a series

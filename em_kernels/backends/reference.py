@@ -40,11 +40,7 @@ from em_kernels.backends.interface import (
     has_ids,
     where_rows,
 )
-from em_kernels.backends.specs import (
-    as_ids,
-    has_support,
-    select_rows,
-)
+from em_kernels.backends.specs import as_ids, has_support, select_rows
 from em_kernels.backends.truncation import Border, Limits, find_border, is_in_set, is_outside
 
 _BLOCK_ENTRIES = 1 << 22  # of the copies of rows that `above` makes

@@ -20,19 +20,8 @@ from torch import Tensor
 from em_kernels.backends import reference, row_index
 from em_kernels.backends.around import Around
 from em_kernels.backends.border_search import search
-from em_kernels.backends.interface import (
-    BORDER,
-    Backend,
-    RowSpec,
-    Saved,
-    Upstream,
-)
-from em_kernels.backends.specs import (
-    has_support,
-    select_rows,
-    spec_of_slice,
-    without_support,
-)
+from em_kernels.backends.interface import BORDER, Backend, RowSpec, Saved, Upstream
+from em_kernels.backends.specs import has_support, select_rows, spec_of_slice, without_support
 from em_kernels.backends.truncation import Border, find_border, find_border_among, is_outside
 
 PIECE_BYTES = {"cpu": 8 << 20, "gpu": 64 << 20}  # of copies of rows, in float32

@@ -27,12 +27,7 @@ from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.merge import merge, parts_of, sum_shards
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
-from em_kernels.backends.specs import (
-    as_ids,
-    select_rows,
-    spec_of_slice,
-    upstream_of_slice,
-)
+from em_kernels.backends.specs import as_ids, select_rows, spec_of_slice, upstream_of_slice
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
 _ODD = 1_000_003

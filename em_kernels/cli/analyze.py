@@ -16,13 +16,7 @@ from em_kernels.analysis.run_curve import evaluate_run
 from em_kernels.analysis.temperature import entropy_at_temperatures
 from em_kernels.analysis.texts import Texts
 from em_kernels.analysis.tokens import Base, TokenFile, read_tokens
-from em_kernels.cli.options import (
-    AddCommon,
-    add_asking,
-    add_quiet,
-    asking,
-    quiet_transformers,
-)
+from em_kernels.cli.options import AddCommon, add_asking, add_quiet, asking, quiet_transformers
 from em_kernels.evaluator.asking import longest_prompt
 from em_kernels.evaluator.records import SETTINGS, read_settings
 from em_kernels.evaluator.run import EvalConfig, run_eval

@@ -7,13 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from em_kernels.evaluator.records import (
-    RECORDS,
-    Answer,
-    Records,
-    by_problem,
-    read_settings,
-)
+from em_kernels.evaluator.records import RECORDS, Answer, Records, by_problem, read_settings
 from em_kernels.evaluator.statistics import (
     bootstrap,
     calibration,

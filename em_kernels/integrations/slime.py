@@ -17,10 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.integrations._tensor_parallel import shard_stats
-from em_kernels.ops.checks import (
-    check_rows,
-    check_shape,
-)
+from em_kernels.ops.checks import check_rows, check_shape
 
 
 def calculate_log_probs_and_entropy(

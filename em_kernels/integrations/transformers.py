@@ -34,12 +34,8 @@ from em_kernels.lm.head_call import (
     taken_of,
 )
 from em_kernels.lm.heads import causal_lm, read_head
-from em_kernels.ops.arguments import (
-    output_names,
-)
-from em_kernels.ops.checks import (
-    check_number,
-)
+from em_kernels.ops.arguments import output_names
+from em_kernels.ops.checks import check_number
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.segments import next_token_targets
 from em_kernels.ops.token_loss import token_loss

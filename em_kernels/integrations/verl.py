@@ -38,10 +38,7 @@ from em_kernels.objectives import (
     kl_cov_selection,
 )
 from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
-from em_kernels.ops.checks import (
-    check_number,
-    check_tensor,
-)
+from em_kernels.ops.checks import check_number, check_tensor
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 
 REDUCTIONS = ("none", "sum", "mean")

@@ -35,11 +35,7 @@ from em_kernels.backends.interface import (
     has_ids,
 )
 from em_kernels.backends.row_index import kept_rows
-from em_kernels.backends.specs import (
-    pick,
-    row_shape,
-    select_rows,
-)
+from em_kernels.backends.specs import pick, row_shape, select_rows
 from em_kernels.backends.top_ids import top_logprobs as find_top
 from em_kernels.linear import vocab_blocks, vocab_forward
 from em_kernels.linear.chunking import LOGIT_BYTES, column_blocks, row_stride

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import row_index
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Upstream,
-    accumulate_dtype,
-    where_rows,
-)
-from em_kernels.backends.specs import (
-    pick,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Upstream, accumulate_dtype, where_rows
+from em_kernels.backends.specs import pick
 from em_kernels.linear import products
 from em_kernels.linear.columns import BLOCK, kept_columns
 from em_kernels.linear.half import rows_scale, scale_rows, unscaled

@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    Numbers,
-    RowSpec,
-    Upstream,
-)
-from em_kernels.backends.specs import (
-    pick,
-    select_rows,
-)
+from em_kernels.backends.interface import Numbers, RowSpec, Upstream
+from em_kernels.backends.specs import pick, select_rows
 
 # |d loss / d logit| <= 5 |weight| |logit_scale| / T: p |log p + H| <= 3.1 at any V below 2^18.
 LARGEST = 10  # the largest of the products on the right but 5 becomes 2^10 or more, below 2^11

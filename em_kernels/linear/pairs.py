@@ -14,23 +14,10 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import divergence as definition
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Upstream,
-    accumulate_dtype,
-)
-from em_kernels.backends.pair import (
-    Divergence,
-    PairOut,
-    PairSaved,
-    PairWeights,
-    Side,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Upstream, accumulate_dtype
+from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 from em_kernels.backends.row_index import kept_rows
-from em_kernels.backends.specs import (
-    select_rows,
-)
+from em_kernels.backends.specs import select_rows
 from em_kernels.linear import products
 from em_kernels.linear.chunking import Chunking, default_chunk_tokens, row_stride
 from em_kernels.linear.gradients import ChunkGradients

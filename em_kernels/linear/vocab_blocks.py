@@ -12,18 +12,8 @@ from itertools import product
 
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Saved,
-    Upstream,
-)
-from em_kernels.backends.specs import (
-    pick,
-    select_rows,
-    spec_of_slice,
-    upstream_of_slice,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream
+from em_kernels.backends.specs import pick, select_rows, spec_of_slice, upstream_of_slice
 from em_kernels.linear.chunking import column_blocks, width_of
 from em_kernels.linear.gradients import BlockGradients
 from em_kernels.linear.plan import Linear, Needs, Rows

@@ -22,16 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    Backend,
-    RowSpec,
-    Saved,
-    Upstream,
-    accumulate_dtype,
-)
-from em_kernels.backends.specs import (
-    select_rows,
-)
+from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream, accumulate_dtype
+from em_kernels.backends.specs import select_rows
 from em_kernels.linear import products
 from em_kernels.linear.chunking import column_blocks, width_of
 from em_kernels.linear.plan import Linear, Rows

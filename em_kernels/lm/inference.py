@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
-from em_kernels.ops.arguments import (
-    check_logits,
-)
-from em_kernels.ops.checks import (
-    check_number,
-)
+from em_kernels.ops.arguments import check_logits
+from em_kernels.ops.checks import check_number
 
 
 class EntropyDescent:

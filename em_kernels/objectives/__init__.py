@@ -7,11 +7,7 @@ from em_kernels.objectives.aggregation import (
     aggregation_denominator,
     aggregation_weight,
 )
-from em_kernels.objectives.bonus import (
-    active_entropy_coef,
-    entropy_bonus,
-    next_entropy_coef,
-)
+from em_kernels.objectives.bonus import active_entropy_coef, entropy_bonus, next_entropy_coef
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,

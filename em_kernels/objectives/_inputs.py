@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
-from em_kernels.ops.checks import (
-    check_floating,
-    check_shape,
-    check_tensor,
-    count_mask,
-)
+from em_kernels.ops.checks import check_floating, check_shape, check_tensor, count_mask
 
 MAX_LOG_RATIO = 20.0
 """In GRPO's ratio and in k3 a log-ratio is held to at most 20 (exp(20) = 5e8), as in verl.

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-)
+from em_kernels.ops.checks import check_floating, check_number
 
 
 def group_advantage(

@@ -7,11 +7,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import masked
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-    count_mask,
-)
+from em_kernels.ops.checks import check_floating, check_number, count_mask
 from em_kernels.ops.reductions import Sequences, counts_of, token_weight
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum")

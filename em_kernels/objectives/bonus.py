@@ -5,11 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from em_kernels.objectives._inputs import masked
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-    count_mask,
-)
+from em_kernels.ops.checks import check_floating, check_number, count_mask
 
 
 def entropy_bonus(loss: Tensor, entropy: Tensor, mask: Tensor, *, coef: float) -> Tensor:

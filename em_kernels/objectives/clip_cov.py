@@ -14,9 +14,7 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.grpo import clipped_surrogate
-from em_kernels.ops.checks import (
-    count_mask,
-)
+from em_kernels.ops.checks import count_mask
 from em_kernels.ops.covariance import clip_cov_mask, token_covariance
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.ops.checks import (
-    count_mask,
-)
+from em_kernels.ops.checks import count_mask
 from em_kernels.ops.reductions import reduction_weight
 
 

@@ -10,10 +10,7 @@ from torch import Tensor
 from em_kernels.lm.judge import clusters
 from em_kernels.lm.judge.clusters import Clusters, cluster_answers, cluster_responses, shares
 from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import (
-    check_number,
-    check_tensor,
-)
+from em_kernels.ops.checks import check_number, check_tensor
 
 NO_ANSWER = -1
 """The cluster of a response without a final answer: it agrees with nothing, itself included."""

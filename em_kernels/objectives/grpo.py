@@ -14,10 +14,7 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.kl import kl_estimate
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-)
+from em_kernels.ops.checks import check_floating, check_number
 
 
 def grpo_loss(

@@ -7,10 +7,7 @@ from torch import Tensor
 from em_kernels.objectives._inputs import Groups, PolicyLoss, masked_mean
 from em_kernels.objectives.bonus import entropy_bonus
 from em_kernels.objectives.grpo import grpo_loss
-from em_kernels.ops.checks import (
-    check_tensor,
-    count_mask,
-)
+from em_kernels.ops.checks import check_tensor, count_mask
 
 
 def grpo_plus_plus_loss(

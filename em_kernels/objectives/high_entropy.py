@@ -7,9 +7,7 @@ from torch import Tensor
 
 from em_kernels.objectives._inputs import PolicyLoss, masked_mean
 from em_kernels.objectives.grpo import grpo_loss
-from em_kernels.ops.checks import (
-    count_mask,
-)
+from em_kernels.ops.checks import count_mask
 
 
 def high_entropy_loss(

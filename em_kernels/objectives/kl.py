@@ -6,9 +6,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import k3
-from em_kernels.ops.checks import (
-    check_floating,
-)
+from em_kernels.ops.checks import check_floating
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 

@@ -13,10 +13,7 @@ from em_kernels.objectives._inputs import (
     policy_kl,
     policy_tokens,
 )
-from em_kernels.ops.checks import (
-    check_number,
-    count_mask,
-)
+from em_kernels.ops.checks import check_number, count_mask
 from em_kernels.ops.covariance import kl_cov_mask, token_covariance
 
 

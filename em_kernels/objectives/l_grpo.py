@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import (
-    check_number,
-    check_shape,
-    check_tensor,
-)
+from em_kernels.ops.checks import check_number, check_shape, check_tensor
 
 
 def l_grpo_reward(correct: Tensor, length: Tensor, prompt: Tensor, *, max_length: float) -> Tensor:

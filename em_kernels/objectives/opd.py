@@ -11,11 +11,7 @@ from torch import Tensor
 from em_kernels.backends.vocab_parallel import gather
 from em_kernels.objectives._inputs import masked
 from em_kernels.objectives.aggregation import aggregation_weight
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-    count_mask,
-)
+from em_kernels.ops.checks import check_floating, check_number, count_mask
 
 
 def opd_weight(

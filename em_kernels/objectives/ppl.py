@@ -17,16 +17,8 @@ from torch.nn.functional import softplus
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
-from em_kernels.ops.arguments import (
-    NEVER_IGNORED,
-    check_logits,
-)
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-    check_shape,
-    count_mask,
-)
+from em_kernels.ops.arguments import NEVER_IGNORED, check_logits
+from em_kernels.ops.checks import check_floating, check_number, check_shape, count_mask
 from em_kernels.ops.divergence import linear_divergence
 from em_kernels.ops.softmax_stats import softmax_stats
 

@@ -12,12 +12,7 @@ from em_kernels.lm.judge.judges import make_judge, marked_answer
 from em_kernels.objectives._inputs import masked
 from em_kernels.objectives.empo import by_prompt
 from em_kernels.objectives.l_grpo import length_term
-from em_kernels.ops.checks import (
-    check_floating,
-    check_number,
-    check_tensor,
-    count_mask,
-)
+from em_kernels.ops.checks import check_floating, check_number, check_tensor, count_mask
 
 
 def verified_reward(

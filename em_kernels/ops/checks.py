@@ -66,6 +66,12 @@ def check_floating(name: str, value: Tensor, like: Tensor | None = None) -> None
         check_shape(name, value, like)
 
 
+def check_integers(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
+
+
 def check_shape(name: str, value: Tensor, like: Tensor) -> None:
     if value.shape != like.shape:
         raise ValueError(

@@ -11,16 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    OF_IDS,
-    PADDING,
-    RowSpec,
-    TokenStats,
-    Upstream,
-)
-from em_kernels.backends.specs import (
-    has_support,
-)
+from em_kernels.backends.interface import OF_IDS, PADDING, RowSpec, TokenStats, Upstream
+from em_kernels.backends.specs import has_support
 
 _OF_ONE = ("entropy_slope", "is_kept")
 

@@ -29,22 +29,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype
-from em_kernels.ops.arguments import (
-    row_mask,
-)
-from em_kernels.ops.checks import (
-    check_floating,
-    check_group,
-    check_number,
-    count_mask,
-)
+from em_kernels.ops.arguments import row_mask
+from em_kernels.ops.checks import check_floating, check_group, check_number, count_mask
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
-from em_kernels.ops.options import (
-    DEFAULTS,
-    CovarianceOptions,
-    LinearStatsOptions,
-    takes_options,
-)
+from em_kernels.ops.options import DEFAULTS, CovarianceOptions, LinearStatsOptions, takes_options
 from em_kernels.ops.truncate import LIMITS
 
 

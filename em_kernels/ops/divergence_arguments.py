@@ -19,12 +19,7 @@ from em_kernels.ops.arguments import (
     output_names,
     transform_numbers,
 )
-from em_kernels.ops.checks import (
-    check_device,
-    check_number,
-    check_rows,
-    constant,
-)
+from em_kernels.ops.checks import check_device, check_number, check_rows, constant
 from em_kernels.ops.divergence_autograd import Asked, Operands
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.linear_softmax_stats import product_operands

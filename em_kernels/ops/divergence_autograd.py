@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import divergence as definition
-from em_kernels.backends.interface import (
-    RowSpec,
-    Upstream,
-    accumulate_dtype,
-)
+from em_kernels.backends.interface import RowSpec, Upstream, accumulate_dtype
 from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved, Side
 from em_kernels.backends.row_index import with_index
 from em_kernels.backends.specs import (

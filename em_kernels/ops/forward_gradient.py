@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import (
-    OUTPUTS,
-    RowSpec,
-    Upstream,
-)
-from em_kernels.backends.specs import (
-    has_support,
-)
+from em_kernels.backends.interface import OUTPUTS, RowSpec, Upstream
+from em_kernels.backends.specs import has_support
 from em_kernels.ops.records import arguments, flat, nothing, unflat
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import ScaleInplace

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from em_kernels.ops.arguments import (
-    check_logits,
-)
-from em_kernels.ops.checks import (
-    check_device,
-    check_number,
-    check_whole,
-)
+from em_kernels.ops.arguments import check_logits
+from em_kernels.ops.checks import check_device, check_number, check_whole
 from em_kernels.ops.dtensor import local_operands
 from em_kernels.ops.sources import NO_LOW, Low, copy_to_ranks
 

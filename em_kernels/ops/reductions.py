@@ -10,9 +10,9 @@ from typing_extensions import Self
 
 from em_kernels.ops.checks import (
     check_group,
+    check_integers,
     check_number,
     check_shape,
-    check_tensor,
 )
 from em_kernels.ops.ranks import PADDING
 from em_kernels.ops.registry import call
@@ -103,9 +103,3 @@ def reduction_weight(
         case _:
             check_number("reduction", reduction, lambda v: v > 0, "positive")
             return counted.to(dtype) / reduction
-
-
-def check_integers(name: str, value: Any) -> None:
-    check_tensor(name, value)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {value.dtype}")

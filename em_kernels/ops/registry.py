@@ -19,10 +19,7 @@ from torch import Tensor
 from em_kernels.backends import entropy_control, row_index, vocab_parallel
 from em_kernels.backends.choice import REFERENCE, backend, fusing, serving
 from em_kernels.backends.interface import Saved, Upstream, accumulate_dtype
-from em_kernels.backends.specs import (
-    as_rows,
-    flatten_rows,
-)
+from em_kernels.backends.specs import as_rows, flatten_rows
 from em_kernels.backends.support import kept_upstream
 from em_kernels.linear import chunks
 from em_kernels.ops import fakes, ranks

@@ -19,9 +19,7 @@ from em_kernels.backends.interface import (
     Upstream,
 )
 from em_kernels.backends.pair import Divergence, OtherSpec, PairSaved
-from em_kernels.backends.specs import (
-    read_numbers,
-)
+from em_kernels.backends.specs import read_numbers
 from em_kernels.linear.low_rank import LowRank
 from em_kernels.linear.plan import Needs, OtherNeeds
 from em_kernels.ops.records import arguments

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends import reference
-from em_kernels.backends.interface import (
-    DIFFERENTIABLE,
-    RowSpec,
-    Saved,
-    Upstream,
-    accumulate_dtype,
-)
+from em_kernels.backends.interface import DIFFERENTIABLE, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.specs import (
     flatten_rows,
     flatten_spec,

@@ -7,13 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends.row_index import has_values, is_free_to_look
-from em_kernels.ops.checks import (
-    check_group,
-    check_int,
-    check_shape,
-)
+from em_kernels.ops.checks import check_group, check_int, check_integers, check_shape
 from em_kernels.ops.ranks import PADDING
-from em_kernels.ops.reductions import check_integers
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import GatherAlike
 

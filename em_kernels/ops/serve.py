@@ -20,10 +20,7 @@ from em_kernels.backends.interface import (
     has_ids,
     row_kernels_make,
 )
-from em_kernels.backends.specs import (
-    flatten_spec,
-    has_support,
-)
+from em_kernels.backends.specs import flatten_spec, has_support
 from em_kernels.backends.support import Support
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear.plan import Linear

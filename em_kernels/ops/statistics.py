@@ -17,24 +17,14 @@ from em_kernels.backends.interface import (
     Upstream,
     row_kernels_make,
 )
-from em_kernels.backends.specs import (
-    has_support,
-    row_tensors,
-)
+from em_kernels.backends.specs import has_support, row_tensors
 from em_kernels.linear.plan import Needs
 from em_kernels.ops.chosen import Form
 from em_kernels.ops.records import arguments, flat, nothing, unflat
 from em_kernels.ops.registry import differentiate
 from em_kernels.ops.schemas import LinearStats, SoftmaxStats
 from em_kernels.ops.second_order import differentiable, statistic_sum
-from em_kernels.ops.sources import (
-    NO_LOW,
-    FromHidden,
-    FromLogits,
-    Low,
-    Source,
-    copy_to_ranks,
-)
+from em_kernels.ops.sources import NO_LOW, FromHidden, FromLogits, Low, Source, copy_to_ranks
 
 
 class Results(NamedTuple):

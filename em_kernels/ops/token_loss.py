@@ -31,12 +31,7 @@ from em_kernels.ops.arguments import (
     make_spec,
     row_mask,
 )
-from em_kernels.ops.checks import (
-    check_rows,
-    check_shape,
-    check_tensor,
-    constant,
-)
+from em_kernels.ops.checks import check_rows, check_shape, check_tensor, constant
 from em_kernels.ops.chosen import Form, served
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss

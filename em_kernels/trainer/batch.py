@@ -14,11 +14,7 @@ from em_kernels.lm.heads import Head
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.objectives.ppl import topk_label_kl
-from em_kernels.ops.divergence import (
-    WeightedDivergence,
-    linear_divergence,
-    linear_divergence_loss,
-)
+from em_kernels.ops.divergence import WeightedDivergence, linear_divergence, linear_divergence_loss
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 from em_kernels.ops.top_logprobs import TopLogprobs, linear_top_logprobs

@@ -7,11 +7,7 @@ import torch
 from helpers import each_impl, error, make_linear, random_target, truth
 from test_operands import Sizes
 
-from em_kernels import (
-    linear_entropy_loss,
-    linear_softmax_stats,
-    linear_token_loss,
-)
+from em_kernels import linear_entropy_loss, linear_softmax_stats, linear_token_loss
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
 from em_kernels.backends.reference import Reference
 from em_kernels.linear import chunking, chunks, products

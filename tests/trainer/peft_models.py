@@ -6,9 +6,7 @@ import pytest
 import torch
 from tiny_qwen2 import save
 
-from em_kernels.trainer import (
-    load_model,
-)
+from em_kernels.trainer import load_model
 
 peft = pytest.importorskip("peft")
 

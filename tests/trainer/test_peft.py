@@ -19,14 +19,7 @@ from em_kernels.evaluator.asking import weights_digest
 from em_kernels.lm.adapters import base_parameters
 from em_kernels.lm.models import list_checkpoints
 from em_kernels.lm.ranks import Ranks
-from em_kernels.trainer import (
-    CheckpointError,
-    ModelError,
-    Sampling,
-    load_model,
-    sample,
-    train,
-)
+from em_kernels.trainer import CheckpointError, ModelError, Sampling, load_model, sample, train
 from em_kernels.trainer.second_model import initial_model
 
 peft = pytest.importorskip("peft")

@@ -17,12 +17,7 @@ from trainer_runs import run, settings, without_times
 from em_kernels.evaluator.asking import weights_digest
 from em_kernels.lm.adapters import is_adapted, merged_copy
 from em_kernels.lm.ranks import Ranks
-from em_kernels.trainer import (
-    ModelError,
-    load_model,
-    merge_checkpoint,
-    train,
-)
+from em_kernels.trainer import ModelError, load_model, merge_checkpoint, train
 from em_kernels.trainer.run import check_shardable
 
 peft = pytest.importorskip("peft")

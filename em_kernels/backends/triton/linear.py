@@ -25,15 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from em_kernels.backends.interface import (
-    RowSpec,
-    Saved,
-    accumulate_dtype,
-)
+from em_kernels.backends.interface import RowSpec, Saved, accumulate_dtype
 from em_kernels.backends.row_index import kept_rows
-from em_kernels.backends.specs import (
-    select_rows,
-)
+from em_kernels.backends.specs import select_rows
 from em_kernels.backends.triton.launch import UNFUSED, How, Outs, Plan, Rows, device_of, how_of
 from em_kernels.backends.triton.tiles import (
     MOMENTS,
