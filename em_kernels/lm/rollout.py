@@ -15,6 +15,7 @@ from em_kernels.lm.heads import causal_lm
 from em_kernels.lm.models import require_transformers
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.ranks import Ranks
+from em_kernels.ops.softmax_stats import softmax_stats
 
 NO_TOKEN = -1  # beside an answer, until padding takes its place, which may be an end token's id
 
@@ -28,6 +29,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 2048
+    min_p: float = 0.0
 
 
 class Rollout(NamedTuple):
@@ -35,13 +37,17 @@ class Rollout(NamedTuple):
 
     All are (B, T). `response_mask` is 1 at the generated tokens, the end token included, whether
     or not PAD and the end token are the same id. `finished` (B,) tells which answers ended by
-    themselves.
+    themselves. `logprob`, float32, is at every generated token its log-probability under the
+    distribution that it was drawn from, after repetition penalty, temperature and truncation, and 0
+    elsewhere; None where the sampler does not say. At temperature 0 that distribution is of one
+    token, and every log-probability 0.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
     finished: Tensor
+    logprob: Tensor | None = None
 
     @property
     def prompt_width(self) -> int:
@@ -55,6 +61,17 @@ class Rollout(NamedTuple):
     def answers(self) -> list[Tensor]:
         """The generated tokens of each row, without padding."""
         return [ids[mask] for ids, mask in zip(self.input_ids, self.response_mask)]
+
+    def to(self, device: torch.device) -> Rollout:
+        moved = {name: part.to(device) for name, part in self._asdict().items() if part is not None}
+        return self._replace(**moved)
+
+
+class Drawn(NamedTuple):
+    """The answers of a batch, (B, W) ids, and the log-probabilities that they were drawn with."""
+
+    ids: Tensor
+    logprob: Tensor
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -117,20 +134,24 @@ def sample(
     if seeds is None:
         seeds = torch.randint(1 << 62, (len(prompts),)).tolist()
 
-    def generate(rows: list[int]) -> Tensor:
+    def generate(rows: list[int]) -> Drawn:
         options: dict = dict(input_ids=ids[rows], attention_mask=mask[rows].long())
+        draws = None
         if sampling.temperature > 0:
             own = [seeds[row] for row in rows]
-            options["logits_processor"] = [SeededDraw(_warpers(sampling), own, ids.device)]
-        return model.generate(generation_config=settings, **options)[:, ids.shape[1] :].cpu()
+            draws = SeededDraw(_warpers(sampling), own, ids.device)
+            options["logits_processor"] = [draws]
+        answers = model.generate(generation_config=settings, **options)[:, ids.shape[1] :].cpu()
+        return Drawn(answers, draws.logprob() if draws else torch.zeros(answers.shape))
 
-    def draw(rows: list[int]) -> list[Tensor]:
+    def draw(rows: list[int]) -> list[Drawn]:
         size = -(-batch // ranks.size)
         return [generate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     with eval_mode(model), _checkpoint_settings_put_aside(model):
-        answers = ranks.share(range(len(prompts)), draw)
-    return join_answers(ids, mask, answers, ends, filler)
+        drawn = ranks.share(range(len(prompts)), draw)
+    answers, logprob = (list(parts) for parts in zip(*drawn))
+    return join_answers(ids, mask, answers, ends, filler, logprob)
 
 
 class SeededDraw:
@@ -138,19 +159,29 @@ class SeededDraw:
 
     That is argmax_v p_v / e_v with e_v ~ Exp(1), which is how torch.multinomial draws one. The e of
     a row are made of its own seed; rounding of p seldom changes the token. It comes last, and
-    applies `warpers` (temperature, top_k, top_p) itself.
+    applies `warpers` (temperature, top_k, top_p, min_p) itself.
     """
 
     def __init__(self, warpers: Callable, seeds: Sequence[int], device: torch.device):
         self.warpers = warpers
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._logprob: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probability = self.warpers(input_ids, scores).softmax(-1)
+        scores = self.warpers(input_ids, scores)
+        probability = scores.softmax(-1)
         noise = torch.empty_like(probability)
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
-        return probability / noise
+        drawn = probability / noise
+        found = softmax_stats(scores, drawn.argmax(-1), outputs=("logprob",))
+        self._logprob.append(found.logprob)
+        return drawn
+
+    def logprob(self) -> Tensor:
+        """Of every token drawn so far, (B, W), what `Rollout.logprob` is; not of p but of the
+        scores, so that it keeps its digits where p is nearly 1."""
+        return torch.stack(self._logprob, 1).cpu()
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +234,8 @@ def _warpers(sampling: Sampling):
         warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(transformers.MinPLogitsWarper(sampling.min_p))
     return warpers
 
 
@@ -226,20 +259,35 @@ def _checkpoint_settings_put_aside(model) -> Iterator[None]:
 
 
 def join_answers(
-    ids: Tensor, mask: Tensor, answers: list[Tensor], ends: list[int], filler: int
+    ids: Tensor,
+    mask: Tensor,
+    answers: list[Tensor],
+    ends: list[int],
+    filler: int,
+    logprob: list[Tensor] | None = None,
 ) -> Rollout:
-    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each.
+    """Left-padded prompts (B, T) and their answers, of different widths, some rows in each, with
+    the log-probabilities of their tokens in the same shapes.
 
     An answer may have width 0: what a request gives that was given up before its first token.
     """
     width = max(a.shape[1] for a in answers)
-    joined = torch.cat([pad(a.to(ids), (0, width - a.shape[1]), value=NO_TOKEN) for a in answers])
+
+    def join(parts: list[Tensor], dtype: torch.dtype, value: int) -> Tensor:
+        parts = [part.to(ids.device, dtype) for part in parts]
+        return torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+    joined = join(answers, ids.dtype, NO_TOKEN)
     inside = joined != NO_TOKEN
     generated, finished = answer_mask(joined, ends)
     generated &= inside
-    return Rollout(
+    rollout = Rollout(
         torch.cat([ids, joined.where(inside, filler)], 1),
         torch.cat([mask, generated], 1),
         torch.cat([torch.zeros_like(mask), generated], 1),
         finished,
     )
+    if logprob is None:
+        return rollout
+    said = join(logprob, torch.float32, 0).where(generated, 0)
+    return rollout._replace(logprob=pad(said, (ids.shape[1], 0)))

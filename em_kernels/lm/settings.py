@@ -142,6 +142,7 @@ def number(good: Callable[[float], bool], rule: str) -> Check:
 positive = number(lambda v: v > 0, "positive")
 not_negative = number(lambda v: v >= 0, "0 or more")
 fraction = number(lambda v: 0 < v <= 1, "in (0, 1]")
+share = number(lambda v: 0 <= v <= 1, "in [0, 1]")
 finite = number(math.isfinite, "a number")
 
 

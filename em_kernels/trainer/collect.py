@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
 from em_kernels.trainer.rewards import Answers, describe, text_reward
 from em_kernels.trainer.rl_config import TEXT_REWARDS, RLConfig
 from em_kernels.trainer.run import Run
+
+R = TypeVar("R")
 
 
 class ProblemOrder:
@@ -140,21 +142,29 @@ def join_rollouts(rollouts, filler: int) -> Rollout:
     """The rows of several, padded so that all answers start in the same column."""
     prompt = max(rollout.prompt_width for rollout in rollouts)
     answer = max(r.input_ids.shape[1] - r.prompt_width for r in rollouts)
-    parts: list[list[Tensor]] = []
+    parts: list[Rollout] = []
     for rollout in rollouts:
         width = rollout.prompt_width
         sides = (prompt - width, answer - (rollout.input_ids.shape[1] - width))
-        tensors = zip(rollout[:3], (filler, False, False))
-        parts.append([*(pad(x, sides, value=value) for x, value in tensors), rollout.finished])
-    return Rollout(*(torch.cat(columns) for columns in zip(*parts)))
+        padded = {
+            name: pad(value, sides, value=filler if name == "input_ids" else 0)
+            for name, value in rollout._asdict().items()
+            if value is not None and name != "finished"
+        }
+        parts.append(rollout._replace(**padded))
+    return _together(Rollout, parts)
 
 
 def join_answers(parts: Sequence[Answers]) -> Answers:
-    """The rows of several; groups of different parts stay apart. None where one part has None."""
+    """The rows of several; groups of different parts stay apart."""
     offset, groups = 0, []
     for part in parts:
         groups.append(part.group + offset)
         offset = int(groups[-1].max()) + 1
-    columns = zip(*(part._replace(group=group) for part, group in zip(parts, groups)))
-    known = [None if any(x is None for x in column) else torch.cat(column) for column in columns]
-    return Answers(*known)  # type: ignore[arg-type]
+    return _together(Answers, [p._replace(group=group) for p, group in zip(parts, groups)])
+
+
+def _together(kind: Callable[..., R], parts: Sequence[tuple]) -> R:
+    """The rows of several records; None where one of them has None."""
+    known = (None if any(x is None for x in column) else column for column in zip(*parts))
+    return kind(*(None if column is None else torch.cat(column) for column in known))

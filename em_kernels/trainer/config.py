@@ -17,6 +17,7 @@ from em_kernels.lm.settings import (
     path_text,
     positive,
     setting,
+    share,
 )
 from em_kernels.trainer.schedule import Stage
 
@@ -99,6 +100,12 @@ class TrainConfig:
     sampling_temperature: float = setting(0.5, "temperature of the sampling", check=positive)
     top_p: float = setting(0.95, "nucleus of the sampling", check=fraction)
     top_k: int = setting(0, "likeliest tokens to sample from, 0 for all", check=at_least(0))
+    min_p: float = setting(
+        0.0,
+        "sample from the tokens that have at least this share of the probability of the likeliest, "
+        "0 for all",
+        check=share,
+    )
     repetition_penalty: float = setting(
         1.15,
         "of the sampling",

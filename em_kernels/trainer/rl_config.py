@@ -31,11 +31,11 @@ from em_kernels.lm.settings import (
     finite,
     fraction,
     not_negative,
-    number,
     path_text,
     positive,
     redefined,
     setting,
+    share,
 )
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
@@ -77,7 +77,6 @@ OBJECTIVES = (*WITHOUT_REWARDS, *DEFAULTS)
 OWN = "the objective's own"
 
 
-share = number(lambda v: 0 <= v <= 1, "in [0, 1]")
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
 

@@ -55,6 +55,7 @@ def sampling(config: TrainConfig) -> Sampling:
         temperature=config.sampling_temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
     )
@@ -103,7 +104,7 @@ class VllmSampler:
         drawn = self.ranks.share(range(len(prompts)), draw)
         answers = [torch.tensor([answer], dtype=torch.long) for answer in drawn]
         rollout = join_answers(*left_pad(prompts, filler), answers, ends, filler)
-        return Rollout(*(part.to(model.device) for part in rollout))
+        return rollout.to(model.device)
 
     def _push_weights(self, model) -> None:
         whole = merged_copy(model) if is_adapted(model) else model
@@ -122,6 +123,7 @@ class VllmSampler:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k or -1,
+                min_p=settings.min_p,
                 repetition_penalty=settings.repetition_penalty,
                 max_tokens=settings.max_new_tokens,
                 stop_token_ids=ends,

@@ -25,6 +25,7 @@ class SamplingParams:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     repetition_penalty: float
     max_tokens: int
     stop_token_ids: list[int]
@@ -62,7 +63,7 @@ class LLM:
 
     def _draw(self, prompt: list[int], params: SamplingParams):
         assert params.stop_token_ids == [1]
-        names = ("temperature", "top_p", "repetition_penalty")
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
         values = {name: getattr(params, name) for name in names}
         values["top_k"] = 0 if params.top_k == -1 else params.top_k
         torch.manual_seed(params.seed)
