@@ -8,6 +8,7 @@ its weight, and the gradient that the loss makes of itself enters the graph ther
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from em_kernels.ops.dtensor import is_dtensor, local_operands
 from em_kernels.ops.forward_gradient import ready_gradients, scaled
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import AllReduce
-from em_kernels.ops.token_loss import linear_token_loss
+from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 
 
 def gathered_as(head: Head, dtype: torch.dtype) -> Head:
@@ -76,11 +77,18 @@ class HeadCall:
         """What the head multiplies, (B, T, D)."""
         return self.operands.hidden
 
-    def loss(self, logits: Tensor, target: Tensor, **arguments) -> Tensor:
-        """`linear_token_loss(hidden, weight, target, **arguments)`, with its gradient made now.
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        function: Callable[..., TokenLoss] | None = None,
+        **arguments,
+    ) -> Tensor:
+        """`function(hidden, weight, target, **arguments)`, with its gradient made now.
 
         Args:
             logits: what the model made of the head's answer; has the graph of its forward.
+            function: what gives the loss of `linear_token_loss`, None for that itself.
 
         Raises:
             ModelError: the weight has been freed since, and not by FSDP2.
@@ -94,7 +102,7 @@ class HeadCall:
         lora = None if a is None else (a, b, self.scaling)
         arguments = {**arguments, **self.options, "bias": bias, "lora": lora}
         with torch.autocast(hidden.device.type, self.autocast_dtype, enabled=self.autocast):
-            loss = linear_token_loss(hidden, weight, target, **arguments).loss
+            loss = (function or linear_token_loss)(hidden, weight, target, **arguments).loss
         if not loss.requires_grad:
             return loss
         return _Loss.apply(logits, self, loss.detach(), *self._gradient(loss, operands))

@@ -14,16 +14,22 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from em_kernels.backends.interface import OUTPUTS, TokenStats, accumulate_dtype
+from em_kernels.backends.interface import OUTPUTS, TokenStats
 from em_kernels.integrations._arguments import check_none_of_ours
 from em_kernels.integrations._deferred import HeadCall, HeadStand, gathered_as
+from em_kernels.integrations._loss_functions import (
+    IGNORED,
+    LossFunction,
+    eaft,
+    item_count,
+    weighted_loss,
+)
 from em_kernels.integrations._own_loss import adds_to_loss, loss_of_zero
 from em_kernels.lm.head_call import (
     Taken,
@@ -34,13 +40,11 @@ from em_kernels.lm.head_call import (
     taken_of,
 )
 from em_kernels.lm.heads import causal_lm, read_head
+from em_kernels.objectives.eaft import TOP_K, check_eaft
 from em_kernels.ops.arguments import output_names
 from em_kernels.ops.checks import check_number
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.segments import next_token_targets
-from em_kernels.ops.token_loss import token_loss
-
-IGNORED = -100
 
 
 @dataclass(init=False)
@@ -158,10 +162,6 @@ def remove_em_kernels(model):
     return model
 
 
-LossFunction = Callable[..., Tensor]
-"""(outputs, labels, num_items_in_batch=None) -> loss, as `transformers.Trainer` calls it."""
-
-
 def entropy_loss_func(model, *, temperature: float = 1.0) -> LossFunction:
     """`compute_loss_func` of `transformers.Trainer` for entropy minimisation, without logits.
 
@@ -182,7 +182,7 @@ def entropy_loss_func(model, *, temperature: float = 1.0) -> LossFunction:
         ModelError: as `apply_em_kernels`. ValueError: a batch without labels, or, when called, a
             router's `aux_loss` in the outputs, which this loss would leave out.
     """
-    return _loss_func(model, nll=0.0, entropy=1.0, temperature=temperature)
+    return _with_loss(model, weighted_loss(0.0, 1.0, temperature))
 
 
 def sft_entropy_loss_func(model, *, entropy_coef: float, temperature: float = 1.0) -> LossFunction:
@@ -192,48 +192,27 @@ def sft_entropy_loss_func(model, *, entropy_coef: float, temperature: float = 1.
     cross entropy. All else as in `entropy_loss_func`.
     """
     check_number("entropy_coef", entropy_coef, lambda v: True, "a number")
-    return _loss_func(model, nll=1.0, entropy=entropy_coef, temperature=temperature)
+    return _with_loss(model, weighted_loss(1.0, entropy_coef, temperature))
 
 
-def _loss_func(model, *, nll: float, entropy: float, temperature: float) -> LossFunction:
-    check_number("temperature", temperature, lambda v: v > 0, "positive")
-    target_model = _causal_lm(apply_em_kernels(model))
-    _patch_of(target_model).deferred = True
+def eaft_loss_func(
+    model, *, alpha: float = 1.0, k: int = TOP_K, temperature: float = 1.0
+) -> LossFunction:
+    """`compute_loss_func` for EAFT: sum_t -w_t logprob_t / num_items_in_batch, w_t `eaft_weight`.
 
-    def compute_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
-        _check_batch(outputs, labels)
-        logits, call = outputs.get("head_call") or (outputs.logits, None)
-        target = next_token_targets(labels).to(logits.device)
-        dtype = logits.dtype if call is None else call.hidden.dtype
-        weight = _token_weight(target, dtype, num_items_in_batch)
-        arguments: dict[str, Any] = dict(
-            logprob_weight=-nll * weight if nll else None,
-            entropy_weight=entropy * weight if entropy else None,
-            temperature=temperature,
-            outputs=(),
-            mask=target != IGNORED,
-        )
-        if call is None:
-            return token_loss(logits, target, **arguments).loss
-        return call.loss(logits, target, **arguments)
-
-    return compute_loss
+    w_t = (H_t / ln k)^alpha with the entropy of the k likeliest tokens, a constant: the model is
+    moved less where it is sure of another token than the label. alpha = 0 is plain cross entropy.
+    In train mode there are no logits here either, but one more matrix product. All else as in
+    `entropy_loss_func`; formula and source in `em_kernels.objectives.eaft_weight`.
+    """
+    check_eaft(k, alpha)
+    return _with_loss(model, eaft(k, alpha, temperature))
 
 
-def _check_batch(outputs, labels: Tensor | None) -> None:
-    if labels is None:
-        raise ValueError("labels must be in the batch, -100 where a token does not count; got None")
-    if outputs.get("aux_loss") is not None:
-        raise ValueError(
-            "outputs have an aux_loss, which this loss leaves out: set "
-            "model.config.output_router_logits = False"
-        )
-
-
-def _token_weight(target: Tensor, dtype: torch.dtype, items) -> Tensor:
-    """1 / n where there is a target, n over the whole accumulated batch; 0 elsewhere, n = 0 too."""
-    counted = (target != IGNORED).to(accumulate_dtype(dtype))
-    return torch.where(counted > 0, counted / _item_count(target, items, target.device), 0)
+def _with_loss(model, loss: LossFunction) -> LossFunction:
+    """The loss, and a model that defers its head to it."""
+    _patch_of(_causal_lm(apply_em_kernels(model))).deferred = True
+    return loss
 
 
 @dataclass(eq=False, repr=False)
@@ -346,7 +325,7 @@ def _run_with_labels(model, args, kwargs, labels) -> tuple[ModelOutput, Tensor]:
 
 def _loss(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
     """The mean cross entropy, and what the model adds to it."""
-    loss = -logprob.sum() / _item_count(target, items, logprob.device)
+    loss = -logprob.sum() / item_count(target, items, logprob.device)
     if _patch_of(model).adds_to_loss:
         return loss + outputs.loss.to(loss.device)
     if outputs.get("aux_loss") is not None:
@@ -355,13 +334,6 @@ def _loss(model, outputs, logprob: Tensor, target: Tensor, items) -> Tensor:
             "known: set model.config.output_router_logits = False"
         )
     return loss
-
-
-def _item_count(target: Tensor, items: Tensor | float | None, device: torch.device) -> Tensor:
-    """The targets of this batch, or of the whole accumulated batch if `items` says how many."""
-    if items is None:
-        return (target != IGNORED).sum().clamp(min=1).to(device)
-    return torch.as_tensor(items).to(device)
 
 
 def _deferred(model, args, kwargs) -> TokenStatsOutput:

@@ -9,12 +9,14 @@ from em_kernels.objectives.aggregation import (
 )
 from em_kernels.objectives.bonus import active_entropy_coef, entropy_bonus, next_entropy_coef
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
+from em_kernels.objectives.eaft import eaft_loss, eaft_weight, linear_eaft_loss
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
     token_mean_weights,
 )
 from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
+from em_kernels.objectives.entropy_advantage import entropy_advantage
 from em_kernels.objectives.grpo import clipped_surrogate, grpo_loss
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask, grpo_plus_plus_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
@@ -33,6 +35,7 @@ from em_kernels.objectives.ppl import (
     token_regret,
     topk_label_kl,
 )
+from em_kernels.objectives.repo import next_zeta, repo_advantage
 from em_kernels.objectives.rewards import (
     format_reward,
     length_reward,
@@ -55,8 +58,11 @@ __all__ = [
     "clip_cov_selection",
     "clipped_surrogate",
     "dynamic_sampling_mask",
+    "eaft_loss",
+    "eaft_weight",
     "empo_mask",
     "empo_reward",
+    "entropy_advantage",
     "entropy_bonus",
     "format_reward",
     "group_advantage",
@@ -69,16 +75,19 @@ __all__ = [
     "l_grpo_reward",
     "label_kl",
     "length_reward",
+    "linear_eaft_loss",
     "linear_label_kl",
     "logprob_at",
     "majority_reward",
     "micro_batch_mean_weights",
     "negative_entropy_reward",
     "next_entropy_coef",
+    "next_zeta",
     "opd_weight",
     "ppl_loss",
     "pseudo_label_kl",
     "random_reward",
+    "repo_advantage",
     "segment_regret",
     "self_certainty_reward",
     "semantic_entropy",

@@ -7,6 +7,7 @@ function or kernels. The rows are of unequal length, and one has no token that c
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from em_kernels.integrations.transformers import (
     apply_em_kernels,
+    eaft_loss_func,
     entropy_loss_func,
     sft_entropy_loss_func,
 )
@@ -33,6 +35,7 @@ PROMPT = 2  # the row of 2 tokens has none to predict
 LOSSES = {
     "entropy": (lambda m: entropy_loss_func(m, temperature=0.7), 0.0, 1.0, 0.7),
     "sft": (lambda m: sft_entropy_loss_func(m, entropy_coef=0.3), 1.0, 0.3, 1.0),
+    "eaft": (lambda m: eaft_loss_func(m, k=5), 1.0, 0.0, 1.0),
 }
 
 
@@ -140,6 +143,9 @@ def whole(model: str, loss: str = "entropy") -> dict:
     logits = module(**inputs).logits[:, :-1]
     stats = truth(logits, target.clamp(min=0), temperature=temperature)
     terms = -nll * stats["logprob"] + entropy * stats["entropy"]
+    if loss == "eaft":
+        log_p = logits.detach().topk(5).values.log_softmax(-1)
+        terms = -(log_p.exp() * log_p).sum(-1) / math.log(5) * terms
     total = (terms * (target != -100)).sum() / (target != -100).sum()
     total.backward()
     return {"loss": total.item(), "gradient": gradient(module)}
@@ -364,6 +370,8 @@ for accumulation in (1, 2, 4):
     add(f"DDP, {accumulation}", loop_run, "tied", ddp, accumulation)
     add(f"FSDP2, {accumulation}", loop_run, "untied", fsdp2, accumulation)
 add("Trainer, 2", trainer_run, "tied", 2, loss="sft")
+add("DDP, eaft", loop_run, "tied", ddp, 2, loss="eaft")
+add("FSDP2, eaft", loop_run, "untied", fsdp2, 2, loss="eaft")
 add("Trainer, evaluated", trainer_run, "tied", 1, eval_strategy="steps", eval_steps=2)
 # Reentrant, DDP finds no unused parameters; so the Trainer asks for none, but of a PEFT model.
 for model, reentrant in (("untied", True), ("lora, trained head", False)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from tiny_qwen2 import make_model
 import em_kernels
 from em_kernels.integrations import _deferred
 from em_kernels.integrations.transformers import (
+    eaft_loss_func,
     entropy_loss_func,
     remove_em_kernels,
     sft_entropy_loss_func,
@@ -75,10 +78,27 @@ def plain_loss(nll, entropy, temperature=1.0):
     return make_loss
 
 
+def plain_eaft(k, alpha):
+    """Cross entropy weighted by the entropy of the k largest logits, from the model's logits."""
+
+    def make_loss(model):
+        def loss(outputs, labels, num_items_in_batch=None):
+            logits, target = outputs.logits[:, :-1].double(), labels[:, 1:]
+            log_p = logits.detach().topk(k).values.log_softmax(-1)
+            weight = (-(log_p.exp() * log_p).sum(-1) / math.log(k)) ** alpha
+            terms = -weight * truth(logits, target.clamp(min=0))["logprob"]
+            return (terms * (target != -100)).sum() / num_items_in_batch
+
+        return loss
+
+    return make_loss
+
+
 LOSSES = {
     "em": (lambda m: entropy_loss_func(m, temperature=0.7), plain_loss(0.0, 1.0, 0.7)),
     "sft": (lambda m: sft_entropy_loss_func(m, entropy_coef=0.3), plain_loss(1.0, 0.3)),
     "nll": (lambda m: sft_entropy_loss_func(m, entropy_coef=0.0), plain_loss(1.0, 0.0)),
+    "eaft": (lambda m: eaft_loss_func(m, k=8, alpha=2.0), plain_eaft(8, 2.0)),
 }
 
 
