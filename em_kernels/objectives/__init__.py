@@ -16,7 +16,7 @@ from em_kernels.objectives.em import (
     token_mean_weights,
 )
 from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
-from em_kernels.objectives.entropy_advantage import entropy_advantage
+from em_kernels.objectives.entropy_shaping import entropy_advantage
 from em_kernels.objectives.grpo import clipped_surrogate, grpo_loss
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask, grpo_plus_plus_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
