@@ -97,7 +97,7 @@ def settings(arm: str, seed: int, size: Size) -> RLConfig:
     problems = tiny_math.make_problems("pretrain", PRACTICE, seed=11)
     common = dict(
         problems=tuple((p.text, str(p.answer)) for p in problems),
-        prompts=(tiny_math.PROMPT,),
+        prompts=(tiny_math.PROMPT,) if "em:" in own.get("schedule", "") else (),
         updates=total,
         responses=size.responses,
         group_size=8,

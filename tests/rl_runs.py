@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels.trainer import RLConfig, TrainResult, train
+from em_kernels.trainer.schedule import WITHOUT_REWARDS
 
 PROBLEMS = (("1 2", "3"), ("4 5 6", "7"), ("8", "9"))
 
@@ -14,18 +17,18 @@ def rl_settings(**changes) -> RLConfig:
     base = dict(
         objective="grpo",
         problems=PROBLEMS,
-        reward="length",
         updates=2,
         responses=10,
-        group_size=5,
         micro_batch=3,
-        minibatches=2,
         learning_rate=1e-2,
         max_new_tokens=12,
-        judge="exact",
         device="cpu",
     )
-    return RLConfig(**{**base, **changes})
+    rewarded = dict(reward="length", group_size=5, judge="exact")
+    stages = changes.get("schedule") or changes.get("objective", "grpo")
+    if set(re.findall(r"(?:^|[,+])\s*([\w-]*)", stages)) <= {*WITHOUT_REWARDS}:
+        rewarded = {}
+    return RLConfig(**{**base, **rewarded, **changes})
 
 
 def run_rl(config: RLConfig, model=None, **kwargs) -> TrainResult:

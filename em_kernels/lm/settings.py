@@ -19,7 +19,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Container, Mapping
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ Check = Callable[[str, Any], Any]
 """(name, value) -> the value as it is kept; raises TypeError or ValueError that names it."""
 C = TypeVar("C", bound=type)
 _META = "setting"
+_DOCUMENTED: set[type] = set()
 _RAISES = """
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -234,13 +235,10 @@ def _help(name: str, having: Mapping[str, type]) -> str:
 
 
 def documented(cls: C) -> C:
-    """Append what is known of the settings to the docstring; of a base class, what is new."""
-    inherited = {
-        name: _told(base, name)
-        for base in cls.__bases__
-        if is_dataclass(base)
-        for name in settings_of(base)
-    }
+    """Append what is known of the settings to the docstring; what a documented base says is left
+    out."""
+    bases = [base for base in reversed(cls.__mro__[1:]) if base in _DOCUMENTED]
+    inherited = {name: _told(base, name) for base in bases for name in settings_of(base)}
     new = (name for name in settings_of(cls) if inherited.get(name) != _told(cls, name))
     lines = [f"{name}: {_help(name, {'': cls})}." for name in new]
     fill = textwrap.TextWrapper(
@@ -248,6 +246,7 @@ def documented(cls: C) -> C:
     ).fill
     args = [fill(line) for line in lines]
     cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *args, _RAISES])
+    _DOCUMENTED.add(cls)
     return cls
 
 

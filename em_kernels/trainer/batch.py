@@ -13,7 +13,6 @@ from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.heads import Head
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
-from em_kernels.objectives.ppl import topk_label_kl
 from em_kernels.ops.divergence import WeightedDivergence, linear_divergence, linear_divergence_loss
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
@@ -30,8 +29,9 @@ class Tokens(NamedTuple):
     generated tokens that count. `advantage` is the same along a row. The entropy and logprob
     weights are those of `linear_token_loss`, that of the divergence the `token_weight` of
     `linear_divergence_loss`; `ref_kl` is the KL from the reference or the label; `label_ids` and
-    `label_logprob`, (B, T, k), are what is stored of the label's distributions; `selected` is what
-    the objective chose of all tokens. What is not known yet is None.
+    `label_logprob`, (B, T, k), are what is stored of the distributions that the answers were drawn
+    from, `label_current` the log-probabilities of the same ids now; `selected` is what the
+    objective chose of all tokens. What is not known yet is None.
     """
 
     input_ids: Tensor
@@ -45,6 +45,7 @@ class Tokens(NamedTuple):
     ref_kl: Tensor | None = None
     label_ids: Tensor | None = None
     label_logprob: Tensor | None = None
+    label_current: Tensor | None = None
     old_logprob: Tensor = _UNKNOWN
     advantage: Tensor = _UNKNOWN
     selected: Tensor = _UNKNOWN
@@ -98,7 +99,7 @@ def token_labels(model, head: Head, part: Tokens, temperature: float, k: int) ->
     return linear_top_logprobs(_hidden(model, part), head.weight, k, ignore_index=0, **options)
 
 
-def stats_and_divergence(
+def stats_and_others(
     model,
     head: Head,
     part: Tokens,
@@ -106,9 +107,10 @@ def stats_and_divergence(
     outputs: tuple[str, ...],
     other: SingleProcessStrategy | None,
     kind: str | None,
-) -> tuple[TokenStats, Tensor | None]:
-    """`token_stats`, and at every token the divergence from another model, exact, (B, T), if asked,
-    or from the stored label, whose tokens are read in the same pass as the written one.
+) -> tuple[TokenStats, dict[str, Tensor]]:
+    """`token_stats`; and by their names in `Tokens`, at every token, what there is to compare with:
+    the divergence from another model, exact, (B, T), if asked, or the log-probabilities of the
+    stored ids, (B, T, k), which are read in the same pass as that of the written one.
 
     The other model reads the micro-batch here: in one pass over the answers it does so as often
     as for log-probabilities taken before, and no more than a micro-batch of its hidden states is
@@ -116,11 +118,11 @@ def stats_and_divergence(
     """
     hidden = _hidden(model, part)
     if part.label_ids is not None:
-        return _stats_and_label_kl(hidden, head, part, temperature, outputs)
+        return _stats_and_stored(hidden, head, part, temperature, outputs)
     stats = _token_stats(hidden, head, part, temperature, outputs)
     if other is None or kind is None:
-        return stats, None
-    return stats, _with_other(linear_divergence, hidden, head, part, other, kind=kind)
+        return stats, {}
+    return stats, {"ref_kl": _with_other(linear_divergence, hidden, head, part, other, kind=kind)}
 
 
 def distillation_loss(
@@ -171,16 +173,16 @@ def _of_tokens(
     )
 
 
-def _stats_and_label_kl(
+def _stats_and_stored(
     hidden: Tensor, head: Head, part: Tokens, temperature, outputs
-) -> tuple[TokenStats, Tensor]:
-    """`token_stats` and the KL from the stored label, whose ids stand after the written one."""
-    ids, label = cast(Tensor, part.label_ids), cast(Tensor, part.label_logprob)
+) -> tuple[TokenStats, dict[str, Tensor]]:
+    """`token_stats`, and the log-probabilities of the stored ids, behind the written one's."""
+    ids = cast(Tensor, part.label_ids)
     target = torch.cat([part.input_ids.roll(-1, 1)[..., None], ids], -1)
     stats = _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, target)
     logprob = stats.logprob
-    written = logprob[..., 0].clone()  # FSDP2 wants no views
-    return stats._replace(logprob=written), topk_label_kl(logprob[..., 1:], label)
+    written, stored = (x.clone() for x in (logprob[..., 0], logprob[..., 1:]))  # FSDP2: no views
+    return stats._replace(logprob=written), {"label_current": stored}
 
 
 def _with_other(

@@ -145,7 +145,7 @@ def read_config(folder: str | Path) -> TrainConfig:
         raise FileNotFoundError(f"no run to resume in {folder}: it has no {CONFIG_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return (RLConfig if "objective" in values else TrainConfig).from_dict(values)
+        return (RLConfig if "objective" in values else TrainConfig).from_written(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

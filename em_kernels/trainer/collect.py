@@ -15,9 +15,11 @@ from em_kernels.lm.judge.judges import make_judge
 from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
+from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.rewards import Answers, describe, text_reward
-from em_kernels.trainer.rl_config import TEXT_REWARDS, RLConfig
+from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
+from em_kernels.trainer.shared_settings import TEXT_REWARDS
 
 R = TypeVar("R")
 
@@ -72,11 +74,11 @@ def draw(run: Run, prompts: list[list[int]], update: int, first: int = 0) -> Rol
 def collect(run: Run, order: ProblemOrder, objective: str, update: int) -> Collected:
     """Sample `config.responses` answers.
 
-    With grpo++, groups that are all right or all wrong make room for new problems, for
-    `sampling_rounds` rounds; there may then be fewer answers.
+    Where the objective resamples (grpo++), groups that are all right or all wrong make room for
+    new problems, for `sampling_rounds` rounds; there may then be fewer answers.
     """
     config, lines = order.config, run.metrics.lines
-    dynamic = objective == "grpo++"
+    dynamic = TABLE[objective].resamples
     asked = max((line.get("problems_asked", 0) for line in lines), default=0)
     missing, drawn = config.responses // config.group_size, 0
     seen: list[tuple[Rollout, Answers]] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
+from typing_extensions import Self
+
 from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
 from em_kernels.lm.models import DTYPES
 from em_kernels.lm.settings import (
@@ -218,11 +220,16 @@ class TrainConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
+    def from_dict(cls, values: dict) -> Self:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings of a training run: {sorted(unknown)}")
         return cls(**values)
+
+    @classmethod
+    def from_written(cls, values: dict) -> Self:
+        """Of a run's own file, which an older version may have written."""
+        return cls.from_dict(values)
 
 
 def check_resume(old: TrainConfig, new: TrainConfig) -> None:

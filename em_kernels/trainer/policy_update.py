@@ -17,13 +17,14 @@ from em_kernels.trainer.batch import (
     MicroBatch,
     Tokens,
     micro_batches,
-    stats_and_divergence,
+    stats_and_others,
     token_labels,
     token_stats,
 )
 from em_kernels.trainer.collect import Collected, ProblemOrder, collect
-from em_kernels.trainer.losses import SELECTING, StepLoss, select_tokens, step_loss, step_size
+from em_kernels.trainer.losses import StepLoss, select_tokens, step_loss, step_size
 from em_kernels.trainer.metrics import Clock, answer_metrics, mean_of, mean_over_steps
+from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, score
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
@@ -61,7 +62,7 @@ class PolicyUpdate:
         # sample group_size answers to each problem
         found = collect(run, self.order, objective, update)
         clock.sampled()
-        if objective == "ppl" and self.config.ppl_label == "sampler":
+        if self.config.other_policy(objective).is_sampler:
             self._copy_policy()
         # reward them, and compare each with the others of its group
         tokens, before = self._read(found, objective)
@@ -102,16 +103,16 @@ class PolicyUpdate:
         """The tokens, with old and reference log-probabilities, and statistics of the policy."""
         rollout = found.rollout
         tokens = Tokens(rollout.input_ids, rollout.attention_mask, aligned_mask(rollout))
-        outputs = ["logprob", "entropy", "entropy_slope", "logit_skew"]
+        outputs = ["logprob", "entropy", "entropy_slope", "logit_skew", *TABLE[objective].reads]
         if self.config.reward_of(objective) == "self_certainty":
             outputs.append("self_certainty")
-        before = self._statistics(self.run.strategy, tokens, tuple(outputs))
-        reference = None
-        if self.config.ref_kl > 0 and self.config.exact_kl(objective) is None:
+        before = self._statistics(self.run.strategy, tokens, tuple(dict.fromkeys(outputs)))
+        other, reference = self.config.other_policy(objective), None
+        if other.setting is not None and other.divergence is None:
             reference = self._statistics(self.reference, tokens, ("logprob",))["logprob"]
         known = tokens._replace(old_logprob=before["logprob"], ref_logprob=reference)
-        if objective == "ppl" and self.config.ppl_label == "topk":
-            ids, logprob = read_labels(self.run, tokens, self.config.ppl_label_k)
+        if other.stored:
+            ids, logprob = read_labels(self.run, tokens, other.stored)
             known = known._replace(label_ids=ids, label_logprob=logprob)
         return known, before
 
@@ -134,16 +135,16 @@ class PolicyUpdate:
         return score(self.config, objective, found.answers, reward)
 
     def _rows(self, objective: str, found: Collected, scores: Scores) -> list[int]:
-        """The answers to train on; for ppl in pairs: chosen, rejected, chosen, ..."""
+        """The answers to train on; where they go in pairs: chosen, rejected, chosen, ..."""
         if not found.mixed:
             return []
-        if objective == "ppl":
+        if TABLE[objective].pairs:
             return preference_pairs(scores.reward, found.answers.group)
         return scores.kept.nonzero()[:, 0].tolist()
 
     def _steps(self, objective: str, rows: list[int]) -> Iterator[Tensor]:
         """The rows of each optimiser step."""
-        units = torch.tensor(rows).view(-1, _unit(objective))
+        units = torch.tensor(rows).view(-1, TABLE[objective].unit)
         for _ in range(self.config.epochs if rows else 0):
             order = units[torch.randperm(len(units))]
             for own in order.tensor_split(min(self.config.minibatches, len(units))):
@@ -166,28 +167,27 @@ class PolicyUpdate:
         """
         run, config, on_policy = self.run, self.config, current is not None
         objective = cast(str, stage.policy)
-        if objective in SELECTING:
-            names = ("logprob", "entropy")
-            current = current or self._statistics(run.strategy, tokens, names)
-            chosen = select_tokens(config, objective, tokens, *(current[name] for name in names))
-            tokens = tokens._replace(selected=chosen)
+        entry, other = TABLE[objective], config.other_policy(objective)
+        if entry.select is not None:
+            current = current or self._statistics(run.strategy, tokens, entry.reads)
+            tokens = select_tokens(config, objective, tokens, current)
         coef -= config.em_coef if "em" in stage.objectives else 0.0
         compute = partial(
-            stats_and_divergence,
-            outputs=("logprob", "entropy") if coef else ("logprob",),
+            stats_and_others,
+            outputs=tuple(dict.fromkeys([*entry.outputs, *(["entropy"] if coef else [])])),
             other=self.reference,
-            kind=config.exact_kl(objective),
+            kind=other.divergence,
         )
         size = step_size(config, objective, tokens)
 
         def loss(part: MicroBatch) -> StepLoss:
-            stats, ref_kl = run.strategy.compute(part.tokens, compute)
-            own = part.tokens._replace(ref_kl=ref_kl)
+            stats, others = run.strategy.compute(part.tokens, compute)
+            own = part.tokens._replace(**others)
             if on_policy:
                 own = own._replace(old_logprob=stats.logprob.detach())
             return step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
 
-        sums = take_step(run, update, step, self._parts(tokens, _unit(objective)), loss)
+        sums = take_step(run, update, step, self._parts(tokens, TABLE[objective].unit), loss)
         number, kept = max(sums.pop("tokens"), 1), ("loss", "grad_norm")
         return {name: value if name in kept else value / number for name, value in sums.items()}
 
@@ -269,8 +269,3 @@ def accumulate_gradients(
             for name, value in {"loss": loss.item(), **more}.items():
                 sums[name] = sums.get(name, 0.0) + value
     return dict(zip(sums, run.ranks.sum(*sums.values())))
-
-
-def _unit(objective: str) -> int:
-    """Rows that belong together: one answer, or a pair of them."""
-    return 2 if objective == "ppl" else 1

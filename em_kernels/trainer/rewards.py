@@ -9,7 +9,7 @@ from torch import Tensor
 
 from em_kernels.lm.problems import Problem
 from em_kernels.objectives.advantages import group_advantage
-from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, semantic_entropy
+from em_kernels.objectives.empo import answer_clusters, empo_reward
 from em_kernels.objectives.l_grpo import l_grpo_reward
 from em_kernels.objectives.rewards import (
     format_reward,
@@ -20,6 +20,7 @@ from em_kernels.objectives.rewards import (
     self_certainty_reward,
     verified_reward,
 )
+from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.rl_config import RLConfig
 
 
@@ -54,7 +55,7 @@ def describe(
     correct = cluster = None
     if all(task.answer is not None for task in tasks):
         correct = verified_reward(texts, [task.answer for task in tasks], judge=judge)
-    if objective == "empo" or config.reward_of(objective) in ("majority", "empo"):
+    if TABLE[objective].keeps or config.reward_of(objective) in ("majority", "empo"):
         cluster = answer_clusters(texts, group, judge=judge)
     return Answers(group, length, correct, cluster)
 
@@ -89,13 +90,10 @@ def model_reward(name: str, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def score(config: RLConfig, objective: str, answers: Answers, reward: Tensor) -> Scores:
-    """Advantages within the groups; `kept` is False where empo's thresholds leave a problem out."""
+    """Advantages within the groups; `kept` is False where the objective leaves a problem out."""
     advantage = group_advantage(reward, answers.group, normalize_std=config.normalize_std)
-    kept = torch.ones_like(reward, dtype=torch.bool)
-    if objective == "empo":
-        uncertain = semantic_entropy(answers.cluster, answers.group)
-        kept = empo_mask(uncertain, low=config.empo_low, high=config.empo_high)
-    return Scores(reward, advantage, kept)
+    keeps, every = TABLE[objective].keeps, torch.ones_like(reward, dtype=torch.bool)
+    return Scores(reward, advantage, every if keeps is None else keeps(config, answers))
 
 
 def preference_pairs(reward: Tensor, group: Tensor) -> list[int]:

@@ -13,7 +13,8 @@ from em_kernels.trainer.distillation import DistillationUpdate
 
 
 def opd(**changes):
-    base = dict(objective="opd", problems=(), prompts=("1 2", "4 5 6"), group_size=1, updates=1)
+    base = dict(problems=(), prompts=("1 2", "4 5 6"), updates=1)
+    base |= {} if "schedule" in changes else dict(objective="opd")
     return rl_settings(**{**base, **changes})
 
 

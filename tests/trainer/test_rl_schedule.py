@@ -64,8 +64,9 @@ def test_one_answer_to_a_problem_is_nothing_to_compare(objective):
 
 @pytest.mark.parametrize("objective", WITHOUT_REWARDS)
 def test_entropy_minimisation_and_distillation_compare_nothing(objective):
-    assert rl_settings(objective=objective, group_size=1).group_size == 1
     assert rl_settings(objective=objective, responses=7).responses == 7
+    with pytest.raises(ValueError, match="group_size is for objectives with rewards, got 1 for"):
+        rl_settings(objective=objective, group_size=1)
     alone = rl_settings(objective=objective, problems=(), prompts=("1 2",))
     assert alone.prompt_texts == alone.all_texts == ("1 2",)
 
@@ -142,7 +143,10 @@ def test_the_coefficient_moves_toward_the_target_and_starts_where_it_is_told():
         (dict(objective="kl_cov", ref_kl=0.1), "ref_kl must be 0 with kl_cov"),
         (dict(compat="official"), "compat must be one of"),
         (dict(kl_estimator="k4"), "kl_estimator must be one of"),
-        (dict(kl_estimator="exact"), "kl_estimator 'exact' is the form of a penalty that ref_kl w"),
+        (
+            dict(kl_estimator="exact"),
+            "kl_estimator is for a penalty that ref_kl weighs, got 'exact'",
+        ),
         (dict(objective="opd", problems=()), "problems or prompts must be given for 'opd', got n"),
         (dict(schedule="opd:1,grpo", problems=(), prompts=("1",)), "problems must be given for 'o"),
         (dict(teacher="m"), "teacher is for the objective 'opd', got 'm' for 'grpo': leave it"),

@@ -305,6 +305,23 @@ def test_a_mixed_stage_adds_the_weighted_mean_entropy(monkeypatch):
     assert torch.equal(mixed, negative) and not torch.allclose(mixed, plain)
 
 
+def test_pairs_have_an_entropy_bonus_too(monkeypatch):
+    """Of the mean over answers of each one's mean entropy, in mixed stages and by itself."""
+    steps = Steps(monkeypatch)
+    base = dict(updates=1, minibatches=1)
+    run_rl(rl_settings(**base, schedule="em+ppl", em_coef=0.3))
+    run_rl(rl_settings(**base, objective="ppl", entropy_coef=-0.3))
+    mixed, negative = steps.gradients
+    assert torch.equal(mixed, negative)
+    model, (tokens, _) = make_model(), steps.tokens
+    logprob, entropy = plain_statistics(model, tokens)
+    loss = plain_loss(rl_settings(objective="ppl"), "ppl", logprob, entropy, tokens, None, None)
+    per_answer = (entropy * tokens.loss_mask).sum(1) / tokens.loss_mask.sum(1)
+    (loss + 0.3 * per_answer.mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (mixed - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_grpo_plus_plus_trains_on_mixed_groups_and_asks_new_problems(monkeypatch):
     steps = Steps(monkeypatch)
     problems = tuple((str(i % 10) + " " + str(i // 10), "1") for i in range(40))

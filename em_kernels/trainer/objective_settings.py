@@ -1,0 +1,74 @@
+"""Settings of single objectives: their names start with what they are of, or their help does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from em_kernels.backends.pair import KINDS
+from em_kernels.lm.settings import (
+    at_least,
+    finite,
+    fraction,
+    not_negative,
+    path_text,
+    positive,
+    share,
+)
+from em_kernels.trainer.objective_table import WHOLE_LABELS
+from em_kernels.trainer.shared_settings import SharedSettings, rl_setting
+
+PPL_LABELS = ("pseudo", "none", "topk", *WHOLE_LABELS)
+OPD_WEIGHTS = ("none", "teacher_entropy")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings(SharedSettings):
+    """The part of `RLConfig` that is of single objectives."""
+
+    cov_lower: float = rl_setting(1.0, "clip_cov: least covariance", check=finite)
+    cov_upper: float = rl_setting(5.0, "clip_cov: largest covariance", check=finite)
+    kl_cov_coef: float = rl_setting(1.0, "kl_cov: weight of the penalty", check=not_negative)
+    empo_low: float = rl_setting(
+        0.0, "empo: least semantic entropy of a problem that is kept, nats", check=finite
+    )
+    empo_high: float = rl_setting(10.0, "empo: largest, nats", check=finite)
+    sampling_rounds: int = rl_setting(
+        3,
+        "how often grpo++ draws new problems in the place of those whose answers are all right or "
+        "all wrong, the first draw included",
+        check=at_least(1),
+    )
+    gamma: float = rl_setting(0.9, "ppl: discount", check=fraction)
+    alpha: float = rl_setting(1.0, "ppl: scale of the regret", check=positive)
+    ppl_label: str = rl_setting(
+        "pseudo",
+        "ppl: label of the segments; with the exact KL at every token: sampler, the policy that "
+        "drew them, of which a copy is made in every update, or reference, the initial model; "
+        "topk, what is stored of the sampler: its `ppl_label_k` likeliest tokens, others as one",
+        choices=PPL_LABELS,
+    )
+    ppl_label_k: int = rl_setting(
+        20, "ppl: how many tokens at every place are stored as label topk", check=at_least(1)
+    )
+    teacher: str | None = rl_setting(
+        None,
+        "opd: the model to learn from, a folder or a hub name, of the same vocabulary; every rank "
+        "holds it whole, in `dtype`",
+        check=path_text,
+        metavar="MODEL",
+    )
+    opd_kind: str = rl_setting(
+        "reverse_kl",
+        "opd: the divergence between the student p and the teacher q: forward_kl is KL(q || p), "
+        "reverse_kl KL(p || q), js Jensen-Shannon",
+        choices=KINDS,
+    )
+    opd_beta: float = rl_setting(
+        0.5, "opd: weight of the teacher in the mixture of js, in [0, 1]", check=share
+    )
+    opd_weight: str = rl_setting(
+        "none",
+        "opd: weight of every token; teacher_entropy: the entropy of the teacher there over its "
+        "mean over the tokens of the update",
+        choices=OPD_WEIGHTS,
+    )

@@ -1,0 +1,195 @@
+"""The objectives by name: for each its settings, its loss and what it needs besides.
+
+A new one is a loss in `em_kernels.objectives`, its settings in `objective_settings`, and an entry
+here; nothing else in the trainer knows objectives by their names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from em_kernels.backends.interface import TokenStats
+from em_kernels.objectives._inputs import PolicyLoss
+from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
+from em_kernels.objectives.empo import empo_mask, semantic_entropy
+from em_kernels.objectives.grpo import grpo_loss
+from em_kernels.objectives.high_entropy import high_entropy_loss
+from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
+from em_kernels.objectives.ppl import ppl_loss, pseudo_label_kl, topk_label_kl
+from em_kernels.ops.covariance import high_entropy_mask
+from em_kernels.trainer.batch import Tokens
+from em_kernels.trainer.objective_entry import ObjectiveEntry, OtherPolicy, looks_at
+
+if TYPE_CHECKING:
+    from em_kernels.trainer.rewards import Answers
+    from em_kernels.trainer.rl_config import RLConfig
+
+WHOLE_LABELS = ("sampler", "reference")  # policies that are there, with all their probabilities
+EXACT = "exact"  # the KL itself in place of an estimate of it
+BINARY_REWARDS = ("verified", "majority", "format", "random")
+
+
+# Losses of a micro-batch
+
+
+def _inputs(stats: TokenStats, part: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cast(Tensor, stats.logprob), part.old_logprob, part.advantage, part.loss_mask
+
+
+def _clip(config: RLConfig, objective: str) -> dict[str, Any]:
+    return {name: config.setting(name, objective) for name in ("clip_low", "clip_high")}
+
+
+def _grpo(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    return grpo_loss(
+        *_inputs(stats, part),
+        ref_logprob=part.ref_logprob,
+        ref_kl=part.ref_kl,
+        kl_coef=config.ref_kl,
+        kl_estimator=config.kl_estimator,
+        **_clip(config, objective),
+    )
+
+
+def _clip_cov(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    return clip_cov_loss(*_inputs(stats, part), part.selected, **_clip(config, objective))
+
+
+def _kl_cov(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    return kl_cov_loss(*_inputs(stats, part), part.selected, kl_coef=config.kl_cov_coef)
+
+
+def _high_entropy(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    return high_entropy_loss(*_inputs(stats, part), part.selected, **_clip(config, objective))
+
+
+def _ppl(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    """Rows take turns: chosen, rejected, chosen, ..."""
+    logprob, mask, kl = cast(Tensor, stats.logprob), part.loss_mask, part.ref_kl
+    if config.ppl_label == "pseudo":
+        kl = pseudo_label_kl(logprob)
+    elif part.label_current is not None:
+        kl = topk_label_kl(part.label_current, cast(Tensor, part.label_logprob))
+    options: dict[str, Any] = dict(gamma=config.gamma, alpha=config.alpha, length_normalize=True)
+    if kl is not None:
+        options |= dict(chosen_kl=kl[0::2], rejected_kl=kl[1::2])
+    loss, metrics = ppl_loss(logprob[0::2], logprob[1::2], mask[0::2], mask[1::2], **options)
+    return PolicyLoss(loss, {f"pair_{name}": value for name, value in metrics.items()})
+
+
+# First phases, over all the tokens of a step
+
+
+def _select_clip_cov(config: RLConfig, objective: str, tokens: Tokens, now: dict) -> Tokens:
+    selected = clip_cov_selection(
+        now["logprob"],
+        tokens.old_logprob,
+        tokens.advantage,
+        tokens.loss_mask,
+        ratio=config.setting("ratio", objective),
+        lower=config.cov_lower,
+        upper=config.cov_upper,
+        **_clip(config, objective),
+    )
+    return tokens._replace(selected=selected)
+
+
+def _select_kl_cov(config: RLConfig, objective: str, tokens: Tokens, now: dict) -> Tokens:
+    inputs, ratio = (tokens.advantage, tokens.loss_mask), config.setting("ratio", objective)
+    return tokens._replace(selected=kl_cov_selection(now["logprob"], *inputs, ratio=ratio))
+
+
+def _select_high_entropy(config: RLConfig, objective: str, tokens: Tokens, now: dict) -> Tokens:
+    inputs, ratio = (now["entropy"], tokens.loss_mask), config.setting("ratio", objective)
+    return tokens._replace(selected=high_entropy_mask(*inputs, ratio=ratio))
+
+
+# Other policies, and answers
+
+
+def _reference(config: RLConfig) -> OtherPolicy:
+    """The initial model, where it has a weight."""
+    if config.ref_kl == 0:
+        return OtherPolicy()
+    return OtherPolicy("ref_kl", "reverse_kl" if config.kl_estimator == EXACT else None)
+
+
+def _ppl_label(config: RLConfig) -> OtherPolicy:
+    if config.ppl_label in WHOLE_LABELS:
+        return OtherPolicy("ppl_label", "forward_kl", config.ppl_label == "sampler")
+    return OtherPolicy(stored=config.ppl_label_k if config.ppl_label == "topk" else 0)
+
+
+def _uncertain(config: RLConfig, answers: Answers) -> Tensor:
+    entropy = semantic_entropy(answers.cluster, answers.group)
+    return empo_mask(entropy, low=config.empo_low, high=config.empo_high)
+
+
+# The table
+
+_PROMPTED = looks_at("prompts", "reduction")
+_REWARDED = looks_at(
+    "group_size",
+    "reward",
+    "judge",
+    "epochs",
+    "minibatches",
+    "normalize_std",
+    "max_length",
+    "measure_change",
+    "entropy_target",
+    "entropy_step",
+    entropy_coef=0.0,
+)
+_POLICY = {**_REWARDED, **looks_at("reduction")}
+_CLIPPED = looks_at(clip_low=0.2, clip_high=0.2)
+_HIGHER = looks_at(clip_low=0.2, clip_high=0.28)
+_GRPO = {**_POLICY, **looks_at("ref_kl", "kl_estimator"), **_CLIPPED}
+
+TABLE = {
+    "em": ObjectiveEntry(_PROMPTED),
+    "opd": ObjectiveEntry(
+        {**_PROMPTED, **looks_at("teacher", "opd_kind", "opd_beta", "opd_weight")}
+    ),
+    "grpo": ObjectiveEntry(_GRPO, _grpo, other=_reference),
+    "grpo++": ObjectiveEntry(
+        {**_GRPO, **_HIGHER, **looks_at("sampling_rounds", entropy_coef=1e-3)},
+        _grpo,
+        resamples=True,
+        other=_reference,
+    ),
+    "l-grpo": ObjectiveEntry({**_GRPO, **_HIGHER}, _grpo, reward="l-grpo", other=_reference),
+    "clip_cov": ObjectiveEntry(
+        {
+            **_POLICY,
+            **looks_at("cov_lower", "cov_upper", clip_low=1.0, clip_high=1.0, ratio=2e-4),
+        },
+        _clip_cov,
+        select=_select_clip_cov,
+    ),
+    "kl_cov": ObjectiveEntry(
+        {**_POLICY, **looks_at("kl_cov_coef", ratio=2e-3)}, _kl_cov, select=_select_kl_cov
+    ),
+    "high_entropy": ObjectiveEntry(
+        {**_POLICY, **_HIGHER, **looks_at(ratio=0.2)}, _high_entropy, select=_select_high_entropy
+    ),
+    "entropy_bonus": ObjectiveEntry(
+        {**_GRPO, **looks_at(entropy_coef=1e-2)}, _grpo, other=_reference
+    ),
+    "empo": ObjectiveEntry(
+        {**_GRPO, **looks_at("empo_low", "empo_high")},
+        _grpo,
+        reward="empo",
+        keeps=_uncertain,
+        other=_reference,
+    ),
+    "ppl": ObjectiveEntry(
+        {**_REWARDED, **looks_at("gamma", "alpha", "ppl_label", "ppl_label_k")},
+        _ppl,
+        pairs=True,
+        other=_ppl_label,
+    ),
+}
+OBJECTIVES = tuple(TABLE)

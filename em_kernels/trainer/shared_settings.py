@@ -1,0 +1,150 @@
+"""Settings of reinforcement learning and distillation that most objectives have.
+
+Those of one objective or a few are in `objective_settings`; which objective looks at which is in
+`objective_table`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from em_kernels.lm.judge.judges import JUDGES
+from em_kernels.lm.problems import (
+    ANSWER_FIELD,
+    FIELD_SHOWN,
+    FILES,
+    PROBLEM_FIELD,
+    SPLIT,
+    TEMPLATE,
+    TEMPLATE_SHOWN,
+)
+from em_kernels.lm.settings import (
+    at_least,
+    finite,
+    fraction,
+    not_negative,
+    positive,
+    redefined,
+    setting,
+)
+from em_kernels.objectives.aggregation import AGGREGATIONS
+from em_kernels.objectives.kl import KL_ESTIMATORS
+from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.objective_table import EXACT, OBJECTIVES
+
+TEXT_REWARDS = ("verified", "majority", "empo", "l-grpo", "length", "random", "format")
+MODEL_REWARDS = ("negative_entropy", "self_certainty")
+REWARDS = TEXT_REWARDS + MODEL_REWARDS
+OWN = "the objective's own"
+
+rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
+
+
+@dataclass(frozen=True)
+class SharedSettings(TrainConfig):
+    """The part of `RLConfig` that is no one objective's."""
+
+    objective: str = rl_setting(
+        "grpo", "what to train for", choices=OBJECTIVES, shown="grpo; em on the command line"
+    )
+    schedule: str | None = rl_setting(
+        None,
+        "stages instead of one objective, NAME[:UPDATES][@RATE],...: em:10,grpo or em+kl_cov",
+    )
+    problems: str | tuple = rl_setting(
+        (),
+        f"{FILES}, or (problem, answer) pairs; the answer may be missing (None) where the reward "
+        "does not look at it; em and opd do with `prompts` alone",
+        metavar="FILE|PRESET",
+        shown="none",
+    )
+    prompts: tuple[str, ...] = redefined(
+        TrainConfig,
+        "prompts",
+        (),
+        help="what stages of em and opd sample from",
+        shown="the problems",
+    )
+    template: str | None = rl_setting(None, TEMPLATE, shown=TEMPLATE_SHOWN)
+    problem_field: str | None = rl_setting(None, PROBLEM_FIELD, shown=FIELD_SHOWN)
+    answer_field: str | None = rl_setting(None, ANSWER_FIELD, shown=FIELD_SHOWN)
+    split: str | None = rl_setting(None, SPLIT, shown="train")
+    group_size: int = rl_setting(
+        8,
+        "answers to each problem of an update, 2 or more, which the advantage (for ppl: the "
+        "preference) compares; `responses` is a multiple of it",
+        check=at_least(1),
+    )
+    reward: str | None = rl_setting(
+        None, "what an answer is worth", choices=(None, *REWARDS), shown=OWN
+    )
+    judge: str = rl_setting("auto", "what decides whether an answer is right", choices=JUDGES)
+    epochs: int = rl_setting(1, "passes over the answers of an update", check=at_least(1))
+    minibatches: int = rl_setting(2, "optimiser steps each pass", check=at_least(1))
+    normalize_std: bool = rl_setting(
+        True, "divide advantages by the standard deviation of the group"
+    )
+    reduction: str = redefined(
+        TrainConfig,
+        "reduction",
+        help="of the loss: mean over all tokens; over each answer and then over answers; or sum "
+        "over each answer and then mean over answers",
+        choices=AGGREGATIONS,
+    )
+    clip_low: float | None = rl_setting(
+        None,
+        "clip bound below 1 of the ratio to the policy that sampled",
+        check=not_negative,
+        shown=OWN,
+    )
+    clip_high: float | None = rl_setting(None, "and above 1", check=not_negative, shown=OWN)
+    ratio: float | None = rl_setting(
+        None,
+        "fraction of the tokens that clip_cov, kl_cov and high_entropy select (published: 2e-4, "
+        "2e-3, 0.2; the first two for batches of a million tokens: with fewer, raise them)",
+        check=fraction,
+        shown=OWN,
+    )
+    ref_kl: float = rl_setting(
+        0.0,
+        "weight of a KL penalty to the initial model, for objectives built on `grpo_loss`; above 0 "
+        "a copy of that model is kept",
+        check=not_negative,
+    )
+    kl_estimator: str = rl_setting(
+        "k3",
+        "form of that penalty: an estimate from the sampled tokens, or the exact KL over the whole "
+        "vocabulary",
+        choices=(*KL_ESTIMATORS, EXACT),
+    )
+    entropy_coef: float | None = rl_setting(
+        None, "weight of the entropy bonus, loss units per nat", check=finite, shown=OWN
+    )
+    entropy_target: float | None = rl_setting(
+        None,
+        "steer the entropy bonus toward this mean entropy (nats), whatever the objective",
+        check=not_negative,
+    )
+    entropy_step: float = rl_setting(
+        0.005, "how far the weight of the bonus moves in an update, with a target", check=positive
+    )
+    em_coef: float = rl_setting(
+        0.1, "weight of the mean entropy in mixed stages (em+NAME)", check=not_negative
+    )
+    max_length: int | None = rl_setting(
+        None,
+        "L_max of the length rewards, tokens",
+        check=at_least(1),
+        shown="max_new_tokens",
+    )
+    measure_change: bool = rl_setting(
+        True, "read the entropy again after each update: one more forward pass"
+    )
+    updates: int = redefined(TrainConfig, "updates", 100)
+    learning_rate: float = redefined(TrainConfig, "learning_rate", 1e-6)
+    loss_temperature: float = redefined(TrainConfig, "loss_temperature", 1.0)
+    sampling_temperature: float = redefined(TrainConfig, "sampling_temperature", 1.0)
+    top_p: float = redefined(TrainConfig, "top_p", 1.0)
+    repetition_penalty: float = redefined(TrainConfig, "repetition_penalty", 1.0)
+    compat: str | None = redefined(TrainConfig, "compat", help="of em alone", choices=(None,))

@@ -1,0 +1,132 @@
+"""Settings that a run does not look at: refused where they are given, forgotten where they were.
+
+A setting is looked at where the entry of a stage's objective names it, or no entry does, and, for
+those of `CONDITIONS`, where the other settings let it act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from em_kernels.trainer.objective_table import TABLE
+from em_kernels.trainer.schedule import Stage
+
+if TYPE_CHECKING:
+    from em_kernels.trainer.rl_config import RLConfig
+
+SHOWN = 60
+THROUGHOUT = ("ref_kl",)
+"""What holds the policy in a stage must hold it in all with rewards."""
+
+
+class Condition(NamedTuple):
+    """When a setting acts, what it is for in words, and what stands against it."""
+
+    holds: Callable[[RLConfig], bool]
+    words: str
+    against: Callable[[RLConfig], str]
+
+
+def _on(name: str, words: str, good: Callable[[Any], bool]) -> Condition:
+    """Of one other setting."""
+    return Condition(
+        lambda config: good(getattr(config, name)),
+        words,
+        lambda config: f"with {name}={_short(getattr(config, name))}",
+    )
+
+
+def _run(config: RLConfig) -> str:
+    return f"for {config.schedule or config.objective!r}"
+
+
+_PROBLEMS = _on("problems", "problems", lambda value: len(value) > 0)
+CONDITIONS = {
+    "objective": _on("schedule", "runs without a schedule", lambda value: value is None),
+    "problems": Condition(
+        lambda config: any(stage.policy for stage in config.stages) or not config.prompts,
+        "stages with rewards, and others where there are no prompts",
+        lambda config: f"with prompts={_short(config.prompts)} {_run(config)}",
+    ),
+    **dict.fromkeys(("template", "problem_field", "answer_field", "split"), _PROBLEMS),
+    "em_coef": Condition(
+        lambda config: any(len(stage.objectives) > 1 for stage in config.stages),
+        "mixed stages (em+NAME)",
+        _run,
+    ),
+    "max_length": Condition(
+        lambda config: bool({"length", "l-grpo"} & {*_rewards(config)}),
+        "the rewards 'length' and 'l-grpo'",
+        lambda config: f"with {', '.join(map(repr, _rewards(config)))}",
+    ),
+    "kl_estimator": _on("ref_kl", "a penalty that ref_kl weighs", lambda value: value > 0),
+    "entropy_step": _on("entropy_target", "an entropy_target", lambda value: value is not None),
+    "ppl_label_k": _on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
+    "opd_beta": _on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
+}
+
+
+def check_used(config: RLConfig) -> None:
+    """Refuse a setting that differs from its default where no stage looks at it.
+
+    Raises:
+        ValueError: naming the setting, what it is for, and what was received.
+    """
+    for name in THROUGHOUT:
+        _check_throughout(config, name)
+    for name, reason in unused(config).items():
+        raise ValueError(f"{name} is for {reason}: leave it out")
+
+
+def unused(config: RLConfig) -> dict[str, str]:
+    """Of every such setting, what it is for and what was received."""
+    looked_at = {name for stage in config.stages for name in _looked_at(stage)}
+    found: dict[str, str] = {}
+    for item in fields(config):
+        name, value = item.name, getattr(config, item.name)
+        if value == item.default:
+            continue
+        readers, condition = _readers(name), CONDITIONS.get(name)
+        if readers and name not in looked_at:
+            found[name] = f"{_listed(readers)}, got {_short(value)} {_run(config)}"
+        elif condition is not None and not condition.holds(config):
+            found[name] = f"{condition.words}, got {_short(value)} {condition.against(config)}"
+    return found
+
+
+def _looked_at(stage: Stage) -> Sequence[str]:
+    """Of em and another, em adds its weight alone."""
+    return tuple(TABLE[stage.objectives[-1]].settings)
+
+
+def _readers(name: str) -> list[str]:
+    """The objectives that look at a setting; none where every run does."""
+    return [objective for objective, entry in TABLE.items() if name in entry.settings]
+
+
+def _check_throughout(config: RLConfig, name: str) -> None:
+    policies = [stage.policy for stage in config.stages if stage.policy]
+    without = [policy for policy in policies if name not in TABLE[policy].settings]
+    if getattr(config, name) and without:
+        raise ValueError(
+            f"{name} must be 0 with {without[0]}, got {getattr(config, name)!r}: it is for "
+            f"{_listed(_readers(name))}, in all stages with rewards"
+        )
+
+
+def _rewards(config: RLConfig) -> list[str]:
+    return [config.reward_of(stage.policy) for stage in config.stages if stage.policy]
+
+
+def _listed(objectives: Sequence[str]) -> str:
+    if list(objectives) == [name for name, entry in TABLE.items() if entry.loss is not None]:
+        return "objectives with rewards"
+    *others, last = map(repr, objectives)
+    return f"the objectives {', '.join(others)} and {last}" if others else f"the objective {last}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

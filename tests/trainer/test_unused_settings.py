@@ -1,0 +1,137 @@
+"""A setting that no stage of a run looks at is refused, and forgotten where an old run has it."""
+
+import json
+import re
+from dataclasses import fields, replace
+
+import pytest
+from rl_runs import PROBLEMS, rl_settings, run_rl
+from trainer_runs import without_times
+
+from em_kernels import cli
+from em_kernels.lm.settings import settings_of
+from em_kernels.trainer import RLConfig, read_config
+from em_kernels.trainer.objective_table import OBJECTIVES, TABLE
+from em_kernels.trainer.schedule import WITHOUT_REWARDS
+from em_kernels.trainer.unused_settings import CONDITIONS
+
+POLICY = [name for name in OBJECTIVES if name not in WITHOUT_REWARDS]
+NAMES = sorted({name for entry in TABLE.values() for name in entry.settings})
+NEEDED = {  # to make a setting act that only does with another one
+    "kl_estimator": dict(ref_kl=0.1),
+    "entropy_step": dict(entropy_target=0.3),
+    "ppl_label_k": dict(ppl_label="topk"),
+    "opd_beta": dict(opd_kind="js"),
+    "max_length": dict(reward="length"),
+}
+
+
+def another(name: str):
+    """A value that the setting may have and by default has not."""
+    item = next(item for item in fields(RLConfig) if item.name == name)
+    told = settings_of(RLConfig)[name]
+    given = {"prompts": ("1 2",), "teacher": "m", "reward": "random"}
+    given |= {"max_length": 3, "cov_upper": 9.0}
+    if name in given:
+        return given[name]
+    if told.choices:
+        return next(choice for choice in reversed(told.choices) if choice != item.default)
+    if isinstance(item.default, bool):
+        return not item.default
+    if isinstance(item.default, int):
+        return item.default + 1 if name != "group_size" else 4
+    return 0.5 if item.default is None or item.default != 0.5 else 0.25
+
+
+def run_of(objective: str, **changes) -> RLConfig:
+    texts = {} if "prompts" in changes and TABLE[objective].loss is None else {"problems": PROBLEMS}
+    return RLConfig(objective=objective, responses=8, **{**texts, **changes})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_is_looked_at_or_refused(name, objective):
+    change = {name: another(name)}
+    if name in TABLE[objective].settings:
+        if TABLE[objective].resamples and name == "max_length":
+            return  # its rewards are 0 or 1, never lengths
+        config = run_of(objective, **{**NEEDED.get(name, {}), **change})
+        assert getattr(config, name) == change[name]
+        return
+    message = rf"{name} (is for|must be 0 with) .*, got .*for {re.escape(repr(objective))}: leave"
+    if name == "ref_kl" and objective in POLICY:
+        message = f"ref_kl must be 0 with {re.escape(objective)}, got 0.5: it is for the objectives"
+    with pytest.raises(ValueError, match=message):
+        run_of(objective, **change)
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDED if name != "max_length"])
+def test_a_setting_that_waits_for_another_is_refused_without_it(name):
+    objective = next(n for n in OBJECTIVES if name in TABLE[n].settings)
+    with pytest.raises(ValueError, match=f"{name} is for .*, got .* with .*: leave it out"):
+        run_of(objective, **{name: another(name)})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(objective="kl_cov", schedule="em:1,grpo"),
+            "objective is for runs without a schedule, got 'kl_cov' with schedule='em:1,grpo'",
+        ),
+        (dict(em_coef=0.3), r"em_coef is for mixed stages \(em.NAME\), got 0.3 for 'grpo': leave"),
+        (dict(schedule="em:1,grpo", em_coef=0.3), "em_coef is for mixed stages"),
+        (dict(prompts=("1",)), r"prompts is for the objectives 'em' and 'opd', got \('1',\) for"),
+        (dict(schedule="em+grpo", prompts=("1",)), "prompts is for the objectives 'em' and 'opd'"),
+        (dict(objective="opd", prompts=("1",)), "problems is for stages with rewards, and others"),
+        (dict(reward="random", max_length=3), "max_length is for the rewards .*, got 3 with 'ran"),
+        (dict(schedule="grpo:1,clip_cov", ref_kl=0.1), "ref_kl must be 0 with clip_cov, got 0.1"),
+        (dict(schedule="em:1,grpo", gamma=0.5), "gamma is for the objective 'ppl', got 0.5 for"),
+        (dict(group_size=2, objective="em"), "group_size is for objectives with rewards, got 2"),
+    ],
+)
+def test_what_a_run_does_not_look_at_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rl_settings(**changes)
+    assert set(CONDITIONS) <= {item.name for item in fields(RLConfig)}
+
+
+def test_one_stage_that_looks_is_enough():
+    stages = "opd:1,em+clip_cov:1,ppl"
+    config = rl_settings(
+        schedule=stages, updates=3, gamma=0.5, cov_lower=0.0, em_coef=0.3, teacher="m", ratio=0.1
+    )
+    assert (config.gamma, config.cov_lower) == (0.5, 0.0)
+    assert rl_settings(schedule="em:1,grpo", prompts=("1",)).prompt_texts == ("1",)
+    alone = rl_settings(objective="opd", problems=(), prompts=("1",), reduction="sequence_mean")
+    assert alone.all_texts == ("1",)
+
+
+def test_a_template_needs_problems():
+    with pytest.raises(ValueError, match=r"template is for problems, got '.*' with problems=\(\)"):
+        rl_settings(objective="opd", problems=(), prompts=("1",), template="{problem}!")
+
+
+def test_an_old_run_with_such_settings_goes_on(tmp_path):
+    """As it was: they did nothing."""
+    config = rl_settings(output=str(tmp_path), updates=1)
+    run_rl(config)
+    path = tmp_path / "train_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "gamma": 0.5, "prompts": ["1"], "ppl_label_k": 3}))
+    assert read_config(tmp_path) == config
+    with pytest.raises(ValueError, match="gamma is for the objective 'ppl'"):
+        RLConfig.from_dict({**written, "gamma": 0.5})
+    lines = run_rl(replace(config, updates=2), resume=True).metrics
+    whole = run_rl(replace(config, output=None, updates=2)).metrics
+    assert without_times(lines) == without_times(whole)
+
+
+def test_flags_are_refused_by_name(tmp_path, capsys):
+    problems = tmp_path / "p.jsonl"
+    problems.write_text('{"problem": "1 + 1", "answer": 2}\n')
+    words = ["train", "--model", "m", "--output", str(tmp_path / "run"), "--objective", "grpo"]
+    for option, told in {"--prompt": "prompts is for", "--opd-weight": "opd_weight is for"}.items():
+        value = "teacher_entropy" if option == "--opd-weight" else "x"
+        assert cli.main([*words, "--problems", str(problems), option, value]) == 2
+        assert told in capsys.readouterr().err
