@@ -45,10 +45,16 @@ from em_kernels.objectives.rewards import (
     self_certainty_reward,
     verified_reward,
 )
+from em_kernels.objectives.rollout_correction import (
+    RolloutWeight,
+    rollout_difference,
+    rollout_weight,
+)
 
 __all__ = [
     "PolicyLoss",
     "PreferenceLoss",
+    "RolloutWeight",
     "active_entropy_coef",
     "aggregate_loss",
     "aggregation_denominator",
@@ -88,6 +94,8 @@ __all__ = [
     "pseudo_label_kl",
     "random_reward",
     "repo_advantage",
+    "rollout_difference",
+    "rollout_weight",
     "segment_regret",
     "self_certainty_reward",
     "semantic_entropy",
