@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from em_kernels.lm.heads import causal_lm
+from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.models import require_transformers
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.ranks import Ranks
@@ -31,6 +32,11 @@ class Sampling:
     max_new_tokens: int = 2048
     min_p: float = 0.0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are cut off before one is drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 class Rollout(NamedTuple):
     """B prompts and their sampled answers: [PAD ... prompt | answer ... PAD], T columns.
@@ -40,7 +46,8 @@ class Rollout(NamedTuple):
     themselves. `logprob`, float32, is at every generated token its log-probability under the
     distribution that it was drawn from, after repetition penalty, temperature and truncation, and 0
     elsewhere; None where the sampler does not say. At temperature 0 that distribution is of one
-    token, and every log-probability 0.
+    token, and every log-probability 0. `kept` are the sets of ids that truncation left there, and
+    that the distribution is of; None where nothing was cut off or the sampler does not say.
     """
 
     input_ids: Tensor
@@ -48,6 +55,7 @@ class Rollout(NamedTuple):
     response_mask: Tensor
     finished: Tensor
     logprob: Tensor | None = None
+    kept: KeptSets | None = None
 
     @property
     def prompt_width(self) -> int:
@@ -63,15 +71,17 @@ class Rollout(NamedTuple):
         return [ids[mask] for ids, mask in zip(self.input_ids, self.response_mask)]
 
     def to(self, device: torch.device) -> Rollout:
-        moved = {name: part.to(device) for name, part in self._asdict().items() if part is not None}
-        return self._replace(**moved)
+        """The sets stay where they are."""
+        parts: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in self]
+        return Rollout(*parts)
 
 
 class Drawn(NamedTuple):
-    """The answers of a batch, (B, W) ids, and the log-probabilities that they were drawn with."""
+    """The answers of a batch, (B, W) ids, and what they were drawn from, as in `Rollout`."""
 
     ids: Tensor
     logprob: Tensor
+    kept: KeptSets | None = None
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -115,6 +125,7 @@ def sample(
     ranks: Ranks | None = None,
     *,
     seeds: Sequence[int] | None = None,
+    keep_sets: bool = False,
 ) -> Rollout:
     """One answer to each prompt (token ids), `batch` at a time.
 
@@ -124,6 +135,7 @@ def sample(
 
     Args:
         seeds: one for each prompt; None takes them from torch's global random state.
+        keep_sets: give `Rollout.kept` where something is cut off; see `KeptSets` for the memory.
     """
     ranks = ranks or Ranks()
     ends = end_tokens(model, tokenizer)
@@ -139,10 +151,13 @@ def sample(
         draws = None
         if sampling.temperature > 0:
             own = [seeds[row] for row in rows]
-            draws = SeededDraw(_warpers(sampling), own, ids.device)
+            keep = keep_sets and sampling.truncates
+            draws = SeededDraw(_warpers(sampling), own, ids.device, keep)
             options["logits_processor"] = [draws]
         answers = model.generate(generation_config=settings, **options)[:, ids.shape[1] :].cpu()
-        return Drawn(answers, draws.logprob() if draws else torch.zeros(answers.shape))
+        if draws is None:
+            return Drawn(answers, torch.zeros(answers.shape))
+        return Drawn(answers, draws.logprob(), draws.kept())
 
     def draw(rows: list[int]) -> list[Drawn]:
         size = -(-batch // ranks.size)
@@ -150,8 +165,8 @@ def sample(
 
     with eval_mode(model), _checkpoint_settings_put_aside(model):
         drawn = ranks.share(range(len(prompts)), draw)
-    answers, logprob = (list(parts) for parts in zip(*drawn))
-    return join_answers(ids, mask, answers, ends, filler, logprob)
+    answers, logprob, kept = (list(parts) for parts in zip(*drawn))
+    return join_answers(ids, mask, answers, ends, filler, logprob, kept)
 
 
 class SeededDraw:
@@ -162,10 +177,13 @@ class SeededDraw:
     applies `warpers` (temperature, top_k, top_p, min_p) itself.
     """
 
-    def __init__(self, warpers: Callable, seeds: Sequence[int], device: torch.device):
+    def __init__(
+        self, warpers: Callable, seeds: Sequence[int], device: torch.device, keep: bool = False
+    ):
         self.warpers = warpers
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._logprob: list[Tensor] = []
+        self._kept: list[KeptSets] | None = [] if keep else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = self.warpers(input_ids, scores)
@@ -176,12 +194,21 @@ class SeededDraw:
         drawn = probability / noise
         found = softmax_stats(scores, drawn.argmax(-1), outputs=("logprob",))
         self._logprob.append(found.logprob)
+        if self._kept is not None:
+            self._kept.append(KeptSets.of(scores > -torch.inf))
         return drawn
 
     def logprob(self) -> Tensor:
         """Of every token drawn so far, (B, W), what `Rollout.logprob` is; not of p but of the
         scores, so that it keeps its digits where p is nearly 1."""
         return torch.stack(self._logprob, 1).cpu()
+
+    def kept(self) -> KeptSets | None:
+        """At every token drawn so far, (B, W), what the warpers left."""
+        if self._kept is None:
+            return None
+        step, rows = torch.arange(len(self._kept)), torch.arange(len(self.generators))
+        return KeptSets.join(self._kept).take(step * len(rows) + rows[:, None])
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
@@ -265,9 +292,10 @@ def join_answers(
     ends: list[int],
     filler: int,
     logprob: list[Tensor] | None = None,
+    kept: list[KeptSets | None] | None = None,
 ) -> Rollout:
     """Left-padded prompts (B, T) and their answers, of different widths, some rows in each, with
-    the log-probabilities of their tokens in the same shapes.
+    the log-probabilities and kept sets of their tokens in the same shapes.
 
     An answer may have width 0: what a request gives that was given up before its first token.
     """
@@ -287,7 +315,13 @@ def join_answers(
         torch.cat([torch.zeros_like(mask), generated], 1),
         finished,
     )
-    if logprob is None:
-        return rollout
-    said = join(logprob, torch.float32, 0).where(generated, 0)
-    return rollout._replace(logprob=pad(said, (ids.shape[1], 0)))
+    if logprob is not None:
+        said = join(logprob, torch.float32, 0).where(generated, 0)
+        rollout = rollout._replace(logprob=pad(said, (ids.shape[1], 0)))
+    sets = [part for part in kept or () if part is not None]
+    if kept and len(sets) == len(kept):
+        whole = KeptSets.join([part.pad(0, width - part.shape[1]) for part in sets])
+        places = torch.arange(whole.length.numel()).view(whole.shape)
+        counted = whole.take(places.where(generated.cpu(), -1))
+        rollout = rollout._replace(kept=counted.pad(ids.shape[1], 0))
+    return rollout

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import make_judge
+from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask
@@ -151,9 +152,10 @@ def join_rollouts(rollouts, filler: int) -> Rollout:
         padded = {
             name: pad(value, sides, value=filler if name == "input_ids" else 0)
             for name, value in rollout._asdict().items()
-            if value is not None and name != "finished"
+            if isinstance(value, Tensor) and name != "finished"
         }
-        parts.append(rollout._replace(**padded))
+        kept = None if rollout.kept is None else rollout.kept.pad(*sides)
+        parts.append(rollout._replace(**padded, kept=kept))
     return _together(Rollout, parts)
 
 
@@ -168,5 +170,10 @@ def join_answers(parts: Sequence[Answers]) -> Answers:
 
 def _together(kind: Callable[..., R], parts: Sequence[tuple]) -> R:
     """The rows of several records; None where one of them has None."""
-    known = (None if any(x is None for x in column) else column for column in zip(*parts))
-    return kind(*(None if column is None else torch.cat(column) for column in known))
+    return kind(*(_joined(column) for column in zip(*parts)))
+
+
+def _joined(column: tuple) -> Tensor | KeptSets | None:
+    if any(x is None for x in column):
+        return None
+    return KeptSets.join(column) if isinstance(column[0], KeptSets) else torch.cat(column)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from kept_cases import dense
 from tiny_qwen2 import make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.rollout import NO_TOKEN, SeededDraw, join_answers, left_pad
 from em_kernels.trainer import Rollout, Sampling, sample
 from em_kernels.trainer.collect import join_rollouts
@@ -42,19 +44,18 @@ def processors(sampling: Sampling) -> list:
 
 @torch.no_grad()
 def truth(model, rollout: Rollout, sampling: Sampling) -> torch.Tensor:
-    """Token by token from logits in float64."""
+    """(B, T, V), the logarithm of what was drawn from, token by token from logits in float64."""
     model, ids = model.double(), rollout.input_ids
     position = (rollout.attention_mask.long().cumsum(1) - 1).clamp(min=0)
     mask = rollout.attention_mask.long()
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position).logits
-    found = torch.zeros(ids.shape, dtype=torch.float64)
+    found = torch.full(logits.shape, -torch.inf, dtype=torch.float64)
     for t in range(rollout.prompt_width, ids.shape[1]):
         scores = logits[:, t - 1]
         for processor in processors(sampling):
             scores = processor(ids[:, :t], scores)
-        logprob = scores.log_softmax(-1).gather(1, ids[:, t, None])[:, 0]
-        found[:, t] = torch.where(rollout.response_mask[:, t], logprob, 0)
-    return found
+        found[:, t] = scores.log_softmax(-1)
+    return found.masked_fill(~rollout.response_mask[..., None], -torch.inf)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -62,12 +63,20 @@ def test_logprob_is_that_of_the_distribution_drawn_from(name):
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [encode_prompt(tokenizer, text) for text in ("1 2 3 4", "1", "5 6")] * 2
     sampling = Sampling(**SETTINGS[name], max_new_tokens=8)
-    rollout = sample(model, tokenizer, prompts, sampling, 3, seeds=range(6))
+    rollout = sample(model, tokenizer, prompts, sampling, 3, seeds=range(6), keep_sets=True)
     assert rollout.logprob.dtype == torch.float32
     assert (rollout.logprob[~rollout.response_mask] == 0).all()
-    expected = truth(model, rollout, sampling)
-    assert (expected[rollout.response_mask] < -1e-3).any()
-    torch.testing.assert_close(rollout.logprob.double(), expected, rtol=1e-5, atol=1e-5)
+    whole, mask = truth(model, rollout, sampling), rollout.response_mask
+    expected = whole.gather(-1, rollout.input_ids[..., None])[..., 0]
+    assert (expected[mask] < -1e-3).any()
+    torch.testing.assert_close(rollout.logprob[mask].double(), expected[mask], rtol=1e-5, atol=1e-5)
+    if not sampling.truncates:
+        assert rollout.kept is None
+        return
+    kept = dense(rollout.kept)
+    assert kept.any(-1).equal(mask) and not kept[mask].all(-1).any()
+    assert (kept == whole.isfinite()).float().mean() > 0.999  # but for ties of rounding
+    assert sample(model.float(), tokenizer, prompts[:1], sampling, 1).kept is None
 
 
 def test_min_p_cuts_what_is_drawn():
@@ -113,6 +122,20 @@ def test_answers_of_different_widths_are_joined_with_their_logprob():
     assert unknown.logprob is None and unknown.to(torch.device("cpu")).logprob is None
     narrow = join_answers(
         *left_pad([[7] * 5], 0), [torch.tensor([[6]])], [1], 0, [-torch.ones(1, 1)]
+    )
+    kept = torch.eye(10).bool()[[5, 1, 0]], torch.eye(10).bool()[[5]]
+    sets = [KeptSets.of(own).take(torch.arange(len(own))[None]) for own in kept]
+    cut = join_answers(ids, mask, answers, [1], 0, logprob, sets)
+    assert dense(cut.kept).int().argmax(-1).mul(cut.response_mask).tolist() == [
+        [0, 0, 0, 5, 1, 0],
+        [0, 0, 0, 5, 0, 0],
+    ]
+    assert dense(cut.kept).any(-1).equal(cut.response_mask)
+    assert join_answers(ids, mask, answers, [1], 0, logprob, [None, sets[1]]).kept is None
+    assert join_rollouts([cut, joined], 0).kept is None
+    wider = join_rollouts([cut, cut._replace(input_ids=cut.input_ids + 1)], 0)
+    assert dense(wider.kept)[2:].equal(dense(cut.kept)) and dense(wider.kept)[:2].equal(
+        dense(cut.kept)
     )
     both = join_rollouts([joined, narrow], 0)
     assert both.logprob[both.response_mask].tolist() == [-1, -2, -3, -1]
