@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TypeGuard
@@ -172,12 +172,26 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     A tokenizer without a chat template encodes the bare text.
     """
     check_text("prompt", prompt)
+    return encode_turns(tokenizer, (("user", prompt),))
+
+
+def encode_turns(tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """`encode_prompt` of the turns of a chat, (role, content) each.
+
+    Raises:
+        ValueError: not one token, or several turns for a tokenizer without a chat template.
+    """
     if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        chat = [{"role": role, "content": content} for role, content in turns]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    elif len(turns) == 1:
+        ids = tokenizer(turns[0][1])["input_ids"]
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        raise ValueError(
+            f"prompt must be one text for a tokenizer without a chat template, got {len(turns)} "
+            "turns: give the tokenizer a chat_template"
+        )
     if not ids:
-        raise ValueError(f"prompt must have at least one token, got none from {prompt!r}")
+        raise ValueError(f"prompt must have at least one token, got none from {turns[-1][1]!r}")
     return list(ids)

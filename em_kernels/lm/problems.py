@@ -207,7 +207,7 @@ def load_problems(
         raise ValueError(f"limit must be 1 or more, got {limit}")
     problems: list[Problem] = []
     skipped: list[Skipped] = []
-    for number, row in _rows(source):
+    for number, row in rows_of(source):
         if len(problems) == limit:
             break
         try:
@@ -215,8 +215,7 @@ def load_problems(
         except ValueError as error:
             skipped.append(Skipped(number, str(error)))
             if strict:
-                place = "line" if source.is_json else "row"
-                raise ValueError(f"{source.path}, {place} {number}: {error}") from None
+                raise source_error(source, number, error) from None
     if not problems and not skipped:
         raise ValueError(f"{source.path}: no problems in it")
     if not problems:
@@ -225,10 +224,15 @@ def load_problems(
     return Problems(problems, skipped, source)
 
 
+def source_error(source: Source, number: int, reason: Exception) -> ValueError:
+    """What is wrong with the row of that number."""
+    return ValueError(f"{source.path}, {'line' if source.is_json else 'row'} {number}: {reason}")
+
+
 _NAME = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")  # of a data set
 
 
-def _rows(source: Source) -> Iterator[tuple[int, Mapping | str]]:
+def rows_of(source: Source) -> Iterator[tuple[int, Mapping | str]]:
     """(number from 1, row), where a row that cannot be read is the reason instead."""
     path = Path(source.path).expanduser()
     if source.is_json:
