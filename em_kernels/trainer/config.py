@@ -212,6 +212,9 @@ class TrainConfig:
         """Everything that answers are sampled to."""
         return self.prompt_texts
 
+    def check_entries(self, entries: int) -> None:
+        """Refuse what does not fit a model's head of so many entries."""
+
     def labels(self, index: int, stage: Stage) -> dict:
         """What the metrics say about the stage of an update."""
         return {}

@@ -143,7 +143,16 @@ _REWARDED = looks_at(
     "entropy_step",
     entropy_coef=0.0,
 )
-_POLICY = {**_REWARDED, **looks_at("reduction")}
+_SHAPED = looks_at(
+    "repo_zeta",
+    "repo_zeta_min",
+    "repo_zeta_max",
+    "repo_adaptive",
+    "shaping_alpha",
+    "shaping_kappa",
+    advantage_shaping="none",
+)
+_POLICY = {**_REWARDED, **looks_at("reduction"), **_SHAPED}
 _CLIPPED = looks_at(clip_low=0.2, clip_high=0.2)
 _HIGHER = looks_at(clip_low=0.2, clip_high=0.28)
 _GRPO = {**_POLICY, **looks_at("ref_kl", "kl_estimator"), **_CLIPPED}
@@ -177,6 +186,12 @@ TABLE = {
     ),
     "entropy_bonus": ObjectiveEntry(
         {**_GRPO, **looks_at(entropy_coef=1e-2)}, _grpo, other=_reference
+    ),
+    "repo": ObjectiveEntry(
+        {**_GRPO, **looks_at(advantage_shaping="repo")}, _grpo, other=_reference
+    ),
+    "entropy_advantage": ObjectiveEntry(
+        {**_GRPO, **looks_at(advantage_shaping="entropy")}, _grpo, other=_reference
     ),
     "empo": ObjectiveEntry(
         {**_GRPO, **looks_at("empo_low", "empo_high")},

@@ -22,13 +22,21 @@ from em_kernels.trainer.batch import (
     token_stats,
 )
 from em_kernels.trainer.collect import Collected, ProblemOrder, collect
+from em_kernels.trainer.entropy_control import (
+    READS,
+    Control,
+    control_of,
+    shaped,
+    shaping_of,
+    warn_if_stuck,
+)
 from em_kernels.trainer.losses import StepLoss, select_tokens, step_loss, step_size
 from em_kernels.trainer.metrics import Clock, answer_metrics, mean_of, mean_over_steps
 from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, score
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
-from em_kernels.trainer.schedule import Stage, entropy_coef, stage_lines
+from em_kernels.trainer.schedule import Stage, stage_lines
 from em_kernels.trainer.second_model import SecondModel
 
 
@@ -51,14 +59,14 @@ class PolicyUpdate:
             answers' tokens under the policy that sampled them;
             clip_fraction, selected_fraction, policy_kl, ref_kl, ...: of the objective, means over
             tokens and steps (ref_kl is the exact KL with kl_estimator="exact"); entropy_coef:
-            weight of the bonus;
+            weight of the bonus; repo_zeta: of REPO, where it shapes the advantages;
             entropy_change: of the mean entropy of the same tokens by the update;
             predicted_entropy_change: learning rate x mean of A x entropy_slope, what a plain
             gradient step of that size in each token's own logits would change. AdamW and shared
             weights move further: compare signs and courses, not sizes.
         """
         run, objective, clock = self.run, cast(str, stage.policy), Clock()
-        coef = self._entropy_coef(index, stage)
+        control = self._control(index, objective)
         # sample group_size answers to each problem
         found = collect(run, self.order, objective, update)
         clock.sampled()
@@ -74,8 +82,9 @@ class PolicyUpdate:
         steps: list[dict[str, float]] = []
         for own in self._steps(objective, rows):
             current = None if steps else {name: values[own] for name, values in before.items()}
-            steps.append(self._step(update, len(steps), stage, tokens.at(own), current, coef))
-        line = answer_metrics(found, scores, tokens, before, self.config.learning_rate)
+            steps.append(self._step(update, len(steps), stage, tokens.at(own), current, control))
+        trained = shaped(self.config, objective, tokens, before, control.zeta)
+        line = answer_metrics(found, scores, trained, before, self.config.learning_rate)
         if self.config.measure_change:
             after = self._statistics(run.strategy, tokens, ("entropy",))["entropy"]
             line["entropy_change"] = mean_of(after, tokens.loss_mask) - line["mean_entropy"]
@@ -83,21 +92,19 @@ class PolicyUpdate:
             **mean_over_steps(steps),
             **line,
             "step": update,
-            "entropy_coef": coef,
+            **control.metrics(),
             "answers_used": len(rows),
             "optimizer_steps": len(steps),
             "problems_asked": found.asked,
             **clock.metrics(line["response_tokens"]),
         }
 
-    def _entropy_coef(self, index: int, stage: Stage) -> float:
+    def _control(self, index: int, objective: str) -> Control:
         """Of the next update; mixed stages subtract the weight of EM when it is used."""
-        return entropy_coef(
-            self.config.setting("entropy_coef", cast(str, stage.policy)),
-            stage_lines(self.run.metrics.lines, index),
-            target=self.config.entropy_target,
-            step=self.config.entropy_step,
-        )
+        lines = stage_lines(self.run.metrics.lines, index)
+        if self.run.ranks.is_first:
+            warn_if_stuck(self.config, objective, lines)
+        return control_of(self.config, objective, lines)
 
     def _read(self, found: Collected, objective: str) -> tuple[Tokens, dict[str, Tensor]]:
         """The tokens, with old and reference log-probabilities, and statistics of the policy."""
@@ -157,7 +164,7 @@ class PolicyUpdate:
         stage: Stage,
         tokens: Tokens,
         current: dict[str, Tensor] | None,
-        coef: float,
+        control: Control,
     ) -> dict[str, float]:
         """One optimiser step: select among all its tokens, then micro-batch by micro-batch.
 
@@ -168,13 +175,16 @@ class PolicyUpdate:
         run, config, on_policy = self.run, self.config, current is not None
         objective = cast(str, stage.policy)
         entry, other = TABLE[objective], config.other_policy(objective)
+        reads = READS[shaping_of(config, objective)]
         if entry.select is not None:
-            current = current or self._statistics(run.strategy, tokens, entry.reads)
+            names = tuple(dict.fromkeys([*entry.reads, *reads]))
+            current = current or self._statistics(run.strategy, tokens, names)
+            tokens, reads = shaped(config, objective, tokens, current, control.zeta), ()
             tokens = select_tokens(config, objective, tokens, current)
-        coef -= config.em_coef if "em" in stage.objectives else 0.0
+        coef = control.entropy_coef - (config.em_coef if "em" in stage.objectives else 0.0)
         compute = partial(
             stats_and_others,
-            outputs=tuple(dict.fromkeys([*entry.outputs, *(["entropy"] if coef else [])])),
+            outputs=tuple(dict.fromkeys([*entry.outputs, *reads, *(["entropy"] if coef else [])])),
             other=self.reference,
             kind=other.divergence,
         )
@@ -185,6 +195,9 @@ class PolicyUpdate:
             own = part.tokens._replace(**others)
             if on_policy:
                 own = own._replace(old_logprob=stats.logprob.detach())
+            if reads:
+                now = {name: getattr(stats, name) for name in reads}
+                own = shaped(config, objective, own, now, control.zeta)
             return step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
 
         sums = take_step(run, update, step, self._parts(tokens, TABLE[objective].unit), loss)

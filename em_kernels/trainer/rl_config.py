@@ -19,6 +19,7 @@ from em_kernels.lm.problems import (
     problem_pairs,
 )
 from em_kernels.lm.settings import documented
+from em_kernels.trainer.entropy_control import check_target
 from em_kernels.trainer.objective_entry import OtherPolicy
 from em_kernels.trainer.objective_settings import ObjectiveSettings
 from em_kernels.trainer.objective_table import BINARY_REWARDS, OBJECTIVES, TABLE
@@ -47,6 +48,11 @@ class RLConfig(ObjectiveSettings):
         self._check_texts()
         check_template(self.asked_with)
         super().__post_init__()
+        if self.repo_zeta_min > self.repo_zeta_max:
+            raise ValueError(
+                f"repo_zeta_min must be at most repo_zeta_max, got {self.repo_zeta_min!r} and "
+                f"{self.repo_zeta_max!r}"
+            )
         for low, high in (("cov_lower", "cov_upper"), ("empo_low", "empo_high")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
@@ -135,6 +141,9 @@ class RLConfig(ObjectiveSettings):
     @property
     def all_texts(self) -> tuple[str, ...]:
         return self.prompts + tuple(self.ask(task) for task in self.tasks)
+
+    def check_entries(self, entries: int) -> None:
+        check_target(self, entries)
 
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}

@@ -97,6 +97,7 @@ def start_run(
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         _check_adapter(config, model, saved=folder is not None)
         head = read_head(model)
+        config.check_entries(head.weight.shape[0])
         if ranks.is_first:
             check_causal(model, head, prompts[0])
             if is_adapted(model):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from em_kernels.objectives.bonus import next_entropy_coef
+from em_kernels.objectives.repo import next_zeta
 
 WITHOUT_REWARDS = ("em", "opd")
 """Objectives that look at the tokens of the answers alone."""
@@ -134,3 +135,17 @@ def entropy_coef(
         return initial
     last = lines[-1]
     return next_entropy_coef(last["entropy_coef"], last["mean_entropy"], target=target, step=step)
+
+
+def next_of_repo(
+    initial: float, lines: Sequence[dict], *, target: float | None, minimum: float, maximum: float
+) -> float:
+    """REPO's zeta for the next update of a stage: `next_zeta` of the update before.
+
+    Without a target, toward the mean entropy of the stage's first update.
+    """
+    if not lines:
+        return initial
+    last, target = lines[-1], lines[0]["mean_entropy"] if target is None else target
+    bounds = dict(minimum=minimum, maximum=maximum)
+    return next_zeta(last["repo_zeta"], last["mean_entropy"], target=target, **bounds)

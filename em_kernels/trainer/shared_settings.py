@@ -24,12 +24,14 @@ from em_kernels.lm.settings import (
     finite,
     fraction,
     not_negative,
+    number,
     positive,
     redefined,
     setting,
 )
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
+from em_kernels.objectives.repo import ZETA, ZETA_MAX, ZETA_MIN
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.objective_table import EXACT, OBJECTIVES
 
@@ -37,6 +39,7 @@ TEXT_REWARDS = ("verified", "majority", "empo", "l-grpo", "length", "random", "f
 MODEL_REWARDS = ("negative_entropy", "self_certainty")
 REWARDS = TEXT_REWARDS + MODEL_REWARDS
 OWN = "the objective's own"
+SHAPINGS = ("none", "repo", "entropy")
 
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
@@ -123,11 +126,38 @@ class SharedSettings(TrainConfig):
     )
     entropy_target: float | None = rl_setting(
         None,
-        "steer the entropy bonus toward this mean entropy (nats), whatever the objective",
+        "hold this mean entropy (nats), whatever the objective: steers repo_zeta where that shapes "
+        "the advantage (by default to the entropy of the stage's first update), else the weight "
+        "of the entropy bonus",
         check=not_negative,
     )
     entropy_step: float = rl_setting(
         0.005, "how far the weight of the bonus moves in an update, with a target", check=positive
+    )
+    advantage_shaping: str | None = rl_setting(
+        None,
+        "what is made of each token's advantage: repo rescales it by the token's log-probability, "
+        "entropy adds to it where the policy is unsure",
+        choices=(None, *SHAPINGS),
+        shown=OWN,
+    )
+    repo_zeta: float = rl_setting(
+        ZETA, "repo: by how much, per nat; below 0 it lowers the entropy", check=finite
+    )
+    repo_zeta_min: float = rl_setting(
+        ZETA_MIN, "repo: least size of zeta, where it changes its sign", check=positive
+    )
+    repo_zeta_max: float = rl_setting(ZETA_MAX, "repo: largest size of zeta", check=positive)
+    repo_adaptive: bool = rl_setting(
+        True, "repo: double and halve zeta to hold the entropy; else it stays as it is"
+    )
+    shaping_alpha: float = rl_setting(
+        0.4, "entropy in the advantage: weight of a nat", check=not_negative
+    )
+    shaping_kappa: float = rl_setting(
+        2.0,
+        "entropy in the advantage: at most a share of 1 / kappa of the advantage is added",
+        check=number(lambda v: v > 1, "above 1"),
     )
     em_coef: float = rl_setting(
         0.1, "weight of the mean entropy in mixed stages (em+NAME)", check=not_negative

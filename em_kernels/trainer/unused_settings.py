@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from em_kernels.trainer.entropy_control import shaping_of
 from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.schedule import Stage
 
@@ -42,6 +43,26 @@ def _run(config: RLConfig) -> str:
     return f"for {config.schedule or config.objective!r}"
 
 
+def _shaped(kind: str) -> Condition:
+    """Of a stage whose advantages are shaped so."""
+    return Condition(
+        lambda config: kind in _shapings(config), f"advantage_shaping={kind!r}", _not_shaped
+    )
+
+
+def _not_shaped(config: RLConfig) -> str:
+    return f"with advantage_shaping={', '.join(map(repr, _shapings(config)))}"
+
+
+def _has_bonus(config: RLConfig) -> bool:
+    """Whether a target would steer the bonus of some stage."""
+    return any(kind != "repo" for kind in _shapings(config))
+
+
+def _shapings(config: RLConfig) -> list[str]:
+    return [shaping_of(config, stage.policy) for stage in config.stages if stage.policy]
+
+
 _PROBLEMS = _on("problems", "problems", lambda value: len(value) > 0)
 CONDITIONS = {
     "objective": _on("schedule", "runs without a schedule", lambda value: value is None),
@@ -62,7 +83,26 @@ CONDITIONS = {
         lambda config: f"with {', '.join(map(repr, _rewards(config)))}",
     ),
     "kl_estimator": _on("ref_kl", "a penalty that ref_kl weighs", lambda value: value > 0),
-    "entropy_step": _on("entropy_target", "an entropy_target", lambda value: value is not None),
+    "entropy_target": Condition(
+        lambda config: config.repo_adaptive or _has_bonus(config),
+        "an entropy bonus or a zeta that is steered",
+        lambda config: "with repo_adaptive=False",
+    ),
+    "entropy_step": Condition(
+        lambda config: config.entropy_target is not None and _has_bonus(config),
+        "an entropy bonus with an entropy_target",
+        lambda config: f"with entropy_target={config.entropy_target!r}, {_not_shaped(config)}",
+    ),
+    **dict.fromkeys(("repo_zeta", "repo_adaptive"), _shaped("repo")),
+    **dict.fromkeys(
+        ("repo_zeta_min", "repo_zeta_max"),
+        Condition(
+            lambda config: config.repo_adaptive and "repo" in _shapings(config),
+            "a zeta that is steered",
+            lambda config: f"with repo_adaptive={config.repo_adaptive}, {_not_shaped(config)}",
+        ),
+    ),
+    **dict.fromkeys(("shaping_alpha", "shaping_kappa"), _shaped("entropy")),
     "ppl_label_k": _on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
     "opd_beta": _on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
 }
