@@ -27,10 +27,22 @@ SETTINGS = {
     "kl_cov": dict(ratio=0.1, kl_cov_coef=0.7),
     "high_entropy": dict(ratio=0.3, reduction="sequence_mean"),
     "entropy_bonus": dict(entropy_coef=0.5),
+    "repo": dict(repo_zeta=0.9, repo_zeta_max=1.0),
+    "entropy_advantage": dict(shaping_alpha=0.3, shaping_kappa=3.0),
     "empo": dict(reward="length", empo_low=-1.0),
     "ppl": dict(gamma=0.8, alpha=0.6),
 }
+SHAPED = {
+    "kl_cov, shaped by repo": dict(
+        SETTINGS["kl_cov"], objective="kl_cov", advantage_shaping="repo", repo_zeta=-0.6
+    ),
+    "high_entropy, shaped by entropy": dict(
+        SETTINGS["high_entropy"], objective="high_entropy", advantage_shaping="entropy"
+    ),
+    "repo, unshaped": dict(objective="repo", advantage_shaping="none"),
+}
 EXACT = {
+    **SHAPED,
     "grpo, exact KL": dict(objective="grpo", ref_kl=0.7, kl_estimator="exact"),
     "ppl, labelled by the reference": dict(SETTINGS["ppl"], objective="ppl", ppl_label="reference"),
     "ppl, labelled by the sampler": dict(SETTINGS["ppl"], objective="ppl", ppl_label="sampler"),
@@ -91,9 +103,22 @@ def plain_exact_kl(model, tokens, other):
     return (p.exp() * (p - ref)).sum(-1), (ref.exp() * (ref - p)).sum(-1)
 
 
+def plain_advantage(config, name, logprob, entropy, tokens):
+    """As the papers shape it; zeta is that of the first update."""
+    a = tokens.advantage.double()
+    match None if name == "ppl" else config.setting("advantage_shaping", name):
+        case "repo":
+            shaped = a - config.repo_zeta * a.abs() * logprob
+            return torch.where(shaped * a > 0, shaped, 0)
+        case "entropy":
+            return a + torch.min(config.shaping_alpha * entropy, a.abs() / config.shaping_kappa)
+    return a
+
+
 def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
     """The loss as its paper writes it, one line an objective."""
-    mask, old, a = tokens.loss_mask, tokens.old_logprob.double(), tokens.advantage.double()
+    mask, old = tokens.loss_mask, tokens.old_logprob.double()
+    a = plain_advantage(config, name, logprob.detach(), entropy.detach(), tokens)
     rho = (logprob - old).exp()
     low, high = (config.setting(n, name) for n in ("clip_low", "clip_high"))
     if name == "ppl":
@@ -123,7 +148,8 @@ def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
 
 
 def plain_selection(config, name, logprob, entropy, tokens):
-    cov = token_covariance(logprob, tokens.advantage.double(), tokens.loss_mask)
+    advantage = plain_advantage(config, name, logprob, entropy, tokens)
+    cov = token_covariance(logprob, advantage, tokens.loss_mask)
     if name == "kl_cov":
         return kl_cov_mask(cov, tokens.loss_mask, ratio=config.ratio)
     if name == "high_entropy":
@@ -374,7 +400,8 @@ def test_problems_take_turns_in_a_shuffled_order():
 
 
 RESUMED = {
-    "target": dict(objective="entropy_bonus", entropy_target=9.0, entropy_step=0.1),
+    "target": dict(objective="entropy_bonus", entropy_target=3.2, entropy_step=0.1),
+    "repo": dict(objective="repo", repo_zeta=0.01),
     "reference": dict(ref_kl=0.3),
     "exact": dict(ref_kl=0.3, kl_estimator="exact"),
     "sampler": dict(schedule="ppl:3,grpo", ppl_label="sampler"),
@@ -390,6 +417,9 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(name, tmp_path):
     if name == "target":
         coefs = [line["entropy_coef"] for line in whole.metrics]
         assert coefs[0] == 0.01 and len(set(coefs)) == 4
+    if name == "repo":
+        zetas = [line["repo_zeta"] for line in whole.metrics]
+        assert zetas[:2] == [0.01, 0.01] and zetas[2] in (0.005, 0.02)
     if name == "stages":
         assert [line["objective"] for line in whole.metrics] == ["em", "grpo++", "grpo++", "kl_cov"]
 

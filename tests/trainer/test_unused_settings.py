@@ -19,7 +19,13 @@ POLICY = [name for name in OBJECTIVES if name not in WITHOUT_REWARDS]
 NAMES = sorted({name for entry in TABLE.values() for name in entry.settings})
 NEEDED = {  # to make a setting act that only does with another one
     "kl_estimator": dict(ref_kl=0.1),
-    "entropy_step": dict(entropy_target=0.3),
+    "entropy_step": dict(entropy_target=0.3, advantage_shaping="none"),
+    "repo_zeta": dict(advantage_shaping="repo"),
+    "repo_zeta_min": dict(advantage_shaping="repo"),
+    "repo_zeta_max": dict(advantage_shaping="repo"),
+    "repo_adaptive": dict(advantage_shaping="repo"),
+    "shaping_alpha": dict(advantage_shaping="entropy"),
+    "shaping_kappa": dict(advantage_shaping="entropy"),
     "ppl_label_k": dict(ppl_label="topk"),
     "opd_beta": dict(opd_kind="js"),
     "max_length": dict(reward="length"),
@@ -31,7 +37,7 @@ def another(name: str):
     item = next(item for item in fields(RLConfig) if item.name == name)
     told = settings_of(RLConfig)[name]
     given = {"prompts": ("1 2",), "teacher": "m", "reward": "random"}
-    given |= {"max_length": 3, "cov_upper": 9.0}
+    given |= {"max_length": 3, "cov_upper": 9.0, "repo_zeta_min": 1e-3, "shaping_kappa": 3.0}
     if name in given:
         return given[name]
     if told.choices:
@@ -41,6 +47,10 @@ def another(name: str):
     if isinstance(item.default, int):
         return item.default + 1 if name != "group_size" else 4
     return 0.5 if item.default is None or item.default != 0.5 else 0.25
+
+
+def looked_at(objective: str):
+    return TABLE[objective].settings
 
 
 def run_of(objective: str, **changes) -> RLConfig:
@@ -55,7 +65,9 @@ def test_a_setting_is_looked_at_or_refused(name, objective):
     if name in TABLE[objective].settings:
         if TABLE[objective].resamples and name == "max_length":
             return  # its rewards are 0 or 1, never lengths
-        config = run_of(objective, **{**NEEDED.get(name, {}), **change})
+        needed = NEEDED.get(name, {})
+        needed = {other: value for other, value in needed.items() if other in looked_at(objective)}
+        config = run_of(objective, **{**needed, **change})
         assert getattr(config, name) == change[name]
         return
     message = rf"{name} (is for|must be 0 with) .*, got .*for {re.escape(repr(objective))}: leave"
@@ -87,6 +99,23 @@ def test_a_setting_that_waits_for_another_is_refused_without_it(name):
         (dict(reward="random", max_length=3), "max_length is for the rewards .*, got 3 with 'ran"),
         (dict(schedule="grpo:1,clip_cov", ref_kl=0.1), "ref_kl must be 0 with clip_cov, got 0.1"),
         (dict(schedule="em:1,grpo", gamma=0.5), "gamma is for the objective 'ppl', got 0.5 for"),
+        (
+            dict(repo_zeta=0.1),
+            "repo_zeta is for advantage_shaping='repo', got 0.1 with advantage_shaping='none'",
+        ),
+        (dict(objective="repo", shaping_alpha=0.1), "shaping_alpha is for advantage_shaping='entr"),
+        (
+            dict(objective="repo", entropy_target=0.5, entropy_step=0.1),
+            "entropy_step is for an entropy bonus with an entropy_target, got 0.1 with entropy_tar",
+        ),
+        (
+            dict(objective="repo", repo_adaptive=False, entropy_target=0.5),
+            "entropy_target is for an entropy bonus or a zeta that is steered, got 0.5 with repo_a",
+        ),
+        (
+            dict(objective="repo", repo_adaptive=False, repo_zeta_max=0.1),
+            "repo_zeta_max is for a zeta that is steered, got 0.1 with repo_adaptive=False",
+        ),
         (dict(group_size=2, objective="em"), "group_size is for objectives with rewards, got 2"),
     ],
 )
