@@ -9,7 +9,7 @@ from rl_runs import rl_settings, run_rl
 from tiny_qwen2 import make_model
 from trainer_runs import TIMES
 
-COMMON = dict(responses=8, group_size=4, updates=2)
+COMMON = dict(updates=2)
 RUNS = {
     "stages": dict(schedule="em:1,grpo++", reward="random", updates=3),
     "reference": dict(ref_kl=0.2, learning_rate=1e-3),
