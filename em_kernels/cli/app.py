@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import em_kernels
 from em_kernels.cli.evaluate import add_commands
 from em_kernels.cli.options import quiet_transformers
 from em_kernels.lm.models import newest_checkpoint
-from em_kernels.lm.settings import add_flags, given_settings
+from em_kernels.lm.setting_files import check_names, check_values, read_settings
+from em_kernels.lm.settings import add_flags, given_settings, settings_of
 from em_kernels.lm.text import one_line
 from em_kernels.trainer import (
     CheckpointError,
@@ -99,6 +100,12 @@ def _add_train(commands) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, with its settings"
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings in a .yaml, .toml or .json file, as the run.yaml that every run writes; "
+        "flags go before them",
+    )
     parser.add_argument("--prompt", action="append", help="a prompt to train on; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help='JSON lines {"prompt": ...}')
     add_flags(parser, TrainConfig, others={"with --objective": RLConfig})
@@ -134,28 +141,65 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _new_config(arguments: argparse.Namespace) -> TrainConfig:
-    given = _settings(arguments)
+    flags, path = _settings(arguments), arguments.config
+    given = flags if path is None else {**_from_file(path, flags), **flags}
     for name in ("model", "output"):
-        if name not in given:
-            raise ValueError(f"--{name} must be given")
-    return _config_class(given)(**given)
+        if given.get(name) is None:
+            where = "" if path is None else f": it is not in {path}"
+            raise ValueError(f"--{name} must be given{where}")
+    cls = _config_class(given, flags, path)
+    if path is None:
+        return cls(**given)
+    check_values(path, {name: given[name] for name in given if name not in flags}, cls)
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"with the settings of {path}: {one_line(error, None)}") from error
 
 
-def _config_class(given: dict) -> type[TrainConfig]:
+def _from_file(path: str, flags: dict) -> dict:
+    """The settings of a file; `prompts` are texts in a list, or the name of a file of them."""
+    found = read_settings(path)
+    check_names(path, found, settings_of(RLConfig))
+    if "objective" in flags:  # it would go unheard beside a schedule
+        found.pop("schedule", None)
+    prompts = found.get("prompts")
+    if isinstance(prompts, str) and "prompts" not in flags:
+        try:
+            found["prompts"] = read_prompts(prompts)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path}: prompts must be a list of texts, or a file of them, got {prompts!r}, "
+                "and there is no such file"
+            ) from None
+    return found
+
+
+def _config_class(given: dict, flags: Container[str], path: str | None) -> type[TrainConfig]:
     """RLConfig where an objective with rewards, or a schedule, is asked for."""
     if given.get("schedule") or given.get("objective", "em") != "em":
         return RLConfig
     given.pop("objective", None)
+    if given.get("schedule") is None:
+        given.pop("schedule", None)
     others = sorted(set(given) - set(TrainConfig.__dataclass_fields__))
     if others:
-        flag = others[0].replace("_", "-")
-        raise ValueError(f"--{flag} needs an --objective other than em, or a --schedule")
+        name, needed = others[0], "needs an --objective other than em, or a --schedule"
+        if name not in flags:
+            raise ValueError(f"{path}: {name} {needed}")
+        raise ValueError(f"--{name.replace('_', '-')} {needed}")
     return TrainConfig
 
 
 def _resumed_config(arguments: argparse.Namespace) -> TrainConfig:
     """The run's own settings, with those given on top; `train` refuses what cannot change."""
     given = _settings(arguments)
+    if arguments.config is not None:
+        raise ValueError(
+            "--config cannot be given with --resume: a run goes on with its own settings, and "
+            "flags for those that may change"
+        )
     if "output" in given:
         raise ValueError("--output cannot be given with --resume: a run goes on in its folder")
     config = read_config(arguments.resume)

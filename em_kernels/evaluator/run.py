@@ -55,6 +55,7 @@ from em_kernels.lm.problems import (
 from em_kernels.lm.settings import (
     at_least,
     check_settings,
+    device_text,
     documented,
     fraction,
     not_negative,
@@ -123,7 +124,7 @@ class EvalConfig:
         no_flag="select has --unlabelled",
     )
     dtype: str = setting("float32", "of the model", choices=DTYPES)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", check=device_text)
     seed: int = setting(0, "of the sampling")
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ A row that cannot be used is kept as a `Skipped`, with its number and the reason
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,10 @@ def problem_pairs(
         TypeError, ValueError: text that is empty or no Unicode; an answer that is no text, or is
             missing where they are needed.
     """
+    pairs = tuple(pairs)
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"problems must be (problem, answer) pairs, got {pair!r} among them")
     problems = tuple(Problem(*pair) for pair in pairs)
     for problem, answer in problems:
         if not isinstance(problem, str) or not problem.strip():

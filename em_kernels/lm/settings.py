@@ -18,16 +18,20 @@ import argparse
 import math
 import os
 import textwrap
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 Check = Callable[[str, Any], Any]
 """(name, value) -> the value as it is kept; raises TypeError or ValueError that names it."""
 C = TypeVar("C", bound=type)
 _META = "setting"
 _DOCUMENTED: set[type] = set()
+_WORDS: dict[Any, str] = {str: "text", tuple: "a list"}
 _RAISES = """
     Raises:
         TypeError, ValueError: naming the argument and what was received.
@@ -97,17 +101,33 @@ def check_settings(config: Any) -> None:
     Raises:
         TypeError, ValueError: naming the field and what was received.
     """
-    kinds = _kinds(type(config))
     for item in fields(config):
-        kind, told, value = kinds[item.name], read_setting(item), getattr(config, item.name)
-        if told.choices is not None:
-            check_choice(item.name, value, told.choices)
-        if value is None and kind.optional:
-            continue
-        if kind.type is bool and not isinstance(value, bool):
-            raise TypeError(f"{item.name} must be True or False, got {value!r}")
-        if told.check is not None:
-            object.__setattr__(config, item.name, told.check(item.name, value))
+        value = check_setting(type(config), item.name, getattr(config, item.name))
+        object.__setattr__(config, item.name, value)
+
+
+def check_setting(cls: type, name: str, value: Any) -> Any:
+    """The value as a dataclass of settings keeps it.
+
+    Raises:
+        TypeError, ValueError: naming the setting and what was received.
+    """
+    kind, told = _kinds(cls)[name], settings_of(cls)[name]
+    if told.choices is not None and not kind.several:
+        check_choice(name, value, told.choices)
+    if value is None and kind.optional:
+        return value
+    if kind.of is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if told.check is not None:
+        value = told.check(name, value)
+    elif kind.of is str and told.choices is None and not isinstance(value, kind.whole):
+        wanted = " or ".join(_WORDS[one] for one in kind.whole)
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if told.choices is not None and kind.several:
+        for one in value:
+            check_choice(name, one, told.choices)
+    return value
 
 
 def check_int(name: str, value: Any, least: int) -> int:
@@ -153,6 +173,22 @@ def path_text(name: str, value: Any) -> str:
         return str(os.fspath(value))
     except TypeError:
         raise TypeError(f"{name} must be a path or a name, got {value!r}") from None
+
+
+def texts(name: str, value: Any) -> tuple[Any, ...]:
+    """One text or several, as several."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise TypeError(f"{name} must be one text or several, got {value!r}")
+    return tuple(value)
+
+
+def device_text(name: str, value: Any) -> str:
+    """A device's name; a torch.device has one."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name} must be the name of a device, got {value!r}")
+    return str(value)
 
 
 # Flags
@@ -207,18 +243,20 @@ def _option(name: str, having: Mapping[str, type], own: Any) -> dict[str, Any]:
     told, kind = settings_of(first)[name], _kinds(first)[name]
     text = _help(name, having) if own is argparse.SUPPRESS else f"{told.help} (default {own})"
     option: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if kind.type is bool:
+    if kind.of is bool:
         return {**option, "action": argparse.BooleanOptionalAction}
     if told.metavar:
         option["metavar"] = told.metavar
     if kind.several:
         option["nargs"] = "+"
+        if own is argparse.SUPPRESS:  # given twice, they are taken together
+            option["action"] = "extend"
     every = [choice for one in having.values() for choice in settings_of(one)[name].named]
     if every:
         return {**option, "choices": tuple(dict.fromkeys(every))}
     if _is_required(first, name):
         option["required"] = True
-    return {**option, "type": kind.type}
+    return {**option, "type": kind.of}
 
 
 def _help(name: str, having: Mapping[str, type]) -> str:
@@ -269,21 +307,23 @@ def _is_required(cls: type, name: str) -> bool:
 
 
 class _Kind(NamedTuple):
-    """The type of a setting's value, or of each of several; whether it may be None."""
+    """The type of a setting's value, or of each of several; whether it may be None; what a value
+    as a whole may be."""
 
-    type: type
+    of: type
     several: bool
     optional: bool
+    whole: tuple[Any, ...]
 
 
+@cache
 def _kinds(cls: type) -> dict[str, _Kind]:
     return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def _kind(hint: Any) -> _Kind:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    optional = NoneType in parts
+    types = tuple(get_origin(part) or part for part in parts if part is not NoneType)
     first = next(part for part in parts if part is not NoneType)
-    if get_origin(first) is tuple:
-        return _Kind(get_args(first)[0], True, optional)
-    return _Kind(first, False, optional)
+    several = get_origin(first) is tuple
+    return _Kind(get_args(first)[0] if several else first, several, NoneType in parts, types)

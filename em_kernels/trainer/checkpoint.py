@@ -3,7 +3,9 @@
 A run's folder:
     train_config.json     the settings it was started with
     adapter.json          of a PEFT model: the settings of its adapter
+    run.yaml              the same for `em-kernels train --config` (see run_file.py)
     metrics.jsonl         one line per update
+    loggers.json          which run of a logger is this one (see loggers.py)
     checkpoint-<update>/  a model folder for transformers, or an adapter (see adapters.py), and
                           shards/ to go on from: what each rank wrote (see state.py)
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 from typing_extensions import Self
@@ -12,6 +11,7 @@ from em_kernels.lm.models import DTYPES
 from em_kernels.lm.settings import (
     at_least,
     check_settings,
+    device_text,
     documented,
     finite,
     fraction,
@@ -20,7 +20,9 @@ from em_kernels.lm.settings import (
     positive,
     setting,
     share,
+    texts,
 )
+from em_kernels.trainer.loggers import LOGGERS
 from em_kernels.trainer.schedule import Stage
 
 SAMPLERS = ("transformers", "vllm")
@@ -34,13 +36,8 @@ RESUMABLE = (
     "shards_only",
     "save_merged",
     "vllm_memory",
+    "log_to",
 )
-
-
-def _texts(name: str, value) -> tuple:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be one text or several, got {value!r}")
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @documented
@@ -86,7 +83,7 @@ class TrainConfig:
         (ONE_SHOT_PROMPT,),
         "one text or several; response i of update u answers prompt (u * responses + i) modulo "
         "their number, so several prompts take turns",
-        check=_texts,
+        check=texts,
         no_flag="--prompt gives them one by one, --prompts a file of them",
         shown="the published one",
     )
@@ -139,7 +136,9 @@ class TrainConfig:
         choices=DTYPES,
     )
     device: str = setting(
-        "auto", "auto, cpu, cuda, cuda:1, ...; with several ranks each takes its own GPU"
+        "auto",
+        "auto, cpu, cuda, cuda:1, ...; with several ranks each takes its own GPU",
+        check=device_text,
     )
     gradient_checkpointing: bool = setting(
         False, "recompute the layers in the backward pass to spare memory"
@@ -183,9 +182,22 @@ class TrainConfig:
         "of a PEFT model, whose checkpoints are its adapter: also write the whole model with the "
         "adapter merged into it, as `merged` in each checkpoint",
     )
+    log_to: tuple[str, ...] = setting(
+        (),
+        "loggers that get the metrics besides metrics.jsonl, one or several; the environment says "
+        "where their own settings are not the usual ones (WANDB_PROJECT, WANDB_MODE, "
+        "TRACKIO_PROJECT, TRACKIO_SPACE_ID, ...)",
+        check=texts,
+        choices=tuple(LOGGERS),
+        shown="none",
+    )
 
     def __post_init__(self):
         check_settings(self)
+        if "tensorboard" in self.log_to and self.output is None:
+            raise ValueError(
+                "output must be a folder with log_to='tensorboard', which writes into it, got None"
+            )
         _check_prompts(self.prompt_texts)
         if self.compat == "official" and self.reduction != "token_mean":
             raise ValueError(

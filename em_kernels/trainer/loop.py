@@ -14,6 +14,7 @@ from em_kernels.lm.ranks import joined_ranks
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.distillation import DistillationUpdate
 from em_kernels.trainer.entropy_update import EntropyUpdate, Objective, entropy_minimisation
+from em_kernels.trainer.loggers import Loggers, check_installed, open_loggers
 from em_kernels.trainer.policy_update import PolicyUpdate
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run, save_run, start_run
@@ -79,21 +80,28 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds. Of an RLConfig also those of `PolicyUpdate` and `DistillationUpdate`.
+        loss_seconds. Of an RLConfig also those of `PolicyUpdate` and `DistillationUpdate`. All are
+        in docs/trainer.md, with TRL's names for them.
 
     Raises:
-        ValueError, TypeError: a bad setting, prompt or model (`ModelError`).
+        ValueError, TypeError: a bad setting, prompt or model (`ModelError`); a logger that does not
+            start.
+        ImportError: a package is missing, of a logger as well; it says which and what brings it.
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
         RankError: another rank failed; that rank raises one of the above.
     """
+    passed = {"model": model, "teacher": teacher, "objective": objective}
     with joined_ranks(config.device) as ranks:
+        ranks.first(lambda: check_installed(config.log_to))
         with ranks.raise_together():
             others = second_models(config, model, teacher, ranks)
-        run = start_run(config, model, tokenizer, resume, ranks, tuple(others.values()))
+        told = tuple(name for name, value in passed.items() if value is not None)
+        beside = tuple(others.values())
+        run = start_run(config, model, tokenizer, resume, ranks, beside, passed=told)
         updates = _updates(run, others, objective)
-        with modes_kept(run.model):
-            _run_updates(run, updates, on_step, progress)
+        with modes_kept(run.model), open_loggers(run, resume) as loggers:
+            _run_updates(run, updates, loggers, on_step, progress)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
 
@@ -117,7 +125,11 @@ def _updates(
 
 
 def _run_updates(
-    run: Run, updates: dict[str, Update], on_step: Callable | None, show: bool
+    run: Run,
+    updates: dict[str, Update],
+    loggers: Loggers,
+    on_step: Callable | None,
+    show: bool,
 ) -> None:
     """Every update that is still to do, with its checkpoints."""
     config = run.config
@@ -129,6 +141,7 @@ def _run_updates(
         line = _shown(run, {"update": update, **line, **config.labels(index, stage)}, on_step)
         with run.ranks.raise_together():
             run.metrics.add(line)
+            loggers.log(run.metrics.lines)
         run.done = update
         if _is_due(run):
             save_run(run)

@@ -36,6 +36,7 @@ from em_kernels.lm.rollout import end_tokens, pad_token
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
+from em_kernels.trainer.run_file import write_run_file
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.second_model import SecondModel, check_vocabulary
 from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
@@ -76,10 +77,11 @@ def start_run(
     resume: bool,
     ranks: Ranks | None = None,
     others: Sequence[SecondModel] = (),
+    passed: Sequence[str] = (),
 ) -> Run:
     """Load the model, or the newest checkpoint of the run, and everything that goes with it.
 
-    `others` are the models that are read beside it.
+    `others` are the models that are read beside it, `passed` names what the caller gave as objects.
     """
     ranks = ranks or Ranks()
     folder = Path(config.output) if config.output else None
@@ -87,11 +89,11 @@ def start_run(
         checkpoint = _checkpoint_to_resume(config, folder) if resume else None
         if folder and not resume:
             checkpoints.check_free(folder)
-        passed = model is not None
+        given = model is not None
         model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
         if resume and folder:
             _check_same_kind(folder, model)
-        if checkpoint and passed:
+        if checkpoint and given:
             _load_into(model, checkpoint)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
@@ -127,6 +129,8 @@ def start_run(
     if folder:
         adapter = adapter_settings(model) if is_adapted(model) else None
         ranks.first(lambda: checkpoints.write_config(folder, config, adapter))
+        unnamed = [*passed, "adapter"] if given and adapter is not None else passed
+        ranks.first(lambda: write_run_file(folder, config, unnamed, ranks.size))
     run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     return run

@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from em_kernels import cli
-from em_kernels.cli.app import _config_class, _parser, _settings
+from em_kernels.cli.app import _new_config, _parser
 from em_kernels.evaluator import EvalConfig
 from em_kernels.lm.settings import flag_of, settings_of
 from em_kernels.trainer import RLConfig, TrainConfig
@@ -48,8 +48,7 @@ def problems(tmp_path) -> list[str]:
 
 def read(*words: str) -> TrainConfig | RLConfig:
     arguments = _parser().parse_args(["train", "--model", "m", "--output", "o", *words])
-    given = _settings(arguments)
-    return _config_class(given)(**given)
+    return _new_config(arguments)
 
 
 @pytest.mark.parametrize("reduction", settings_of(RLConfig)["reduction"].named)
