@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import em_kernels
 from em_kernels.lm.setting_files import settings_text
 from em_kernels.lm.text import write_text
 from em_kernels.trainer.config import TrainConfig
 
 RUN_FILE = "run.yaml"
-PACKAGES = ("torch", "transformers")
+PACKAGES = ("em-kernels", "torch", "transformers")
 UNNAMED = {
     "model": "a model that was passed; give --model its name",
     "teacher": "a teacher that was passed; give --teacher its name",
@@ -40,7 +39,6 @@ def _settings(config: TrainConfig) -> dict:
 
 def _notes(config: TrainConfig, passed: Iterable[str], ranks: int) -> list[str]:
     versions = [f"{ranks} processes"] if ranks > 1 else []
-    versions.append(f"em_kernels {em_kernels.__version__}")
     for package in PACKAGES:
         try:
             versions.append(f"{package} {version(package)}")

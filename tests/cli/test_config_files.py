@@ -40,7 +40,7 @@ def test_a_run_of_the_command_line_is_repeated_to_the_bit(model, tmp_path, capsy
     assert told[0] == told[1]
     assert told[0]["prompts"] == ["1e5"] and "output" not in told[0]
     text = (tmp_path / "em" / "run.yaml").read_text()
-    assert text.startswith("# em-kernels train --config run.yaml --output FOLDER  (em_kernels ")
+    assert text.startswith("# em-kernels train --config run.yaml --output FOLDER  (")
     assert "Not in here" not in text
 
 
@@ -136,7 +136,7 @@ def test_json_and_the_settings_of_a_resume_are_taken(tmp_path):
         ("updates: 3\n", "--model must be given: it is not in "),
         ("model: null\n", "--model must be given: it is not in "),
         ("[1]", "must hold settings by name"),
-        ("model: m\nobjective: grpo\nproblems: [[1]]\n", "problems must be (problem, answer) pairs"),
+        ("model: m\nobjective: grpo\nproblems: [[1]]\n", "problems must be (problem, answer)"),
         (
             "model: m\nobjective: grpo\nresponses: 6\ngroup_size: 4\nproblems: [[a, b]]\n",
             "responses must be a multiple of group_size=4, got 6",

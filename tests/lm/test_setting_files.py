@@ -100,9 +100,9 @@ def test_a_reader_that_is_missing(name, module, message, tmp_path, monkeypatch):
 
 def test_an_unknown_name_is_named_with_its_file_and_what_was_meant():
     check_names("f.yaml", {"updates": 1}, ["updates"])
-    with pytest.raises(ValueError, match="^f.yaml: no setting is called 'micro-batch'; did you me"):
+    with pytest.raises(ValueError, match=r"^f\.yaml: no setting is called 'micro-batch'; did you"):
         check_names("f.yaml", {"updates": 1, "micro-batch": 2}, ["updates", "micro_batch"])
-    with pytest.raises(ValueError, match="^f.yaml: no setting is called 3$"):
+    with pytest.raises(ValueError, match=r"^f\.yaml: no setting is called 3$"):
         check_names("f.yaml", {3: 2}, ["updates"])
 
 

@@ -100,6 +100,7 @@ def put_in(monkeypatch, name: str) -> Store:
             return made_run
 
         made.init = begin
+
         def log(values, step):
             kept = {key if key not in RESERVED else f"__{key}": values[key] for key in values}
             store.log(made.current.name, kept, step)
