@@ -162,8 +162,9 @@ def _from_file(path: str, flags: dict) -> dict:
     """The settings of a file; `prompts` are texts in a list, or the name of a file of them."""
     found = read_settings(path)
     check_names(path, found, settings_of(RLConfig))
-    if "objective" in flags:  # it would go unheard beside a schedule
-        found.pop("schedule", None)
+    for one, other in (("objective", "schedule"), ("schedule", "objective")):
+        if one in flags:  # the two say the same thing
+            found.pop(other, None)
     prompts = found.get("prompts")
     if isinstance(prompts, str) and "prompts" not in flags:
         try:

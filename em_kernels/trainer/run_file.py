@@ -33,7 +33,7 @@ def _settings(config: TrainConfig) -> dict:
     values = config.to_dict()
     del values["output"]
     if values.get("objective") == "em" and values["schedule"] is None:
-        values["schedule"] = "em"
+        values["schedule"] = values.pop("objective")
     return values
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
+from logger_stand_ins import put_in
 from rl_runs import rl_settings, run_rl
 from tiny_qwen2 import make_model
 from trainer_runs import TIMES
@@ -36,11 +39,20 @@ def numbers(name: str) -> list[dict]:
     ]
 
 
+def logged(folder) -> list:
+    """What a logger of this rank gets of a run with all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        store = put_in(patch, "trackio")
+        run_rl(rl_settings(**COMMON, output=folder / "run", log_to="trackio"))
+    return [(step, values["loss"]) for rows in store.runs.values() for step, values in rows]
+
+
 def work(rank: int, folder) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save({name: numbers(name) for name in RUNS}, folder / f"rank{rank}.pt")
+    found = {name: numbers(name) for name in RUNS}
+    torch.save({**found, "logged": logged(folder)}, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -57,3 +69,11 @@ def test_two_ranks_give_the_numbers_of_one(ranks, name):
     assert ranks[0][name] == ranks[1][name]
     for found, wanted in zip(ranks[0][name], expected, strict=True):
         assert found == pytest.approx(wanted, rel=2e-3, abs=2e-5)
+
+
+def test_the_first_rank_alone_logs_and_writes(ranks, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "rl-ranks0" / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert ranks[0]["logged"] == [(line["update"], line["loss"]) for line in lines]
+    assert len(lines) == 2 and ranks[1]["logged"] == []
+    assert "(2 processes, " in (folder / "run.yaml").read_text()
