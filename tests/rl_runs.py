@@ -33,3 +33,11 @@ def rl_settings(**changes) -> RLConfig:
 
 def run_rl(config: RLConfig, model=None, **kwargs) -> TrainResult:
     return train(config, model or make_model(), make_tokenizer(), progress=False, **kwargs)
+
+
+def plain_log_softmax(model, tokens):
+    """(B, T, V) in float64, of the model's own logits."""
+    mask = tokens.attention_mask.long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens.input_ids, attention_mask=mask, position_ids=positions).logits
+    return logits.double().log_softmax(-1)

@@ -13,6 +13,7 @@ from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.heads import Head
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.objectives.eaft import eaft_weight
 from em_kernels.ops.divergence import WeightedDivergence, linear_divergence, linear_divergence_loss
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
@@ -93,10 +94,28 @@ def token_stats(
     return _token_stats(_hidden(model, part), head, part, temperature, outputs)
 
 
+def demonstration_loss(
+    model,
+    head: Head,
+    part: Tokens,
+    temperature: float,
+    outputs: tuple[str, ...],
+    k: int,
+    alpha: float | None,
+) -> tuple[TokenLoss, Tensor | None]:
+    """`token_loss`, and with `alpha` the `eaft_weight` of every token, which its logprob weight is
+    multiplied by: of the same hidden states, in a pass of their own over the head."""
+    hidden, weight = _hidden(model, part), None
+    if alpha is not None:
+        top = _top(hidden, head, part, temperature, k)
+        weight = eaft_weight(top.logprob, part.loss_mask, alpha=alpha)
+        part = part._replace(logprob_weight=cast(Tensor, part.logprob_weight) * weight)
+    return _token_loss(hidden, head, part, temperature, outputs), weight
+
+
 def token_labels(model, head: Head, part: Tokens, temperature: float, k: int) -> TopLogprobs:
     """The k likeliest tokens at every place that counts, and their log-probabilities."""
-    options: Any = dict(temperature=temperature, mask=part.loss_mask, **head.arguments)
-    return linear_top_logprobs(_hidden(model, part), head.weight, k, ignore_index=0, **options)
+    return _top(_hidden(model, part), head, part, temperature, k)
 
 
 def stats_and_others(
@@ -143,6 +162,11 @@ def distillation_loss(
         return call(outputs=outputs)
     found, own = call(), _token_loss(hidden, head, part, temperature, outputs)
     return found._replace(loss=found.loss + own.loss, stats=own.stats)
+
+
+def _top(hidden: Tensor, head: Head, part: Tokens, temperature: float, k: int) -> TopLogprobs:
+    options: Any = dict(temperature=temperature, mask=part.loss_mask, **head.arguments)
+    return linear_top_logprobs(hidden, head.weight, k, ignore_index=0, **options)
 
 
 def _hidden(model, part: Tokens) -> Tensor:

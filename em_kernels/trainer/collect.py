@@ -25,6 +25,14 @@ from em_kernels.trainer.shared_settings import TEXT_REWARDS
 R = TypeVar("R")
 
 
+def turn(seed: int, number: int, size: int) -> int:
+    """Which of `size` takes the `number`-th turn, from 0: all of them, in a new order each time."""
+    lap, place = divmod(number, size)
+    order = list(range(size))
+    random.Random(f"{seed}-{lap}").shuffle(order)
+    return order[place]
+
+
 class ProblemOrder:
     """The problems of a run and how they take turns: all of them, in a new order each time."""
 
@@ -35,10 +43,7 @@ class ProblemOrder:
 
     def turn(self, number: int) -> int:
         """The index of the problem that is asked as the `number`-th of the run, from 0."""
-        lap, place = divmod(number, len(self.tasks))
-        order = list(range(len(self.tasks)))
-        random.Random(f"{self.config.seed}-{lap}").shuffle(order)
-        return order[place]
+        return turn(self.config.seed, number, len(self.tasks))
 
 
 class Collected(NamedTuple):

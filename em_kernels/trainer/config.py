@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing_extensions import Self
 
 from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
+from em_kernels.lm.demonstrations import Demonstration
 from em_kernels.lm.models import DTYPES
 from em_kernels.lm.settings import (
     at_least,
@@ -223,6 +224,11 @@ class TrainConfig:
     def all_texts(self) -> tuple[str, ...]:
         """Everything that answers are sampled to."""
         return self.prompt_texts
+
+    @property
+    def demonstrations(self) -> tuple[Demonstration, ...]:
+        """What stages that are given the answers train on."""
+        return ()
 
     def check_entries(self, entries: int) -> None:
         """Refuse what does not fit a model's head of so many entries."""

@@ -36,7 +36,7 @@ class EntropyUpdate:
     def __call__(self, update: int, index: int, stage: Stage) -> dict:
         """Sample, weigh, step; returns the metrics, see `train`."""
         run, clock = self.run, Clock()
-        rollout = draw(run, self._prompts(update), update)
+        rollout = self.rollout(update, index)
         clock.sampled()
         tokens = self.weighed(rollout)
         found = take_step(run, update, 0, self.parts(tokens), self.loss)
@@ -50,6 +50,10 @@ class EntropyUpdate:
             "truncated": 1 - rollout.finished.float().mean().item(),
             **clock.metrics(drawn),
         }
+
+    def rollout(self, update: int, index: int) -> Rollout:
+        """The answers of an update, in the stage of that index."""
+        return draw(self.run, self._prompts(update), update)
 
     def _prompts(self, update: int) -> list[list[int]]:
         """Prompts take turns, over the whole run."""

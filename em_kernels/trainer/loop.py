@@ -12,6 +12,7 @@ from em_kernels.lm.modes import modes_kept
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import joined_ranks
 from em_kernels.trainer.config import TrainConfig
+from em_kernels.trainer.demonstration_update import DemonstrationUpdate
 from em_kernels.trainer.distillation import DistillationUpdate
 from em_kernels.trainer.entropy_update import EntropyUpdate, Objective, entropy_minimisation
 from em_kernels.trainer.loggers import Loggers, check_installed, open_loggers
@@ -121,6 +122,9 @@ def _updates(
         teacher = run.beside(others["teacher"])
         found["opd"] = DistillationUpdate(run, teacher)
         found["em+opd"] = DistillationUpdate(run, teacher, config.em_coef)
+    for stage in config.stages:
+        if stage.demonstrated is not None:
+            found[stage.kind] = DemonstrationUpdate(run, stage)
     return found
 
 

@@ -14,6 +14,7 @@ from em_kernels.lm.settings import (
     positive,
     share,
 )
+from em_kernels.objectives.eaft import TOP_K
 from em_kernels.trainer.objective_table import WHOLE_LABELS
 from em_kernels.trainer.shared_settings import SharedSettings, rl_setting
 
@@ -49,6 +50,12 @@ class ObjectiveSettings(SharedSettings):
     )
     ppl_label_k: int = rl_setting(
         20, "ppl: how many tokens at every place are stored as label topk", check=at_least(1)
+    )
+    eaft_k: int = rl_setting(
+        TOP_K, "eaft: likeliest tokens whose entropy weighs the cross entropy", check=at_least(2)
+    )
+    eaft_alpha: float = rl_setting(
+        1.0, "eaft: exponent of that entropy; 0 is sft", check=not_negative
     )
     teacher: str | None = rl_setting(
         None,

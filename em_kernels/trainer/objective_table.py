@@ -129,8 +129,19 @@ def _uncertain(config: RLConfig, answers: Answers) -> Tensor:
 
 # The table
 
-_PROMPTED = looks_at("prompts", "reduction")
-_REWARDED = looks_at(
+_SAMPLED = looks_at(
+    "sampling_temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "sampler",
+    "sample_batch",
+    "vllm_memory",
+)
+_PROMPTED = {**_SAMPLED, **looks_at("prompts", "reduction")}
+_DEMONSTRATED = looks_at("reduction")
+_REWARDED = _SAMPLED | looks_at(
     "group_size",
     "reward",
     "judge",
@@ -162,6 +173,8 @@ TABLE = {
     "opd": ObjectiveEntry(
         {**_PROMPTED, **looks_at("teacher", "opd_kind", "opd_beta", "opd_weight")}
     ),
+    "sft": ObjectiveEntry(_DEMONSTRATED),
+    "eaft": ObjectiveEntry({**_DEMONSTRATED, **looks_at("eaft_k", "eaft_alpha")}),
     "grpo": ObjectiveEntry(_GRPO, _grpo, other=_reference),
     "grpo++": ObjectiveEntry(
         {**_GRPO, **_HIGHER, **looks_at("sampling_rounds", entropy_coef=1e-3)},

@@ -10,6 +10,12 @@ from typing import Any
 from typing_extensions import Self
 
 from em_kernels.lm.data import PLACE, check_template, fill_template
+from em_kernels.lm.demonstrations import (
+    SOLUTIONS,
+    Demonstration,
+    demonstration,
+    load_demonstrations,
+)
 from em_kernels.lm.problems import (
     Problem,
     Source,
@@ -64,11 +70,11 @@ class RLConfig(ObjectiveSettings):
             self._check_stage(stage)
 
     def _check_texts(self) -> None:
-        """Rewards need problems; the others do with prompts."""
+        """Rewards and demonstrations need problems; the others do with prompts."""
         if self.problems:
             return
         name = self.schedule or self.objective
-        if any(stage.policy for stage in self.stages):
+        if any(stage.policy or stage.demonstrated for stage in self.stages):
             raise ValueError(f"problems must be given for {name!r}, got none")
         if not self.prompts:
             raise ValueError(f"problems or prompts must be given for {name!r}, got none")
@@ -79,7 +85,7 @@ class RLConfig(ObjectiveSettings):
             object.__setattr__(self, "problems", os.fspath(self.problems))
             return
         object.__setattr__(self, "problems", problem_pairs(self.problems))
-        for name in ("problem_field", "answer_field", "split"):
+        for name in ("problem_field", "answer_field", "solution_field", "split"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} must be None where problems are pairs, got {getattr(self, name)!r}"
@@ -135,15 +141,48 @@ class RLConfig(ObjectiveSettings):
 
     @property
     def prompt_texts(self) -> tuple[str, ...]:
-        """What stages without rewards sample from."""
-        return self.prompts or tuple(self.ask(task) for task in self.tasks)
+        """What stages without rewards sample from; where none samples, what is answered."""
+        return self.prompts or self._asked
 
     @property
     def all_texts(self) -> tuple[str, ...]:
-        return self.prompts + tuple(self.ask(task) for task in self.tasks)
+        return self.prompts + self._asked
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        if all(stage.demonstrated for stage in self.stages):
+            return tuple(one.turns[-1].content for one in self.demonstrations)
+        return tuple(self.ask(task) for task in self.tasks)
+
+    @cached_property
+    def demonstrations(self) -> tuple[Demonstration, ...]:
+        """The worked solutions, or the answers of pairs, read from where they lie, once.
+
+        Raises:
+            FileNotFoundError, ImportError, ValueError: of `load_demonstrations`; a missing answer.
+        """
+        stage = next((stage for stage in self.stages if stage.demonstrated), None)
+        if stage is None:
+            return ()
+        if isinstance(self.problems, str):
+            fields = SOLUTIONS if self.solution_field is None else (self.solution_field,)
+            return load_demonstrations(self._source(self.problems), fields)
+        missing = next((task.problem for task in self.problems if not task.answer), None)
+        if missing is not None:
+            raise ValueError(
+                f"problems need answers, which are the demonstrations of {stage.demonstrated!r}, "
+                f"none for {missing[:60]!r}"
+            )
+        return tuple(demonstration(self.ask(task), task.answer) for task in self.problems)
 
     def check_entries(self, entries: int) -> None:
         check_target(self, entries)
+        eaft = any(stage.demonstrated == "eaft" for stage in self.stages)
+        if eaft and self.eaft_k > entries:
+            raise ValueError(
+                f"eaft_k must be at most {entries}, the entries of the model's head, "
+                f"got {self.eaft_k}"
+            )
 
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}

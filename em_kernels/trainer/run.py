@@ -20,6 +20,7 @@ from em_kernels.lm.adapters import (
     load_weights,
 )
 from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.demonstrations import EncodedDemonstrations
 from em_kernels.lm.heads import ModelError, causal_lm, read_head
 from em_kernels.lm.models import (
     SHARDS,
@@ -59,6 +60,7 @@ class Run:
     folder: Path | None
     checkpoint: Path | None
     done: int
+    demonstrations: EncodedDemonstrations | None = None
 
     def beside(self, other: SecondModel) -> SingleProcessStrategy:
         """The other model, ready to read what the one that is trained does; whole on every rank."""
@@ -95,6 +97,9 @@ def start_run(
             _check_same_kind(folder, model)
         if checkpoint and given:
             _load_into(model, checkpoint)
+        given = config.demonstrations
+        limit = config.max_new_tokens
+        encoded = EncodedDemonstrations(model, tokenizer, given, limit) if given else None
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         _check_adapter(config, model, saved=folder is not None)
@@ -125,6 +130,7 @@ def start_run(
         folder=folder,
         checkpoint=checkpoint,
         done=0,
+        demonstrations=encoded,
     )
     if folder:
         adapter = adapter_settings(model) if is_adapted(model) else None

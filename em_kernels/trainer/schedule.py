@@ -12,7 +12,9 @@ from typing import NamedTuple
 from em_kernels.objectives.bonus import next_entropy_coef
 from em_kernels.objectives.repo import next_zeta
 
-WITHOUT_REWARDS = ("em", "opd")
+DEMONSTRATED = ("sft", "eaft")
+"""Objectives that are given the answers, and sample none."""
+WITHOUT_REWARDS = ("em", "opd", *DEMONSTRATED)
 """Objectives that look at the tokens of the answers alone."""
 _STAGE = re.compile(
     r"(?P<names>[^:@\s]+)(?::(?P<updates>\d+))?(?:@(?P<rate>[0-9.]+(?:e[-+]?\d+)?))?"
@@ -36,8 +38,13 @@ class Stage(NamedTuple):
         return next((name for name in self.objectives if name not in WITHOUT_REWARDS), None)
 
     @property
+    def demonstrated(self) -> str | None:
+        """The objective that is given the answers, if there is one."""
+        return next((name for name in self.objectives if name in DEMONSTRATED), None)
+
+    @property
     def kind(self) -> str:
-        """What makes its updates: "rewards", or "em", "opd", "em+opd" without."""
+        """What makes its updates: "rewards", or without them its name ("em", "em+opd", ...)."""
         return self.name if self.policy is None else "rewards"
 
 

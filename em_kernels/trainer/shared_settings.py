@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from em_kernels.lm.demonstrations import SOLUTIONS
 from em_kernels.lm.judge.judges import JUDGES
 from em_kernels.lm.problems import (
     ANSWER_FIELD,
@@ -58,7 +59,8 @@ class SharedSettings(TrainConfig):
     problems: str | tuple = rl_setting(
         (),
         f"{FILES}, or (problem, answer) pairs; the answer may be missing (None) where the reward "
-        "does not look at it; em and opd do with `prompts` alone",
+        "does not look at it; em and opd do with `prompts` alone; sft and eaft train on a row's "
+        "worked solution, or on its chat `messages`, and of pairs on the answer",
         metavar="FILE|PRESET",
         shown="none",
     )
@@ -72,6 +74,11 @@ class SharedSettings(TrainConfig):
     template: str | None = rl_setting(None, TEMPLATE, shown=TEMPLATE_SHOWN)
     problem_field: str | None = rl_setting(None, PROBLEM_FIELD, shown=FIELD_SHOWN)
     answer_field: str | None = rl_setting(None, ANSWER_FIELD, shown=FIELD_SHOWN)
+    solution_field: str | None = rl_setting(
+        None,
+        "the field of a row that holds the worked solution of sft and eaft",
+        shown=f"the first of {', '.join(SOLUTIONS)} that it has",
+    )
     split: str | None = rl_setting(None, SPLIT, shown="train")
     group_size: int = rl_setting(
         8,

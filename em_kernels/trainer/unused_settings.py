@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from em_kernels.trainer.entropy_control import shaping_of
 from em_kernels.trainer.objective_table import TABLE
-from em_kernels.trainer.schedule import Stage
+from em_kernels.trainer.schedule import DEMONSTRATED, Stage
 
 if TYPE_CHECKING:
     from em_kernels.trainer.rl_config import RLConfig
@@ -67,11 +67,23 @@ _PROBLEMS = _on("problems", "problems", lambda value: len(value) > 0)
 CONDITIONS = {
     "objective": _on("schedule", "runs without a schedule", lambda value: value is None),
     "problems": Condition(
-        lambda config: any(stage.policy for stage in config.stages) or not config.prompts,
-        "stages with rewards, and others where there are no prompts",
+        lambda config: (
+            any(stage.policy or stage.demonstrated for stage in config.stages) or not config.prompts
+        ),
+        "stages with rewards or demonstrations, and others where there are no prompts",
         lambda config: f"with prompts={_short(config.prompts)} {_run(config)}",
     ),
-    **dict.fromkeys(("template", "problem_field", "answer_field", "split"), _PROBLEMS),
+    **dict.fromkeys(("template", "problem_field", "split"), _PROBLEMS),
+    "answer_field": Condition(
+        lambda config: len(config.problems) > 0 and _asks(config),
+        "problems that are asked",
+        _run,
+    ),
+    "solution_field": Condition(
+        lambda config: any(stage.demonstrated for stage in config.stages),
+        "demonstrations (sft, eaft)",
+        _run,
+    ),
     "em_coef": Condition(
         lambda config: any(len(stage.objectives) > 1 for stage in config.stages),
         "mixed stages (em+NAME)",
@@ -156,6 +168,10 @@ def _check_throughout(config: RLConfig, name: str) -> None:
         )
 
 
+def _asks(config: RLConfig) -> bool:
+    return any(stage.demonstrated is None for stage in config.stages)
+
+
 def _rewards(config: RLConfig) -> list[str]:
     return [config.reward_of(stage.policy) for stage in config.stages if stage.policy]
 
@@ -163,6 +179,8 @@ def _rewards(config: RLConfig) -> list[str]:
 def _listed(objectives: Sequence[str]) -> str:
     if list(objectives) == [name for name, entry in TABLE.items() if entry.loss is not None]:
         return "objectives with rewards"
+    if list(objectives) == [name for name in TABLE if name not in DEMONSTRATED]:
+        return "objectives that sample"
     *others, last = map(repr, objectives)
     return f"the objectives {', '.join(others)} and {last}" if others else f"the objective {last}"
 

@@ -26,8 +26,8 @@ RUNS = {
     "ppl, reference": dict(objective="ppl", ppl_label="reference"),
     "ppl, sampler": dict(objective="ppl", ppl_label="sampler", learning_rate=1e-3),
     "ppl, topk": dict(objective="ppl", ppl_label="topk", ppl_label_k=5, learning_rate=1e-3),
-    # without rewards group_size stays at its default
-    "opd": dict(schedule="opd:1,em+opd", opd_weight="teacher_entropy", group_size=8),
+    "eaft": dict(schedule="sft:1,em+eaft", eaft_k=6),
+    "opd": dict(schedule="opd:1,em+opd", opd_weight="teacher_entropy"),
 }
 
 

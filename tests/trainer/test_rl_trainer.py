@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_runs import PROBLEMS, rl_settings, run_rl
+from rl_runs import PROBLEMS, plain_log_softmax, rl_settings, run_rl
 from tiny_qwen2 import WORDS, make_model, make_tokenizer
 from torch.nn.functional import logsigmoid
 from trainer_runs import without_times
@@ -79,13 +79,6 @@ class Steps:
 
         monkeypatch.setattr(policy_update.PolicyUpdate, "_step", step)
         monkeypatch.setattr(policy_update, "accumulate_gradients", accumulate_gradients)
-
-
-def plain_log_softmax(model, tokens):
-    mask = tokens.attention_mask.long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(tokens.input_ids, attention_mask=mask, position_ids=positions).logits
-    return logits.double().log_softmax(-1)
 
 
 def plain_statistics(model, tokens):

@@ -54,7 +54,8 @@ def looked_at(objective: str):
 
 
 def run_of(objective: str, **changes) -> RLConfig:
-    texts = {} if "prompts" in changes and TABLE[objective].loss is None else {"problems": PROBLEMS}
+    prompted = "prompts" in changes and "prompts" in looked_at(objective)
+    texts = {} if prompted else {"problems": PROBLEMS}
     return RLConfig(objective=objective, responses=8, **{**texts, **changes})
 
 
@@ -95,7 +96,10 @@ def test_a_setting_that_waits_for_another_is_refused_without_it(name):
         (dict(schedule="em:1,grpo", em_coef=0.3), "em_coef is for mixed stages"),
         (dict(prompts=("1",)), r"prompts is for the objectives 'em' and 'opd', got \('1',\) for"),
         (dict(schedule="em+grpo", prompts=("1",)), "prompts is for the objectives 'em' and 'opd'"),
-        (dict(objective="opd", prompts=("1",)), "problems is for stages with rewards, and others"),
+        (
+            dict(objective="opd", prompts=("1",)),
+            "problems is for stages with rewards or demonstrations, and",
+        ),
         (dict(reward="random", max_length=3), "max_length is for the rewards .*, got 3 with 'ran"),
         (dict(schedule="grpo:1,clip_cov", ref_kl=0.1), "ref_kl must be 0 with clip_cov, got 0.1"),
         (dict(schedule="em:1,grpo", gamma=0.5), "gamma is for the objective 'ppl', got 0.5 for"),
