@@ -97,9 +97,8 @@ def start_run(
             _check_same_kind(folder, model)
         if checkpoint and given:
             _load_into(model, checkpoint)
-        given = config.demonstrations
-        limit = config.max_new_tokens
-        encoded = EncodedDemonstrations(model, tokenizer, given, limit) if given else None
+        shown, limit = config.demonstrations, config.max_new_tokens
+        encoded = EncodedDemonstrations(model, tokenizer, shown, limit) if shown else None
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         _check_adapter(config, model, saved=folder is not None)

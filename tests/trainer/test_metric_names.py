@@ -11,6 +11,7 @@ from tiny_qwen2 import make_model
 from trainer_runs import run, settings
 
 from em_kernels.trainer.rl_config import OBJECTIVES
+from em_kernels.trainer.schedule import WITHOUT_REWARDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
 SMALL = dict(updates=1, responses=4, max_new_tokens=12)
@@ -32,7 +33,7 @@ def logged(**changes) -> set[str]:
 
 
 def by_name(objective: str) -> set[str]:
-    if objective in ("em", "opd"):
+    if objective in WITHOUT_REWARDS:
         return logged(objective=objective)
     reward = REWARDS.get(objective, "length")
     return logged(objective=objective, group_size=2, reward=reward)
