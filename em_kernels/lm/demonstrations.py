@@ -74,7 +74,7 @@ class EncodedDemonstrations:
 
     A completion ends with the token that ends answers (the tokenizer's, if it is one of the
     model's), and is cut where the answers of a run are: at `max_new_tokens` tokens, or at the
-    positions that the longest prompt leaves.
+    positions that the longest prompt leaves. `cut` counts those that were, at `room` tokens.
 
     Raises:
         ValueError: a chat for a tokenizer without a template, a prompt that leaves no position, a
@@ -90,7 +90,9 @@ class EncodedDemonstrations:
         self.prompts = [encode_turns(tokenizer, one.turns) for one in demonstrations]
         room = room_for_answers(model, max(map(len, self.prompts)), max_new_tokens)
         texts = [one.completion for one in demonstrations]
-        self.completions = [self._completion(tokenizer, text)[:room] for text in texts]
+        whole = [self._completion(tokenizer, text) for text in texts]
+        self.completions = [ids[:room] for ids in whole]
+        self.room, self.cut = room, sum(len(ids) > room for ids in whole)
 
     def _completion(self, tokenizer, text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

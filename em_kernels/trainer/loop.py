@@ -45,7 +45,7 @@ def train(
     progress: bool = True,
 ) -> TrainResult:
     """Run `config.updates` updates of entropy minimisation on a causal language model, or, with an
-    `RLConfig`, of reinforcement learning, of distillation or a schedule of them.
+    `RLConfig`, of reinforcement learning, distillation, fine-tuning or a schedule of them.
 
     Under torchrun, or in a process group of several ranks, every rank calls it with the same
     arguments and the model is sharded over them (FSDP2). The numbers are those of one process up
@@ -81,8 +81,8 @@ def train(
         same, but see `compat`); loss; mean_entropy (nats, at loss_temperature, over the positions
         that carry weight); response_length (tokens); response_tokens; truncated (fraction of
         answers without an end); grad_norm (before clipping); tokens_per_second; sample_seconds;
-        loss_seconds. Of an RLConfig also those of `PolicyUpdate` and `DistillationUpdate`. All are
-        in docs/trainer.md, with TRL's names for them.
+        loss_seconds. Of an RLConfig also those of `PolicyUpdate`, `DistillationUpdate` and
+        `DemonstrationUpdate`. All are in docs/trainer.md, with TRL's names for them.
 
     Raises:
         ValueError, TypeError: a bad setting, prompt or model (`ModelError`); a logger that does not

@@ -38,7 +38,7 @@ NEED_ANSWERS = ("verified", "l-grpo")
 @documented
 @dataclass(frozen=True)
 class RLConfig(ObjectiveSettings):
-    """Group-relative policy optimisation and its kin, and distillation, by name.
+    """Group-relative policy optimisation and its kin, distillation and fine-tuning, by name.
 
     An update draws `responses` / `group_size` problems and `group_size` answers to each, gives
     every answer a reward and, within its group, an advantage, and takes `epochs` x `minibatches`
@@ -141,7 +141,7 @@ class RLConfig(ObjectiveSettings):
 
     @property
     def prompt_texts(self) -> tuple[str, ...]:
-        """What stages without rewards sample from; where none samples, what is answered."""
+        """What stages without rewards sample from; where none samples, one that is answered."""
         return self.prompts or self._asked
 
     @property
@@ -151,7 +151,7 @@ class RLConfig(ObjectiveSettings):
     @property
     def _asked(self) -> tuple[str, ...]:
         if all(stage.demonstrated for stage in self.stages):
-            return tuple(one.turns[-1].content for one in self.demonstrations)
+            return (self.demonstrations[0].turns[-1].content,)
         return tuple(self.ask(task) for task in self.tasks)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,7 @@ def start_run(
             _check_same_kind(folder, model)
         if checkpoint and given:
             _load_into(model, checkpoint)
-        shown, limit = config.demonstrations, config.max_new_tokens
-        encoded = EncodedDemonstrations(model, tokenizer, shown, limit) if shown else None
+        demonstrations = _encode_demonstrations(config, model, tokenizer, ranks)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
         _check_adapter(config, model, saved=folder is not None)
@@ -129,7 +129,7 @@ def start_run(
         folder=folder,
         checkpoint=checkpoint,
         done=0,
-        demonstrations=encoded,
+        demonstrations=demonstrations,
     )
     if folder:
         adapter = adapter_settings(model) if is_adapted(model) else None
@@ -167,6 +167,23 @@ def _get_model(
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
     return model, tokenizer
+
+
+def _encode_demonstrations(
+    config: TrainConfig, model, tokenizer, ranks: Ranks
+) -> EncodedDemonstrations | None:
+    if not config.demonstrations:
+        return None
+    limit = config.max_new_tokens
+    encoded = EncodedDemonstrations(model, tokenizer, config.demonstrations, limit)
+    if encoded.cut and ranks.is_first:
+        warnings.warn(
+            f"{encoded.cut} of {len(encoded)} demonstrations are longer than {encoded.room} tokens "
+            "and are cut there, without their end: raise max_new_tokens, up to what the model's "
+            "positions leave after the longest prompt",
+            stacklevel=4,
+        )
+    return encoded
 
 
 def _check_same_kind(folder: Path, model) -> None:

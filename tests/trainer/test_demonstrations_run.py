@@ -213,6 +213,13 @@ def test_bad_settings_are_named(changes, message, tmp_path, monkeypatch):
         given(**changes)
 
 
+def test_demonstrations_that_are_cut_are_counted():
+    problems = (("1", "2"), ("3", "456789"))
+    with pytest.warns(UserWarning, match="1 of 2 demonstrations are longer than 4 tokens and are"):
+        (line,) = run_rl(given(problems=problems, responses=2, max_new_tokens=4)).metrics
+    assert line["truncated"] == 0.5 and line["response_tokens"] == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
