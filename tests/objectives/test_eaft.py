@@ -122,6 +122,28 @@ def test_options_of_the_head_reach_both_passes():
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_a_low_rank_part_of_the_head_is_in_both_passes():
+    hidden, weight, target, _ = case()
+    a = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
+    merged = linear_eaft_loss(hidden, weight + 0.5 * b @ a, target).loss
+    found = linear_eaft_loss(hidden, weight, target, lora=(a, b, 0.5)).loss
+    assert found.item() == pytest.approx(merged.item(), rel=1e-12)
+    wanted = torch.autograd.grad(merged, (hidden, a, b))
+    for ours, theirs in zip(torch.autograd.grad(found, (hidden, a, b)), wanted):
+        assert error(ours, theirs) < 1e-11
+
+
+def test_it_is_traced_in_one_graph():
+    hidden, weight, target, _ = case()
+
+    def loss(hidden, weight):
+        return linear_eaft_loss(hidden, weight, target, k=5, alpha=0.5).loss
+
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    assert torch.equal(found, loss(hidden, weight))
+
+
 @pytest.mark.parametrize(
     ("call", "raised", "message"),
     [
