@@ -120,8 +120,7 @@ class SharedSettings(TrainConfig):
     )
     ref_kl: float = rl_setting(
         0.0,
-        "weight of a KL penalty to the initial model, for objectives built on `grpo_loss`; above 0 "
-        "a copy of that model is kept",
+        "weight of a KL penalty to the initial model; above 0 a copy of that model is kept",
         check=not_negative,
     )
     kl_estimator: str = rl_setting(
