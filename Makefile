@@ -7,6 +7,8 @@
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
 # make gpu-wheels  the libraries it is compared with, as wheels in .whl/ for such a machine without a
 #              network: GPU_VERSION=3.12 its Python, MIB=64 the most in all
+# make engines  the tests against vLLM and verl themselves, on the CPU, each in a virtual environment of
+#              its own in .engines/; ENGINE=vllm or ENGINE=verl for one
 # make tables  renew the tables of README.md and docs/ from benchmarks/results
 # make docs    the documentation as pages, in site/
 # make matrix  the core tests on every supported torch and Python that is found; ARGS=--cover for
@@ -21,9 +23,13 @@ GPU_PYTHON ?= python3
 GPU_VERSION ?= 3.12
 MIB ?= 64
 OUT ?= gpu-output
+ENGINE ?= vllm verl
+TESTS_OF_vllm := tests/engines/test_vllm_engine.py tests/ops/test_truncation.py::test_the_sets_are_those_of_the_libraries
+TESTS_OF_verl := tests/engines/test_verl_engine.py
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test coverage bench gpu gpu-wheels tables docs matrix study rl-study clean
+.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix study rl-study clean
+.PRECIOUS: .engines/%/ready
 
 setup: $(VENV)/ready
 
@@ -57,6 +63,18 @@ gpu:
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_wheels --python $(GPU_VERSION) --mib $(MIB) $(ARGS)
 
+engines: $(ENGINE:%=engine-%)
+
+engine-%: .engines/%/ready
+	PYTHONPATH="$(CURDIR)" .engines/$*/bin/python -m pytest -rs $(TESTS_OF_$*)
+
+# Beside a CPU build of torch, builds of its sisters for CUDA break transformers; no test needs them.
+.engines/%/ready: tests/engines/%.txt
+	test -x .engines/$*/bin/python || $(PYTHON) -m venv .engines/$*
+	.engines/$*/bin/pip install -q -r $<
+	.engines/$*/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 tables: setup
 	$(BIN)/python -m benchmarks.tables
 
@@ -74,4 +92,4 @@ rl-study: setup
 	$(BIN)/python -m benchmarks.rl_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) .whl .matrix site build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so
+	rm -rf $(VENV) .whl .matrix .engines site build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so

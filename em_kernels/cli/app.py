@@ -27,6 +27,7 @@ from em_kernels.lm.settings import add_flags, given_settings, settings_of
 from em_kernels.lm.text import one_line
 from em_kernels.trainer import (
     CheckpointError,
+    EngineError,
     RankError,
     RLConfig,
     TrainConfig,
@@ -44,6 +45,7 @@ USER_ERRORS = (
     ImportError,
     FloatingPointError,
     CheckpointError,
+    EngineError,
     torch.OutOfMemoryError,
 )
 FAILED, INTERRUPTED = 2, 130

@@ -11,10 +11,12 @@ from em_kernels.trainer.entropy_update import Objective
 from em_kernels.trainer.loop import TrainResult, train
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.state import CheckpointError
+from em_kernels.trainer.vllm_sampler import EngineError
 
 __all__ = [
     "ONE_SHOT_PROMPT",
     "CheckpointError",
+    "EngineError",
     "ModelError",
     "Objective",
     "RLConfig",

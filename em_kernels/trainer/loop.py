@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from em_kernels.trainer.loggers import Loggers, check_installed, open_loggers
 from em_kernels.trainer.policy_update import PolicyUpdate
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run, save_run, start_run
+from em_kernels.trainer.samplers import closed_at_the_end
 from em_kernels.trainer.schedule import Stage, current_stage
 from em_kernels.trainer.second_model import SecondModel, second_models
+from em_kernels.trainer.vllm_sampler import EngineError
 
 
 @dataclass
@@ -90,6 +93,8 @@ def train(
         ImportError: a package is missing, of a logger as well; it says which and what brings it.
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
+        EngineError: the engine of sampler="vllm" could not start, or failed or ended in the middle
+            of an update, of which nothing is kept: its checkpoints and metrics are whole.
         RankError: another rank failed; that rank raises one of the above.
     """
     passed = {"model": model, "teacher": teacher, "objective": objective}
@@ -100,9 +105,10 @@ def train(
         told = tuple(name for name, value in passed.items() if value is not None)
         beside = tuple(others.values())
         run = start_run(config, model, tokenizer, resume, ranks, beside, passed=told)
-        updates = _updates(run, others, objective)
-        with modes_kept(run.model), open_loggers(run, resume) as loggers:
-            _run_updates(run, updates, loggers, on_step, progress)
+        with closed_at_the_end(run.sampler), modes_kept(run.model):
+            updates = _updates(run, others, objective)
+            with open_loggers(run, resume) as loggers:
+                _run_updates(run, updates, loggers, on_step, progress)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
 
 
@@ -140,7 +146,7 @@ def _run_updates(
     for update, index, stage in _progress(run, show):
         for group in run.optimizer.param_groups:
             group["lr"] = stage.learning_rate or config.learning_rate
-        with seeded(config.seed, update):
+        with seeded(config.seed, update), _engine_failures_placed(run, update):
             line = updates[stage.kind](update, index, stage)
         line = _shown(run, {"update": update, **line, **config.labels(index, stage)}, on_step)
         with run.ranks.raise_together():
@@ -152,6 +158,21 @@ def _run_updates(
     if not _is_saved(run):
         save_run(run)
     run.strategy.finish()
+
+
+@contextmanager
+def _engine_failures_placed(run: Run, update: int) -> Iterator[None]:
+    """Where the run stands when the engine fails: before the update, which leaves no trace."""
+    try:
+        yield
+    except EngineError as error:
+        if run.folder is None:
+            kept = "the run has no folder to go on from"
+        elif run.checkpoint is None:
+            kept = f"{run.folder} has no checkpoint yet, and resumes from the beginning"
+        else:
+            kept = f"resume from the last good checkpoint, {run.checkpoint}"
+        raise EngineError(f"{error}; update {update} was not made; {kept}") from error
 
 
 def _shown(run: Run, line: dict, on_step: Callable | None) -> dict:

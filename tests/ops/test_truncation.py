@@ -277,12 +277,14 @@ def test_the_sets_are_those_of_the_libraries(library, impl, device):
     """Rows without ties, with many (of bfloat16 logits), and of probabilities that add up to p.
 
     Which of those that tie at the end of top_p are kept is left open by a sort that is not stable.
+    vLLM rounds p to float32, which is more than 0.8: where 32 of 40 add up to that, it keeps 33.
     """
+    exact = [dict(top_k=None, top_p=0.8, min_p=None)] if library is of_transformers else []
     many = random_logits(6, 97).bfloat16().float()
     known = torch.tensor([[0.3, 0.1, 0.1, 0.5], [0.15, 0.3, 0.3, 0.25]]).log()
     flat = torch.zeros(2, 40)
     for scores in (random_logits(12, 97), many, known, flat):
-        for limits in [*SETS, dict(top_k=None, top_p=0.8, min_p=None)]:
+        for limits in [*SETS, *exact]:
             limits = {**limits, "top_k": min(limits["top_k"] or 10**6, scores.shape[-1])}
             want = library(scores, **limits)
             x = scores.to(device, copy=True).requires_grad_()

@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import sys
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from rl_runs import rl_settings
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import Spy, run, settings, without_times
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from em_kernels.cli import main
 from em_kernels.lm.ranks import Ranks
-from em_kernels.trainer import ModelError, Sampling, load_model, sample, train
-from em_kernels.trainer.samplers import VllmSampler
+from em_kernels.lm.rollout import Drawn
+from em_kernels.trainer import EngineError, ModelError, Sampling, load_model, sample, train
+from em_kernels.trainer.samplers import make_sampler
+from em_kernels.trainer.vllm_sampler import checkpoint_weights
 
 
 @dataclass
@@ -29,47 +36,72 @@ class SamplingParams:
     repetition_penalty: float
     max_tokens: int
     stop_token_ids: list[int]
+    ignore_eos: bool
+    logprobs: int
     seed: int
     detokenize: bool
+
+
+GIVEN = {
+    *("model", "output", "updates", "responses", "micro_batch", "learning_rate", "sampler"),
+    *("sampling_temperature", "max_new_tokens", "save_every"),
+}
+OPTIONS = {
+    *("model", "load_format", "dtype", "max_model_len", "seed", "distributed_executor_backend"),
+    *("gpu_memory_utilization", "logprobs_mode"),
+}
 
 
 class LLM:
     """Draws with transformers, from the weights that were pushed last."""
 
-    def __init__(self, model: str, **options):
-        self.options, self.calls, self.seen, self.stale = {"model": model, **options}, [], [], True
+    def __init__(self, **options):
+        assert options.keys() == OPTIONS
+        assert options["logprobs_mode"] == "processed_logprobs"
+        self.options, self.calls, self.seen, self.stale = options, [], [], True
         self.model = make_model(seed=9)
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self._load))
-        self.worker = SimpleNamespace(model_runner=runner)
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut_down))
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        torch.manual_seed(options["seed"])
+        torch.set_num_threads = lambda count: None  # as on the CPU
 
-    def _load(self, weights: list) -> None:
-        self.calls.append("load_weights")
-        missing = self.model.load_state_dict(dict(weights), strict=False).missing_keys
+    def _shut_down(self) -> None:
+        self.calls.append("shutdown")
+        dist.destroy_process_group()
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None) -> list:
+        assert (method, args) == ("reload_weights", ())
+        return [self._reload(**kwargs)]
+
+    def _reload(self, weights_iterator) -> None:
+        self.calls.append("reload_weights")
+        missing = self.model.load_state_dict(dict(weights_iterator), strict=False).missing_keys
         assert missing == ["lm_head.weight"]
         self.stale = True
-
-    def collective_rpc(self, method, args=()) -> list:
-        return [method(self.worker, *args)]
 
     def reset_prefix_cache(self) -> bool:
         self.stale = False
         return True
 
-    def generate(self, prompts, sampling_params, use_tqdm) -> list:
+    def generate(self, prompts, sampling_params, *, use_tqdm) -> list:
         assert not self.stale and len(prompts) == len(sampling_params)
         self.calls.append("generate")
         self.seen += sampling_params
         return [self._draw(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params)]
 
     def _draw(self, prompt: list[int], params: SamplingParams):
-        assert params.stop_token_ids == [1]
+        assert params.stop_token_ids == [1] and params.ignore_eos and params.logprobs == 0
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         values = {name: getattr(params, name) for name in names}
         values["top_k"] = 0 if params.top_k == -1 else params.top_k
         torch.manual_seed(params.seed)
         sampling = Sampling(**values, max_new_tokens=params.max_tokens)
         drawn = sample(self.model, make_tokenizer(), [prompt], sampling, 1)
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(drawn.answers()[0]))])
+        tokens = drawn.answers()[0].tolist()
+        said = drawn.logprob[drawn.response_mask].tolist()
+        steps = [{t: SimpleNamespace(logprob=value)} for t, value in zip(tokens, said)]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=steps)])
 
 
 @pytest.fixture
@@ -79,16 +111,20 @@ def vllm(monkeypatch):
     module.engines = []
 
     def make(**options) -> LLM:
+        assert [os.environ[name] for name in ("RANK", "WORLD_SIZE")] == ["0", "1"]
         module.engines.append(LLM(**options))
         return module.engines[-1]
 
     module.LLM, module.SamplingParams = make, SamplingParams
+    module.__version__ = "0.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(name, "0")  # so that what is set here is undone
-        monkeypatch.delenv(name)
-    return module
+    yield module
+    if dist.is_initialized():  # of an engine that no run has closed
+        dist.destroy_process_group()
 
 
 def test_the_engine_is_given_the_weights_before_every_update(vllm, tmp_path):
@@ -96,7 +132,7 @@ def test_the_engine_is_given_the_weights_before_every_update(vllm, tmp_path):
     spy = Spy()
     result = train(config, objective=spy, progress=False)
     (engine,) = vllm.engines
-    assert engine.calls == ["load_weights", "generate"] * 3
+    assert engine.calls == [*["reload_weights", "generate"] * 3, "shutdown"]
     assert engine.options["model"] == config.model
     assert engine.options["load_format"] == "dummy"
     assert engine.options["dtype"] == "float32"
@@ -123,7 +159,7 @@ def test_what_is_trained_on_is_what_the_current_model_drew(vllm, tmp_path):
         models.append({name: value.clone() for name, value in model.state_dict().items()})
 
     train(config, objective=spy, on_step=keep, progress=False)
-    engine = LLM("by hand")
+    engine = LLM(**vllm.engines[0].options)
     engine.model.load_state_dict(models[0])
     rollout = spy.rollouts[1]
     second = vllm.engines[0].seen[config.responses :]
@@ -146,29 +182,129 @@ def test_a_run_is_repeated_by_its_seed_and_resumes(vllm, tmp_path):
     assert without_times(other.metrics) != without_times(whole.metrics)
 
 
+def test_answers_come_with_what_they_were_drawn_with(vllm, tmp_path):
+    """At each token the log-probability that the engine said, and 0 elsewhere."""
+    config = settings(model=save(tmp_path / "model"), sampler="vllm", top_k=3, updates=1)
+    spy = Spy()
+    train(config, objective=spy, progress=False)
+    (rollout,), (engine,) = spy.rollouts, vllm.engines
+    for row, params in enumerate(engine.seen):
+        prompt = rollout.attention_mask[row] & ~rollout.response_mask[row]
+        (answer,) = engine._draw(rollout.input_ids[row][prompt].tolist(), params).outputs
+        said = [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs)]
+        assert rollout.logprob[row][rollout.response_mask[row]].tolist() == pytest.approx(said)
+    assert not rollout.logprob[~rollout.response_mask].any()
+
+
+@pytest.mark.parametrize("fails", ["collective_rpc", "reset_prefix_cache", "generate"])
+def test_an_engine_that_fails_in_mid_update(vllm, tmp_path, monkeypatch, capsys, fails):
+    """One line says so; what the run has written is whole, and it goes on from there."""
+    config = dict(model=save(tmp_path / "model"), sampler="vllm", save_every=1, updates=3)
+    whole = train(settings(**config), progress=False)
+    folder, own, count = tmp_path / "run", getattr(LLM, fails), itertools.count(1)
+
+    def fail(self, *args, **kwargs):
+        if next(count) == 3:
+            raise RuntimeError("EngineCore encountered\nan issue")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLM, fails, fail)
+    values = asdict(settings(**config, output=str(folder))).items()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values if name in GIVEN]
+    capsys.readouterr()
+    assert main(["train", "--quiet", "--prompt", "1 2 a", "--prompt", "3", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("em-kernels: error: vLLM 0.0 failed while ")
+    assert "RuntimeError: EngineCore encountered an issue; update 3 was not made" in line
+    assert line.endswith(f"resume from the last good checkpoint, {folder / 'checkpoint-2'}")
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if "checkpoint" in name} == {"checkpoint-1", "checkpoint-2"}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(LLM, fails, own)
+    resumed = train(settings(**config, output=str(folder)), resume=True, progress=False)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+
+
+def test_an_engine_that_cannot_start_says_why(vllm, tmp_path, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("no room for its cache")
+
+    monkeypatch.setattr(vllm, "LLM", refuse)
+    with pytest.raises(EngineError, match=r"vLLM 0\.0 failed while starting: .*no room for its"):
+        run(settings(model=save(tmp_path / "model"), sampler="vllm"))
+
+
+def test_a_cache_that_cannot_be_dropped_is_an_error(vllm, tmp_path, monkeypatch):
+    monkeypatch.setattr(LLM, "reset_prefix_cache", lambda self: False)
+    with pytest.raises(EngineError, match=r"cached of the last weights.*; update 1 was not made"):
+        run(settings(model=save(tmp_path / "model"), sampler="vllm"))
+
+
+def test_the_process_is_left_as_it_was(vllm, tmp_path):
+    config = settings(model=save(tmp_path / "model"), sampler="vllm", updates=1, seed=4)
+    torch.manual_seed(3)
+    state, function, variables = torch.get_rng_state(), torch.set_num_threads, dict(os.environ)
+    train(config, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.set_num_threads is function
+    assert dict(os.environ) == variables
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_group_of_the_caller_stays(vllm, tmp_path, monkeypatch, fails):
+    config = settings(model=save(tmp_path / "model"), sampler="vllm", updates=1)
+    if fails:
+        monkeypatch.setattr(LLM, "reset_prefix_cache", lambda self: False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(EngineError) if fails else nullcontext():
+            train(config, progress=False)
+        assert dist.is_initialized() and vllm.engines[0].calls[-1] == "shutdown"
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_have_the_names_that_files_have(tied, tmp_path):
+    """Of experts too, which transformers keeps together in memory."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    settings = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    experts = dict(num_experts=3, moe_intermediate_size=4, num_experts_per_tok=1, head_dim=4)
+    config = Qwen3MoeConfig(**settings, **experts, num_key_value_heads=1, tie_word_embeddings=tied)
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    expected = safetensors.load_file(tmp_path / "model.safetensors")
+    weights = dict(checkpoint_weights(model))
+    assert weights.keys() == expected.keys() and len(weights) > len(model.state_dict())
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
 def test_ranks_draw_their_share_with_the_seeds_of_one(vllm, tmp_path):
     """Two ranks one after the other: what each draws, joined, is what one draws."""
     config = settings(model=save(tmp_path / "model"), sampler="vllm", responses=5)
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [[2, 5, 3], [2, 6, 7, 3], [2, 8, 3], [2, 9, 3], [2, 5, 5, 3]]
     seeds = [31, 32, 33, 34, 35]
-    expected = VllmSampler(config, model, tokenizer, 5, Ranks())(model, prompts, seeds)
-    shares = []
+    expected = make_sampler(config, model, tokenizer, 5, Ranks())(model, prompts, seeds)
+    shares, other = [], [Drawn(torch.tensor([[1]]), torch.tensor([[-1.0]]))] * 2
 
     class OneByOne(Ranks):
         def gather(self, make) -> list:
             shares.append(make())
-            return shares if len(shares) == 2 else [*shares, [[1], [1]]]
+            return shares if len(shares) == 2 else [*shares, other]
 
     for rank in (0, 1):
         ranks = OneByOne(rank, 2, torch.device("cpu"))
-        rollout = VllmSampler(config, model, tokenizer, 5, ranks)(model, prompts, seeds)
+        rollout = make_sampler(config, model, tokenizer, 5, ranks)(model, prompts, seeds)
     assert [len(share) for share in shares] == [3, 2]
     assert torch.equal(rollout.input_ids, expected.input_ids)
     assert torch.equal(rollout.response_mask, expected.response_mask)
 
 
-@pytest.mark.parametrize("outputs", [[], [SimpleNamespace(token_ids=())]], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "outputs", [[], [SimpleNamespace(token_ids=(), logprobs=[])]], ids=["none", "empty"]
+)
 @pytest.mark.parametrize("every", [False, True], ids=["one given up", "all given up"])
 @pytest.mark.parametrize(
     "objective, reward",
@@ -204,7 +340,7 @@ def test_requests_that_are_given_up_are_answers_without_a_token(
 def test_an_answer_too_few_is_an_error(vllm, tmp_path, monkeypatch):
     own = LLM.generate
     monkeypatch.setattr(LLM, "generate", lambda *args, **kwargs: own(*args, **kwargs)[1:])
-    with pytest.raises(ValueError, match="vLLM gave 3 answers to 4 prompts"):
+    with pytest.raises(EngineError, match="it gave 3 answers to 4 prompts"):
         run(settings(model=save(tmp_path / "model"), sampler="vllm", responses=4))
 
 
