@@ -128,20 +128,22 @@ def stats_and_others(
     kind: str | None,
 ) -> tuple[TokenStats, dict[str, Tensor]]:
     """`token_stats`; and by their names in `Tokens`, at every token, what there is to compare with:
-    the divergence from another model, exact, (B, T), if asked, or the log-probabilities of the
+    the divergence from another model, exact, (B, T), if asked, and the log-probabilities of the
     stored ids, (B, T, k), which are read in the same pass as that of the written one.
 
     The other model reads the micro-batch here: in one pass over the answers it does so as often
     as for log-probabilities taken before, and no more than a micro-batch of its hidden states is
     kept.
     """
-    hidden = _hidden(model, part)
-    if part.label_ids is not None:
-        return _stats_and_stored(hidden, head, part, temperature, outputs)
-    stats = _token_stats(hidden, head, part, temperature, outputs)
-    if other is None or kind is None:
-        return stats, {}
-    return stats, {"ref_kl": _with_other(linear_divergence, hidden, head, part, other, kind=kind)}
+    hidden, others = _hidden(model, part), {}
+    if part.label_ids is None:
+        stats = _token_stats(hidden, head, part, temperature, outputs)
+    else:
+        stats, stored = _stats_and_stored(hidden, head, part, temperature, outputs)
+        others["label_current"] = stored
+    if other is not None and kind is not None:
+        others["ref_kl"] = _with_other(linear_divergence, hidden, head, part, other, kind=kind)
+    return stats, others
 
 
 def distillation_loss(
@@ -199,14 +201,14 @@ def _of_tokens(
 
 def _stats_and_stored(
     hidden: Tensor, head: Head, part: Tokens, temperature, outputs
-) -> tuple[TokenStats, dict[str, Tensor]]:
+) -> tuple[TokenStats, Tensor]:
     """`token_stats`, and the log-probabilities of the stored ids, behind the written one's."""
     ids = cast(Tensor, part.label_ids)
     target = torch.cat([part.input_ids.roll(-1, 1)[..., None], ids], -1)
     stats = _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, target)
     logprob = stats.logprob
     written, stored = (x.clone() for x in (logprob[..., 0], logprob[..., 1:]))  # FSDP2: no views
-    return stats._replace(logprob=written), {"label_current": stored}
+    return stats._replace(logprob=written), stored
 
 
 def _with_other(
