@@ -18,6 +18,13 @@ from em_kernels.ops.divergence import WeightedDivergence, linear_divergence, lin
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 from em_kernels.ops.top_logprobs import TopLogprobs, linear_top_logprobs
+from em_kernels.trainer.entropy_slopes import (
+    SHARPER,
+    Slopes,
+    divergence_slope,
+    entropy_slopes,
+    slopes_need,
+)
 from em_kernels.trainer.strategy import SingleProcessStrategy
 
 _UNKNOWN: Any = None
@@ -118,6 +125,15 @@ def token_labels(model, head: Head, part: Tokens, temperature: float, k: int) ->
     return _top(_hidden(model, part), head, part, temperature, k)
 
 
+class Read(NamedTuple):
+    """What a step's loss reads of a micro-batch: its `token_stats`; `others`, by their names in
+    `Tokens`; and how they go with the entropy, if asked."""
+
+    stats: TokenStats
+    others: dict[str, Tensor]
+    slopes: Slopes
+
+
 def stats_and_others(
     model,
     head: Head,
@@ -126,24 +142,39 @@ def stats_and_others(
     outputs: tuple[str, ...],
     other: SingleProcessStrategy | None,
     kind: str | None,
-) -> tuple[TokenStats, dict[str, Tensor]]:
-    """`token_stats`; and by their names in `Tokens`, at every token, what there is to compare with:
-    the divergence from another model, exact, (B, T), if asked, and the log-probabilities of the
-    stored ids, (B, T, k), which are read in the same pass as that of the written one.
+    slopes: tuple[str, ...] = (),
+) -> Read:
+    """`token_stats`; and at every token what there is to compare with: the divergence from another
+    model, exact, (B, T), if asked, or the log-probabilities of the stored ids, (B, T, k), which
+    are read in the same pass as that of the written one.
 
     The other model reads the micro-batch here: in one pass over the answers it does so as often
     as for log-probabilities taken before, and no more than a micro-batch of its hidden states is
     kept.
+
+    `slopes` are the outputs that the loss has the gradient of: of those, and of what there is to
+    compare with, the slopes are read too, out of the same pass; of the entropy itself, and of
+    stored ids, in one product with the head more.
     """
-    hidden, others = _hidden(model, part), {}
-    if part.label_ids is None:
-        stats = _token_stats(hidden, head, part, temperature, outputs)
+    hidden, needed = _hidden(model, part), slopes_need("entropy" in slopes) if slopes else ()
+    read = partial(_token_stats, hidden.detach(), head, part)
+    if part.label_ids is not None:
+        stats, others = _stats_and_stored(hidden, head, part, temperature, outputs)
+        known = read(temperature, needed) if slopes else stats
     else:
-        stats, stored = _stats_and_stored(hidden, head, part, temperature, outputs)
-        others["label_current"] = stored
+        every = tuple(dict.fromkeys((*outputs, *needed)))
+        known = stats = _token_stats(hidden, head, part, temperature, every)
+        others = {}
+    found: Slopes = {}
+    if slopes:
+        with torch.no_grad():
+            sharper = read(temperature / 2, SHARPER) if "entropy" in slopes else None
+        found = entropy_slopes(known, labels=others.get("label_current"), sharper=sharper)
     if other is not None and kind is not None:
         others["ref_kl"] = _with_other(linear_divergence, hidden, head, part, other, kind=kind)
-    return stats, others
+        if slopes:
+            found["ref_kl"] = _with_other(divergence_slope, hidden, head, part, other, kind=kind)
+    return Read(stats, others, found)
 
 
 def distillation_loss(
@@ -201,14 +232,14 @@ def _of_tokens(
 
 def _stats_and_stored(
     hidden: Tensor, head: Head, part: Tokens, temperature, outputs
-) -> tuple[TokenStats, Tensor]:
+) -> tuple[TokenStats, dict[str, Tensor]]:
     """`token_stats`, and the log-probabilities of the stored ids, behind the written one's."""
     ids = cast(Tensor, part.label_ids)
     target = torch.cat([part.input_ids.roll(-1, 1)[..., None], ids], -1)
     stats = _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, target)
     logprob = stats.logprob
     written, stored = (x.clone() for x in (logprob[..., 0], logprob[..., 1:]))  # FSDP2: no views
-    return stats._replace(logprob=written), stored
+    return stats._replace(logprob=written), {"label_current": stored}
 
 
 def _with_other(

@@ -44,9 +44,7 @@ def mean_of(values: Tensor, mask: Tensor) -> float:
     return (values * mask).sum(dtype=torch.float64).item() / max(int(mask.sum()), 1)
 
 
-def answer_metrics(
-    found: Collected, scores: Scores, tokens: Tokens, before: dict, learning_rate: float
-) -> dict:
+def answer_metrics(found: Collected, scores: Scores, tokens: Tokens, before: dict) -> dict:
     """Metrics of the answers, before any step is taken."""
     mask, advantage = tokens.loss_mask, tokens.advantage
     cov = token_covariance(before["logprob"], advantage, mask)
@@ -55,7 +53,6 @@ def answer_metrics(
         f"cov_p{100 * q:g}": ordered[int(q * (len(ordered) - 1))].item()
         for q in COVARIANCE_QUANTILES
     }
-    predicted = learning_rate * mean_of(advantage * before["entropy_slope"], mask)
     return {
         "mean_entropy": mean_of(before["entropy"], mask),
         "logit_skew": mean_of(before["logit_skew"], mask),
@@ -67,5 +64,4 @@ def answer_metrics(
         "advantage_nonzero": (scores.advantage != 0).float().mean().item(),
         "cov_mean": mean_of(cov, mask),
         **quantiles,
-        "predicted_entropy_change": predicted,
     }

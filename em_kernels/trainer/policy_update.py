@@ -22,6 +22,12 @@ from em_kernels.trainer.batch import (
     token_stats,
 )
 from em_kernels.trainer.collect import Collected, ProblemOrder, collect
+from em_kernels.trainer.entropy_change import (
+    PREDICTED,
+    EntropyGradient,
+    watched,
+    with_prediction,
+)
 from em_kernels.trainer.entropy_control import (
     READS,
     Control,
@@ -61,9 +67,14 @@ class PolicyUpdate:
             tokens and steps (ref_kl is the exact KL with kl_estimator="exact"); entropy_coef:
             weight of the bonus; repo_zeta: of REPO, where it shapes the advantages;
             entropy_change: of the mean entropy of the same tokens by the update;
-            predicted_entropy_change: learning rate x mean of A x entropy_slope, what a plain
-            gradient step of that size in each token's own logits would change. AdamW and shared
-            weights move further: compare signs and courses, not sizes.
+            predicted_entropy_change: what plain gradient steps in each token's own logits would
+            change, see `entropy_change`; the rate of a token is the learning rate, whatever the
+            number of tokens that its step's loss is a mean of. For plain GRPO on-policy it is
+            learning rate x mean of A x entropy_slope. AdamW and shared weights move further:
+            compare signs and courses, not sizes;
+            predicted_entropy_change_weights: <gradient of that mean entropy in the weights,
+            weights after - before>, with predict_change="weights": what the steps taken should
+            change, to first order, in the measure of entropy_change.
         """
         run, objective, clock = self.run, cast(str, stage.policy), Clock()
         control = self._control(index, objective)
@@ -80,11 +91,18 @@ class PolicyUpdate:
         # loss and step, until every answer that counts has had its turns
         rows = self._rows(objective, found, scores)
         steps: list[dict[str, float]] = []
+        in_weights = self.config.predict_change == "weights"
+        gradient = EntropyGradient(run, tokens) if in_weights else None
         for own in self._steps(objective, rows):
             current = None if steps else {name: values[own] for name, values in before.items()}
             steps.append(self._step(update, len(steps), stage, tokens.at(own), current, control))
         trained = shaped(self.config, objective, tokens, before, control.zeta)
-        line = answer_metrics(found, scores, trained, before, self.config.learning_rate)
+        line = answer_metrics(found, scores, trained, before)
+        if self.config.predict_change != "none":
+            predicted = sum(step.pop(PREDICTED) for step in steps)
+            line[PREDICTED] = predicted / max(int(tokens.loss_mask.sum()), 1)
+        if gradient is not None:
+            line[f"{PREDICTED}_weights"] = gradient.change()
         if self.config.measure_change:
             after = self._statistics(run.strategy, tokens, ("entropy",))["entropy"]
             line["entropy_change"] = mean_of(after, tokens.loss_mask) - line["mean_entropy"]
@@ -110,7 +128,7 @@ class PolicyUpdate:
         """The tokens, with old and reference log-probabilities, and statistics of the policy."""
         rollout = found.rollout
         tokens = Tokens(rollout.input_ids, rollout.attention_mask, aligned_mask(rollout))
-        outputs = ["logprob", "entropy", "entropy_slope", "logit_skew", *TABLE[objective].reads]
+        outputs = ["logprob", "entropy", "logit_skew", *TABLE[objective].reads]
         if self.config.reward_of(objective) == "self_certainty":
             outputs.append("self_certainty")
         before = self._statistics(self.run.strategy, tokens, tuple(dict.fromkeys(outputs)))
@@ -182,26 +200,33 @@ class PolicyUpdate:
             tokens, reads = shaped(config, objective, tokens, current, control.zeta), ()
             tokens = select_tokens(config, objective, tokens, current)
         coef = control.entropy_coef - (config.em_coef if "em" in stage.objectives else 0.0)
+        bonus = ["entropy"] if coef else []
         compute = partial(
             stats_and_others,
-            outputs=tuple(dict.fromkeys([*entry.outputs, *reads, *(["entropy"] if coef else [])])),
+            outputs=tuple(dict.fromkeys([*entry.outputs, *reads, *bonus])),
             other=self.reference,
             kind=other.divergence,
+            slopes=() if config.predict_change == "none" else (*entry.outputs, *bonus),
         )
         size = step_size(config, objective, tokens)
 
         def loss(part: MicroBatch) -> StepLoss:
-            stats, others = run.strategy.compute(part.tokens, compute)
+            stats, others, slopes = run.strategy.compute(part.tokens, compute)
             own = part.tokens._replace(**others)
             if on_policy:
                 own = own._replace(old_logprob=stats.logprob.detach())
+            stats, own = watched(stats, own, slopes)
             if reads:
                 now = {name: getattr(stats, name) for name in reads}
                 own = shaped(config, objective, own, now, control.zeta)
-            return step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
+            found = step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
+            return with_prediction(found, stats, own, slopes) if slopes else found
 
         sums = take_step(run, update, step, self._parts(tokens, TABLE[objective].unit), loss)
-        number, kept = max(sums.pop("tokens"), 1), ("loss", "grad_norm")
+        number, kept = max(sums.pop("tokens"), 1), ("loss", "grad_norm", PREDICTED)
+        if PREDICTED in sums:
+            rate = run.optimizer.param_groups[0]["lr"]
+            sums[PREDICTED] *= rate * int(tokens.loss_mask.sum())
         return {name: value if name in kept else value / number for name, value in sums.items()}
 
     def _parts(self, tokens: Tokens, unit: int) -> Iterator[MicroBatch]:

@@ -41,6 +41,7 @@ MODEL_REWARDS = ("negative_entropy", "self_certainty")
 REWARDS = TEXT_REWARDS + MODEL_REWARDS
 OWN = "the objective's own"
 SHAPINGS = ("none", "repo", "entropy")
+PREDICTIONS = ("none", "logits", "weights")
 
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
@@ -92,17 +93,15 @@ class SharedSettings(TrainConfig):
     judge: str = rl_setting("auto", "what decides whether an answer is right", choices=JUDGES)
     epochs: int = rl_setting(1, "passes over the answers of an update", check=at_least(1))
     minibatches: int = rl_setting(2, "optimiser steps each pass", check=at_least(1))
-    normalize_std: bool | None = rl_setting(
-        None, "divide advantages by the standard deviation of the group", shown=OWN
+    normalize_std: bool = rl_setting(
+        True, "divide advantages by the standard deviation of the group"
     )
-    reduction: str | None = redefined(  # type: ignore[assignment]
+    reduction: str = redefined(
         TrainConfig,
         "reduction",
-        None,
         help="of the loss: mean over all tokens; over each answer and then over answers; or sum "
-        "over each answer and then mean over answers; or that over max_new_tokens besides",
-        choices=(None, *AGGREGATIONS),
-        shown=OWN,
+        "over each answer and then mean over answers",
+        choices=AGGREGATIONS,
     )
     clip_low: float | None = rl_setting(
         None,
@@ -120,7 +119,8 @@ class SharedSettings(TrainConfig):
     )
     ref_kl: float = rl_setting(
         0.0,
-        "weight of a KL penalty to the initial model; above 0 a copy of that model is kept",
+        "weight of a KL penalty to the initial model, for objectives built on `grpo_loss`; above 0 "
+        "a copy of that model is kept",
         check=not_negative,
     )
     kl_estimator: str = rl_setting(
@@ -178,6 +178,13 @@ class SharedSettings(TrainConfig):
     )
     measure_change: bool = rl_setting(
         True, "read the entropy again after each update: one more forward pass"
+    )
+    predict_change: str = rl_setting(
+        "logits",
+        "the change of entropy to first order, written beside the measured one: of plain steps in "
+        "the logits of every token by itself, or of the steps taken through the weights too, for "
+        "one more backward pass and two copies of the weights",
+        choices=PREDICTIONS,
     )
     updates: int = redefined(TrainConfig, "updates", 100)
     learning_rate: float = redefined(TrainConfig, "learning_rate", 1e-6)

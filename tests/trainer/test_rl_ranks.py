@@ -19,7 +19,7 @@ RUNS = {
     "exact": dict(ref_kl=0.2, kl_estimator="exact", learning_rate=1e-3),
     "clip_cov": dict(objective="clip_cov", ratio=0.1, cov_lower=-9.0, cov_upper=9.0),
     "kl_cov": dict(objective="kl_cov", ratio=0.1, micro_batch=2),
-    "high_entropy": dict(objective="high_entropy", entropy_target=3.2),
+    "high_entropy": dict(objective="high_entropy", entropy_target=3.2, predict_change="weights"),
     "repo": dict(objective="repo", repo_zeta=0.04, entropy_target=3.2),
     "entropy, kl_cov": dict(objective="kl_cov", ratio=0.1, advantage_shaping="entropy"),
     "ppl": dict(objective="ppl"),
