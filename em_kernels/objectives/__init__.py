@@ -8,7 +8,9 @@ from em_kernels.objectives.aggregation import (
     aggregation_weight,
 )
 from em_kernels.objectives.bonus import active_entropy_coef, entropy_bonus, next_entropy_coef
+from em_kernels.objectives.cispo import cispo_loss
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
+from em_kernels.objectives.dppo import dppo_loss
 from em_kernels.objectives.eaft import eaft_loss, eaft_weight, linear_eaft_loss
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
@@ -19,8 +21,9 @@ from em_kernels.objectives.empo import answer_clusters, empo_mask, empo_reward, 
 from em_kernels.objectives.entropy_shaping import entropy_advantage
 from em_kernels.objectives.grpo import clipped_surrogate, grpo_loss
 from em_kernels.objectives.grpo_plus_plus import dynamic_sampling_mask, grpo_plus_plus_loss
+from em_kernels.objectives.gspo import gspo_loss, gspo_token_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
-from em_kernels.objectives.kl import kl_estimate
+from em_kernels.objectives.kl import kl_estimate, kl_penalty
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
 from em_kernels.objectives.l_grpo import l_grpo_reward
 from em_kernels.objectives.opd import opd_weight
@@ -50,6 +53,7 @@ from em_kernels.objectives.rollout_correction import (
     rollout_difference,
     rollout_weight,
 )
+from em_kernels.objectives.sapo import sapo_loss
 
 __all__ = [
     "PolicyLoss",
@@ -60,9 +64,11 @@ __all__ = [
     "aggregation_denominator",
     "aggregation_weight",
     "answer_clusters",
+    "cispo_loss",
     "clip_cov_loss",
     "clip_cov_selection",
     "clipped_surrogate",
+    "dppo_loss",
     "dynamic_sampling_mask",
     "eaft_loss",
     "eaft_weight",
@@ -74,10 +80,13 @@ __all__ = [
     "group_advantage",
     "grpo_loss",
     "grpo_plus_plus_loss",
+    "gspo_loss",
+    "gspo_token_loss",
     "high_entropy_loss",
     "kl_cov_loss",
     "kl_cov_selection",
     "kl_estimate",
+    "kl_penalty",
     "l_grpo_reward",
     "label_kl",
     "length_reward",
@@ -96,6 +105,7 @@ __all__ = [
     "repo_advantage",
     "rollout_difference",
     "rollout_weight",
+    "sapo_loss",
     "segment_regret",
     "self_certainty_reward",
     "semantic_entropy",

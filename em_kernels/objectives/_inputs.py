@@ -44,6 +44,11 @@ def policy_tokens(
     logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor
 ) -> PolicyTokens:
     check_floating("logprob", logprob)
+    if old_logprob is None:
+        raise ValueError(
+            "old_logprob must be given: the log-probabilities of the same tokens under the policy "
+            "that sampled them (on-policy: logprob.detach()), got None"
+        )
     check_floating("old_logprob", old_logprob, logprob)
     check_floating("advantage", advantage)
     if advantage.shape == logprob.shape[:-1] != logprob.shape:

@@ -10,7 +10,8 @@ from em_kernels.objectives._inputs import masked
 from em_kernels.ops.checks import check_floating, check_number, count_mask
 from em_kernels.ops.reductions import Sequences, counts_of, token_weight
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum")
+CONSTANT = "sequence_mean_token_sum_norm"
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum", CONSTANT)
 
 
 def aggregate_loss(
@@ -19,19 +20,25 @@ def aggregate_loss(
     *,
     mode: str = "token_mean",
     denominator: float | Tensor | None = None,
+    max_length: int | None = None,
     segment_ids: Tensor | None = None,
     token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """One loss from the losses of the masked tokens.
 
-    token_mean:               sum_bt m_bt L_bt / D,                     D = number of tokens
-    sequence_mean:            sum_b (sum_t m_bt L_bt / n_b) / D,        D = number of answers
-    sequence_mean_token_sum:  sum_b sum_t m_bt L_bt / D,                D = number of answers
+    token_mean:                    sum_bt m_bt L_bt / D,               D = number of tokens
+    sequence_mean:                 sum_b (sum_t m_bt L_bt / n_b) / D,  D = number of answers
+    sequence_mean_token_sum:       sum_b sum_t m_bt L_bt / D,          D = number of answers
+    sequence_mean_token_sum_norm:  sum_b sum_t m_bt L_bt / D,          D = answers x max_length
 
     with n_b the tokens of answer b; an answer without tokens does not count. D is taken from
     `mask` unless given. The losses of the micro-batches of one update, each called with the D of
-    the whole update, add up to the loss of the whole, whatever the cut between answers; dividing
-    sequence_mean_token_sum by (answers x longest length) gives Dr. GRPO's constant normaliser.
+    the whole update, add up to the loss of the whole, whatever the cut between answers.
+
+    sequence_mean is GRPO's and GSPO's, in which a token of a long answer weighs less; token_mean
+    with the D of the update DAPO's, and with that of `mask` alone BNPO's in TRL, which therefore
+    changes with the size of the micro-batch; the last one is Dr. GRPO's, whose normaliser is the
+    same whatever the answers' lengths.
 
     With a `token_group` n_b and D count the tokens of all its ranks, and the result is this rank's
     part: the sum over its own tokens. Parts, and their gradients, add up over the ranks to those of
@@ -45,6 +52,8 @@ def aggregate_loss(
         mode: one of `AGGREGATIONS`.
         denominator: D, a positive number or 0-d tensor, from `aggregation_denominator` of the
             whole update, of all ranks; None takes it from `mask`.
+        max_length: L_max of sequence_mean_token_sum_norm, tokens, the longest that an answer may
+            be; that mode needs it where there is no `denominator`, and no other has it.
         segment_ids, token_group: as in `em_kernels.entropy_loss`: which tokens are one answer, in
             packed rows or cut over ranks, and the ranks that have other tokens. With a
             `denominator` ranks exchange only what "sequence_mean" wants of `segment_ids`.
@@ -65,6 +74,7 @@ def aggregate_loss(
         counted,
         mode=mode,
         denominator=denominator,
+        max_length=max_length,
         segment_ids=segment_ids,
         token_group=token_group,
     )
@@ -78,29 +88,36 @@ def aggregation_weight(
     *,
     mode: str = "token_mean",
     denominator: float | Tensor | None = None,
+    max_length: int | None = None,
     segment_ids: Tensor | None = None,
     token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The weight of every token in `aggregate_loss`, (..., T) float64: what `token_loss` takes
     for losses that are linear in log-probability or entropy. Arguments as in `aggregate_loss`."""
     _check_mode(mode)
+    longest = _check_length(mode, max_length, wanted=denominator is None)
     counted, sequences = _counted(mask, segment_ids, token_group)
     if denominator is not None:
         _check_denominator(denominator)
-    return token_weight(counted, mode, sequences, denominator)
+        return token_weight(counted, mode, sequences, denominator)
+    weight = token_weight(counted, mode, sequences)
+    return weight if longest is None else weight / longest
 
 
 def aggregation_denominator(
     mask: Tensor,
     *,
     mode: str = "token_mean",
+    max_length: int | None = None,
     segment_ids: Tensor | None = None,
     token_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """D of `aggregate_loss`: the tokens of the mask, or its answers that have any; 0-d int64, at
-    least 1. With a `token_group` those of all its ranks."""
+    """D of `aggregate_loss`: the tokens of the mask, or its answers that have any, or those times
+    `max_length`; 0-d int64, at least 1. With a `token_group` those of all its ranks."""
     _check_mode(mode)
-    return counts_of(*_counted(mask, segment_ids, token_group), mode).number(mode)
+    longest = _check_length(mode, max_length, wanted=True)
+    number = counts_of(*_counted(mask, segment_ids, token_group), mode).number(mode)
+    return number if longest is None else number * longest
 
 
 def _counted(
@@ -115,6 +132,21 @@ def _counted(
 def _check_mode(mode: str) -> None:
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode must be one of {AGGREGATIONS}, got {mode!r}")
+
+
+def _check_length(mode: str, max_length: int | None, wanted: bool) -> int | None:
+    if mode != CONSTANT:
+        if max_length is not None:
+            raise ValueError(f"max_length is for {CONSTANT!r}, got {max_length!r} with {mode!r}")
+        return None
+    if max_length is None and not wanted:
+        return None
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(
+            f"max_length must be a positive int with {CONSTANT!r}, the longest that an answer may "
+            f"be, got {max_length!r}"
+        )
+    return max_length
 
 
 def _check_denominator(denominator: float | Tensor) -> None:

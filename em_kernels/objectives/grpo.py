@@ -8,13 +8,12 @@ from torch import Tensor
 from em_kernels.objectives._inputs import (
     PolicyLoss,
     log_ratio,
-    masked,
     masked_mean,
     policy_kl,
     policy_tokens,
 )
-from em_kernels.objectives.kl import kl_estimate
-from em_kernels.ops.checks import check_floating, check_number
+from em_kernels.objectives.kl import check_reference, kl_penalty
+from em_kernels.ops.checks import check_number
 
 
 def grpo_loss(
@@ -62,13 +61,7 @@ def grpo_loss(
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al.,
     "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025).
     """
-    check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
-    if ref_logprob is not None and ref_kl is not None:
-        raise ValueError("ref_kl must be given instead of ref_logprob, got both: leave one out")
-    if kl_coef > 0 and ref_logprob is None and ref_kl is None:
-        raise ValueError(
-            f"ref_logprob must be given for kl_coef={kl_coef!r}, or ref_kl, got None for both"
-        )
+    check_reference(kl_coef, ref_logprob, ref_kl)
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     loss, clipped = clipped_surrogate(
         log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
@@ -77,15 +70,15 @@ def grpo_loss(
         "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),
         "policy_kl": policy_kl(tokens),
     }
-    if ref_logprob is not None:
-        check_floating("ref_logprob", ref_logprob, logprob)
-        ref_logprob = masked(ref_logprob, tokens.counted, loss.dtype)
-        ref_kl = kl_estimate(tokens.logprob, ref_logprob, estimator=kl_estimator)
-    if ref_kl is not None:
-        check_floating("ref_kl", ref_kl, logprob)
-        ref_kl = masked(ref_kl, tokens.counted, loss.dtype)
-        loss, metrics["ref_kl"] = loss + kl_coef * ref_kl, masked_mean(ref_kl, tokens.counted)
-    return PolicyLoss(loss, metrics)
+    return kl_penalty(
+        PolicyLoss(loss, metrics),
+        logprob,
+        mask,
+        kl_coef=kl_coef,
+        ref_logprob=ref_logprob,
+        ref_kl=ref_kl,
+        kl_estimator=kl_estimator,
+    )
 
 
 def clipped_surrogate(

@@ -20,6 +20,7 @@ def opd_weight(
     *,
     mode: str = "token_mean",
     denominator: float | Tensor | None = None,
+    max_length: int | None = None,
     mean_entropy: float | Tensor | None = None,
     segment_ids: Tensor | None = None,
     token_group: dist.ProcessGroup | None = None,
@@ -42,8 +43,8 @@ def opd_weight(
             `mean_entropy`.
         teacher_entropy: (..., T) H(q_t), nats, without gradient; None leaves the weights equal.
             NaN where the mask is 0 is ignored.
-        mode, denominator, segment_ids, token_group: as in `aggregate_loss`; the mean is over the
-            tokens of all ranks of the group.
+        mode, denominator, max_length, segment_ids, token_group: as in `aggregate_loss`; the mean
+            is over the tokens of all ranks of the group.
         mean_entropy: mean H of the whole update, nats, >= 0, a number or 0-d tensor; None takes it
             from `teacher_entropy`.
 
@@ -63,7 +64,8 @@ def opd_weight(
     """
     counted = count_mask(mask)
     whose: dict[str, Any] = dict(segment_ids=segment_ids, token_group=token_group)
-    weight = aggregation_weight(counted, mode=mode, denominator=denominator, **whose)
+    divisor: dict[str, Any] = dict(denominator=denominator, max_length=max_length)
+    weight = aggregation_weight(counted, mode=mode, **divisor, **whose)
     if teacher_entropy is None:
         return weight.float()
     check_floating("teacher_entropy", teacher_entropy, counted)

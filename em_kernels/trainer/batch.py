@@ -145,7 +145,7 @@ def stats_and_others(
     slopes: tuple[str, ...] = (),
 ) -> Read:
     """`token_stats`; and at every token what there is to compare with: the divergence from another
-    model, exact, (B, T), if asked, or the log-probabilities of the stored ids, (B, T, k), which
+    model, exact, (B, T), if asked, and the log-probabilities of the stored ids, (B, T, k), which
     are read in the same pass as that of the written one.
 
     The other model reads the micro-batch here: in one pass over the answers it does so as often
@@ -156,15 +156,17 @@ def stats_and_others(
     compare with, the slopes are read too, out of the same pass; of the entropy itself, and of
     stored ids, in one product with the head more.
     """
-    hidden, needed = _hidden(model, part), slopes_need("entropy" in slopes) if slopes else ()
+    hidden, others = _hidden(model, part), {}
     read = partial(_token_stats, hidden.detach(), head, part)
-    if part.label_ids is not None:
-        stats, others = _stats_and_stored(hidden, head, part, temperature, outputs)
-        known = read(temperature, needed) if slopes else stats
-    else:
+    needed = slopes_need("entropy" in slopes) if slopes else ()
+    if part.label_ids is None:
         every = tuple(dict.fromkeys((*outputs, *needed)))
         known = stats = _token_stats(hidden, head, part, temperature, every)
-        others = {}
+    else:
+        stats, stored = _stats_and_stored(hidden, head, part, temperature, outputs)
+        others["label_current"] = stored
+        with torch.no_grad():
+            known = read(temperature, needed) if slopes else stats
     found: Slopes = {}
     if slopes:
         with torch.no_grad():
@@ -232,14 +234,14 @@ def _of_tokens(
 
 def _stats_and_stored(
     hidden: Tensor, head: Head, part: Tokens, temperature, outputs
-) -> tuple[TokenStats, dict[str, Tensor]]:
+) -> tuple[TokenStats, Tensor]:
     """`token_stats`, and the log-probabilities of the stored ids, behind the written one's."""
     ids = cast(Tensor, part.label_ids)
     target = torch.cat([part.input_ids.roll(-1, 1)[..., None], ids], -1)
     stats = _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, target)
     logprob = stats.logprob
     written, stored = (x.clone() for x in (logprob[..., 0], logprob[..., 1:]))  # FSDP2: no views
-    return stats._replace(logprob=written), {"label_current": stored}
+    return stats._replace(logprob=written), stored
 
 
 def _with_other(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from typing_extensions import Self
 
@@ -23,6 +24,7 @@ from em_kernels.lm.settings import (
     share,
     texts,
 )
+from em_kernels.objectives.aggregation import CONSTANT
 from em_kernels.trainer.loggers import LOGGERS
 from em_kernels.trainer.schedule import Stage
 
@@ -239,6 +241,19 @@ class TrainConfig:
         """What the metrics say about the stage of an update."""
         return {}
 
+    def setting(self, name: str, objective: str) -> Any:
+        """As given, else what an objective has in its place."""
+        return getattr(self, name)
+
+    def in_use(self, name: str) -> Any:
+        """A setting as the run reads it: runs of the same are the same."""
+        return getattr(self, name)
+
+    def aggregation(self, objective: str) -> dict[str, Any]:
+        """`mode`, and `max_length` where it has one, of `aggregate_loss`."""
+        mode = self.setting("reduction", objective)
+        return {"mode": mode, **({"max_length": self.max_new_tokens} if mode == CONSTANT else {})}
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -262,7 +277,7 @@ def check_resume(old: TrainConfig, new: TrainConfig) -> None:
             f"objective: a run of {type(old).__name__} cannot go on as one of {type(new).__name__}"
         )
     for field in fields(new):
-        before, after = getattr(old, field.name), getattr(new, field.name)
+        before, after = old.in_use(field.name), new.in_use(field.name)
         if field.name not in RESUMABLE and before != after:
             raise ValueError(
                 f"{field.name} cannot change when a run is resumed: "

@@ -32,6 +32,7 @@ class DemonstrationUpdate(EntropyUpdate):
     def __init__(self, run: Run, stage: Stage):
         self.run, self.settings = run, cast(RLConfig, run.config)
         self.demonstrations = cast(EncodedDemonstrations, run.demonstrations)
+        self.how = self.settings.aggregation(cast(str, stage.demonstrated))
         self.alpha = self.settings.eaft_alpha if stage.demonstrated == "eaft" else None
         self.em_coef = self.settings.em_coef if "em" in stage.objectives else 0.0
 
@@ -44,7 +45,7 @@ class DemonstrationUpdate(EntropyUpdate):
 
     def weigh(self, rollout: Rollout) -> Tokens:
         mask = aligned_mask(rollout)
-        weight = aggregation_weight(mask, mode=self.settings.reduction).float()
+        weight = aggregation_weight(mask, **self.how).float()
         em = self.em_coef * weight if self.em_coef else None
         return Tokens(
             rollout.input_ids,

@@ -39,14 +39,14 @@ class DistillationUpdate(EntropyUpdate):
 
     def weigh(self, rollout: Rollout) -> Tokens:
         """Of the whole update: the teacher's mean entropy is one over all its tokens."""
-        mask, mode = aligned_mask(rollout), self.settings.reduction
+        mask, how = aligned_mask(rollout), self.settings.aggregation("opd")
         tokens = Tokens(rollout.input_ids, rollout.attention_mask, mask)
         entropy = None
         if self.settings.opd_weight == "teacher_entropy":
             entropy = read_statistics(self.run, self.teacher, tokens, ("entropy",))["entropy"]
-        weight, em = opd_weight(mask, entropy, mode=mode), None
+        weight, em = opd_weight(mask, entropy, **how), None
         if self.em_coef:
-            em = self.em_coef * aggregation_weight(mask, mode=mode).float()
+            em = self.em_coef * aggregation_weight(mask, **how).float()
         else:
             mask = mask & (weight != 0)
         return tokens._replace(loss_mask=mask, divergence_weight=weight, entropy_weight=em)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.lm.rollout import Rollout, aligned_mask, official_masks
+from em_kernels.objectives.aggregation import aggregation_weight
 from em_kernels.objectives.em import (
     micro_batch_mean_weights,
     sequence_mean_weights,
@@ -99,11 +100,15 @@ def totals(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
 
 
 def entropy_minimisation(config: TrainConfig) -> Objective:
+    how = config.aggregation("em")
+
     def weigh(rollout: Rollout, loss_mask: Tensor) -> tuple[Tensor, None]:
         if config.compat == "official":
             return micro_batch_mean_weights(loss_mask, config.micro_batch), None
-        if config.reduction == "sequence_mean":
+        if how["mode"] == "sequence_mean":
             return sequence_mean_weights(loss_mask), None
-        return token_mean_weights(loss_mask), None
+        if how["mode"] == "token_mean":
+            return token_mean_weights(loss_mask), None
+        return aggregation_weight(loss_mask, **how).float(), None
 
     return weigh

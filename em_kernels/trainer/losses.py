@@ -40,7 +40,7 @@ def step_size(config: RLConfig, objective: str, tokens: Tokens) -> Tensor:
     """What the loss of a step is divided by: its tokens, answers or pairs; 0-d."""
     if TABLE[objective].pairs:
         return tokens.loss_mask.any(1).sum().clamp(min=2) / 2
-    return aggregation_denominator(tokens.loss_mask, mode=config.reduction)
+    return aggregation_denominator(tokens.loss_mask, **config.aggregation(objective))
 
 
 def step_loss(
@@ -70,7 +70,8 @@ def step_loss(
         if entropy_coef:
             loss = entropy_bonus(loss, stats.entropy, mask, coef=entropy_coef)
         count = int(mask.sum())
-        whole = aggregate_loss(loss, mask, mode=config.reduction, denominator=size)
+        mode = config.setting("reduction", objective)
+        whole = aggregate_loss(loss, mask, mode=mode, denominator=size)
     sums = {name: float(value) * count for name, value in metrics.items()}
     return StepLoss(whole, {**sums, "tokens": count})
 

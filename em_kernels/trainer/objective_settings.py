@@ -14,6 +14,7 @@ from em_kernels.lm.settings import (
     positive,
     share,
 )
+from em_kernels.objectives.dppo import DIVERGENCES
 from em_kernels.objectives.eaft import TOP_K
 from em_kernels.trainer.objective_table import WHOLE_LABELS
 from em_kernels.trainer.shared_settings import SharedSettings, rl_setting
@@ -33,6 +34,36 @@ class ObjectiveSettings(SharedSettings):
         0.0, "empo: least semantic entropy of a problem that is kept, nats", check=finite
     )
     empo_high: float = rl_setting(10.0, "empo: largest, nats", check=finite)
+    tau_pos: float = rl_setting(
+        1.0, "sapo: temperature of the gate where the advantage is positive", check=positive
+    )
+    tau_neg: float = rl_setting(1.05, "sapo: and where it is not", check=positive)
+    dppo_divergence: str = rl_setting(
+        "binary_tv",
+        "dppo: how far a distribution has moved: total variation or KL, of the token against all "
+        "others or of `dppo_k` tokens against all others",
+        choices=DIVERGENCES,
+    )
+    dppo_low: float | None = rl_setting(
+        None,
+        "dppo: how far it may move where the advantage is not positive",
+        check=not_negative,
+        shown="0.15, of KL 0.05",
+    )
+    dppo_high: float | None = rl_setting(
+        None,
+        "dppo: and where it is positive",
+        check=not_negative,
+        shown="0.15, of KL 0.05",
+    )
+    dppo_k: int = rl_setting(
+        20,
+        "dppo: how many of the likeliest tokens are stored at every place, with topk_tv or topk_kl",
+        check=at_least(1),
+    )
+    max_ratio: float = rl_setting(
+        20.0, "dppo: where the importance weight of a token is truncated", check=positive
+    )
     sampling_rounds: int = rl_setting(
         3,
         "how often grpo++ draws new problems in the place of those whose answers are all right or "

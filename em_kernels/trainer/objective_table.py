@@ -6,21 +6,28 @@ here; nothing else in the trainer knows objectives by their names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from em_kernels.backends.interface import TokenStats
 from em_kernels.objectives._inputs import PolicyLoss
+from em_kernels.objectives.aggregation import CONSTANT
+from em_kernels.objectives.cispo import cispo_loss
 from em_kernels.objectives.clip_cov import clip_cov_loss, clip_cov_selection
+from em_kernels.objectives.dppo import dppo_loss
 from em_kernels.objectives.empo import empo_mask, semantic_entropy
 from em_kernels.objectives.grpo import grpo_loss
+from em_kernels.objectives.gspo import gspo_loss, gspo_token_loss
 from em_kernels.objectives.high_entropy import high_entropy_loss
+from em_kernels.objectives.kl import kl_penalty
 from em_kernels.objectives.kl_cov import kl_cov_loss, kl_cov_selection
 from em_kernels.objectives.ppl import ppl_loss, pseudo_label_kl, topk_label_kl
+from em_kernels.objectives.sapo import sapo_loss
 from em_kernels.ops.covariance import high_entropy_mask
 from em_kernels.trainer.batch import Tokens
-from em_kernels.trainer.objective_entry import ObjectiveEntry, OtherPolicy, looks_at
+from em_kernels.trainer.objective_entry import Loss, ObjectiveEntry, OtherPolicy, looks_at
 
 if TYPE_CHECKING:
     from em_kernels.trainer.rewards import Answers
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
 WHOLE_LABELS = ("sampler", "reference")  # policies that are there, with all their probabilities
 EXACT = "exact"  # the KL itself in place of an estimate of it
+CLIP = ("clip_low", "clip_high")
 BINARY_REWARDS = ("verified", "majority", "format", "random")
 
 
@@ -39,18 +47,53 @@ def _inputs(stats: TokenStats, part: Tokens) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _clip(config: RLConfig, objective: str) -> dict[str, Any]:
-    return {name: config.setting(name, objective) for name in ("clip_low", "clip_high")}
+    return {name: config.setting(name, objective) for name in CLIP}
 
 
-def _grpo(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
-    return grpo_loss(
-        *_inputs(stats, part),
+def _reference_kl(config: RLConfig, part: Tokens) -> dict[str, Any]:
+    return dict(
         ref_logprob=part.ref_logprob,
         ref_kl=part.ref_kl,
         kl_coef=config.ref_kl,
         kl_estimator=config.kl_estimator,
-        **_clip(config, objective),
     )
+
+
+def _grpo(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    options = {**_reference_kl(config, part), **_clip(config, objective)}
+    return grpo_loss(*_inputs(stats, part), **options)
+
+
+def _penalised(loss: Callable[..., PolicyLoss], *names: str) -> Loss:
+    """A loss of log-probabilities with settings of the same names, and the penalty."""
+
+    def compute(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+        inputs = _inputs(stats, part)
+        found = loss(*inputs, **{name: config.setting(name, objective) for name in names})
+        return kl_penalty(found, inputs[0], part.loss_mask, **_reference_kl(config, part))
+
+    return compute
+
+
+def _dppo(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
+    listed: dict[str, Any] = {}
+    if part.label_current is not None:
+        listed = dict(
+            topk_logprob=part.label_current,
+            old_topk_logprob=part.label_logprob,
+            topk_ids=part.label_ids,
+            token_ids=part.input_ids.roll(-1, 1),
+        )
+    inputs = _inputs(stats, part)
+    found = dppo_loss(
+        *inputs,
+        divergence=config.dppo_divergence,
+        delta_low=config.dppo_low,
+        delta_high=config.dppo_high,
+        max_ratio=config.max_ratio,
+        **listed,
+    )
+    return kl_penalty(found, inputs[0], part.loss_mask, **_reference_kl(config, part))
 
 
 def _clip_cov(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
@@ -116,6 +159,11 @@ def _reference(config: RLConfig) -> OtherPolicy:
     return OtherPolicy("ref_kl", "reverse_kl" if config.kl_estimator == EXACT else None)
 
 
+def _dppo_others(config: RLConfig) -> OtherPolicy:
+    stored = config.dppo_k if config.dppo_divergence.startswith("topk") else 0
+    return _reference(config)._replace(stored=stored)
+
+
 def _ppl_label(config: RLConfig) -> OtherPolicy:
     if config.ppl_label in WHOLE_LABELS:
         return OtherPolicy("ppl_label", "forward_kl", config.ppl_label == "sampler")
@@ -139,20 +187,20 @@ _SAMPLED = looks_at(
     "sample_batch",
     "vllm_memory",
 )
-_PROMPTED = {**_SAMPLED, **looks_at("prompts", "reduction")}
-_DEMONSTRATED = looks_at("reduction")
+_PROMPTED = {**_SAMPLED, **looks_at("prompts", reduction="token_mean")}
+_DEMONSTRATED = looks_at(reduction="token_mean")
 _REWARDED = _SAMPLED | looks_at(
     "group_size",
     "reward",
     "judge",
     "epochs",
     "minibatches",
-    "normalize_std",
     "max_length",
     "measure_change",
     "predict_change",
     "entropy_target",
     "entropy_step",
+    normalize_std=True,
     entropy_coef=0.0,
 )
 _SHAPED = looks_at(
@@ -164,10 +212,14 @@ _SHAPED = looks_at(
     "shaping_kappa",
     advantage_shaping="none",
 )
-_POLICY = {**_REWARDED, **looks_at("reduction"), **_SHAPED}
-_CLIPPED = looks_at(clip_low=0.2, clip_high=0.2)
+_POLICY = {**_REWARDED, **looks_at(reduction="token_mean"), **_SHAPED}
+_PENALISED = {**_POLICY, **looks_at("ref_kl", "kl_estimator")}
+_GRPO = {**_PENALISED, **looks_at(clip_low=0.2, clip_high=0.2)}
 _HIGHER = looks_at(clip_low=0.2, clip_high=0.28)
-_GRPO = {**_POLICY, **looks_at("ref_kl", "kl_estimator"), **_CLIPPED}
+_SEQUENCE = {
+    **_PENALISED,
+    **looks_at(clip_low=3e-4, clip_high=4e-4, reduction="sequence_mean"),
+}
 
 TABLE = {
     "em": ObjectiveEntry(_PROMPTED),
@@ -177,6 +229,30 @@ TABLE = {
     "sft": ObjectiveEntry(_DEMONSTRATED),
     "eaft": ObjectiveEntry({**_DEMONSTRATED, **looks_at("eaft_k", "eaft_alpha")}),
     "grpo": ObjectiveEntry(_GRPO, _grpo, other=_reference),
+    "dr_grpo": ObjectiveEntry(
+        {**_GRPO, **looks_at(normalize_std=False, reduction=CONSTANT)}, _grpo, other=_reference
+    ),
+    "bnpo": ObjectiveEntry(_GRPO, _grpo, other=_reference),
+    "cispo": ObjectiveEntry(
+        {**_PENALISED, **looks_at(clip_low=1.0, clip_high=4.0)},
+        _penalised(cispo_loss, *CLIP),
+        other=_reference,
+    ),
+    "gspo": ObjectiveEntry(_SEQUENCE, _penalised(gspo_loss, *CLIP), other=_reference),
+    "gspo_token": ObjectiveEntry(_SEQUENCE, _penalised(gspo_token_loss, *CLIP), other=_reference),
+    "sapo": ObjectiveEntry(
+        {**_PENALISED, **looks_at("tau_pos", "tau_neg", reduction="sequence_mean")},
+        _penalised(sapo_loss, "tau_pos", "tau_neg"),
+        other=_reference,
+    ),
+    "dppo": ObjectiveEntry(
+        {
+            **_PENALISED,
+            **looks_at("dppo_divergence", "dppo_low", "dppo_high", "dppo_k", "max_ratio"),
+        },
+        _dppo,
+        other=_dppo_others,
+    ),
     "grpo++": ObjectiveEntry(
         {**_GRPO, **_HIGHER, **looks_at("sampling_rounds", entropy_coef=1e-3)},
         _grpo,

@@ -91,7 +91,8 @@ def model_reward(name: str, values: Tensor, mask: Tensor) -> Tensor:
 
 def score(config: RLConfig, objective: str, answers: Answers, reward: Tensor) -> Scores:
     """Advantages within the groups; `kept` is False where the objective leaves a problem out."""
-    advantage = group_advantage(reward, answers.group, normalize_std=config.normalize_std)
+    normalize = config.setting("normalize_std", objective)
+    advantage = group_advantage(reward, answers.group, normalize_std=normalize)
     keeps, every = TABLE[objective].keeps, torch.ones_like(reward, dtype=torch.bool)
     return Scores(reward, advantage, every if keeps is None else keeps(config, answers))
 

@@ -236,3 +236,10 @@ class RLConfig(ObjectiveSettings):
         """As given, else the objective's own."""
         given = getattr(self, name)
         return TABLE[objective].default(name) if given is None else given
+
+    def in_use(self, name: str) -> Any:
+        """In each stage, where an objective has a default of its own."""
+        given, objectives = getattr(self, name), [stage.objectives[-1] for stage in self.stages]
+        if given is not None and all(TABLE[o].default(name) is None for o in objectives):
+            return given
+        return tuple(self.setting(name, o) for o in objectives if name in TABLE[o].settings)

@@ -93,15 +93,17 @@ class SharedSettings(TrainConfig):
     judge: str = rl_setting("auto", "what decides whether an answer is right", choices=JUDGES)
     epochs: int = rl_setting(1, "passes over the answers of an update", check=at_least(1))
     minibatches: int = rl_setting(2, "optimiser steps each pass", check=at_least(1))
-    normalize_std: bool = rl_setting(
-        True, "divide advantages by the standard deviation of the group"
+    normalize_std: bool | None = rl_setting(
+        None, "divide advantages by the standard deviation of the group", shown=OWN
     )
-    reduction: str = redefined(
+    reduction: str | None = redefined(  # type: ignore[assignment]
         TrainConfig,
         "reduction",
+        None,
         help="of the loss: mean over all tokens; over each answer and then over answers; or sum "
-        "over each answer and then mean over answers",
-        choices=AGGREGATIONS,
+        "over each answer and then mean over answers; or that over max_new_tokens besides",
+        choices=(None, *AGGREGATIONS),
+        shown=OWN,
     )
     clip_low: float | None = rl_setting(
         None,
@@ -119,8 +121,7 @@ class SharedSettings(TrainConfig):
     )
     ref_kl: float = rl_setting(
         0.0,
-        "weight of a KL penalty to the initial model, for objectives built on `grpo_loss`; above 0 "
-        "a copy of that model is kept",
+        "weight of a KL penalty to the initial model; above 0 a copy of that model is kept",
         check=not_negative,
     )
     kl_estimator: str = rl_setting(

@@ -116,6 +116,9 @@ CONDITIONS = {
     ),
     **dict.fromkeys(("shaping_alpha", "shaping_kappa"), _shaped("entropy")),
     "ppl_label_k": _on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
+    "dppo_k": _on(
+        "dppo_divergence", "topk_tv and topk_kl of dppo", lambda value: value.startswith("topk")
+    ),
     "opd_beta": _on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
 }
 

@@ -66,6 +66,14 @@ def test_two_ranks_have_one_mean(tmp_path):
     torch.testing.assert_close(torch.cat(parts), opd_weight(MASK, ENTROPY))
 
 
+def test_the_constant_normaliser_is_that_of_aggregate_loss():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    how = dict(mode="sequence_mean_token_sum_norm", max_length=5)
+    torch.testing.assert_close(opd_weight(mask, **how), mask / 10)
+    whole = opd_weight(mask, torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]]), **how)
+    torch.testing.assert_close(whole.sum().item(), 0.3)
+
+
 def test_no_token_and_no_gradient():
     entropy = torch.rand(2, 3, requires_grad=True)
     assert opd_weight(torch.zeros(2, 3), entropy).tolist() == [[0.0] * 3] * 2

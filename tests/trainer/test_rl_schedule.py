@@ -3,9 +3,13 @@
 import re
 
 import pytest
+import torch
 from rl_runs import PROBLEMS, rl_settings
 from trainer_runs import run, settings
 
+from em_kernels.objectives.aggregation import AGGREGATIONS
+from em_kernels.trainer.config import check_resume
+from em_kernels.trainer.entropy_update import entropy_minimisation
 from em_kernels.trainer.rl_config import OBJECTIVES, RLConfig
 from em_kernels.trainer.schedule import (
     DEMONSTRATED,
@@ -170,9 +174,42 @@ def test_settings_are_the_objectives_own_unless_given():
     assert config.setting("clip_high", "high_entropy") == 0.28
     assert config.setting("ratio", "kl_cov") == 2e-3 and config.setting("ratio", "clip_cov") == 2e-4
     assert config.reward_of("empo") == "empo" and config.reward_of("grpo") == "verified"
+    assert [config.setting("reduction", name) for name in ("grpo", "gspo", "em")] == [
+        "token_mean",
+        "sequence_mean",
+        "token_mean",
+    ]
+    assert [config.setting("normalize_std", name) for name in ("grpo", "dr_grpo")] == [True, False]
     given = RLConfig(problems=PROBLEMS, clip_high=0.0, reward="majority")
     assert given.setting("clip_high", "grpo") == 0.0 and given.reward_of("empo") == "majority"
     assert (config.sampling_temperature, config.loss_temperature, config.top_p) == (1.0, 1.0, 1.0)
+
+
+def test_entropy_minimisation_takes_every_reduction_of_a_schedule():
+    """A sum over each answer was taken for a mean over all tokens."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    rows = {
+        "token_mean": [1 / 4, 1 / 4],
+        "sequence_mean": [1 / 6, 1 / 2],
+        "sequence_mean_token_sum": [1 / 2, 1 / 2],
+        "sequence_mean_token_sum_norm": [1 / 24, 1 / 24],
+    }
+    for reduction in AGGREGATIONS:
+        config = rl_settings(objective="em", reduction=reduction)
+        weight, _ = entropy_minimisation(config)(None, mask)
+        expected = torch.tensor([*rows[reduction], 0])[:, None] * mask
+        torch.testing.assert_close(weight, expected)
+
+
+def test_a_default_that_became_the_objectives_own_is_the_same_run():
+    given, own = rl_settings(reduction="token_mean", normalize_std=True), rl_settings()
+    assert own.reduction is own.normalize_std is None
+    check_resume(given, own)
+    check_resume(own, given)
+    changed = dict(reduction="sequence_mean", normalize_std=False, clip_high=0.3)
+    for name, value in changed.items():
+        with pytest.raises(ValueError, match=f"{name} cannot change when a run is resumed"):
+            check_resume(own, rl_settings(**{name: value}))
 
 
 def test_settings_survive_being_written_down():

@@ -21,6 +21,13 @@ from em_kernels.trainer.schedule import WITHOUT_REWARDS
 POLICY = [name for name in OBJECTIVES if name not in WITHOUT_REWARDS]
 SETTINGS = {
     "grpo": dict(clip_low=0.1, clip_high=0.15, ref_kl=0.2),
+    "dr_grpo": {},
+    "bnpo": {},
+    "cispo": dict(clip_low=0.1, clip_high=0.15),
+    "gspo": dict(clip_low=0.03, clip_high=0.05, ref_kl=0.2),
+    "gspo_token": dict(clip_low=0.03, clip_high=0.05, reduction="token_mean"),
+    "sapo": dict(tau_pos=0.8, tau_neg=1.3),
+    "dppo": dict(dppo_low=0.01, dppo_high=0.02, max_ratio=1.1),
     "grpo++": dict(reward="random", entropy_coef=0.3),
     "l-grpo": dict(reward="length", reduction="sequence_mean_token_sum"),
     "clip_cov": dict(ratio=0.1, cov_lower=-9.0, cov_upper=9.0, clip_low=0.1, clip_high=0.1),
@@ -41,8 +48,18 @@ SHAPED = {
     ),
     "repo, unshaped": dict(objective="repo", advantage_shaping="none"),
 }
+CLIPPING = {"cispo", "gspo", "gspo_token", "dppo"}
 EXACT = {
     **SHAPED,
+    "dppo, of all tokens": dict(
+        objective="dppo",
+        dppo_divergence="topk_kl",
+        dppo_k=len(WORDS),
+        dppo_low=0.03,
+        dppo_high=0.02,
+        ref_kl=0.2,
+        kl_estimator="exact",
+    ),
     "grpo, exact KL": dict(objective="grpo", ref_kl=0.7, kl_estimator="exact"),
     "ppl, labelled by the reference": dict(SETTINGS["ppl"], objective="ppl", ppl_label="reference"),
     "ppl, labelled by the sampler": dict(SETTINGS["ppl"], objective="ppl", ppl_label="sampler"),
@@ -108,11 +125,34 @@ def plain_advantage(config, name, logprob, entropy, tokens):
     return a
 
 
+def plain_ratio(name, logprob, old, mask):
+    """rho, or GSPO's of the sequence."""
+    d = logprob - old
+    if name.startswith("gspo"):
+        s = (d * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        d = s.detach() + d - d.detach() if name == "gspo_token" else s.expand_as(d)
+    return d.exp()
+
+
+def plain_weight(config, name, rho, logprob, old, a, exact):
+    """What stands, without gradient, before A log p; None where the loss has another form."""
+    if name == "cispo":
+        return rho.clamp(1 - config.clip_low, 1 + config.clip_high).detach()
+    if name == "dppo":
+        moved = logprob.exp() - old.exp()
+        d = moved.abs() if config.dppo_divergence == "binary_tv" else exact[1]
+        far = torch.where(
+            a > 0, (moved > 0) & (d > config.dppo_high), (moved < 0) & (d > config.dppo_low)
+        )
+        return (rho.clamp(max=config.max_ratio) * ~far).detach()
+    return None
+
+
 def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
     """The loss as its paper writes it, one line an objective."""
     mask, old = tokens.loss_mask, tokens.old_logprob.double()
     a = plain_advantage(config, name, logprob.detach(), entropy.detach(), tokens)
-    rho = (logprob - old).exp()
+    rho = plain_ratio(name, logprob, old, mask)
     low, high = (config.setting(n, name) for n in ("clip_low", "clip_high"))
     if name == "ppl":
         t = (mask.cumsum(1) - 1).clamp(min=0)
@@ -121,6 +161,12 @@ def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
         regret = regret / mask.sum(1)
         return -logsigmoid(regret[1::2] - regret[0::2]).mean()
     loss = -rho * a if low is None else -torch.min(rho * a, rho.clamp(1 - low, 1 + high) * a)
+    weight = plain_weight(config, name, rho, logprob, old, a, exact)
+    if weight is not None:
+        loss = -weight * a * logprob
+    if name == "sapo":
+        tau = torch.where(a > 0, config.tau_pos, config.tau_neg)
+        loss = -4 / tau * torch.sigmoid(tau * (rho - 1)) * a
     if name == "clip_cov":
         loss = loss * ~selected
     if name == "high_entropy":
@@ -134,9 +180,12 @@ def plain_loss(config, name, logprob, entropy, tokens, selected, exact):
             kl = d.exp() - d - 1
         loss = loss + config.ref_kl * kl
     loss = (loss - config.setting("entropy_coef", name) * entropy) * mask
-    if config.reduction == "token_mean":
+    reduction = config.setting("reduction", name)
+    if reduction == "token_mean":
         return loss.sum() / mask.sum()
-    per_answer = loss.sum(1) / (mask.sum(1) if config.reduction == "sequence_mean" else 1)
+    if reduction == "sequence_mean_token_sum_norm":
+        loss = loss / config.max_new_tokens
+    per_answer = loss.sum(1) / (mask.sum(1) if reduction == "sequence_mean" else 1)
     return per_answer.mean()
 
 
@@ -181,6 +230,7 @@ def test_loss_and_gradient_are_those_of_full_logits_and_the_papers_formula(name,
         assert (found - expected).norm() <= 1e-4 * expected.norm()
         losses.append(loss.item())
     assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-6)
+    assert name not in CLIPPING or 0.02 < line["clip_fraction"] < 0.48  # of the second epoch
     old = steps.tokens[1].old_logprob
     assert (logprob.detach() - old).abs().max() > 0.05  # it did move
 
@@ -245,7 +295,31 @@ def numbers(lines):
     ]
 
 
-@pytest.mark.parametrize("name", [*POLICY, *EXACT])
+PRESETS = {
+    "dr_grpo": dict(normalize_std=False, reduction="sequence_mean_token_sum_norm"),
+    "bnpo": dict(reduction="token_mean"),
+    "gspo": dict(reduction="sequence_mean"),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_settings(name, monkeypatch):
+    """To the last bit; Dr. GRPO's advantage is the reward less its mean."""
+    steps = Steps(monkeypatch)
+    base = "grpo" if name != "gspo" else "gspo"
+    for objective, changes in ((name, {}), (base, PRESETS[name])):
+        run_rl(rl_settings(objective=objective, updates=1, minibatches=1, **changes))
+    assert torch.equal(*steps.gradients)
+    tokens = steps.tokens[0]
+    lengths = tokens.loss_mask.sum(1)
+    means = 1 - lengths / 12 - tokens.advantage.sum(1) / lengths  # of the two groups
+    assert (len((1e4 * means).round().unique()) <= 2) == (name == "dr_grpo")
+
+
+ALIKE = {"bnpo", "cispo", "gspo_token", "sapo", "dppo"}  # per token, as others that are run
+
+
+@pytest.mark.parametrize("name", [name for name in (*POLICY, *EXACT) if name not in ALIKE])
 def test_a_run_does_not_depend_on_the_micro_batches(name):
     """Selection and denominators are those of the whole step, however it is cut."""
     expected = numbers(run_rl(settings_of(name, micro_batch=10)).metrics)

@@ -3,6 +3,8 @@
 import json
 import re
 from dataclasses import fields, replace
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import pytest
 from rl_runs import PROBLEMS, rl_settings, run_rl
@@ -15,7 +17,6 @@ from em_kernels.trainer.objective_table import OBJECTIVES, TABLE
 from em_kernels.trainer.schedule import WITHOUT_REWARDS
 from em_kernels.trainer.unused_settings import CONDITIONS
 
-POLICY = [name for name in OBJECTIVES if name not in WITHOUT_REWARDS]
 NAMES = sorted({name for entry in TABLE.values() for name in entry.settings})
 NEEDED = {  # to make a setting act that only does with another one
     "kl_estimator": dict(ref_kl=0.1),
@@ -28,54 +29,51 @@ NEEDED = {  # to make a setting act that only does with another one
     "shaping_kappa": dict(advantage_shaping="entropy"),
     "ppl_label_k": dict(ppl_label="topk"),
     "opd_beta": dict(opd_kind="js"),
+    "dppo_k": dict(dppo_divergence="topk_tv"),
     "max_length": dict(reward="length"),
 }
 
 
 def another(name: str):
     """A value that the setting may have and by default has not."""
-    item = next(item for item in fields(RLConfig) if item.name == name)
-    told = settings_of(RLConfig)[name]
     given = {"prompts": ("1 2",), "teacher": "m", "reward": "random"}
-    given |= {"max_length": 3, "cov_upper": 9.0, "repo_zeta_min": 1e-3, "shaping_kappa": 3.0}
+    given |= {"cov_upper": 9.0, "repo_zeta_min": 1e-3, "shaping_kappa": 3.0}
     if name in given:
         return given[name]
+    item = next(item for item in fields(RLConfig) if item.name == name)
+    told, kind = settings_of(RLConfig)[name], get_type_hints(RLConfig)[name]
     if told.choices:
         return next(choice for choice in reversed(told.choices) if choice != item.default)
-    if isinstance(item.default, bool):
+    kind = next((part for part in get_args(kind) if part is not NoneType), kind)
+    if kind is bool:
         return not item.default
-    if isinstance(item.default, int):
-        return item.default + 1 if name != "group_size" else 4
-    return 0.5 if item.default is None or item.default != 0.5 else 0.25
-
-
-def looked_at(objective: str):
-    return TABLE[objective].settings
+    if kind is int:
+        return 4 if name == "group_size" else (item.default or 2) + 1
+    return 0.25 if item.default == 0.5 else 0.5
 
 
 def run_of(objective: str, **changes) -> RLConfig:
-    prompted = "prompts" in changes and "prompts" in looked_at(objective)
+    prompted = "prompts" in changes and "prompts" in TABLE[objective].settings
     texts = {} if prompted else {"problems": PROBLEMS}
     return RLConfig(objective=objective, responses=8, **{**texts, **changes})
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_setting_is_looked_at_or_refused(name, objective):
-    change = {name: another(name)}
-    if name in TABLE[objective].settings:
-        if TABLE[objective].resamples and name == "max_length":
-            return  # its rewards are 0 or 1, never lengths
-        needed = NEEDED.get(name, {})
-        needed = {other: value for other, value in needed.items() if other in looked_at(objective)}
-        config = run_of(objective, **{**needed, **change})
-        assert getattr(config, name) == change[name]
-        return
-    message = rf"{name} (is for|must be 0 with) .*, got .*for {re.escape(repr(objective))}: leave"
-    if name == "ref_kl" and objective in POLICY:
-        message = f"ref_kl must be 0 with {re.escape(objective)}, got 0.5: it is for the objectives"
-    with pytest.raises(ValueError, match=message):
-        run_of(objective, **change)
+def test_a_setting_is_looked_at_or_refused(name):
+    for objective, entry in TABLE.items():
+        change = {name: another(name)}
+        if name == "max_length" and entry.resamples:
+            continue  # its rewards are 0 or 1, never lengths
+        if name in entry.settings:
+            needed = {n: v for n, v in NEEDED.get(name, {}).items() if n in entry.settings}
+            config = run_of(objective, **{**needed, **change})
+            assert getattr(config, name) == change[name]
+            continue
+        message = f"{name} is for .*, got .* for {re.escape(repr(objective))}: leave it out"
+        if name == "ref_kl" and entry.loss is not None:
+            message = f"ref_kl must be 0 with {re.escape(objective)}, got 0.5: it is for the obj"
+        with pytest.raises(ValueError, match=message):
+            run_of(objective, **change)
 
 
 @pytest.mark.parametrize("name", [name for name in NEEDED if name != "max_length"])
@@ -143,6 +141,10 @@ def test_one_stage_that_looks_is_enough():
 def test_a_template_needs_problems():
     with pytest.raises(ValueError, match=r"template is for problems, got '.*' with problems=\(\)"):
         rl_settings(objective="opd", problems=(), prompts=("1",), template="{problem}!")
+
+
+def test_the_table_knows_which_objectives_do_without_rewards():
+    assert tuple(name for name, entry in TABLE.items() if entry.loss is None) == WITHOUT_REWARDS
 
 
 def test_an_old_run_with_such_settings_goes_on(tmp_path):
