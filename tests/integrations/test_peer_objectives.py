@@ -208,3 +208,33 @@ def test_loss_and_gradient_are_those_of_verl(name, monkeypatch):
     if name != "sapo":
         share = found.metrics["clip_fraction"].item()
         assert share == pytest.approx(metrics["actor/pg_clipfrac"]) and 0 < share < 1
+
+
+# TRL's DPPO trainer, which some releases have: what 1.2.0 gave for these inputs
+
+RECORDED = {  # tokens dropped, sum of the losses
+    "binary_tv": (6, 5.978563321251),
+    "binary_kl": (2, 12.761981405546),
+    "topk_tv": (13, 2.483596098993),
+    "topk_kl": (11, 8.083141769047),
+}
+
+
+def listed(kind):
+    """(log p, log mu) at six ids, the first of them sampled; a tenth of the mass is elsewhere."""
+    i = torch.arange(5 * 8 * 6, dtype=torch.float64).view(5, 8, 6)
+    old = (torch.sin(1.9 * i) * 1.5).log_softmax(-1) - 0.1
+    new = torch.sin(1.9 * i) * 1.5 + 0.6 * torch.cos(2.7 * i)
+    return new.log_softmax(-1) - 0.1, old
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_what_dppo_drops_is_what_trl_drops(kind):
+    _, _, advantage, mask = inputs()
+    now, old = listed(kind)
+    lists = dict(topk_logprob=now, old_topk_logprob=old) if kind.startswith("topk") else {}
+    options = dict(divergence=kind, delta_low=0.03, delta_high=0.05, max_ratio=1.5)
+    found = dppo_loss(now[..., 0], old[..., 0], advantage, mask, **options, **lists)
+    dropped, total = RECORDED[kind]
+    assert (found.loss[mask] == 0).sum() == dropped
+    assert found.loss.sum().item() == pytest.approx(total, rel=1e-9)
