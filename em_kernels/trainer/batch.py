@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import TokenStats
+from em_kernels.backends.truncation import find_border, is_outside
 from em_kernels.lm.heads import Head
+from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.rollout import Sampling
 from em_kernels.objectives.eaft import eaft_weight
 from em_kernels.ops.divergence import WeightedDivergence, linear_divergence, linear_divergence_loss
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
@@ -27,6 +31,8 @@ from em_kernels.trainer.entropy_slopes import (
 )
 from em_kernels.trainer.strategy import SingleProcessStrategy
 
+OF_KEPT = ("logprob", "kept_mass")
+LOGITS_BYTES = 64 << 20  # of float32 at a time, where kept sets are made of them
 _UNKNOWN: Any = None
 
 
@@ -39,7 +45,9 @@ class Tokens(NamedTuple):
     `linear_divergence_loss`; `ref_kl` is the KL from the reference or the label; `label_ids` and
     `label_logprob`, (B, T, k), are what is stored of the distributions that the answers were drawn
     from, `label_current` the log-probabilities of the same ids now; `selected` is what the
-    objective chose of all tokens. What is not known yet is None.
+    objective chose of all tokens. `kept` are the sets that the sampler left where it truncates: log
+    p, also of the reference, is of these alone, other statistics of the whole vocabulary.
+    `rollout_weight` is what the loss of a token is multiplied by. What is not known yet is None.
     """
 
     input_ids: Tensor
@@ -54,6 +62,8 @@ class Tokens(NamedTuple):
     label_ids: Tensor | None = None
     label_logprob: Tensor | None = None
     label_current: Tensor | None = None
+    kept: KeptSets | None = None
+    rollout_weight: Tensor | None = None
     old_logprob: Tensor = _UNKNOWN
     advantage: Tensor = _UNKNOWN
     selected: Tensor = _UNKNOWN
@@ -132,6 +142,23 @@ class Read(NamedTuple):
     stats: TokenStats
     others: dict[str, Tensor]
     slopes: Slopes
+
+
+def kept_by_limits(
+    model, head: Head, part: Tokens, temperature: float, limits: Sampling, min_p_first: bool
+) -> KeptSets:
+    """What the limits leave at the tokens that count, in their order, and each one that was drawn;
+    at the temperature of the sampling."""
+    rows, mask = _hidden(model, part), part.loss_mask
+    drawn, most = part.input_ids.roll(-1, 1)[mask], max(1, LOGITS_BYTES // (4 * len(head.weight)))
+    cut = (limits.top_k or math.inf, limits.top_p, limits.min_p)
+    found = [KeptSets.of(rows.new_zeros(0, len(head.weight), dtype=torch.bool))]
+    for hidden, ids in zip(rows[mask].split(most), drawn.split(most)):
+        z = head.logits(hidden) / limits.temperature
+        truncation = torch.tensor(cut, dtype=torch.float64, device=z.device).expand(len(z), -1)
+        kept = ~is_outside(z, find_border(z, truncation, min_p_first))
+        found.append(KeptSets.of(kept.scatter_(1, ids[:, None], True)))
+    return KeptSets.join(found)
 
 
 def stats_and_others(
@@ -214,11 +241,20 @@ def _token_loss(hidden: Tensor, head: Head, part: Tokens, temperature, outputs) 
 
 
 def _token_stats(hidden: Tensor, head: Head, part: Tokens, temperature, outputs) -> TokenStats:
-    return _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs)
+    call = partial(_of_tokens, linear_softmax_stats, hidden, head, part, temperature)
+    if part.kept is None:
+        return call(outputs)
+    whole = tuple(name for name in outputs if name not in OF_KEPT)
+    of_kept = tuple(name for name in outputs if name in OF_KEPT)
+    found = call(whole) if whole else TokenStats()
+    if not of_kept:
+        return found
+    cut = call(of_kept, kept=part.kept.ids(hidden.device))
+    return found._replace(**{name: getattr(cut, name) for name in of_kept})
 
 
 def _of_tokens(
-    function, hidden: Tensor, head: Head, part: Tokens, temperature, outputs, target=None, **weights
+    function, hidden: Tensor, head: Head, part: Tokens, temperature, outputs, target=None, **more
 ) -> Any:
     return function(
         hidden,
@@ -227,7 +263,7 @@ def _of_tokens(
         outputs=outputs,
         temperature=temperature,
         mask=part.loss_mask,
-        **weights,
+        **more,
         **head.arguments,
     )
 

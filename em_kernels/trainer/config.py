@@ -237,6 +237,11 @@ class TrainConfig:
     def check_entries(self, entries: int) -> None:
         """Refuse what does not fit a model's head of so many entries."""
 
+    @property
+    def keeps_sets(self) -> bool:
+        """Whether the update is told what the sampler kept at every token."""
+        return False
+
     def labels(self, index: int, stage: Stage) -> dict:
         """What the metrics say about the stage of an update."""
         return {}

@@ -67,6 +67,8 @@ def step_loss(
         if entropy_coef:
             whole = whole + _pair_bonus(stats.entropy, mask, entropy_coef, size)
     else:
+        if part.rollout_weight is not None:
+            loss = loss * part.rollout_weight
         if entropy_coef:
             loss = entropy_bonus(loss, stats.entropy, mask, coef=entropy_coef)
         count = int(mask.sum())

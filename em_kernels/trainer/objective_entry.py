@@ -80,6 +80,11 @@ class ObjectiveEntry:
         """Rows that belong together: one answer, or a pair of them."""
         return 2 if self.pairs else 1
 
+    @property
+    def has_ratios(self) -> bool:
+        """Whether the loss is of ratios between the current policy and the one that sampled."""
+        return "rollout_support" in self.settings
+
     def default(self, name: str) -> Any:
         """Of a setting that is None until an objective says more."""
         own = self.settings.get(name, SHARED)

@@ -212,7 +212,8 @@ _SHAPED = looks_at(
     "shaping_kappa",
     advantage_shaping="none",
 )
-_POLICY = {**_REWARDED, **looks_at(reduction="token_mean"), **_SHAPED}
+_SAMPLER = looks_at("rollout_support", "rollout_correction", "rollout_cap", "rollout_floor")
+_POLICY = {**_REWARDED, **looks_at(reduction="token_mean"), **_SHAPED, **_SAMPLER}
 _PENALISED = {**_POLICY, **looks_at("ref_kl", "kl_estimator")}
 _GRPO = {**_PENALISED, **looks_at(clip_low=0.2, clip_high=0.2)}
 _HIGHER = looks_at(clip_low=0.2, clip_high=0.28)

@@ -42,6 +42,7 @@ from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.rewards import Scores, model_reward, preference_pairs, score
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run
+from em_kernels.trainer.sampler_policy import SamplerPolicy
 from em_kernels.trainer.schedule import Stage, stage_lines
 from em_kernels.trainer.second_model import SecondModel
 
@@ -53,6 +54,7 @@ class PolicyUpdate:
         self.run, self.config = run, cast(RLConfig, run.config)
         self.order = ProblemOrder(self.config, run.tokenizer)
         self.reference: Any = None if reference is None else run.beside(reference)
+        self.sampler = SamplerPolicy(run)
 
     def __call__(self, update: int, index: int, stage: Stage) -> dict:
         """Sample, reward, step; returns the metrics.
@@ -66,6 +68,10 @@ class PolicyUpdate:
             clip_fraction, selected_fraction, policy_kl, ref_kl, ...: of the objective, means over
             tokens and steps (ref_kl is the exact KL with kl_estimator="exact"); entropy_coef:
             weight of the bonus; repo_zeta: of REPO, where it shapes the advantages;
+            rollout_logprob_diff_mean, rollout_logprob_diff_max, rollout_kl_k1, rollout_kl_k3 (see
+            `rollout_difference`) where the sampler says its log-probabilities; rollout_clipped,
+            rollout_weight_mean with a rollout_correction; rollout_kept_mass, the mean mass of what
+            the sampler kept, where ratios are of that;
             entropy_change: of the mean entropy of the same tokens by the update;
             predicted_entropy_change: what plain gradient steps in each token's own logits would
             change, see `entropy_change`; the rate of a token is the learning rate, whatever the
@@ -85,6 +91,9 @@ class PolicyUpdate:
             self._copy_policy()
         # reward them, and compare each with the others of its group
         tokens, before = self._read(found, objective)
+        tokens, apart = self.sampler.compare(objective, tokens, found.rollout)
+        if tokens.kept is not None:
+            apart["rollout_kept_mass"] = mean_of(before["kept_mass"], tokens.loss_mask)
         scores = self._score(objective, found, before, tokens.loss_mask)
         advantage = scores.advantage.to(tokens.loss_mask.device)[:, None] * tokens.loss_mask
         tokens = tokens._replace(advantage=advantage)
@@ -109,6 +118,7 @@ class PolicyUpdate:
         return {
             **mean_over_steps(steps),
             **line,
+            **apart,
             "step": update,
             **control.metrics(),
             "answers_used": len(rows),
@@ -128,7 +138,10 @@ class PolicyUpdate:
         """The tokens, with old and reference log-probabilities, and statistics of the policy."""
         rollout = found.rollout
         tokens = Tokens(rollout.input_ids, rollout.attention_mask, aligned_mask(rollout))
+        tokens = self.sampler.cut(objective, tokens, rollout)
         outputs = ["logprob", "entropy", "logit_skew", *TABLE[objective].reads]
+        if tokens.kept is not None:
+            outputs.append("kept_mass")
         if self.config.reward_of(objective) == "self_certainty":
             outputs.append("self_certainty")
         before = self._statistics(self.run.strategy, tokens, tuple(dict.fromkeys(outputs)))

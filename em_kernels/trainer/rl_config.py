@@ -25,6 +25,7 @@ from em_kernels.lm.problems import (
     problem_pairs,
 )
 from em_kernels.lm.settings import documented
+from em_kernels.objectives.rollout_correction import CORRECTIONS
 from em_kernels.trainer.entropy_control import check_target
 from em_kernels.trainer.objective_entry import OtherPolicy
 from em_kernels.trainer.objective_settings import ObjectiveSettings
@@ -66,6 +67,7 @@ class RLConfig(ObjectiveSettings):
                     f"{getattr(self, high)!r}"
                 )
         check_used(self)
+        self._check_rollout()
         for stage in self.stages:
             self._check_stage(stage)
 
@@ -90,6 +92,16 @@ class RLConfig(ObjectiveSettings):
                 raise ValueError(
                     f"{name} must be None where problems are pairs, got {getattr(self, name)!r}"
                 )
+
+    def _check_rollout(self) -> None:
+        if self.rollout_correction == "none":
+            return
+        floor, cap = self.rollout_weights["floor"], self.rollout_weights["cap"]
+        if floor >= cap:
+            raise ValueError(
+                f"rollout_cap must be above rollout_floor, got {cap!r} and {floor!r} with "
+                f"rollout_correction={self.rollout_correction!r}"
+            )
 
     def _check_stage(self, stage: Stage) -> None:
         if stage.policy is None:
@@ -119,6 +131,19 @@ class RLConfig(ObjectiveSettings):
         draft.__dict__.update({item.name: item.default for item in fields(cls)}, **values)
         forgotten = {item.name: item.default for item in fields(cls)}
         return cls.from_dict({**values, **{name: forgotten[name] for name in unused(draft)}})
+
+    @property
+    def rollout_weights(self) -> dict[str, Any]:
+        """The arguments of `rollout_weight`, of a rollout_correction."""
+        rule = CORRECTIONS[self.rollout_correction]
+        floor = rule.floor if self.rollout_floor is None else self.rollout_floor
+        cap = rule.cap if self.rollout_cap is None else self.rollout_cap
+        return {"mode": self.rollout_correction, "floor": floor, "cap": cap}
+
+    @property
+    def keeps_sets(self) -> bool:
+        policies = [stage.policy for stage in self.stages if stage.policy]
+        return self.rollout_support == "sampler" and any(TABLE[p].has_ratios for p in policies)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

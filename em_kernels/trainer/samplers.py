@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 
@@ -31,8 +32,9 @@ def make_sampler(
         return VllmSampler(config, sampling(config), model, tokenizer, longest_prompt, ranks)
 
     def draw(model, prompts: list[list[int]], seeds: list[int]) -> Rollout:
+        options: dict[str, Any] = dict(seeds=seeds, keep_sets=config.keeps_sets)
         settings, batch = sampling(config), config.sample_batch
-        return sample(model, tokenizer, prompts, settings, batch, ranks, seeds=seeds)
+        return sample(model, tokenizer, prompts, settings, batch, ranks, **options)
 
     return draw
 

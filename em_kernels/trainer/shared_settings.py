@@ -33,6 +33,7 @@ from em_kernels.lm.settings import (
 from em_kernels.objectives.aggregation import AGGREGATIONS
 from em_kernels.objectives.kl import KL_ESTIMATORS
 from em_kernels.objectives.repo import ZETA, ZETA_MAX, ZETA_MIN
+from em_kernels.objectives.rollout_correction import CORRECTIONS
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.objective_table import EXACT, OBJECTIVES
 
@@ -42,6 +43,7 @@ REWARDS = TEXT_REWARDS + MODEL_REWARDS
 OWN = "the objective's own"
 SHAPINGS = ("none", "repo", "entropy")
 PREDICTIONS = ("none", "logits", "weights")
+ROLLOUT_SUPPORTS = ("sampler", "full")
 
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
 
@@ -176,6 +178,24 @@ class SharedSettings(TrainConfig):
         "L_max of the length rewards, tokens",
         check=at_least(1),
         shown="max_new_tokens",
+    )
+    rollout_support: str = rl_setting(
+        "sampler",
+        "what log-probabilities in ratios are of where answers are drawn with top_p, top_k or "
+        "min_p: sampler, what was kept then, held fixed; full, the whole vocabulary",
+        choices=ROLLOUT_SUPPORTS,
+    )
+    rollout_correction: str = rl_setting(
+        "none",
+        "importance weight between sampler and trainer that the loss of a token is multiplied by, "
+        "see `rollout_weight`",
+        choices=("none", *CORRECTIONS),
+    )
+    rollout_cap: float | None = rl_setting(
+        None, "upper bound of that weight", check=positive, shown="the correction's own"
+    )
+    rollout_floor: float | None = rl_setting(
+        None, "lower bound of that weight", check=not_negative, shown="the correction's own"
     )
     measure_change: bool = rl_setting(
         True, "read the entropy again after each update: one more forward pass"

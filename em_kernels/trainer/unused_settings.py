@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from em_kernels.trainer.entropy_control import shaping_of
 from em_kernels.trainer.objective_table import TABLE
+from em_kernels.trainer.samplers import sampling
 from em_kernels.trainer.schedule import DEMONSTRATED, Stage
 
 if TYPE_CHECKING:
@@ -118,6 +119,15 @@ CONDITIONS = {
     "ppl_label_k": _on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
     "dppo_k": _on(
         "dppo_divergence", "topk_tv and topk_kl of dppo", lambda value: value.startswith("topk")
+    ),
+    "rollout_support": Condition(
+        lambda config: sampling(config).truncates,
+        "answers drawn with top_p, top_k or min_p",
+        lambda config: f"with top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g}",
+    ),
+    **dict.fromkeys(
+        ("rollout_cap", "rollout_floor"),
+        _on("rollout_correction", "a rollout_correction", lambda value: value != "none"),
     ),
     "opd_beta": _on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
 }

@@ -31,6 +31,9 @@ NEEDED = {  # to make a setting act that only does with another one
     "opd_beta": dict(opd_kind="js"),
     "dppo_k": dict(dppo_divergence="topk_tv"),
     "max_length": dict(reward="length"),
+    "rollout_support": dict(top_p=0.9),
+    "rollout_cap": dict(rollout_correction="token_tis"),
+    "rollout_floor": dict(rollout_correction="token_tis"),
 }
 
 
