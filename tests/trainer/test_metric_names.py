@@ -46,7 +46,7 @@ def found() -> dict[str, set[str]]:
     runs = {"em, to a skewness": {name for line in run(em).metrics for name in line}}
     runs |= {objective: by_name(objective) for objective in OBJECTIVES}
     runs["a reference"] = logged(group_size=2, ref_kl=0.1)
-    cut = dict(top_p=0.7, rollout_correction="icepop")
+    cut = dict(top_p=0.7, rollout_correction="icepop", predict_change="weights")
     runs["weights"] = logged(group_size=2, **cut)
     stages = dict(schedule="em:1,em+grpo:1,em+opd", updates=3, group_size=2, reward="length")
     return {**runs, "stages": logged(**stages)}
