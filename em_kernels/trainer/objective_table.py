@@ -221,6 +221,8 @@ _SEQUENCE = {
     **_PENALISED,
     **looks_at(clip_low=3e-4, clip_high=4e-4, reduction="sequence_mean"),
 }
+# One ratio an answer has one advantage; gspo_token has one a token.
+_SEQUENCE_ALONE = {name: own for name, own in _SEQUENCE.items() if name not in _SHAPED}
 
 TABLE = {
     "em": ObjectiveEntry(_PROMPTED),
@@ -239,7 +241,7 @@ TABLE = {
         _penalised(cispo_loss, *CLIP),
         other=_reference,
     ),
-    "gspo": ObjectiveEntry(_SEQUENCE, _penalised(gspo_loss, *CLIP), other=_reference),
+    "gspo": ObjectiveEntry(_SEQUENCE_ALONE, _penalised(gspo_loss, *CLIP), other=_reference),
     "gspo_token": ObjectiveEntry(_SEQUENCE, _penalised(gspo_token_loss, *CLIP), other=_reference),
     "sapo": ObjectiveEntry(
         {**_PENALISED, **looks_at("tau_pos", "tau_neg", reduction="sequence_mean")},

@@ -108,6 +108,10 @@ def test_a_setting_that_waits_for_another_is_refused_without_it(name):
             dict(repo_zeta=0.1),
             "repo_zeta is for advantage_shaping='repo', got 0.1 with advantage_shaping='none'",
         ),
+        (
+            dict(objective="gspo", advantage_shaping="repo"),
+            "advantage_shaping is for the obj.*, got",
+        ),
         (dict(objective="repo", shaping_alpha=0.1), "shaping_alpha is for advantage_shaping='entr"),
         (
             dict(objective="repo", entropy_target=0.5, entropy_step=0.1),
