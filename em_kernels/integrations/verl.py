@@ -13,7 +13,9 @@ Then `use_fused_kernels` with the "triton" backend calls `linear_cross_entropy` 
 any device, and the policy losses "vanilla", "clip_cov" and "kl_cov" are those of
 `em_kernels.objectives`, read from the same settings and logged under the same names. Log-ratios
 are held where verl holds them: in "vanilla" to [-20, 20], loss and actor/ppo_kl alike, in
-"clip_cov" and "kl_cov" nowhere (but at 80, where exp would overflow).
+"clip_cov" and "kl_cov" nowhere (but at 80, where exp would overflow). With that head verl's FSDP
+engine also gives sum_pi_squared, which the optimal-token baseline needs (calculate_sum_pi_squared);
+verl refuses it with fused kernels, and still does over Megatron.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 from em_kernels.integrations._arguments import HeadSettings, head_settings, temperature_of
 from em_kernels.integrations._labels import as_number, is_frozen, known_labels, stats_of_known
 from em_kernels.integrations._rebind import rebind
+from em_kernels.integrations._verl_collision import SumsOfSquares, found_so_far
 from em_kernels.objectives import (
     clip_cov_loss,
     clip_cov_selection,
@@ -98,8 +101,12 @@ def linear_cross_entropy(
     )
     number = not _settings.entropy_requires_grad
     few = number and is_frozen(hidden, weight)
-    stats = stats_of_known(call, labels, known, ("logprob", "entropy"), few)
+    squares = found_so_far()
+    outputs = ("logprob", "entropy", *(() if squares is None else ("collision",)))
+    stats = stats_of_known(call, labels, known, outputs, few)
     logprob = stats.logprob
+    if squares is not None:
+        squares.append(stats.collision)
     entropy = as_number(stats.entropy, logprob) if number else stats.entropy
     if reduction != "none":
         logprob = logprob.sum() if reduction == "sum" else logprob.mean()
@@ -221,6 +228,7 @@ POLICY_LOSSES: dict[str, Callable] = {
 }
 _replaced: dict[str, Callable] = {}  # verl's own, while this package's are in their place
 _settings = HeadSettings()
+_sums_of_squares = SumsOfSquares()
 
 
 def apply_to_verl(
@@ -255,6 +263,7 @@ def _switch_over() -> None:
     for name, loss in POLICY_LOSSES.items():
         algorithms.register_policy_loss(name)(loss)
     rebind("verl", {head.linear_cross_entropy: linear_cross_entropy})
+    _sums_of_squares.switch_on()
 
 
 def remove_from_verl() -> None:
@@ -263,6 +272,7 @@ def remove_from_verl() -> None:
     _settings = HeadSettings()
     if not _replaced:
         return
+    _sums_of_squares.switch_off()
     rebind("verl", {linear_cross_entropy: _replaced.pop("linear_cross_entropy")})
     for name, loss in _replaced.items():
         import_module(_ALGORITHMS).register_policy_loss(name)(loss)

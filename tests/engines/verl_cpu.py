@@ -27,6 +27,7 @@ class PlatformCPU(PlatformBase):
         max_memory_reserved=lambda: 0,
         memory_allocated=lambda: 0,
         memory_reserved=lambda: 0,
+        mem_get_info=lambda: (1, 1),
         current_device=lambda: "cpu",
         empty_cache=_nothing,
         synchronize=_nothing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from em_kernels.integrations import verl as integration
 
 ALGORITHMS = "verl.trainer.ppo.core_algos"
 HEAD = "verl.utils.kernel.linear_cross_entropy"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
@@ -151,6 +153,78 @@ def test_the_plugin_switches_on_import(verl, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "em_kernels.integrations.verl_plugin")
     assert verl[HEAD].linear_cross_entropy is integration.linear_cross_entropy
+
+
+class Data(dict):
+    """What a micro-batch says beside its tensors, as verl's TensorDict."""
+
+    def copy(self) -> Data:
+        return Data(self)
+
+
+class Engine:
+    """verl's FSDP engine, as far as it lays out what a fused head gives and refuses what not."""
+
+    def forward_step(self, micro_batch, loss_function, forward_only):
+        head = sys.modules[HEAD].linear_cross_entropy
+        log_probs, entropy = head(*self.tokens, 0.7)
+        output = SimpleNamespace(log_probs=log_probs[None], entropy=entropy[None])
+        return self.prepare_model_outputs(output, {"pad_size": 2}, micro_batch, loss_function)
+
+    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
+        if micro_batch.get("calculate_sum_pi_squared") and micro_batch.get("use_fused_kernels"):
+            raise NotImplementedError("calculate_sum_pi_squared")
+        kept = slice(None, -output_args["pad_size"])
+        found = {"log_probs": output.log_probs[0, kept]}
+        if micro_batch.get("calculate_entropy"):
+            found["entropy"] = output.entropy[0, kept]
+        return found
+
+
+def engine_module():
+    module = type(sys)(ENGINE)
+    module.FSDPEngineWithLMHead = type("FSDPEngineWithLMHead", (Engine,), dict(vars(Engine)))
+    module.tu = SimpleNamespace(
+        get_non_tensor_data=lambda data, key, default: data.get(key, default),
+        assign_non_tensor=lambda data, **values: data.update(values),
+    )
+    return module
+
+
+@pytest.mark.parametrize("loaded", ["before", "after"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_engine_gives_sums_of_squares(verl, monkeypatch, loaded, entropy):
+    """Whether it is loaded before the switch or after: in the layout of the other outputs."""
+    module = engine_module()
+    loader = SimpleNamespace(create_module=lambda spec: module, exec_module=lambda module: None)
+    spec = importlib.util.spec_from_loader(ENGINE, loader)
+    finder = SimpleNamespace(find_spec=lambda name, *args: spec if name == ENGINE else None)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    for name in ("verl.workers.engine", "verl.workers.engine.fsdp"):
+        package = type(sys)(name)
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, name, package)
+    before = list(sys.meta_path)
+    monkeypatch.setitem(sys.modules, ENGINE, module)
+    if loaded == "after":
+        del sys.modules[ENGINE]
+    integration.apply_to_verl()
+    importlib.import_module(ENGINE)
+    hidden, weight = make_linear(6)
+    engine = module.FSDPEngineWithLMHead()
+    engine.tokens = (hidden, weight, random_target(6, vocab=301))
+    asked = Data(use_fused_kernels=True, calculate_sum_pi_squared=True, calculate_entropy=entropy)
+    found = engine.forward_step(asked, None, True)
+    assert found.keys() == {"log_probs", "sum_pi_squared", *(["entropy"] if entropy else [])}
+    p = (hidden @ weight.T).double().div(0.7).softmax(-1)
+    assert error(found["sum_pi_squared"], (p * p).sum(-1)[:-2]) < 1e-5
+    assert not found["sum_pi_squared"].requires_grad
+    plain = engine.forward_step(Data(use_fused_kernels=True), None, True)
+    assert plain.keys() == {"log_probs"}
+    integration.remove_from_verl()
+    with pytest.raises(NotImplementedError, match="calculate_sum_pi_squared"):
+        engine.prepare_model_outputs(None, None, asked, None)
+    assert sys.meta_path == before
 
 
 # Without verl
