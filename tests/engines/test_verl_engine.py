@@ -130,12 +130,11 @@ def padded() -> dict[str, torch.Tensor]:
 
 def batch(extra: dict[str, torch.Tensor], **flags):
     """A batch as verl's trainer sends it to its workers."""
-    from tensordict import TensorDict
     from verl.utils import tensordict_utils
     from verl.workers.utils.padding import left_right_2_no_padding
 
     tensors = {name: x.clone() for name, x in {**padded(), **extra}.items()}
-    data = left_right_2_no_padding(TensorDict(tensors, batch_size=[4]))
+    data = left_right_2_no_padding(tensordict_utils.get_tensordict(tensors))
     flags = {"temperature": TEMPERATURE, "global_token_num": None, **flags}
     tensordict_utils.assign_non_tensor(data, **flags)
     return data
