@@ -18,6 +18,7 @@ from em_kernels.trainer.entropy_control import control_of
 from em_kernels.trainer.entropy_slopes import SHARPER, squared_gradient
 from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.policy_update import PolicyUpdate
+from em_kernels.trainer.sampler_policy import SamplerPolicy
 
 ROWS, COLUMNS, PROMPT = 6, 9, 2
 WITH_REWARDS = [name for name, entry in TABLE.items() if entry.loss is not None]
@@ -82,6 +83,7 @@ def make_update(config, monkeypatch) -> Update:
     update = object.__new__(PolicyUpdate)
     update.config, update.reference = config, other
     update.run = SimpleNamespace(strategy=own, ranks=ranks, config=config, optimizer=optimizer)
+    update.sampler = SamplerPolicy(update.run)
     if config.other_policy(config.stages[0].policy).is_sampler:
         update._copy_policy()
     made = torch.Generator().manual_seed(2)
