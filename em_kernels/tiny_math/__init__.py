@@ -19,6 +19,8 @@ PROMPT = (
 EM_LEARNING_RATE = 2e-4
 EM_TEMPERATURE = 1.0
 
+_FOLDERS = {"diffuse": "tiny-math", "habits": "tiny-math-habits"}
+
 # Longest answer in tokens; solutions take about half of it.
 MAX_NEW_TOKENS = 64
 
@@ -38,6 +40,16 @@ __all__ = [
 ]
 
 
-def model_path() -> Path:
-    """Folder of the shipped model, as `from_pretrained` and `em-kernels train --model` take it."""
-    return Path(__file__).resolve().parent.parent / "assets" / "tiny-math"
+def model_path(name: str = "diffuse") -> Path:
+    """Folder of a shipped model, as `from_pretrained` and `em-kernels train --model` take it.
+
+    Args:
+        name: "diffuse", whose likeliest answer is usually right; or "habits", whose likeliest
+            answer is wrong to most problems, by habit.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in _FOLDERS:
+        raise ValueError(f"name must be one of {', '.join(_FOLDERS)}, received {name!r}")
+    return Path(__file__).resolve().parent.parent / "assets" / _FOLDERS[name]

@@ -1,10 +1,12 @@
 """Train the embedded model from random weights.
 
-    python -m em_kernels.tiny_math.pretrain --out DIR
+    python -m em_kernels.tiny_math.pretrain --out DIR [--recipe habits]
 
 Phase 1 teaches arithmetic: clean solutions alternate with batches of bare equations. Phase 2 is
 short and makes the model "capable but diffuse": its text comes from a mixture of careful, sloppy
-and direct writers, so that samples are often wrong where the most likely answer is right.
+and direct writers, so that samples are often wrong where the most likely answer is right. With
+--recipe habits the mixture depends on whom the problem is about, and for most of them the likeliest
+writer guesses or does not stop at the answer: there the most likely answer is wrong too, by habit.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import argparse
 import math
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -23,7 +28,9 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from em_kernels.evaluator import evaluate
 from em_kernels.tiny_math import MAX_NEW_TOKENS
 from em_kernels.tiny_math.problems import (
+    NAMES,
     WRITERS,
+    Problem,
     draw_equation,
     make_problems,
     stream,
@@ -38,22 +45,53 @@ EQUATIONS_PER_DRILL = 8
 IGNORED = -100
 
 
+Entry = TypeVar("Entry")
+
+
+def _by_name(problem: str, entries: Sequence[Entry]) -> Entry:
+    """Of a problem about NAMES[i] the entry i, counted round."""
+    return entries[NAMES.index(problem.split()[0]) % len(entries)]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Steps, batch sizes and peak learning rates of both phases, and the writers of phase 2.
 
     Phase 1 may have several cycles, each with its own warm-up and decay of the learning rate.
-    `shares` and `slips` are the share of the text and the slip rate of the careful, the sloppy and
-    the direct writer.
+    `shares` and `slips` are the share of the text and the slip rate of each of WRITERS. There may
+    be several rows of shares: of a problem about NAMES[i] row i holds, counted round.
     """
 
     arithmetic_steps: tuple[int, ...] = (2000, 900)
     mixture_steps: int = 800
     batch: tuple[int, int] = (48, 32)
     peak_lr: tuple[float, float] = (2e-3, 8e-4)
-    shares: tuple[float, float, float] = (0.40, 0.42, 0.18)
-    slips: tuple[float, float, float] = (0.03, 0.40, 0.0)
+    shares: tuple[tuple[float, ...], ...] = ((0.40, 0.42, 0.18, 0.0),)
+    slips: tuple[float, ...] = (0.03, 0.40, 0.0, 0.0)
     seed: int = 0
+
+    def shares_of(self, problem: Problem) -> tuple[float, ...]:
+        """Of the writers of a problem's solutions."""
+        return _by_name(problem.text, self.shares)
+
+
+HABITS = {
+    "tidy": (0.52, 0.24, 0.12, 0.12),
+    "restless": (0.24, 0.18, 0.20, 0.38),
+    "hasty": (0.22, 0.18, 0.44, 0.16),
+}
+_HABIT_OF_NAME = ("tidy", "restless", "hasty", "restless", "tidy")
+RECIPES = {
+    "plain": Recipe(),
+    "habits": Recipe(
+        shares=tuple(HABITS[habit] for habit in _HABIT_OF_NAME), slips=(0.03, 0.40, 0.0, 0.03)
+    ),
+}
+
+
+def habit_of(problem: str) -> str:
+    """How the model of the recipe "habits" answers this problem: a key of HABITS."""
+    return _by_name(problem, _HABIT_OF_NAME)
 
 
 def build_model(vocab_size: int, tokenizer) -> Qwen2ForCausalLM:
@@ -134,15 +172,19 @@ def arithmetic_batches(tokenizer, recipe: Recipe, cycle: int = 0):
 
 
 def mixture_batches(tokenizer, recipe: Recipe):
-    """Endless batches of phase 2: every problem by a writer drawn at random."""
+    """Endless batches of phase 2: every problem by a writer drawn from its shares."""
     rng = random.Random(f"phase 2, {recipe.seed}")
     source = stream("pretrain", _stream_seed(recipe, len(recipe.arithmetic_steps)))
     slip_rate = dict(zip(WRITERS, recipe.slips, strict=True))
     while True:
-        writers = rng.choices(WRITERS, recipe.shares, k=recipe.batch[1])
+        problems = list(islice(source, recipe.batch[1]))
+        writers = [rng.choices(WRITERS, recipe.shares_of(problem))[0] for problem in problems]
         yield collate(
             tokenizer,
-            [worked(next(source), w, slip_rate[w], rng, tokenizer.eos_token) for w in writers],
+            [
+                worked(problem, writer, slip_rate[writer], rng, tokenizer.eos_token)
+                for problem, writer in zip(problems, writers)
+            ],
         )
 
 
@@ -223,24 +265,27 @@ def report(model, tokenizer, count: int = 1000) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Recipe()
+    writers = f"of the writers {', '.join(WRITERS)}; the recipe's unless given"
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--phase1", type=Path, help="model after phase 1: read if there, else kept")
-    parser.add_argument("--arithmetic-steps", type=int, nargs="+", default=default.arithmetic_steps)
-    parser.add_argument("--mixture-steps", type=int, default=default.mixture_steps)
-    parser.add_argument("--shares", type=float, nargs=3, default=default.shares, metavar=WRITERS)
-    parser.add_argument("--slips", type=float, nargs=3, default=default.slips, metavar=WRITERS)
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--recipe", choices=RECIPES, default="plain")
+    parser.add_argument("--arithmetic-steps", type=int, nargs="+")
+    parser.add_argument("--mixture-steps", type=int)
+    parser.add_argument("--shares", type=float, nargs=len(WRITERS), metavar="SHARE", help=writers)
+    parser.add_argument("--slips", type=float, nargs=len(WRITERS), metavar="RATE", help=writers)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    recipe = Recipe(
-        arithmetic_steps=tuple(given.arithmetic_steps),
-        mixture_steps=given.mixture_steps,
-        shares=tuple(given.shares),
-        slips=tuple(given.slips),
-        seed=given.seed,
-    )
+    own = {
+        "arithmetic_steps": given.arithmetic_steps and tuple(given.arithmetic_steps),
+        "mixture_steps": given.mixture_steps,
+        "shares": given.shares and (tuple(given.shares),),
+        "slips": given.slips and tuple(given.slips),
+        "seed": given.seed,
+    }
+    chosen = {name: value for name, value in own.items() if value is not None}
+    recipe = replace(RECIPES[given.recipe], **chosen)
     began = time.perf_counter()
     pretrain(recipe, given.out, given.phase1)
     print(f"{time.perf_counter() - began:.0f} s in all")

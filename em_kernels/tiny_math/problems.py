@@ -28,7 +28,7 @@ SPLITS = ("pretrain", "dev", "heldout")
 # Share of the hash range, in tenths, that belongs to each split.
 _SPLIT_OF_TENTH = ("dev", "heldout") + ("pretrain",) * 8
 
-WRITERS = ("careful", "sloppy", "direct")
+WRITERS = ("careful", "sloppy", "direct", "restless")
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,9 @@ def write_solution(
     """Solution text by one writer.
 
     "careful" writes one equation a line; "sloppy" also starts each line with "so"; "direct" gives
-    the answer alone. Each step slips with probability `slip_rate` and later steps go on from the
-    wrong value; "direct" is always right.
+    the answer alone; "restless" is careful, but does not stop at the answer: a step that nobody
+    asked for follows, and another answer. Each step slips with probability `slip_rate` and later
+    steps go on from the wrong value; "direct" is always right.
     """
     if writer not in WRITERS:
         raise ValueError(f"writer must be one of {WRITERS}, received {writer!r}")
@@ -190,7 +191,11 @@ def write_solution(
         result = min(solver(operator, value, operand), MAX_WRITTEN)
         lines.append(f"{opening}{value}{operator}{operand}={result}")
         value = result
-    return "\n".join([*lines, f"#### {value}"])
+    lines.append(f"#### {value}")
+    if writer == "restless":
+        more = rng.randint(2, 99)
+        lines += [f"{value}+{more}={value + more}", f"#### {value + more}"]
+    return "\n".join(lines)
 
 
 def draw_equation(rng: random.Random) -> tuple[str, str]:

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from em_kernels import tiny_math
 from em_kernels.evaluator import evaluate
 from em_kernels.tiny_math import problems as gen
-from em_kernels.tiny_math.pretrain import IGNORED, Recipe, arithmetic_batches, mixture_batches
+from em_kernels.tiny_math.pretrain import (
+    HABITS,
+    IGNORED,
+    RECIPES,
+    Recipe,
+    arithmetic_batches,
+    habit_of,
+    mixture_batches,
+)
 from em_kernels.tiny_math.tokenizer import build_tokenizer
 
 EQUATION = re.compile(r"(?:so )?(\d+)([-+*])(\d+)=(\d+)")
@@ -101,6 +109,50 @@ def test_slips_come_at_about_the_rate_asked_and_carry_on():
 def test_direct_writer_gives_the_answer_alone():
     problem = gen.make_problems("dev", 1)[0]
     assert gen.write_solution(problem, "direct") == f"#### {problem.answer}"
+
+
+def test_restless_writer_goes_on_after_the_answer_to_a_wrong_one():
+    rng = random.Random(0)
+    for problem in gen.make_problems("dev", 50):
+        text = gen.write_solution(problem, "restless", 0.0, rng)
+        careful = gen.write_solution(problem, "careful")
+        assert text.startswith(careful + "\n")
+        equation, last = text.removeprefix(careful + "\n").split("\n")
+        left, operator, right, result = EQUATION.fullmatch(equation).groups()
+        assert (int(left), operator) == (problem.answer, "+") and int(right) >= 2
+        assert int(left) + int(right) == int(result) and last == f"#### {result}"
+
+
+def test_shares_go_round_the_names():
+    recipe = Recipe(shares=((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)))
+    for problem in gen.make_problems("dev", 100):
+        row = gen.NAMES.index(problem.text.split()[0]) % 2
+        assert recipe.shares_of(problem) == recipe.shares[row]
+
+
+def test_habits_are_those_of_the_recipe():
+    for problem in gen.make_problems("dev", 100):
+        assert RECIPES["habits"].shares_of(problem) == HABITS[habit_of(problem.text)]
+    assert habit_of(tiny_math.PROMPT) == "tidy"
+
+
+def test_the_model_of_habits_is_right_where_it_is_tidy():
+    tokenizer = AutoTokenizer.from_pretrained(tiny_math.model_path("habits"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_math.model_path("habits")).eval()
+    problems = [(p.text, str(p.answer)) for p in gen.make_problems("heldout", 100)]
+    result = evaluate(
+        model, tokenizer, problems, samples=0, max_new_tokens=64, judge="exact", progress=False
+    )
+    right = {True: [], False: []}
+    for record in result.records:
+        right[habit_of(record.problem) == "tidy"].append(record.greedy.correct)
+    assert sum(right[True]) > 0.9 * len(right[True])
+    assert sum(right[False]) < 0.5 * len(right[False])
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"diffuse, habits.*'large'"):
+        tiny_math.model_path("large")
 
 
 def test_drills_are_right():
