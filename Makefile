@@ -13,7 +13,8 @@
 # make docs    the documentation as pages, in site/
 # make matrix  the core tests on every supported torch and Python that is found; ARGS=--cover for
 #              each once, ARGS="--torch 2.14 --python 3.12" for one pair
-# make study   the seeds and controls behind the tables of docs/demo.md
+# make science   what is claimed of EM, measured: the data, pictures and tables of docs/science.md;
+#              ARGS="--claims overconfidence shift --seeds 10" for some of it
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +29,7 @@ TESTS_OF_vllm := tests/engines/test_vllm_engine.py tests/ops/test_truncation.py:
 TESTS_OF_verl := tests/engines/test_verl_engine.py
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix study rl-study clean
+.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix science rl-study clean
 .PRECIOUS: .engines/%/ready
 
 setup: $(VENV)/ready
@@ -85,8 +86,8 @@ docs: setup
 matrix:
 	$(PYTHON) -m benchmarks.matrix $(ARGS)
 
-study: setup
-	$(BIN)/python -m benchmarks.em_study $(ARGS)
+science: setup
+	$(BIN)/python -m benchmarks.science $(ARGS)
 
 rl-study: setup
 	$(BIN)/python -m benchmarks.rl_study $(ARGS)

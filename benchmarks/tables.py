@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_report import gpu_table
+from benchmarks.science.claims import CLAIMS, claim_text, updates_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -213,8 +214,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "numbers": numbers,
     "accuracy": partial(markdown_table, "accuracy.md", 0),
     "demo": partial(printed_block, "fresh-clone.md"),
-    "em-study": partial(markdown_table, "em_study.md", 0),
-    "em-study-updates": partial(markdown_table, "em_study.md", 1),
+    "em-updates": updates_table,
+    **{f"science-{name}": partial(claim_text, name) for name in CLAIMS},
     "rl-study": partial(markdown_table, "rl_study.md", 0),
     "rl-study-law": partial(markdown_table, "rl_study.md", 1),
     "rl-study-slope": partial(markdown_table, "rl_study.md", 2),

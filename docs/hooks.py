@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ("em_study.png", "rl_study.png", "evaluate.png")
+PICTURES = ("rl_study.png", "evaluate.png")
 INCLUDED = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 

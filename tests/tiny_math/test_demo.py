@@ -1,11 +1,7 @@
-"""The demo and the study behind its table, on a handful of problems."""
+"""The demo, on a handful of problems."""
 
 import json
 
-import pytest
-import torch
-
-from benchmarks import em_study
 from em_kernels import tiny_math
 from em_kernels.tiny_math import demo
 
@@ -38,22 +34,3 @@ def test_table_says_where_the_peak_was_even_if_it_is_the_start():
     text = demo.table(summary)
     assert "-0.250" in text and "best accuracy at T = 1: 0.500, after update 0" in text
     assert "training: 3.0 s (1.0 s of it sampling)" in text
-
-
-def test_study_writes_its_tables_and_picture(tmp_path, capsys):
-    em_study.main(["--out", str(tmp_path), "--seeds", "2", "--problems", "8", "--updates", "2"])
-    study = json.loads((tmp_path / "em_study.json").read_text())
-    assert set(study["arms"]) == {"em", "outside prompt", "random reward"}
-    assert all(len(runs) == 2 for runs in study["arms"].values())
-    text = (tmp_path / "em_study.md").read_text()
-    assert text in capsys.readouterr().out and "| random reward |" in text
-    assert (tmp_path / "em_study.png").stat().st_size > 10_000
-
-
-def test_random_reward_gives_every_answer_one_advantage_and_no_entropy_weight():
-    mask = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1]])
-    entropy_weight, weight = em_study.random_reward(0)(None, mask)
-    assert entropy_weight is None and (weight[mask == 0] == 0).all()
-    per_answer = [row[counted == 1].unique() for row, counted in zip(weight, mask)]
-    assert all(len(values) == 1 for values in per_answer)
-    assert sum(values.item() for values in per_answer) == pytest.approx(0, abs=1e-6)

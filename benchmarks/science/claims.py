@@ -1,0 +1,53 @@
+"""The claims by name, in the order of the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.science import (
+    gains,
+    greedy,
+    order,
+    overconfidence,
+    sampling_temperature,
+    selection,
+    shift,
+    shots,
+    spread,
+    training_temperature,
+)
+from benchmarks.science.store import Store
+
+
+class Claim(Protocol):
+    """A module: the arms it needs; what it says of them, as Markdown; its picture."""
+
+    ARMS: tuple[str, ...]
+
+    def text(self, store: Store) -> str: ...
+    def draw(self, store: Store, path: Path) -> None: ...
+
+
+CLAIMS: dict[str, Claim] = {
+    "gains": gains,
+    "overconfidence": overconfidence,
+    "greedy": greedy,
+    "shift": shift,
+    "sampling_temperature": sampling_temperature,
+    "training_temperature": training_temperature,
+    "spread": spread,
+    "selection": selection,
+    "shots": shots,
+    "order": order,
+}
+
+
+def updates_table(results: Path) -> str:
+    """For `benchmarks.tables`."""
+    return gains.updates_table(Store(results / "science"))
+
+
+def claim_text(name: str, results: Path) -> str:
+    """For `benchmarks.tables`."""
+    return CLAIMS[name].text(Store(results / "science"))
