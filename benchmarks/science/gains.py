@@ -47,7 +47,7 @@ def updates_table(store: Store) -> str:
 
 
 def draw(store: Store, path: Path, suffix: str = "") -> None:
-    with picture(path, 3, 11, sharey=True) as axes:
+    with picture(path, 3, 11, sharey=True, sharex=True) as axes:
         for axis, (temperature, mode) in zip(axes, MODES.items()):
             rows = [
                 (arm, gain(store, arm, temperature, suffix), COLOURS[arm])

@@ -6,6 +6,7 @@ trainer do. Its threshold is the one that is best on dev problems, in other runs
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,10 +45,10 @@ class Stop(NamedTuple):
 def candidates(updates: list[int]) -> dict[str, list[Stop]]:
     """By the name of a policy, the settings that dev problems choose from."""
     return {
-        "mean entropy below": [Stop(entropy=h) for h in ENTROPIES],
-        "mean entropy below, patience 3:": [Stop(entropy=h, patience=3) for h in ENTROPIES],
-        "skewness above": [Stop(skew=s) for s in SKEWS],
-        "a fixed number of updates": [Stop(after=u) for u in updates],
+        "mean entropy below {}": [Stop(entropy=h) for h in ENTROPIES],
+        "mean entropy below {}, patience 3": [Stop(entropy=h, patience=3) for h in ENTROPIES],
+        "skewness above {}": [Stop(skew=s) for s in SKEWS],
+        "{} updates, whatever happens": [Stop(after=u) for u in updates],
     }
 
 
@@ -76,30 +77,49 @@ def oracle(store: Store) -> dict[int, float]:
     return {seed: max(p["accuracy"]["1"] for p in run["points"]) for seed, run in runs.items()}
 
 
+def log_loss(store: Store, update: int) -> dict[int, float]:
+    """log10 of the loss of that update (mean entropy in nats), by seed."""
+    return {seed: math.log10(h) for seed, h in store.line(EM, update, "mean_entropy").items()}
+
+
 def text(store: Store) -> str:
-    ends = [store.accuracy(EM, update) for update in (50, 10)]
-    loss = [store.line(EM, update, "mean_entropy") for update in (50, 10)]
+    ten, fifty = (store.accuracy(EM, update) for update in (10, 50))
+    loss = [log_loss(store, update) for update in (50, 10)]
     parts = [
-        Part("loss in nats, from update 10 to 50", change(*loss), -1),
-        Part("accuracy at T = 1 meanwhile", change(*ends), -1),
+        Part("log10 of the loss, from update 10 to 50", change(*loss), -1),
+        Part("accuracy at T = 1 meanwhile", change(fifty, ten), -1),
     ]
-    rows = [["none, update 10", 10, interval(ends[1]), change(ends[1], ends[0]).shown()]]
-    rows += [["none, update 50", 50, interval(ends[0]), ""]]
-    for name, stop in chosen(store).items():
-        at, right = stopped(store, EM, stop)
-        mean = f"{interval(at).mean:.1f}"
-        row = [f"{name}{_setting(stop)}", mean, interval(right), change(right, ends[0]).shown()]
-        rows.append(row)
     best = oracle(store)
-    rows.append(["each seed's best (oracle)", "", interval(best), change(best, ends[0]).shown()])
-    head = ["stop", "at update", "accuracy, T = 1", "over update 50"]
+    ends = {"none, at update 10": (10, ten), "none, at update 50": (50, fifty)}
+    rows = [
+        [name, update, interval(own), *_against(own, store)] for name, (update, own) in ends.items()
+    ]
+    for name, stop in chosen(store).items():
+        at, own = stopped(store, EM, stop)
+        mean = f"{interval(at).mean:.1f}"
+        rows.append([_named(name, stop), mean, interval(own), *_against(own, store)])
+    rows.append(["each seed's best (oracle)", "", interval(best), *_against(best, store)])
+    head = [
+        "stop",
+        "at update",
+        "accuracy, T = 1",
+        "over update 10",
+        "over update 50",
+        "over the oracle",
+    ]
     return f"{said(parts)}\n\n{table(head, rows)}"
 
 
-def _setting(stop: Stop) -> str:
-    if stop.after is not None:
-        return f": {stop.after}"
-    return f" {stop.entropy if stop.skew is None else stop.skew:g}"
+def _against(own: dict[int, float], store: Store) -> list[str]:
+    """What is gained over update 10, over update 50 and over the oracle."""
+    others = store.accuracy(EM, 10), store.accuracy(EM, 50), oracle(store)
+    return ["" if own == other else change(own, other).shown() for other in others]
+
+
+def _named(name: str, stop: Stop) -> str:
+    return name.format(
+        next(f"{x:g}" for x in (stop.after, stop.entropy, stop.skew) if x is not None)
+    )
 
 
 def draw(store: Store, path: Path) -> None:
@@ -112,13 +132,13 @@ def draw(store: Store, path: Path) -> None:
         for (name, stop), mark in zip(chosen(store).items(), "sD^v"):
             at, accuracy = stopped(store, EM, stop)
             place = interval(at).mean, interval(accuracy).mean
-            left.plot(*place, mark, color=COLOURS["mark"], label=f"{name}{_setting(stop)}")
+            left.plot(*place, mark, color=COLOURS["mark"], label=_named(name, stop))
         left.set(xlabel="updates taken", ylabel="held-out accuracy, sampled at T = 1", ylim=(0, 1))
         left.legend(frameon=False, loc="lower right", fontsize=8.5)
         lines = range(1, len(next(iter(store.runs(EM).values()))["lines"]["mean_entropy"]) + 1)
-        entropy = [store.line(EM, u, "mean_entropy") for u in lines]
-        curve(right, [u - 1 for u in lines], entropy, COLOURS["em"], "EM")
-        right.set(xlabel="updates taken", ylabel="loss: mean entropy (nats per token)")
-        right.set_yscale("log")
+        curve(
+            right, [u - 1 for u in lines], [log_loss(store, u) for u in lines], COLOURS["em"], "EM"
+        )
+        right.set(xlabel="updates taken", ylabel="log10 of the loss (mean entropy, nats per token)")
         right.set_title("the loss falls on")
         left.set_title("accuracy, and where the stops end it")
