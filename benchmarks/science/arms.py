@@ -22,7 +22,7 @@ SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Sampling temperatures of the sweeps."""
 DIFFUSE, HABITS = "diffuse", "habits"
 """The models that are trained, by their names in `tiny_math.model_path`."""
-TRAINING_TEMPERATURES = (0.25, 0.5, 1.0, 1.5)
+TRAINING_TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5)
 RATES = (1e-4, 2e-4, 4e-4)
 DENSE = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 SELECTIONS = ("variance", "entropy", "margin", "random")
@@ -114,7 +114,7 @@ _OF_HABITS = [
 ]
 _BY_TEMPERATURE = [
     *(
-        Arm(rate_arm(t, rate), 10, _at(t, rate), split="dev", curve=(10,), seeds=2, first_seed=100)
+        Arm(rate_arm(t, rate), 10, _at(t, rate), split="dev", curve=(10,), seeds=3, first_seed=100)
         for t in TRAINING_TEMPERATURES
         for rate in RATES
     ),
@@ -134,7 +134,7 @@ _ORDERS = [
         curve=(8, 16, _RL, _RL + _EM),
         full=(_RL, _RL + _EM),
         sweep=(_RL,),
-        seeds=3,
+        seeds=5,
     ),
     Arm(
         "EM then GRPO",
@@ -142,7 +142,7 @@ _ORDERS = [
         stages="EM then GRPO",
         curve=(_EM, _EM + 8, _EM + 16, _EM + _RL),
         full=(_EM, _EM + _RL),
-        seeds=3,
+        seeds=5,
     ),
 ]
 ARMS = {

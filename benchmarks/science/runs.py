@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -142,6 +143,12 @@ def config_of(arm: Arm, seed: int, size: Size, chosen: Choices) -> TrainConfig:
     return rl_study.settings(arm.stages, seed, rl_study.Size(steps, 64, size.problems, 1))
 
 
+def settings_of(arm: Arm, seed: int, chosen: Choices) -> dict:
+    """What is the arm's own in a run, as a data file has it."""
+    own = {"stages": arm.stages} if arm.stages else arm.settings(seed, chosen)
+    return json.loads(json.dumps(own))
+
+
 def run(arm: Arm, seed: int, size: Size, chosen: Choices) -> dict:
     """One training: "settings" beside the usual ones; "points", what was measured; "lines", metrics
     by update; "cpu_seconds"."""
@@ -159,9 +166,8 @@ def run(arm: Arm, seed: int, size: Size, chosen: Choices) -> dict:
     if config:
         objective = random_reward(seed) if arm.random_reward else None
         train(config, model, tokenizer, objective=objective, on_step=watch, progress=False)
-    own = {"stages": arm.stages} if arm.stages else arm.settings(seed, chosen)
     return {
-        "settings": own,
+        "settings": settings_of(arm, seed, chosen),
         "points": [point for point in points if point],
         "lines": {name: [line.get(name) for line in lines] for name in KEPT},
         "cpu_seconds": round(time.process_time() - began, 1),
@@ -171,7 +177,7 @@ def run(arm: Arm, seed: int, size: Size, chosen: Choices) -> dict:
 def measured(
     store: Store, arms: Iterable[str], size: Size, say: Callable[[str], object] = print
 ) -> None:
-    """Run what the data files do not have yet, seed by seed.
+    """Run what the data files do not have yet, or have with other settings, seed by seed.
 
     Raises:
         ValueError: a file has runs of another size.
@@ -186,7 +192,8 @@ def measured(
                 f"{store.path(name)} has runs of {found['size']}, got {sizes}: give another folder"
             )
         for seed in size.seeds_of(arm):
-            if str(seed) in found["runs"]:
+            kept = found["runs"].get(str(seed))
+            if kept and kept["settings"] == settings_of(arm, seed, chosen):
                 continue
             found["runs"][str(seed)] = run(arm, seed, size, chosen)
             store.write(name, found)

@@ -33,12 +33,16 @@ def test_an_arm_is_measured_once_and_goes_on_with_more_seeds(tmp_path, monkeypat
     monkeypatch.setattr(runs, "run", lambda arm, seed, *_: made.append(seed) or found)
     measured(store, ["em"], SMALL._replace(seeds=3), said.append)
     assert made == [1, 2] and list(store.runs("em")) == [0, 1, 2]
+    monkeypatch.setattr(runs, "settings_of", lambda *_: {"learning_rate": 1.0})
+    measured(store, ["em"], SMALL, said.append)
+    assert made == [1, 2, 0], "one of other settings is run again"
     with pytest.raises(ValueError, match=r"has runs of .*another folder"):
         measured(store, ["em"], SMALL._replace(problems=9), said.append)
 
 
 def test_the_command_runs_what_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "run", lambda *_: {"points": [], "lines": {}, "cpu_seconds": 1.0})
+    monkeypatch.setattr(runs, "run", lambda *_: {"cpu_seconds": 1.0})
+    monkeypatch.setattr(Choices, "prompts", lambda *_: ["a", "b"])
     size = ["--claims", "shots", "--seeds", "1", "--updates", "1", "--data", str(tmp_path)]
     command.main(size)
     assert "by variance, seed 0: 1 s of CPU time" in capsys.readouterr().out
