@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -50,4 +51,15 @@ def updates_table(results: Path) -> str:
 
 def claim_text(name: str, results: Path) -> str:
     """For `benchmarks.tables`."""
-    return CLAIMS[name].text(Store(results / "science"))
+    store = Store(results / "science")
+    return f"{CLAIMS[name].text(store)}\n\n{seeds(store, CLAIMS[name].ARMS)}"
+
+
+def seeds(store: Store, arms: Sequence[str]) -> str:
+    """How many seeds every arm has, the commonest number first."""
+    by_number: dict[int, list[str]] = {}
+    for arm in arms:
+        by_number.setdefault(len(store.runs(arm)), []).append(arm)
+    most, *others = sorted(by_number, key=lambda number: -len(by_number[number]))
+    named = "; ".join(f"{number}: {', '.join(by_number[number])}" for number in others)
+    return f"Seeds: {most}{f' ({named})' if named else ''}."

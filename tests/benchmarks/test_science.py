@@ -10,7 +10,7 @@ from benchmarks.science import __main__ as command
 from benchmarks.science import runs
 from benchmarks.science.arms import ARMS, SWEEP
 from benchmarks.science.choices import Choices
-from benchmarks.science.claims import CLAIMS, claim_text
+from benchmarks.science.claims import CLAIMS, claim_text, seeds
 from benchmarks.science.numbers import Interval, Part, apart, change, interval, said
 from benchmarks.science.overconfidence import Stop
 from benchmarks.science.runs import Size, measured, random_reward, skewness
@@ -93,6 +93,7 @@ def test_a_claim_says_first_whether_it_held_and_draws(name, pages, tmp_path):
     folder, store = pages
     text = claim_text(name, folder)
     assert text.startswith("**") and "\n\n| " in text and "nan" not in text
+    assert text.endswith("Seeds: 3.")
     CLAIMS[name].draw(store, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -102,6 +103,13 @@ def test_a_gain_is_held_and_a_loss_is_the_reverse(pages, tmp_path):
     assert claim_text("gains", folder).startswith("**Held**: sampled, T = 1 (+0.1")
     pretended(tmp_path / "science", gain=-0.01)
     assert claim_text("gains", tmp_path).startswith("**The reverse was found**: sampled, T = 1")
+
+
+def test_an_arm_of_fewer_seeds_is_named(tmp_path):
+    store = Store(tmp_path)
+    for arm, number in (("a", 3), ("b", 3), ("c", 2)):
+        store.write(arm, {"runs": {str(seed): {} for seed in range(number)}})
+    assert seeds(store, ("a", "b", "c")) == "Seeds: 3 (2: c)."
 
 
 def test_rates_are_the_best_on_dev_problems(tmp_path):
