@@ -45,7 +45,7 @@ def model_path(name: str = "diffuse") -> Path:
 
     Args:
         name: "diffuse", whose likeliest answer is usually right; or "habits", whose likeliest
-            answer is wrong to most problems, by habit.
+            answer is wrong to nearly half of the problems, by habit.
 
     Raises:
         ValueError: there is no such model.
