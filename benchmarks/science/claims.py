@@ -56,9 +56,9 @@ def claim_text(name: str, results: Path) -> str:
 
 
 def seeds(store: Store, arms: Sequence[str]) -> str:
-    """How many seeds every arm has, the commonest number first."""
+    """How many seeds every arm but those on dev problems has, the commonest number first."""
     by_number: dict[int, list[str]] = {}
-    for arm in arms:
+    for arm in (arm for arm in arms if "dev" not in arm):
         by_number.setdefault(len(store.runs(arm)), []).append(arm)
     most, *others = sorted(by_number, key=lambda number: -len(by_number[number]))
     named = "; ".join(f"{number}: {', '.join(by_number[number])}" for number in others)

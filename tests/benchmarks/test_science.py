@@ -107,9 +107,9 @@ def test_a_gain_is_held_and_a_loss_is_the_reverse(pages, tmp_path):
 
 def test_an_arm_of_fewer_seeds_is_named(tmp_path):
     store = Store(tmp_path)
-    for arm, number in (("a", 3), ("b", 3), ("c", 2)):
+    for arm, number in (("a", 3), ("b", 3), ("c", 2), ("dev", 1)):
         store.write(arm, {"runs": {str(seed): {} for seed in range(number)}})
-    assert seeds(store, ("a", "b", "c")) == "Seeds: 3 (2: c)."
+    assert seeds(store, ("a", "b", "c", "dev")) == "Seeds: 3 (2: c)."
 
 
 def test_rates_are_the_best_on_dev_problems(tmp_path):
