@@ -23,6 +23,7 @@ from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.token_loss import TokenLoss, linear_token_loss
 from em_kernels.ops.top_logprobs import TopLogprobs, linear_top_logprobs
 from em_kernels.trainer.entropy_slopes import (
+    KEPT_NEEDED,
     SHARPER,
     Slopes,
     divergence_slope,
@@ -180,8 +181,8 @@ def stats_and_others(
     kept.
 
     `slopes` are the outputs that the loss has the gradient of: of those, and of what there is to
-    compare with, the slopes are read too, out of the same pass; of the entropy itself, and of
-    stored ids, in one product with the head more.
+    compare with, the slopes are read too, out of the same pass; of the entropy itself, of stored
+    ids and of kept sets, in one product with the head more.
     """
     hidden, others = _hidden(model, part), {}
     read = partial(_token_stats, hidden.detach(), head, part)
@@ -196,9 +197,13 @@ def stats_and_others(
             known = read(temperature, needed) if slopes else stats
     found: Slopes = {}
     if slopes:
+        cut = None
         with torch.no_grad():
             sharper = read(temperature / 2, SHARPER) if "entropy" in slopes else None
-        found = entropy_slopes(known, labels=others.get("label_current"), sharper=sharper)
+            if part.kept is not None:
+                cut = _kept_stats(hidden.detach(), head, part, temperature, KEPT_NEEDED)
+        labels = others.get("label_current")
+        found = entropy_slopes(known, labels=labels, sharper=sharper, kept=cut)
     if other is not None and kind is not None:
         others["ref_kl"] = _with_other(linear_divergence, hidden, head, part, other, kind=kind)
         if slopes:
@@ -249,8 +254,14 @@ def _token_stats(hidden: Tensor, head: Head, part: Tokens, temperature, outputs)
     found = call(whole) if whole else TokenStats()
     if not of_kept:
         return found
-    cut = call(of_kept, kept=part.kept.ids(hidden.device))
+    cut = _kept_stats(hidden, head, part, temperature, of_kept)
     return found._replace(**{name: getattr(cut, name) for name in of_kept})
+
+
+def _kept_stats(hidden: Tensor, head: Head, part: Tokens, temperature, outputs) -> TokenStats:
+    """Of the distributions over the kept sets."""
+    kept = cast(KeptSets, part.kept).ids(hidden.device)
+    return _of_tokens(linear_softmax_stats, hidden, head, part, temperature, outputs, kept=kept)
 
 
 def _of_tokens(

@@ -20,6 +20,7 @@ from em_kernels.ops.softmax_stats import softmax_stats
 
 SHARPER = ("entropy", "varentropy")
 _NEEDED = ("logprob", "entropy", "entropy_slope")
+KEPT_NEEDED = (*_NEEDED, "collision", "kept_mass")
 _BLOCK_ENTRIES = 1 << 24  # of logits, where a divergence has no statistic to make its slope of
 
 Slopes = dict[str, Tensor]
@@ -32,7 +33,11 @@ def slopes_need(with_entropy: bool) -> tuple[str, ...]:
 
 
 def entropy_slopes(
-    stats: TokenStats, *, labels: Tensor | None = None, sharper: TokenStats | None = None
+    stats: TokenStats,
+    *,
+    labels: Tensor | None = None,
+    sharper: TokenStats | None = None,
+    kept: TokenStats | None = None,
 ) -> Slopes:
     """<dH/dz, ds/dz> at every token, of the statistics s that a loss may read.
 
@@ -40,20 +45,39 @@ def entropy_slopes(
 
         s = l_y:   A - p_y (l_y + H)      `entropy_slope` of the written token; of others from A
         s = H:     |dH/dz|^2 = sum_v p_v^2 (l_v + H)^2, see `squared_gradient`
+        s = l_y of what a sampler kept: `kept_slope`
 
     Args:
         stats: `slopes_need`, (B, T) each.
         labels: (B, T, K), log-probabilities of other tokens that the loss reads.
         sharper: `SHARPER` of the tokens at half the temperature, where the loss reads H.
+        kept: `KEPT_NEEDED` of the kept sets, where l_y is of those.
     """
     logprob, entropy, slope = (getattr(stats, name).detach() for name in _NEEDED)
-    found = {"logprob": slope}
+    found = {"logprob": slope if kept is None else kept_slope(entropy, kept)}
     if labels is not None:
         mean = slope + _own_part(logprob, entropy)
         found["label_current"] = mean[..., None] - _own_part(labels.detach(), entropy[..., None])
     if sharper is not None:
         found["entropy"] = squared_gradient(entropy, stats.collision, sharper)
     return found
+
+
+def kept_slope(entropy: Tensor, kept: TokenStats) -> Tensor:
+    """<dH/dz, d log q_y/dz>, q = p / P on the kept set S, 0 elsewhere, P the mass of S under p.
+
+    With C = sum_S q_v^2, B = sum_S q_v^2 (log q_v + H(q)) and `entropy_slope` of q, which is
+    B - q_y (log q_y + H(q)):
+
+        P sum_S q_v^2 (l_v + H) - P q_y (l_y + H) = P (slope(q) + (C - q_y) (log P + H - H(q))).
+
+    Args:
+        entropy: H of p, over the whole vocabulary.
+        kept: `KEPT_NEEDED`, of q.
+    """
+    mass = kept.kept_mass.clamp(min=torch.finfo(kept.kept_mass.dtype).tiny)
+    apart = mass.log() + entropy - kept.entropy
+    return mass * (kept.entropy_slope + (kept.collision - kept.logprob.exp()) * apart)
 
 
 def _own_part(logprob: Tensor, entropy: Tensor) -> Tensor:

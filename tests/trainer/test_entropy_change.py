@@ -124,6 +124,13 @@ def test_penalties_labels_and_a_bonus_are_in_the_prediction(name, monkeypatch):
     check_prediction(config, monkeypatch)
 
 
+@pytest.mark.parametrize("limits", [dict(top_k=3), dict(top_p=0.5), dict(top_p=0.9)], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "cispo", "kl_cov"])
+def test_ratios_of_what_was_kept_are_in_the_prediction(name, limits, monkeypatch):
+    """Of the entropy over the whole vocabulary, where log-probabilities are of the kept sets."""
+    check_prediction(rl_settings(objective=name, **COMMON, **limits), monkeypatch)
+
+
 @pytest.mark.parametrize("reduction", ["sequence_mean", "sequence_mean_token_sum"])
 def test_whatever_the_loss_is_divided_by(reduction, monkeypatch):
     config = rl_settings(**COMMON, reduction=reduction, entropy_coef=0.3)
