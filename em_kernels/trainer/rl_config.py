@@ -202,12 +202,21 @@ class RLConfig(ObjectiveSettings):
 
     def check_entries(self, entries: int) -> None:
         check_target(self, entries)
-        eaft = any(stage.demonstrated == "eaft" for stage in self.stages)
-        if eaft and self.eaft_k > entries:
-            raise ValueError(
-                f"eaft_k must be at most {entries}, the entries of the model's head, "
-                f"got {self.eaft_k}"
-            )
+        for name in self._counts_of_entries():
+            if getattr(self, name) > entries:
+                raise ValueError(
+                    f"{name} must be at most {entries}, the entries of the model's head, "
+                    f"got {getattr(self, name)}"
+                )
+
+    def _counts_of_entries(self) -> list[str]:
+        """The settings of this run that say how many likeliest tokens are read at a place."""
+        acts = {
+            "eaft_k": any(stage.demonstrated == "eaft" for stage in self.stages),
+            "dppo_k": self.dppo_divergence.startswith("topk"),
+            "ppl_label_k": self.ppl_label == "topk",
+        }
+        return [name for name, does in acts.items() if does]
 
     def labels(self, index: int, stage: Stage) -> dict:
         return {"stage": index, "objective": stage.name}

@@ -177,3 +177,18 @@ def test_flags_are_refused_by_name(tmp_path, capsys):
         value = "teacher_entropy" if option == "--opd-weight" else "x"
         assert cli.main([*words, "--problems", str(problems), option, value]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(objective="dppo", dppo_divergence="topk_tv", dppo_k=27),
+        dict(objective="ppl", ppl_label="topk", ppl_label_k=27),
+    ],
+    ids=lambda changes: changes["objective"],
+)
+def test_more_tokens_than_the_head_has_are_refused_before_anything_is_written(changes, tmp_path):
+    *_, name = changes
+    with pytest.raises(ValueError, match=f"{name} must be at most 26, the entries of the model's"):
+        run_rl(rl_settings(**changes, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
