@@ -99,6 +99,12 @@ def test_every_block_of_a_pair_has_its_other_half():
         assert halves == [GIVEN, INSTEAD] * (len(halves) // 2), path.name
 
 
+def test_the_blocks_of_the_objectives_run_in_turn_with_nothing_given():
+    given: dict = {}
+    for block in blocks(ROOT / "docs/guide/objectives.md"):
+        exec(block, given)
+
+
 @pytest.mark.parametrize("block", ALONE)
 def test_every_other_block_runs(block, names, tmp_path):
     pytest.importorskip("trl")
