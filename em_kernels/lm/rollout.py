@@ -318,10 +318,17 @@ def join_answers(
     if logprob is not None:
         said = join(logprob, torch.float32, 0).where(generated, 0)
         rollout = rollout._replace(logprob=pad(said, (ids.shape[1], 0)))
-    sets = [part for part in kept or () if part is not None]
-    if kept and len(sets) == len(kept):
-        whole = KeptSets.join([part.pad(0, width - part.shape[1]) for part in sets])
-        places = torch.arange(whole.length.numel()).view(whole.shape)
-        counted = whole.take(places.where(generated.cpu(), -1))
-        rollout = rollout._replace(kept=counted.pad(ids.shape[1], 0))
-    return rollout
+    return rollout._replace(kept=_join_kept(kept or (), generated, ids.shape[1]))
+
+
+def _join_kept(
+    parts: Sequence[KeptSets | None], generated: Tensor, prompt_width: int
+) -> KeptSets | None:
+    """(B, T), of the generated tokens alone; None unless all parts have sets."""
+    sets = [part for part in parts if part is not None]
+    if not sets or len(sets) < len(parts):
+        return None
+    width = generated.shape[1]
+    whole = KeptSets.join([part.pad(0, width - part.shape[1]) for part in sets])
+    places = torch.arange(whole.length.numel()).view(whole.shape)
+    return whole.take(places.where(generated.cpu(), -1)).pad(prompt_width, 0)

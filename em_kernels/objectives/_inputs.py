@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype, serializable
-from em_kernels.ops.checks import check_floating, check_shape, check_tensor, count_mask
+from em_kernels.ops.checks import (
+    check_floating,
+    check_number,
+    check_shape,
+    check_tensor,
+    count_mask,
+)
 
 MAX_LOG_RATIO = 20.0
-"""In GRPO's ratio and in k3 a log-ratio is held to at most 20 (exp(20) = 5e8), as in verl.
+"""A log-ratio is held to at most 20 (exp(20) = 5e8) in ratios, in k3 and in importance weights, as
+in verl.
 
 Above there is no gradient. Nothing is held from below, where exp only underflows."""
 MAX_EXPONENT = 80.0
@@ -50,16 +57,26 @@ def policy_tokens(
             "that sampled them (on-policy: logprob.detach()), got None"
         )
     check_floating("old_logprob", old_logprob, logprob)
-    check_floating("advantage", advantage)
-    if advantage.shape == logprob.shape[:-1] != logprob.shape:
-        advantage = advantage.unsqueeze(-1).expand(logprob.shape)
-    check_shape("advantage", advantage, logprob)
     counted = count_mask(mask, logprob)
     dtype = accumulate_dtype(logprob.dtype)
-    logprob, old_logprob, advantage = (
-        masked(x, counted, dtype) for x in (logprob, old_logprob.detach(), advantage.detach())
-    )
+    advantage = token_advantage(advantage, counted, dtype)
+    logprob, old_logprob = (masked(x, counted, dtype) for x in (logprob, old_logprob.detach()))
     return PolicyTokens(logprob, old_logprob, advantage, counted)
+
+
+def token_advantage(advantage: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., T), of one value per token or per answer, without gradient; 0 where not counted."""
+    check_floating("advantage", advantage)
+    if advantage.shape == counted.shape[:-1] != counted.shape:
+        advantage = advantage.unsqueeze(-1).expand(counted.shape)
+    check_shape("advantage", advantage, counted)
+    return masked(advantage.detach(), counted, dtype)
+
+
+def check_clip(clip_low: float, clip_high: float) -> None:
+    """Distances of the bounds of a ratio from 1."""
+    check_number("clip_low", clip_low, lambda v: v >= 0, "at least 0")
+    check_number("clip_high", clip_high, lambda v: v >= 0, "at least 0")
 
 
 def masked(x: Tensor, counted: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from em_kernels.objectives._inputs import (
     PolicyLoss,
+    check_clip,
     log_ratio,
     masked_mean,
     policy_kl,
     policy_tokens,
 )
-from em_kernels.ops.checks import check_number
 
 
 def cispo_loss(
@@ -50,8 +50,7 @@ def cispo_loss(
     what TRL recommends after Khatri et al., "The Art of Scaling Reinforcement Learning Compute for
     LLMs" (2025), arXiv:2510.13786. Mean over tokens: `aggregate_loss` with "token_mean".
     """
-    check_number("clip_low", clip_low, lambda v: v >= 0, "at least 0")
-    check_number("clip_high", clip_high, lambda v: v >= 0, "at least 0")
+    check_clip(clip_low, clip_high)
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     ratio = log_ratio(tokens).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)

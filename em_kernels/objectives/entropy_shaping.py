@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.objectives._inputs import masked
-from em_kernels.objectives.repo import token_advantage
+from em_kernels.objectives._inputs import masked, token_advantage
 from em_kernels.ops.checks import check_floating, check_number, count_mask
 
 
@@ -41,10 +40,9 @@ def entropy_advantage(
     arXiv:2506.14758, entropy-based advantage shaping.
     """
     check_floating("entropy", entropy)
-    check_floating("advantage", advantage)
     check_number("alpha", alpha, lambda v: v >= 0, "at least 0")
     check_number("kappa", kappa, lambda v: v > 1, "above 1, which keeps the sign of A,")
     counted = count_mask(mask, entropy)
     extra = alpha * masked(entropy, counted).clamp(min=0)
-    advantage = token_advantage(advantage, entropy, counted, extra.dtype)
+    advantage = token_advantage(advantage, counted, extra.dtype)
     return advantage + torch.minimum(extra, advantage.abs() / kappa)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from em_kernels.objectives._inputs import (
     PolicyLoss,
+    check_clip,
     log_ratio,
     masked_mean,
     policy_kl,
     policy_tokens,
 )
 from em_kernels.objectives.kl import check_reference, kl_penalty
-from em_kernels.ops.checks import check_number
 
 
 def grpo_loss(
@@ -88,8 +88,7 @@ def clipped_surrogate(
 
     Shapes (...), `ratio` and `advantage` alike; the second result is bool. Source: as `grpo_loss`.
     """
-    check_number("clip_low", clip_low, lambda v: v >= 0, "at least 0")
-    check_number("clip_high", clip_high, lambda v: v >= 0, "at least 0")
+    check_clip(clip_low, clip_high)
     plain = -ratio * advantage
     bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     return torch.maximum(plain, bounded), (bounded > plain).detach()

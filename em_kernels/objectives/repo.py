@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked
+from em_kernels.objectives._inputs import masked, token_advantage
 from em_kernels.ops.checks import check_floating, check_number, count_mask
 
 ZETA, ZETA_MIN, ZETA_MAX = 1e-3, 1e-4, 0.05
+LEAST_LOGPROB = -20.0
 
 
 @torch.no_grad()
@@ -47,25 +48,14 @@ def repo_advantage(
     and log p in place of L to spare the mean, which here costs nothing.
     """
     check_floating("logprob", logprob)
-    check_floating("advantage", advantage)
     check_number("zeta", zeta, lambda v: True, "a number")
     counted = count_mask(mask, logprob)
-    scale = masked(logprob, counted).clamp(min=-MAX_LOG_RATIO)
+    scale = masked(logprob, counted).clamp(min=LEAST_LOGPROB)
     if entropy is not None:
         check_floating("entropy", entropy, logprob)
         scale = scale + masked(entropy, counted, scale.dtype)
-    advantage = token_advantage(advantage, logprob, counted, scale.dtype)
+    advantage = token_advantage(advantage, counted, scale.dtype)
     return advantage * (1 - zeta * advantage.sign() * scale).clamp(min=0)
-
-
-def token_advantage(
-    advantage: Tensor, logprob: Tensor, counted: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(..., T), of one value per token or per answer; 0 where not counted."""
-    if advantage.shape == logprob.shape[:-1] != logprob.shape:
-        advantage = advantage.unsqueeze(-1).expand(logprob.shape)
-    check_floating("advantage", advantage, logprob)
-    return masked(advantage, counted, dtype)
 
 
 def next_zeta(

@@ -31,6 +31,10 @@ class Correction(NamedTuple):
     floor: float
     cap: float
 
+    def bounds(self, floor: float | None, cap: float | None) -> tuple[float, float]:
+        """(floor, cap), those of the source where they are None."""
+        return self.floor if floor is None else floor, self.cap if cap is None else cap
+
 
 CORRECTIONS = {
     "token_tis": Correction("token", "token", False, 0.0, 2.0),
@@ -106,7 +110,8 @@ def rollout_weight(
     OpenRLHF.
     """
     rule = CORRECTIONS[check_correction(mode)]
-    floor, cap = check_bounds(rule, floor, cap)
+    floor, cap = rule.bounds(floor, cap)
+    check_bounds(floor, cap)
     counted, d = _log_ratio(old_logprob, rollout_logprob, mask)
     judged = _ratio(d, counted, rule.judged)
     inside = (judged >= floor) & (judged <= cap)
@@ -163,12 +168,9 @@ def check_correction(mode: str) -> str:
     return mode
 
 
-def check_bounds(rule: Correction, floor: float | None, cap: float | None) -> tuple[float, float]:
-    """(floor, cap), those of the rule where they are None; ValueError if they hold nothing."""
-    floor, cap = rule.floor if floor is None else floor, rule.cap if cap is None else cap
+def check_bounds(floor: float, cap: float) -> None:
     check_number("floor", floor, lambda v: v >= 0, "0 or more")
     check_number("cap", cap, lambda v: v > floor, f"above floor={floor!r}")
-    return floor, cap
 
 
 def _log_ratio(old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

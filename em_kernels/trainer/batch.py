@@ -87,6 +87,15 @@ class MicroBatch(NamedTuple):
         return self._replace(tokens=self.tokens._replace(loss_mask=nothing))
 
 
+class Read(NamedTuple):
+    """What a step's loss reads of a micro-batch: its `token_stats`; `others`, by their names in
+    `Tokens`; and how they go with the entropy, if asked."""
+
+    stats: TokenStats
+    others: dict[str, Tensor]
+    slopes: Slopes
+
+
 def micro_batches(tokens: Tokens, size: int, *, in_order: bool = False) -> Iterator[MicroBatch]:
     """`size` rows at a time: long answers first, unless they are to stay in order."""
     order = torch.arange(len(tokens.input_ids), device=tokens.input_ids.device)
@@ -134,15 +143,6 @@ def demonstration_loss(
 def token_labels(model, head: Head, part: Tokens, temperature: float, k: int) -> TopLogprobs:
     """The k likeliest tokens at every place that counts, and their log-probabilities."""
     return _top(_hidden(model, part), head, part, temperature, k)
-
-
-class Read(NamedTuple):
-    """What a step's loss reads of a micro-batch: its `token_stats`; `others`, by their names in
-    `Tokens`; and how they go with the entropy, if asked."""
-
-    stats: TokenStats
-    others: dict[str, Tensor]
-    slopes: Slopes
 
 
 def kept_by_limits(

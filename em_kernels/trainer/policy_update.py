@@ -107,17 +107,11 @@ class PolicyUpdate:
             steps.append(self._step(update, len(steps), stage, tokens.at(own), current, control))
         trained = shaped(self.config, objective, tokens, before, control.zeta)
         line = answer_metrics(found, scores, trained, before)
-        if self.config.predict_change != "none":
-            predicted = sum(step.pop(PREDICTED) for step in steps)
-            line[PREDICTED] = predicted / max(int(tokens.loss_mask.sum()), 1)
-        if gradient is not None:
-            line[f"{PREDICTED}_weights"] = gradient.change()
-        if self.config.measure_change:
-            after = self._statistics(run.strategy, tokens, ("entropy",))["entropy"]
-            line["entropy_change"] = mean_of(after, tokens.loss_mask) - line["mean_entropy"]
+        changes = self._changes(tokens, steps, gradient, line["mean_entropy"])
         return {
             **mean_over_steps(steps),
             **line,
+            **changes,
             **apart,
             "step": update,
             **control.metrics(),
@@ -188,6 +182,36 @@ class PolicyUpdate:
             for own in order.tensor_split(min(self.config.minibatches, len(units))):
                 yield own.reshape(-1)
 
+    def _changes(
+        self, tokens: Tokens, steps: list[dict], gradient: EntropyGradient | None, before: float
+    ) -> dict[str, float]:
+        """Of the mean entropy `before` by the update: as predicted, taken out of the metrics of the
+        steps, and as measured."""
+        found: dict[str, float] = {}
+        if self.config.predict_change != "none":
+            predicted = sum(step.pop(PREDICTED) for step in steps)
+            found[PREDICTED] = predicted / max(int(tokens.loss_mask.sum()), 1)
+        if gradient is not None:
+            found[f"{PREDICTED}_weights"] = gradient.change()
+        if self.config.measure_change:
+            after = self._statistics(self.run.strategy, tokens, ("entropy",))["entropy"]
+            found["entropy_change"] = mean_of(after, tokens.loss_mask) - before
+        return found
+
+    def _select(
+        self,
+        objective: str,
+        tokens: Tokens,
+        current: dict[str, Tensor] | None,
+        control: Control,
+    ) -> Tokens:
+        """The first phase of a step, of shaped advantages."""
+        if current is None:
+            names = [*TABLE[objective].reads, *READS[shaping_of(self.config, objective)]]
+            current = self._statistics(self.run.strategy, tokens, tuple(dict.fromkeys(names)))
+        tokens = shaped(self.config, objective, tokens, current, control.zeta)
+        return select_tokens(self.config, objective, tokens, current)
+
     def _step(
         self,
         update: int,
@@ -208,10 +232,7 @@ class PolicyUpdate:
         entry, other = TABLE[objective], config.other_policy(objective)
         reads = READS[shaping_of(config, objective)]
         if entry.select is not None:
-            names = tuple(dict.fromkeys([*entry.reads, *reads]))
-            current = current or self._statistics(run.strategy, tokens, names)
-            tokens, reads = shaped(config, objective, tokens, current, control.zeta), ()
-            tokens = select_tokens(config, objective, tokens, current)
+            tokens, reads = self._select(objective, tokens, current, control), ()
         coef = control.entropy_coef - (config.em_coef if "em" in stage.objectives else 0.0)
         bonus = ["entropy"] if coef else []
         compute = partial(
@@ -235,7 +256,7 @@ class PolicyUpdate:
             found = step_loss(config, objective, stats, own, size=size, entropy_coef=coef)
             return with_prediction(found, stats, own, slopes) if slopes else found
 
-        sums = take_step(run, update, step, self._parts(tokens, TABLE[objective].unit), loss)
+        sums = take_step(run, update, step, self._parts(tokens, entry.unit), loss)
         number, kept = max(sums.pop("tokens"), 1), ("loss", "grad_norm", PREDICTED)
         if PREDICTED in sums:
             rate = run.optimizer.param_groups[0]["lr"]

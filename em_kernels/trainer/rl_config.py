@@ -127,27 +127,30 @@ class RLConfig(ObjectiveSettings):
     @classmethod
     def from_written(cls, values: dict) -> Self:
         """Without what was given of settings that the run never looked at."""
-        draft = object.__new__(cls)
-        draft.__dict__.update({item.name: item.default for item in fields(cls)}, **values)
-        forgotten = {item.name: item.default for item in fields(cls)}
-        return cls.from_dict({**values, **{name: forgotten[name] for name in unused(draft)}})
+        draft, defaults = object.__new__(cls), {item.name: item.default for item in fields(cls)}
+        draft.__dict__.update(defaults, **values)
+        return cls.from_dict({**values, **{name: defaults[name] for name in unused(draft)}})
 
     @property
     def rollout_weights(self) -> dict[str, Any]:
         """The arguments of `rollout_weight`, of a rollout_correction."""
-        rule = CORRECTIONS[self.rollout_correction]
-        floor = rule.floor if self.rollout_floor is None else self.rollout_floor
-        cap = rule.cap if self.rollout_cap is None else self.rollout_cap
-        return {"mode": self.rollout_correction, "floor": floor, "cap": cap}
+        mode = self.rollout_correction
+        floor, cap = CORRECTIONS[mode].bounds(self.rollout_floor, self.rollout_cap)
+        return {"mode": mode, "floor": floor, "cap": cap}
 
     @property
     def keeps_sets(self) -> bool:
-        policies = [stage.policy for stage in self.stages if stage.policy]
-        return self.rollout_support == "sampler" and any(TABLE[p].has_ratios for p in policies)
+        ratios = any(TABLE[policy].has_ratios for policy in self.policies)
+        return self.rollout_support == "sampler" and ratios
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         return parse_schedule(self.schedule or self.objective, self.updates, OBJECTIVES)
+
+    @property
+    def policies(self) -> list[str]:
+        """The objectives of the stages with rewards."""
+        return [stage.policy for stage in self.stages if stage.policy]
 
     @property
     def has_opd(self) -> bool:
@@ -157,7 +160,7 @@ class RLConfig(ObjectiveSettings):
     @property
     def reference_setting(self) -> str | None:
         """The setting that a copy of the model is kept for, if there is one."""
-        asked = [self.other_policy(stage.policy).setting for stage in self.stages if stage.policy]
+        asked = [self.other_policy(policy).setting for policy in self.policies]
         return next((setting for setting in asked if setting is not None), None)
 
     def other_policy(self, objective: str) -> OtherPolicy:
@@ -253,8 +256,7 @@ class RLConfig(ObjectiveSettings):
         if isinstance(tasks, str):
             found = load_problems(self._source(tasks), strict=True, answers_needed=False)
             tasks = tuple(found.problems)
-        policies = [stage.policy for stage in self.stages if stage.policy]
-        needing = [p for p in policies if self.reward_of(p) in NEED_ANSWERS]
+        needing = [p for p in self.policies if self.reward_of(p) in NEED_ANSWERS]
         missing = next((task.problem for task in tasks if task.answer is None), None)
         if needing and missing is not None:
             raise ValueError(

@@ -61,7 +61,7 @@ def _has_bonus(config: RLConfig) -> bool:
 
 
 def _shapings(config: RLConfig) -> list[str]:
-    return [shaping_of(config, stage.policy) for stage in config.stages if stage.policy]
+    return [shaping_of(config, policy) for policy in config.policies]
 
 
 _PROBLEMS = _on("problems", "problems", lambda value: len(value) > 0)
@@ -172,8 +172,7 @@ def _readers(name: str) -> list[str]:
 
 
 def _check_throughout(config: RLConfig, name: str) -> None:
-    policies = [stage.policy for stage in config.stages if stage.policy]
-    without = [policy for policy in policies if name not in TABLE[policy].settings]
+    without = [policy for policy in config.policies if name not in TABLE[policy].settings]
     if getattr(config, name) and without:
         raise ValueError(
             f"{name} must be 0 with {without[0]}, got {getattr(config, name)!r}: it is for "
@@ -186,7 +185,7 @@ def _asks(config: RLConfig) -> bool:
 
 
 def _rewards(config: RLConfig) -> list[str]:
-    return [config.reward_of(stage.policy) for stage in config.stages if stage.policy]
+    return [config.reward_of(policy) for policy in config.policies]
 
 
 def _listed(objectives: Sequence[str]) -> str:
