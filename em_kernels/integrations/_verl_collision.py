@@ -78,9 +78,7 @@ def _laying_out(own: Callable, data: Any) -> Callable:
     @wraps(own)
     def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
         found = found_so_far()
-        if (
-            not found
-        ):  # nobody asks, or another head has been at work: verl says what it does not do
+        if not found:  # nobody asks, or another head has been at work: verl says so
             return own(self, output, output_args, micro_batch, logits_processor_func)
         plain = micro_batch.copy()
         data.assign_non_tensor(plain, calculate_sum_pi_squared=False)
