@@ -20,8 +20,10 @@ STAND_INS = (
     "omegaconf",
     "tensordict",
     "verl",
+    "verl.protocol",
     "verl.trainer",
     "verl.trainer.config",
+    "verl.trainer.config.algorithm",
     "verl.trainer.ppo",
     "verl.utils",
     "verl.utils.device",
@@ -30,12 +32,14 @@ STAND_INS = (
     "verl.utils.experimental",
     "verl.workers",
     "verl.workers.config",
+    "verl.workers.config.actor",
 )
 SOURCES = (
     "verl.utils.torch_functional",
     "verl.utils.experimental.torch_functional",
     "verl.utils.kernel.linear_cross_entropy",
     "verl.trainer.ppo.core_algos",
+    "verl.trainer.ppo.rollout_corr_helper",
 )
 
 
