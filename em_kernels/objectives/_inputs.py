@@ -73,6 +73,12 @@ def token_advantage(advantage: Tensor, counted: Tensor, dtype: torch.dtype) -> T
     return masked(advantage.detach(), counted, dtype)
 
 
+def weighted_logprob(tokens: PolicyTokens, weight: Tensor) -> Tensor:
+    """w A log p, 0 where w A is: of a token that has lost all its probability too."""
+    factor = weight * tokens.advantage
+    return torch.where(factor == 0, 0, factor * tokens.logprob)
+
+
 def check_clip(clip_low: float, clip_high: float) -> None:
     """Distances of the bounds of a ratio from 1."""
     check_number("clip_low", clip_low, lambda v: v >= 0, "at least 0")

@@ -11,6 +11,7 @@ from em_kernels.objectives._inputs import (
     masked_mean,
     policy_kl,
     policy_tokens,
+    weighted_logprob,
 )
 
 
@@ -58,4 +59,4 @@ def cispo_loss(
         "clip_fraction": masked_mean((weight != ratio).to(ratio.dtype), tokens.counted),
         "policy_kl": policy_kl(tokens),
     }
-    return PolicyLoss(-weight * tokens.advantage * tokens.logprob, metrics)
+    return PolicyLoss(-weighted_logprob(tokens, weight), metrics)

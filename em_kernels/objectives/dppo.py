@@ -13,6 +13,7 @@ from em_kernels.objectives._inputs import (
     masked_mean,
     policy_kl,
     policy_tokens,
+    weighted_logprob,
 )
 from em_kernels.objectives.ppl import topk_label_kl
 from em_kernels.ops.checks import check_floating, check_number, check_tensor
@@ -98,8 +99,8 @@ def dppo_loss(
         "divergence": masked_mean(distance, tokens.counted),
         "policy_kl": policy_kl(tokens),
     }
-    loss = -weight * tokens.advantage * tokens.logprob
-    return PolicyLoss(torch.where(outside, 0, loss), metrics)
+    weight = torch.where(outside, 0, weight)
+    return PolicyLoss(-weighted_logprob(tokens, weight), metrics)
 
 
 def _outside(tokens: PolicyTokens, distance: Tensor, low: float, high: float) -> Tensor:
@@ -117,7 +118,8 @@ def _binary(divergence: str, tokens: PolicyTokens) -> Tensor:
     mu_rest, p_rest = -torch.expm1(old), -torch.expm1(now)
     p_rest = p_rest.clamp(min=torch.finfo(p_rest.dtype).tiny)
     others = torch.xlogy(mu_rest, mu_rest) - mu_rest * p_rest.log()
-    return (old.exp() * (old - now) + others).clamp(min=0)  # rounding
+    own = torch.where(old.isneginf(), 0, old.exp() * (old - now))
+    return (own + others).clamp(min=0)  # rounding
 
 
 def _among(divergence: str, now: Tensor, old: Tensor) -> Tensor:

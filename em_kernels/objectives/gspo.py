@@ -3,6 +3,7 @@ advantages."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from em_kernels.objectives._inputs import (
@@ -76,6 +77,7 @@ def gspo_token_loss(
     """
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     own = tokens.logprob - tokens.logprob.detach()
+    own = torch.where(tokens.logprob.isneginf(), 0, own)
     return _clipped(tokens, _mean_log_ratio(tokens).detach() + own, clip_low, clip_high)
 
 

@@ -85,6 +85,21 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_a_token_that_lost_all_its_probability_has_ratio_zero(name):
+    loss, options = LOSSES[name]
+    options = {**options, "clip_low": 1.0} if "clip_low" in options else options
+    logprob, old, advantage, mask = policy_inputs()
+    row, column = mask.nonzero()[0]
+    logprob = logprob.detach()
+    logprob[row, column] = -math.inf
+    logprob.requires_grad_()
+    found = loss(logprob, old, advantage, mask, **options).loss
+    found.sum().backward()
+    assert not found.isnan().any() and not logprob.grad.isnan().any()
+    assert logprob.grad[row, column] == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_neither_value_nor_gradient_crosses_the_mask(name):
     loss, options = LOSSES[name]
     logprob, old, advantage, mask = policy_inputs()
