@@ -95,9 +95,10 @@ def _add_train(commands) -> None:
     """The options are the settings of TrainConfig and RLConfig; one that is not given stays out."""
     parser = commands.add_parser(
         "train",
-        help="one-shot entropy minimisation, or reinforcement learning by name, or distillation",
+        help="one-shot entropy minimisation, or by name RL, distillation, fine-tuning",
         description="Minimise the entropy of a model's answers to one prompt, without labels; or, "
-        "with --objective, train it on problems by GRPO and its kin, or toward a teacher (opd).",
+        "with --objective, train it on problems by GRPO and its kin, toward a teacher (opd), or on "
+        "worked solutions (sft, eaft).",
     )
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, with its settings"

@@ -46,6 +46,8 @@ PREDICTIONS = ("none", "logits", "weights")
 ROLLOUT_SUPPORTS = ("sampler", "full")
 
 rl_setting = partial(setting, group="reinforcement learning (with --objective or --schedule)")
+entropy_setting = partial(setting, group="entropy control")
+rollout_setting = partial(setting, group="sampler and trainer")
 
 
 @dataclass(frozen=True)
@@ -132,40 +134,40 @@ class SharedSettings(TrainConfig):
         "vocabulary",
         choices=(*KL_ESTIMATORS, EXACT),
     )
-    entropy_coef: float | None = rl_setting(
+    entropy_coef: float | None = entropy_setting(
         None, "weight of the entropy bonus, loss units per nat", check=finite, shown=OWN
     )
-    entropy_target: float | None = rl_setting(
+    entropy_target: float | None = entropy_setting(
         None,
         "hold this mean entropy (nats), whatever the objective: steers repo_zeta where that shapes "
         "the advantage (by default to the entropy of the stage's first update), else the weight "
         "of the entropy bonus",
         check=not_negative,
     )
-    entropy_step: float = rl_setting(
+    entropy_step: float = entropy_setting(
         0.005, "how far the weight of the bonus moves in an update, with a target", check=positive
     )
-    advantage_shaping: str | None = rl_setting(
+    advantage_shaping: str | None = entropy_setting(
         None,
         "what is made of each token's advantage: repo rescales it by the token's log-probability, "
         "entropy adds to it where the policy is unsure",
         choices=(None, *SHAPINGS),
         shown=OWN,
     )
-    repo_zeta: float = rl_setting(
+    repo_zeta: float = entropy_setting(
         ZETA, "repo: by how much, per nat; below 0 it lowers the entropy", check=finite
     )
-    repo_zeta_min: float = rl_setting(
+    repo_zeta_min: float = entropy_setting(
         ZETA_MIN, "repo: least size of zeta, where it changes its sign", check=positive
     )
-    repo_zeta_max: float = rl_setting(ZETA_MAX, "repo: largest size of zeta", check=positive)
-    repo_adaptive: bool = rl_setting(
+    repo_zeta_max: float = entropy_setting(ZETA_MAX, "repo: largest size of zeta", check=positive)
+    repo_adaptive: bool = entropy_setting(
         True, "repo: double and halve zeta to hold the entropy; else it stays as it is"
     )
-    shaping_alpha: float = rl_setting(
+    shaping_alpha: float = entropy_setting(
         0.4, "entropy in the advantage: weight of a nat", check=not_negative
     )
-    shaping_kappa: float = rl_setting(
+    shaping_kappa: float = entropy_setting(
         2.0,
         "entropy in the advantage: at most a share of 1 / kappa of the advantage is added",
         check=number(lambda v: v > 1, "above 1"),
@@ -179,28 +181,28 @@ class SharedSettings(TrainConfig):
         check=at_least(1),
         shown="max_new_tokens",
     )
-    rollout_support: str = rl_setting(
+    rollout_support: str = rollout_setting(
         "sampler",
         "what log-probabilities in ratios are of where answers are drawn with top_p, top_k or "
         "min_p: sampler, what was kept then, held fixed; full, the whole vocabulary",
         choices=ROLLOUT_SUPPORTS,
     )
-    rollout_correction: str = rl_setting(
+    rollout_correction: str = rollout_setting(
         "none",
         "importance weight between sampler and trainer that the loss of a token is multiplied by, "
         "see `rollout_weight`",
         choices=("none", *CORRECTIONS),
     )
-    rollout_cap: float | None = rl_setting(
+    rollout_cap: float | None = rollout_setting(
         None, "upper bound of that weight", check=positive, shown="the correction's own"
     )
-    rollout_floor: float | None = rl_setting(
+    rollout_floor: float | None = rollout_setting(
         None, "lower bound of that weight", check=not_negative, shown="the correction's own"
     )
-    measure_change: bool = rl_setting(
+    measure_change: bool = entropy_setting(
         True, "read the entropy again after each update: one more forward pass"
     )
-    predict_change: str = rl_setting(
+    predict_change: str = entropy_setting(
         "logits",
         "the change of entropy to first order, written beside the measured one: of plain steps in "
         "the logits of every token by itself, or of the steps taken through the weights too, for "

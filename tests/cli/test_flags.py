@@ -79,3 +79,14 @@ def test_a_teacher_without_distillation_is_refused(problems, capsys):
     assert "teacher is for the objective 'opd'" in capsys.readouterr().err
     assert cli.main(words) == 2
     assert "--teacher needs an --objective other than em" in capsys.readouterr().err
+
+
+def test_the_help_of_train_has_its_settings_under_headings(capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    places = [("reinforcement learning", "--clip-low"), ("entropy control", "--entropy-target")]
+    places += [("sampler and trainer", "--rollout-cap"), ("settings of one obj", "--dppo-k")]
+    for heading, flag in places:
+        body = text.partition(f"\n{heading}")[2].split("\n\n")[0]
+        assert f"  {flag} " in body, heading
