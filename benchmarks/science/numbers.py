@@ -72,8 +72,10 @@ class Part(NamedTuple):
 
 
 def said(parts: Sequence[Part]) -> str:
-    """Whether a claim held, part by part, with the numbers."""
-    sentences = []
+    """Whether a claim held, as a whole and then part by part, with the numbers."""
+    held = sum(p.verdict == "Held" for p in parts)
+    one = len({p.verdict for p in parts}) == 1
+    sentences = [] if one else [f"**Held in {held} of {len(parts)} parts.**"]
     for verdict in ("Held", "The reverse was found", "Not decided"):
         own = [f"{p.what} ({p.found.shown()})" for p in parts if p.verdict == verdict]
         if own:

@@ -25,7 +25,7 @@ def text(store: Store) -> str:
     low, high = min(found), max(found)
     wide = low <= 0 or high / low >= CLAIMED
     ratio = f"{high / low:.1f} times" if low > 0 else "no finite number of times"
-    verdict = "Held" if wide else "Not reached"
+    verdict = "Wider than claimed" if wide else "Held"
     first = (
         f"**{verdict}**: over {len(found)} seeds the gain at T = 1 after 10 updates is from "
         f"{low:+.3f} to {high:+.3f}, the largest {ratio} the smallest."

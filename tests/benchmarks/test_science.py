@@ -138,9 +138,10 @@ def test_verdicts_go_by_the_interval():
         *("Held", "The reverse was found", "Not decided", "Held")
     ]
     assert said(parts[:2]) == (
-        "**Held**: a (+0.200 [+0.100, +0.300]). "
+        "**Held in 1 of 2 parts.** **Held**: a (+0.200 [+0.100, +0.300]). "
         "**The reverse was found**: b (-0.200 [-0.300, -0.100])."
     )
+    assert said(parts[:1]) == "**Held**: a (+0.200 [+0.100, +0.300])."
     alone = Part("e", interval([0.5]), 1)
     assert alone.verdict == "Not decided"
 
