@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from benchmarks import rl_study
+from benchmarks.rl_study import arms as rl_study
 from em_kernels import tiny_math
 from em_kernels.tiny_math.demo import em_config
 from em_kernels.trainer import TrainConfig

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import rl_study
+from benchmarks.rl_study import arms as rl_study
 from benchmarks.science.arms import ARMS, HABITS, SWEEP, Arm
 from benchmarks.science.choices import Choices
 from benchmarks.science.store import Store

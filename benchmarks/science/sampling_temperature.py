@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import rl_study
+from benchmarks.rl_study import arms as rl_study
 from benchmarks.science.arms import SWEEP
 from benchmarks.science.figures import COLOURS, curve, picture
 from benchmarks.science.numbers import Part, change, interval, said, table

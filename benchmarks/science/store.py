@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import rl_study
+from benchmarks.rl_study.runs import rounded
 
 
 class Store:
@@ -29,7 +29,7 @@ class Store:
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(rl_study.rounded(found)) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
         os.replace(part, path)
 
     def cached(self, name: str, make: Callable[[], dict]) -> dict:

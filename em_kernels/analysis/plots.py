@@ -230,11 +230,28 @@ def law(figure, result: dict) -> None:
         quality = "" if fit["r2"] is None else f", R² = {fit['r2']:.3f}"
         title += f": a = {fit['a']:.3g}, b = {fit['b']:.3g}{quality}"
     axis.scatter(x, [p["performance"] for p in points], color=BLUE, zorder=3)
+    for row in result.get("forecasts", ()):
+        _forecast(axis, row, max(x))
     for point in _apart(points):
         _label(axis, point["label"], point["entropy"], point["performance"], BLUE, (6, 6))
     axis.set(xlabel="mean entropy of the answers H (nats per token)", ylabel="performance R")
     axis.margins(x=0.2, y=0.2)
     axis.set_title(title)
+
+
+def _forecast(axis, row: dict, widest: float) -> None:
+    """The line of a run's first updates, dashed, with rings around them; and its ceiling."""
+    import numpy as np
+
+    grid, fit = np.linspace(0, widest * 1.05, 200), row["fit"]
+    axis.plot(grid, -fit["a"] * np.exp(grid) + fit["b"], color=GREEN, linestyle="--")
+    x, y = zip(*row["points"])
+    axis.scatter(x, y, s=90, facecolors="none", edgecolors=GREEN, zorder=4)
+    ceiling = row["ceiling"]
+    bar = [[ceiling["mean"] - ceiling["low"]], [ceiling["high"] - ceiling["mean"]]]
+    axis.errorbar(0, ceiling["mean"], bar, color=GREEN, marker="o", capsize=3)
+    words = f"from the first {row['share']:.0%}: {ceiling['mean']:.3f}"
+    _label(axis, words, 0, ceiling["mean"], GREEN, (8, -12))
 
 
 def _apart(points: Sequence[dict]) -> list[dict]:

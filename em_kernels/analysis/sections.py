@@ -202,7 +202,14 @@ def _law(result: dict) -> tuple[list[str], list[Table], list[Plot]]:
     if not result["points"]:
         return notes, [], []
     plot = ("performance against entropy", plots.law, result)
-    return notes, [made.law_table(result)], [plot]
+    tables = [made.law_table(result)]
+    if result.get("forecasts"):
+        notes.append(
+            "Of the first updates: intervals are of 95 %, of linear regression; the points of a "
+            "run follow each other, which makes them too narrow."
+        )
+        tables.insert(0, made.forecast_table(result["forecasts"]))
+    return notes, tables, [plot]
 
 
 def run_curve(result: dict) -> Section:

@@ -198,6 +198,21 @@ def law_table(result: dict) -> Table:
     return table(title, columns, result["points"])
 
 
+def forecast_table(rows: Sequence[dict]) -> Table:
+    columns = {
+        "": of("run"),
+        "updates fitted": lambda row: str(row["fitted"]),
+        "ceiling b - a [95 % interval]": of("ceiling", interval),
+        "H at the end (nats)": of("entropy", number, digits=4),
+        "R predicted there": of("predicted", interval),
+        "R reached": of("reached", number),
+        "inside": lambda row: "yes" if row["inside"] else "no",
+    }
+    share, last = rows[0]["share"], rows[0]["last"]
+    title = f"The end (last {last} updates), predicted from the first {share:.0%} of the updates"
+    return table(title, columns, rows)
+
+
 def run_table(result: dict) -> Table:
     columns = {
         "update": of("update"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from em_kernels.analysis.law import entropy_law, points_of
+from em_kernels.analysis.law import entropy_law, points_of, predict_runs
 from em_kernels.analysis.report import save, write_report
 from em_kernels.analysis.run_curve import evaluate_run
 from em_kernels.analysis.temperature import entropy_at_temperatures
@@ -22,6 +22,7 @@ from em_kernels.evaluator.records import SETTINGS, read_settings
 from em_kernels.evaluator.run import EvalConfig, run_eval
 from em_kernels.lm.models import load_model
 from em_kernels.lm.settings import add_flags
+from em_kernels.trainer.checkpoint import METRICS_FILE
 
 MODEL = {"dtype": "float32", "device": "auto"}
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -200,19 +201,30 @@ def _add_law(kinds, add_common: AddCommon) -> None:
         "mean entropy, a point for each update.",
     )
     parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
+    parser.add_argument(
+        "--first",
+        type=float,
+        metavar="SHARE",
+        help="of training runs: fit the first share of the updates too, such as 0.2, and predict "
+        "the ceiling and the end of the run from it",
+    )
     parser.add_argument("--output", metavar="DIR", help="default: the first folder")
     add_common(parser, _law)
 
 
 def _law(arguments: argparse.Namespace) -> int:
-    points: list[tuple[str, float, float]] = []
-    left_out: Counter[str] = Counter()
-    for folder in arguments.folders:
-        found = points_of(folder)
-        points += found.points
-        left_out.update(found.left_out)
-    output = arguments.output or arguments.folders[0]
-    return _done(output, {"law": entropy_law(points, dict(left_out))})
+    if arguments.first is not None:
+        for folder in arguments.folders:
+            if not (Path(folder) / METRICS_FILE).is_file():
+                raise ValueError(f"--first is for training runs, {folder} has no {METRICS_FILE}")
+    runs = {folder: points_of(folder) for folder in arguments.folders}
+    points = [point for found in runs.values() for point in found.points]
+    left_out = sum((Counter(found.left_out) for found in runs.values()), Counter())
+    law = entropy_law(points, dict(left_out))
+    if arguments.first is not None:
+        known = {folder: found.points for folder, found in runs.items()}
+        law["forecasts"] = predict_runs(known, arguments.first)
+    return _done(arguments.output or arguments.folders[0], {"law": law})
 
 
 def _done(folder: str | Path, results: dict[str, dict]) -> int:

@@ -1,4 +1,4 @@
-"""The picture of `rl_study`: six panels, labelled at the lines, in colours that the colour-blind
+"""The picture of the study: nine panels, labelled at the lines, in colours that the colour-blind
 can tell apart (Okabe and Ito's)."""
 
 from __future__ import annotations
@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+
+from benchmarks.rl_study.findings import law_points
 
 COLOURS = {
     "GRPO": "#000000",
@@ -19,7 +21,15 @@ COLOURS = {
     "EM then GRPO": "#D55E00",
     "GRPO then EM": "#0072B2",
     "ConciseR": "#009E73",
+    "Dr. GRPO": "#0072B2",
+    "CISPO": "#D55E00",
+    "GSPO": "#009E73",
+    "SAPO": "#CC79A7",
+    "DPPO": "#E69F00",
+    "REPO-R": "#56B4E9",
+    "PPL": "#999999",
 }
+SINCE = ("GRPO", "Dr. GRPO", "CISPO", "GSPO", "SAPO", "DPPO", "REPO-R", "PPL")
 ENTROPY = ("GRPO", "Clip-Cov", "KL-Cov", "80/20", "entropy target", "random reward")
 LABELS = ("GRPO", "EMPO", "majority vote", "random reward")
 ORDER = ("GRPO", "EM then GRPO", "GRPO then EM")
@@ -33,15 +43,15 @@ def plot(study: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(16, 9.5), layout="constrained")
-    panels = (_entropy, _accuracy, _law, _order, _labels, _length)
+    figure, axes = plt.subplots(3, 3, figsize=(16, 14), layout="constrained")
+    panels = (_entropy, _accuracy, _law, _since, _change, _forecast, _order, _labels, _length)
     for axis, panel in zip(axes.flat, panels):
         panel(axis, study)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Entropy-controlled RL on the embedded model: mean and one standard deviation over seeds "
-        f"({study['seeds']}); accuracy on {study['curve_problems']} held-out problems "
+        f"Entropy-controlled RL on the embedded model: mean and one standard deviation over seeds; "
+        f"accuracy on {study['curve_problems']} held-out problems "
         f"(last point: {study['problems']})",
         fontsize=13,
     )
@@ -65,6 +75,55 @@ def _accuracy(axis, study: dict) -> None:
     axis.set_title("What it does to accuracy")
 
 
+def _since(axis, study: dict) -> None:
+    arms = _present(study, SINCE)
+    ends = [_curve(axis, study, arm, "lines", "mean_entropy", shift=-1) for arm in arms]
+    if ends:
+        _label_ends(axis, ends)
+    axis.set_title("Entropy under later objectives")
+    axis.set(xlabel="updates taken", ylabel="mean entropy (nats per token)")
+    axis.set_ylim(bottom=0)
+
+
+def _change(axis, study: dict) -> None:
+    """Every update of the arms with one objective: measured over predicted through the weights."""
+    pairs = [
+        (line["predicted_entropy_change_weights"], line["entropy_change"])
+        for arm in study["prediction"]
+        for run in study["arms"][arm]
+        for line in run["lines"]
+    ]
+    if not pairs:
+        axis.set_axis_off()
+        return
+    axis.plot(*zip(*pairs), ".", color=COLOURS["Clip-Cov"], alpha=0.5, markersize=4)
+    largest = max(abs(x) for pair in pairs for x in pair)
+    axis.plot([-largest, largest], [-largest, largest], color="black", linewidth=1)
+    axis.set(xlabel="predicted in the weights (nats)", ylabel="measured (nats)")
+    axis.set_title(
+        f"Change of mean entropy in each of {len(pairs)} updates,\nunder every objective"
+    )
+
+
+def _forecast(axis, study: dict) -> None:
+    """Ceiling and end of every arm, from its first fifth, and the accuracy reached."""
+    rows = list(study["forecast"].items())[::-1]
+    if not rows:
+        axis.set_axis_off()
+        return
+    for y, (_, found) in enumerate(rows):
+        span = found["predicted"]
+        bar = [[span["mean"] - span["low"]], [span["high"] - span["mean"]]]
+        axis.errorbar(span["mean"], y, xerr=bar, fmt="o", color=COLOURS["Clip-Cov"], capsize=2)
+        axis.plot(found["ceiling"]["mean"], y, "|", color=COLOURS["KL-Cov"], markersize=12)
+        axis.plot(found["reached"], y, "D", color=COLOURS["EMPO"], markersize=5)
+    axis.set_yticks(range(len(rows)), [arm for arm, _ in rows], fontsize=9)
+    axis.set_xlabel("accuracy of the answers trained on")
+    axis.set_title(
+        "From the first fifth: R at the end (dot, 95 %)\nand the ceiling (bar); R reached (diamond)"
+    )
+
+
 def _labels(axis, study: dict) -> None:
     _accuracy_of(axis, study, LABELS)
     axis.set_title("Without labels: EMPO and majority vote\n(GRPO here has verified rewards)")
@@ -84,7 +143,7 @@ def _accuracy_of(axis, study: dict, arms: tuple[str, ...]) -> None:
 def _law(axis, study: dict) -> None:
     """Every point of the curves, and GRPO's fitted line."""
     for arm in _present(study, LAW):
-        pairs = [pair for run in study["arms"][arm] for pair in _pairs(run)]
+        pairs = [pair for pair in law_points(study["arms"][arm])]
         x, y = [math.exp(h) for h, _ in pairs], [r for _, r in pairs]
         axis.plot(x, y, _MARKERS[arm], color=COLOURS[arm], alpha=0.75, label=arm)
         if arm == "GRPO" and arm in study["law"]:
@@ -102,11 +161,6 @@ def _law(axis, study: dict) -> None:
 
 
 _MARKERS = {"GRPO": "o", "Clip-Cov": "s", "KL-Cov": "^", "80/20": "D"}
-
-
-def _pairs(run: dict) -> list[tuple[float, float]]:
-    entropy = {line["update"] - 1: line["mean_entropy"] for line in run["lines"]}
-    return [(entropy[p["update"]], p["sampled"]) for p in run["points"] if p["update"] in entropy]
 
 
 def _length(axis, study: dict) -> None:
