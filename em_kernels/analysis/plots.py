@@ -251,7 +251,7 @@ def _forecast(axis, row: dict, widest: float) -> None:
     bar = [[ceiling["mean"] - ceiling["low"]], [ceiling["high"] - ceiling["mean"]]]
     axis.errorbar(0, ceiling["mean"], bar, color=GREEN, marker="o", capsize=3)
     words = f"from the first {row['share']:.0%}: {ceiling['mean']:.3f}"
-    _label(axis, words, 0, ceiling["mean"], GREEN, (8, -12))
+    _label(axis, words, 0, ceiling["high"], GREEN)
 
 
 def _apart(points: Sequence[dict]) -> list[dict]:
