@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import pytest
 from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels.trainer import RLConfig, TrainResult, train
@@ -33,6 +35,19 @@ def rl_settings(**changes) -> RLConfig:
 
 def run_rl(config: RLConfig, model=None, **kwargs) -> TrainResult:
     return train(config, model or make_model(), make_tokenizer(), progress=False, **kwargs)
+
+
+def interrupted_and_resumed(config: RLConfig, folder, update: int) -> TrainResult:
+    """The run in a folder, ended by Ctrl-C after an update is made, and gone on with."""
+    config = replace(config, output=folder)
+
+    def interrupt(line, model):
+        if line["update"] == update:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rl(config, on_step=interrupt)
+    return run_rl(config, resume=True)
 
 
 def plain_log_softmax(model, tokens):

@@ -11,10 +11,10 @@ from torch import Tensor
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives.eaft import eaft_loss, linear_eaft_loss
 from em_kernels.ops.checks import check_number
+from em_kernels.ops.options import IGNORED
 from em_kernels.ops.segments import next_token_targets
 from em_kernels.ops.token_loss import token_loss
 
-IGNORED = -100
 LossFunction = Callable[..., Tensor]
 """(outputs, labels, num_items_in_batch=None) -> loss, as `transformers.Trainer` calls it."""
 WeightNames = Callable[[Tensor], dict[str, Any]]

@@ -12,9 +12,9 @@ from em_kernels.backends.interface import TokenStats
 from em_kernels.integrations._labels import integer_labels
 from em_kernels.ops.arguments import check_logits
 from em_kernels.ops.checks import check_group, check_rows
+from em_kernels.ops.options import IGNORED
 from em_kernels.ops.softmax_stats import softmax_stats
 
-IGNORED = -100
 NAMES = ("vocab_parallel_logits", "target", "tp_group")
 
 

@@ -43,9 +43,9 @@ from em_kernels.objectives import (
 from em_kernels.objectives._inputs import MAX_LOG_RATIO, masked_mean
 from em_kernels.ops.checks import check_number, check_tensor
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
+from em_kernels.ops.options import IGNORED
 
 REDUCTIONS = ("none", "sum", "mean")
-IGNORED = -100
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
 

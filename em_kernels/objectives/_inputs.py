@@ -111,6 +111,13 @@ def policy_kl(tokens: PolicyTokens) -> Tensor:
     return masked_mean(k3((tokens.logprob - tokens.old_logprob).detach()), tokens.counted)
 
 
+def policy_metrics(tokens: PolicyTokens, **values: Tensor) -> dict[str, Tensor]:
+    """The mean of each of `values`, (..., T), of a bool the share of the tokens; and policy_kl."""
+    dtype = tokens.logprob.dtype
+    means = {name: masked_mean(x.to(dtype), tokens.counted) for name, x in values.items()}
+    return {**means, "policy_kl": policy_kl(tokens)}
+
+
 class Groups:
     """The answers of one prompt: rows with equal entries of `prompt`, in any order."""
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.checks import check_floating, check_number, count_mask
 
+COEF_MIN, COEF_MAX = 0.0, 1.0
+
 
 def entropy_bonus(loss: Tensor, entropy: Tensor, mask: Tensor, *, coef: float) -> Tensor:
     """L_t - coef H_t per token: coef > 0 holds entropy up, coef < 0 minimises it.
@@ -39,8 +41,8 @@ def next_entropy_coef(
     *,
     target: float,
     step: float = 0.005,
-    minimum: float = 0.0,
-    maximum: float = 1.0,
+    minimum: float = COEF_MIN,
+    maximum: float = COEF_MAX,
 ) -> float:
     """c + step while the entropy is below the target, c - step while above, c at it; in
     [minimum, maximum].

@@ -8,8 +8,7 @@ from em_kernels.objectives._inputs import (
     PolicyLoss,
     check_clip,
     log_ratio,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
     weighted_logprob,
 )
@@ -55,8 +54,5 @@ def cispo_loss(
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     ratio = log_ratio(tokens).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
-    metrics = {
-        "clip_fraction": masked_mean((weight != ratio).to(ratio.dtype), tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
+    metrics = policy_metrics(tokens, clip_fraction=weight != ratio)
     return PolicyLoss(-weighted_logprob(tokens, weight), metrics)

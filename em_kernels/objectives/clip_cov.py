@@ -9,8 +9,7 @@ from em_kernels.objectives._inputs import (
     MAX_EXPONENT,
     PolicyLoss,
     log_ratio,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
 )
 from em_kernels.objectives.grpo import clipped_surrogate
@@ -94,9 +93,5 @@ def clip_cov_loss(
     loss, clipped = clipped_surrogate(
         log_ratio(tokens, MAX_EXPONENT).exp(), tokens.advantage, clip_low, clip_high
     )
-    metrics = {
-        "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),
-        "selected_fraction": masked_mean(selected.to(loss.dtype), tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
+    metrics = policy_metrics(tokens, clip_fraction=clipped, selected_fraction=selected)
     return PolicyLoss(torch.where(selected, 0, loss), metrics)

@@ -10,8 +10,7 @@ from em_kernels.objectives._inputs import (
     PolicyTokens,
     log_ratio,
     masked,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
     weighted_logprob,
 )
@@ -94,11 +93,7 @@ def dppo_loss(
     distance = masked(distance, tokens.counted)
     outside = _outside(tokens, distance, low, high)
     weight = log_ratio(tokens).exp().detach().clamp(max=max_ratio)
-    metrics = {
-        "clip_fraction": masked_mean(outside.to(weight.dtype), tokens.counted),
-        "divergence": masked_mean(distance, tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
+    metrics = policy_metrics(tokens, clip_fraction=outside, divergence=distance)
     weight = torch.where(outside, 0, weight)
     return PolicyLoss(-weighted_logprob(tokens, weight), metrics)
 

@@ -21,6 +21,7 @@ from em_kernels.ops.checks import (
     count_mask,
 )
 from em_kernels.ops.options import (
+    IGNORED,
     LinearTopOptions,
     ProductOptions,
     SumOptions,
@@ -31,7 +32,6 @@ from em_kernels.ops.token_loss import TokenLoss, linear_token_loss, token_loss
 from em_kernels.ops.top_logprobs import linear_top_logprobs, top_logprobs
 
 TOP_K = 20
-IGNORED = -100
 
 
 class LogitEaftOptions(TopOptions, total=False):

@@ -9,8 +9,7 @@ from em_kernels.objectives._inputs import (
     PolicyLoss,
     check_clip,
     log_ratio,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
 )
 from em_kernels.objectives.kl import check_reference, kl_penalty
@@ -66,12 +65,8 @@ def grpo_loss(
     loss, clipped = clipped_surrogate(
         log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
     )
-    metrics = {
-        "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
     return kl_penalty(
-        PolicyLoss(loss, metrics),
+        PolicyLoss(loss, policy_metrics(tokens, clip_fraction=clipped)),
         logprob,
         mask,
         kl_coef=kl_coef,

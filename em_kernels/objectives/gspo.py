@@ -10,8 +10,7 @@ from em_kernels.objectives._inputs import (
     MAX_LOG_RATIO,
     PolicyLoss,
     PolicyTokens,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
 )
 from em_kernels.objectives.grpo import clipped_surrogate
@@ -92,8 +91,4 @@ def _clipped(
 ) -> PolicyLoss:
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     loss, clipped = clipped_surrogate(ratio, tokens.advantage, clip_low, clip_high)
-    metrics = {
-        "clip_fraction": masked_mean(clipped.to(loss.dtype), tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
-    return PolicyLoss(loss, metrics)
+    return PolicyLoss(loss, policy_metrics(tokens, clip_fraction=clipped))

@@ -9,8 +9,7 @@ from em_kernels.objectives._inputs import (
     MAX_EXPONENT,
     PolicyLoss,
     log_ratio,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
 )
 from em_kernels.ops.checks import check_number, count_mask
@@ -77,9 +76,5 @@ def kl_cov_loss(
     selected = count_mask(selected, logprob, "selected")
     distance = (tokens.logprob - tokens.old_logprob).abs()
     loss = -tokens.advantage * log_ratio(tokens, MAX_EXPONENT).exp()
-    metrics = {
-        "selected_fraction": masked_mean(selected.to(loss.dtype), tokens.counted),
-        "abs_log_ratio": masked_mean(distance, tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
+    metrics = policy_metrics(tokens, selected_fraction=selected, abs_log_ratio=distance)
     return PolicyLoss(torch.where(selected, loss + kl_coef * distance, loss), metrics)

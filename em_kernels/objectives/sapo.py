@@ -8,8 +8,7 @@ from torch import Tensor
 from em_kernels.objectives._inputs import (
     PolicyLoss,
     log_ratio,
-    masked_mean,
-    policy_kl,
+    policy_metrics,
     policy_tokens,
 )
 from em_kernels.ops.checks import check_number
@@ -53,8 +52,5 @@ def sapo_loss(
     ratio = log_ratio(tokens).exp()
     tau = torch.where(tokens.advantage > 0, tau_pos, tau_neg).to(ratio.dtype)
     soft = torch.sigmoid(tau * (ratio - 1))
-    metrics = {
-        "gate": masked_mean(4 * soft * (1 - soft), tokens.counted),
-        "policy_kl": policy_kl(tokens),
-    }
+    metrics = policy_metrics(tokens, gate=4 * soft * (1 - soft))
     return PolicyLoss(-4 / tau * soft * tokens.advantage, metrics)

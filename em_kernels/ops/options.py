@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+IGNORED = -100
+"""The label that PyTorch and transformers take for none."""
+
 
 class SupportOptions(TypedDict, total=False):
     top_k: int | Tensor | None
@@ -236,7 +239,7 @@ DEFAULTS: dict[str, Any] = dict(
     kept=None,
     softcap=None,
     logit_scale=1.0,
-    ignore_index=-100,
+    ignore_index=IGNORED,
     mask=None,
     valid_vocab=None,
     group=None,

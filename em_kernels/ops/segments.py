@@ -8,6 +8,7 @@ from torch import Tensor
 
 from em_kernels.backends.row_index import has_values, is_free_to_look
 from em_kernels.ops.checks import check_group, check_int, check_integers, check_shape
+from em_kernels.ops.options import IGNORED
 from em_kernels.ops.ranks import PADDING
 from em_kernels.ops.registry import call
 from em_kernels.ops.schemas import GatherAlike
@@ -83,7 +84,7 @@ def next_token_targets(
     ids: Tensor,
     segment_ids: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     context_group: dist.ProcessGroup | None = None,
     layout: str = "contiguous",
 ) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor
 
+from em_kernels.objectives.bonus import COEF_MAX, COEF_MIN
 from em_kernels.objectives.entropy_shaping import entropy_advantage
 from em_kernels.objectives.repo import repo_advantage
 from em_kernels.trainer.batch import Tokens
@@ -105,7 +106,7 @@ def warn_if_stuck(config: RLConfig, objective: str, lines: Sequence[dict]) -> No
         target = lines[0]["mean_entropy"]
     if target is None:
         return
-    name, low, high = "entropy_coef", 0.0, 1.0
+    name, low, high = "entropy_coef", COEF_MIN, COEF_MAX
     if repo:
         name, low, high = "repo_zeta", -config.repo_zeta_max, config.repo_zeta_max
     sides = [_side(line, name, low, high, target) for line in lines[-PATIENCE - 1 :]]

@@ -2,11 +2,10 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from rl_runs import PROBLEMS, plain_log_softmax, rl_settings, run_rl
+from rl_runs import PROBLEMS, interrupted_and_resumed, plain_log_softmax, rl_settings, run_rl
 from tiny_qwen2 import WORDS, make_model, save
 from trainer_runs import without_times
 
@@ -140,14 +139,7 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tmp_path):
     config = given(schedule="sft:2,em+eaft", eaft_k=K, updates=4, save_every=3, seed=1)
     whole = run_rl(config)
 
-    def interrupt(line, model):
-        if line["update"] == 4:
-            raise KeyboardInterrupt
-
-    folder = replace(config, output=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        run_rl(folder, on_step=interrupt)
-    resumed = run_rl(folder, resume=True)
+    resumed = interrupted_and_resumed(config, tmp_path / "run", update=4)
     assert without_times(resumed.metrics) == without_times(whole.metrics)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value)

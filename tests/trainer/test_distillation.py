@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_runs import rl_settings, run_rl
+from rl_runs import interrupted_and_resumed, rl_settings, run_rl
 from tiny_qwen2 import WORDS, make_model, make_tokenizer, save
 from trainer_runs import without_times
 
@@ -159,14 +159,7 @@ def test_a_named_teacher_is_loaded_and_a_run_is_resumed(dtype, tmp_path):
         assert without_times(passed.metrics) == without_times(whole.metrics)
     assert [line["objective"] for line in whole.metrics] == ["em", "opd", "opd", "opd"]
 
-    def interrupt(line, model):
-        if line["update"] == 3:
-            raise KeyboardInterrupt
-
-    folder = replace(config, output=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        run_rl(folder, on_step=interrupt)
-    resumed = run_rl(folder, resume=True)
+    resumed = interrupted_and_resumed(config, tmp_path / "run", update=3)
     assert without_times(resumed.metrics) == without_times(whole.metrics)
 
 

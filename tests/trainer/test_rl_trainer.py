@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from plain_objectives import plain_exact_kl, plain_loss, plain_selection, plain_statistics
-from rl_runs import PROBLEMS, plain_log_softmax, rl_settings, run_rl
+from rl_runs import PROBLEMS, interrupted_and_resumed, plain_log_softmax, rl_settings, run_rl
 from tiny_qwen2 import WORDS, make_model, make_tokenizer
 from trainer_runs import without_times
 
@@ -389,14 +389,7 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(name, tmp_path):
     if name == "stages":
         assert [line["objective"] for line in whole.metrics] == ["em", "grpo++", "grpo++", "kl_cov"]
 
-    def interrupt(line, model):
-        if line["update"] == 3:
-            raise KeyboardInterrupt
-
-    folder = replace(config, output=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        run_rl(folder, on_step=interrupt)
-    resumed = run_rl(folder, resume=True)
+    resumed = interrupted_and_resumed(config, tmp_path / "run", update=3)
     assert without_times(resumed.metrics) == without_times(whole.metrics)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value)
