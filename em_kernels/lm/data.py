@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
+from em_kernels.lm.text import one_line
 
 ONE_SHOT_PROMPT = (
     "The pressure P exerted by wind on a sail varies jointly as the area A of the sail and the "
@@ -19,33 +23,61 @@ ONE_SHOT_PROMPT = (
 """The one prompt of Gao et al., "One-shot Entropy Minimization" (2025); its answer is 12.8."""
 
 
+def read_bytes(path: Path) -> bytes:
+    """The whole of a file, of a .gz file what is packed in it.
+
+    Raises:
+        ValueError: a .gz file that is not whole.
+    """
+    return b"".join(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({one_line(error)})") from None
+
+
 def json_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     """(line number, object) of a file of JSON lines; of a line that holds none, the reason.
 
-    Blank lines are left out.
+    Blank lines are left out. A .gz file is unpacked.
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a .gz file that is not whole.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _json_object(line, "utf-8-sig" if number == 1 else "utf-8")
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield number, _json_object(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
 def _json_object(line: bytes, encoding: str) -> dict | str:
     try:
-        value = json.loads(line.decode(encoding))
-    except UnicodeDecodeError:
-        return "not valid JSON (not UTF-8 text)"
-    except RecursionError:
-        return "not valid JSON (nested too deeply)"
+        value = json_value(line, encoding)
     except ValueError as error:
-        return f"not valid JSON ({getattr(error, 'msg', error)})"
+        return str(error)
     return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
+
+
+def json_value(text: bytes, encoding: str = "utf-8") -> Any:
+    """What the text says; ValueError that says why it is no JSON."""
+    try:
+        return json.loads(text.decode(encoding))
+    except UnicodeDecodeError:
+        raise ValueError("not valid JSON (not UTF-8 text)") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    except json.JSONDecodeError as error:
+        place = f", line {error.lineno}" if b"\n" in text.strip() else ""
+        raise ValueError(f"not valid JSON ({error.msg}{place})") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -94,18 +126,37 @@ def is_number(value) -> TypeGuard[float]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def text_field(row: Mapping, *names: str, several: bool = False) -> str:
+def fields_of(row: Mapping, names: Iterable[str]) -> list[str]:
+    """Those of the fields `names` that a row has, by their names there.
+
+    Capitals, and "_" for a blank, are not told apart: AIME's "Problem" is "problem".
+    """
+    plain = {_plain(name): name for name in reversed(list(row))}
+    found = (name if name in row else plain.get(_plain(name)) for name in names)
+    return [name for name in found if name is not None]
+
+
+def _plain(name: object) -> str:
+    return str(name).strip().casefold().replace(" ", "_")
+
+
+def text_field(row: Mapping, *names: str, several: bool = False, setting: str = "") -> str:
     """The first of the fields `names` that a row has: text that is not blank, or a number as text.
 
     A field that is null is taken for one that is not there, if there is another.
     Numbers are written without an exponent; `several` of either, in a list, become one text.
+    `setting` is what names the field.
 
     Raises:
         ValueError: the row has none of them, or it is something else; the caller says where.
     """
-    present = [name for name in names if name in row]
+    present = fields_of(row, names)
     if not present:
-        raise ValueError(f"no field {' or '.join(map(repr, names))}, only {sorted(row)}")
+        flag = "--" + setting.replace("_", "-")
+        raise ValueError(
+            f"no field {' or '.join(map(repr, names))}, only {sorted(map(str, row))}"
+            + (f"; {setting} ({flag}) names the one to take" if setting else "")
+        )
     name = next((name for name in present if row[name] is not None), present[0])
     text = _text(row[name], several)
     if text is None:
@@ -128,23 +179,6 @@ def _text(value, several: bool) -> str | None:
 def _number_text(value: float) -> str:
     """Its shortest decimal digits, without an exponent: 0.00001, not 1e-05."""
     return format(Decimal(value if isinstance(value, int) else repr(float(value))), "f")
-
-
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file of lines {"prompt": ...}, or with a "problem" or a "question".
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; no prompt, or a broken line, by its number.
-    """
-    prompts = []
-    for number, row in read_jsonl(path):
-        try:
-            prompts.append(text_field(row, "prompt", "problem", "question"))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in the file")
-    return tuple(prompts)
 
 
 PLACE = "{problem}"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from em_kernels.lm.data import check_unicode, encode_turns, text_field
-from em_kernels.lm.problems import Source, rows_of, source_error
+from em_kernels.lm.data import check_unicode, encode_turns, fields_of, text_field
+from em_kernels.lm.problems import Source, row_error, rows_of
 from em_kernels.lm.rollout import (
     Rollout,
     end_tokens,
@@ -22,6 +22,7 @@ from em_kernels.lm.rollout import (
 SOLUTIONS = ("solution", "completion", "response", "answer")
 """The fields of a worked solution, the first of which a row has is taken."""
 CHAT = "messages"
+FIELD = "solution_field"
 
 
 class Turn(NamedTuple):
@@ -54,11 +55,12 @@ def load_demonstrations(
         ValueError: no row, or one that is no demonstration, by its number.
     """
     found: list[Demonstration] = []
-    for number, row in rows_of(source):
+    noun, rows = rows_of(source)
+    for number, row in rows:
         try:
             found.append(_demonstration(row, source, fields))
         except ValueError as error:
-            raise source_error(source, number, error) from None
+            raise row_error(source, noun, number, error) from None
     if not found:
         raise ValueError(f"{source.path}: no demonstrations in it")
     return tuple(found)
@@ -115,18 +117,19 @@ def _demonstration(row: Mapping | str, source: Source, fields: Sequence[str]) ->
     """ValueError: why the row holds none."""
     if isinstance(row, str):
         raise ValueError(row)
-    names = [name for name in source.problem if row.get(name) is not None]
+    names = [name for name in fields_of(row, source.problem) if row[name] is not None]
     if not names and row.get(CHAT) is not None:
         return _split(_turns(CHAT, row[CHAT]), CHAT)
     if names and isinstance(row[names[0]], (list, tuple)):
         told = _turns(names[0], row[names[0]])
-        name = next((name for name in fields if row.get(name) is not None), fields[0])
+        known = (name for name in fields_of(row, fields) if row[name] is not None)
+        name = next(known, fields[0])
         answer = row.get(name)
         if isinstance(answer, (list, tuple)):
             return _split((*told, *_turns(name, answer)), name)
-        return Demonstration(told, text_field(row, *fields))
-    prompt = source.prompt(text_field(row, *source.problem))
-    return demonstration(prompt, text_field(row, *fields))
+        return Demonstration(told, text_field(row, *fields, setting=FIELD))
+    prompt = source.prompt(text_field(row, *source.problem, setting="problem_field"))
+    return demonstration(prompt, text_field(row, *fields, setting=FIELD))
 
 
 def _split(turns: tuple[Turn, ...], name: str) -> Demonstration:

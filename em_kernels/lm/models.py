@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from em_kernels.lm.adapters import ADAPTER_FILE, attach_adapter, base_name, has_adapter
 from em_kernels.lm.head_call import check_head, head_input
 from em_kernels.lm.heads import Head, ModelError, causal_lm
+from em_kernels.lm.hub import looks_like_a_path, quick_to_fail
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line
@@ -68,15 +70,10 @@ def _load_adapted(folder: str, dtype: torch.dtype) -> tuple:
 
 
 def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
-    options = {"revision": revision} if revision else {}
-    try:
-        model, report = require_transformers().AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **options
-        )
-    except Exception as error:
-        raise ModelError(
-            f"cannot load a causal language model from {name!r}: {one_line(error)}"
-        ) from error
+    auto = require_transformers().AutoModelForCausalLM
+    options = dict(dtype=dtype, output_loading_info=True, revision=revision or "main")
+    what = "a causal language model from"
+    model, report = _loaded(name, what, lambda: auto.from_pretrained(name, **options))
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -86,10 +83,16 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
 
 
 def _load_tokenizer(name: str):
-    try:
-        return require_transformers().AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ModelError(f"cannot load the tokenizer of {name!r}: {one_line(error)}") from error
+    auto = require_transformers().AutoTokenizer
+    return _loaded(name, "the tokenizer of", lambda: auto.from_pretrained(name))
+
+
+def _loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
+    with quick_to_fail(name) as reason:
+        try:
+            return load()
+        except Exception as error:
+            raise ModelError(f"cannot load {what} {name!r}: {reason or one_line(error)}") from error
 
 
 def load_architecture(folder: Path, device: str = "auto") -> tuple:
@@ -214,11 +217,5 @@ def _check_path(name: str) -> None:
             raise ModelError(f"{name} is in parts: `em-kernels merge {name}` makes a model of them")
     elif path.exists():
         raise ModelError(f"a model is a folder, got the file {name}")
-    elif _looks_like_a_path(name):
+    elif looks_like_a_path(name):
         raise ModelError(f"no such folder: {name}")
-
-
-def _looks_like_a_path(name: str) -> bool:
-    if name.startswith((".", "~", os.sep)) or name.endswith("/") or "\\" in name:
-        return True
-    return name.count("/") > 1 or ("/" in name and Path(name.split("/")[0]).exists())

@@ -1,12 +1,11 @@
-"""Problems with known answers: from JSON lines, Parquet, a datasets name, or a preset of one.
+"""Problems with known answers: from a file, a folder or name of a data set, or a preset of one.
 
 A row that cannot be used is kept as a `Skipped`, with its number and the reason, for the report.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,11 @@ from em_kernels.lm.data import (
     PLACE,
     check_template,
     check_unicode,
+    fields_of,
     fill_template,
-    json_rows,
     text_field,
 )
-from em_kernels.lm.optional import require
-from em_kernels.lm.text import one_line
+from em_kernels.lm.tables import FORMATS, Row, Rows, has_splits, rows_at
 
 BOXED = PLACE + "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -69,7 +67,7 @@ class Source:
     """Where problems lie, and how they are put to the model.
 
     Args:
-        path: a .jsonl, .json (lines) or .parquet file, or a folder or name for `datasets`.
+        path: a file, a folder or the name of a data set, see `rows_at`.
         config, split: of the data set.
         problem, answer: the fields, the first of which a row has is taken; with answer=() the
             problems have no answers, and get None.
@@ -88,10 +86,6 @@ class Source:
 
     def __post_init__(self):
         check_template(self.template)
-
-    @property
-    def is_json(self) -> bool:
-        return Path(self.path).suffix in (".jsonl", ".json")
 
     def prompt(self, problem: str) -> str:
         return fill_template(self.template, problem)
@@ -126,7 +120,8 @@ PRESETS: dict[str, Source] = {
 
 # What settings of training and of evaluation are called in their help.
 FILES = (
-    'a .jsonl or .parquet file with "problem" and "answer", the name of a data set, or one of '
+    f'a {FORMATS} file with "problem" and "answer" (or the names and forms of GSM8K, MATH, AIME), '
+    "a folder of `datasets.save_to_disk` or of files by split, the name of a data set, or one of "
     + ", ".join(PRESETS)
 )
 TEMPLATE = (
@@ -155,11 +150,16 @@ def find_source(
     problem_field: str | None = None,
     answer_field: str | None = None,
     split: str | None = None,
+    usual_split: str | None = None,
     **changes,
 ) -> Source:
     """The preset called `name`, or a file or data set of that name, with what is given on top.
 
-    `template` is a template, or the name of the preset to take it from.
+    `template` is a template, or the name of the preset to take it from; `usual_split` is the split
+    where none is given, in place of the preset's.
+
+    Raises:
+        ValueError: `split` is given for a file that is one table; no such template.
     """
     if template is not None:
         changes["template"] = find_template(template)
@@ -167,8 +167,13 @@ def find_source(
         changes["problem"] = (problem_field,)
     if answer_field is not None:
         changes["answer"] = (answer_field,)
-    if split is not None:
-        changes["split"] = split
+    if split is not None and not has_splits(name):
+        raise ValueError(
+            f"split is for data sets and folders, got {split!r} with {name}, which is one table: "
+            "leave it out"
+        )
+    if split or usual_split:
+        changes["split"] = split or usual_split
     return replace(PRESETS.get(name.lower()) or Source(name), **changes)
 
 
@@ -201,17 +206,17 @@ def load_problems(
             problem; otherwise it is one with the answer None.
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: a Parquet file or a data set without the package `datasets`.
-        ValueError: a data set that cannot be loaded, or not one usable problem; of a `strict`
-            read, the first row that is none, by its number.
+        FileNotFoundError, ImportError: of `rows_at`.
+        ValueError: of `rows_at`; not one usable problem; of a `strict` read, the first row that is
+            none, by its number.
     """
     source = find_source(source) if isinstance(source, str) else source
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}")
     problems: list[Problem] = []
     skipped: list[Skipped] = []
-    for number, row in rows_of(source):
+    noun, rows = rows_of(source)
+    for number, row in rows:
         if len(problems) == limit:
             break
         try:
@@ -219,7 +224,7 @@ def load_problems(
         except ValueError as error:
             skipped.append(Skipped(number, str(error)))
             if strict:
-                raise source_error(source, number, error) from None
+                raise row_error(source, noun, number, error) from None
     if not problems and not skipped:
         raise ValueError(f"{source.path}: no problems in it")
     if not problems:
@@ -228,47 +233,43 @@ def load_problems(
     return Problems(problems, skipped, source)
 
 
-def source_error(source: Source, number: int, reason: Exception) -> ValueError:
+def rows_of(source: Source) -> Rows:
+    return rows_at(source.path, source.split, source.config)
+
+
+def row_error(source: Source, noun: str, number: int, reason: Exception) -> ValueError:
     """What is wrong with the row of that number."""
-    return ValueError(f"{source.path}, {'line' if source.is_json else 'row'} {number}: {reason}")
+    return ValueError(f"{source.path}, {noun} {number}: {reason}")
 
 
-_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")  # of a data set
-
-
-def rows_of(source: Source) -> Iterator[tuple[int, Mapping | str]]:
-    """(number from 1, row), where a row that cannot be read is the reason instead."""
-    path = Path(source.path).expanduser()
-    if source.is_json:
-        return json_rows(path)
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        return _table(source, "parquet", data_files={source.split: str(path)})
-    if path.is_file():
-        raise ValueError(f"{path}: problems are read from .jsonl, .json and .parquet files")
-    if not path.exists() and not _NAME.fullmatch(source.path):
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    return _table(source, source.path, name=source.config)
-
-
-def _table(source: Source, kind: str, **options) -> Iterator[tuple[int, dict]]:
-    datasets = require("datasets", "datasets")
-    try:
-        table = datasets.load_dataset(kind, split=source.split, **options)
-    except Exception as error:  # the hub, the network, the file: each has its own
-        raise ValueError(
-            f"cannot load the data set {source.path!r}, split {source.split!r}: {one_line(error)}"
-        ) from error
-    return enumerate(table, start=1)
-
-
-def _problem(row: Mapping | str, source: Source, answers_needed: bool) -> Problem:
+def _problem(row: Row, source: Source, answers_needed: bool) -> Problem:
     """ValueError: why the row holds none."""
     if isinstance(row, str):
         raise ValueError(row)
-    problem = text_field(row, *source.problem)
-    known = any(row.get(name) is not None for name in source.answer)
+    problem = text_field(row, *source.problem, setting="problem_field")
+    known = any(row[name] is not None for name in fields_of(row, source.answer))
     if not source.answer or not (answers_needed or known):
         return Problem(problem, None)
-    return Problem(problem, text_field(row, *source.answer, several=True))
+    answer = text_field(row, *source.answer, several=True, setting="answer_field")
+    return Problem(problem, answer)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a file or data set (see `rows_at`), of rows with a "prompt", or a "problem"
+    or a "question".
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: of `rows_at`; no prompt, or a broken row, by its
+            number.
+    """
+    source = Source(str(path), split="train", problem=("prompt", "problem", "question"))
+    noun, rows = rows_of(source)
+    prompts = []
+    for number, row in rows:
+        try:
+            prompts.append(_problem(row, source, answers_needed=False).problem)
+        except ValueError as error:
+            raise row_error(source, noun, number, error) from None
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in the file")
+    return tuple(prompts)

@@ -1,8 +1,9 @@
 """One-shot entropy minimisation and its kin on any transformers causal language model."""
 
-from em_kernels.lm.data import ONE_SHOT_PROMPT, read_prompts
+from em_kernels.lm.data import ONE_SHOT_PROMPT
 from em_kernels.lm.heads import ModelError
 from em_kernels.lm.models import load_model
+from em_kernels.lm.problems import read_prompts
 from em_kernels.lm.ranks import RankError
 from em_kernels.lm.rollout import Rollout, Sampling, sample
 from em_kernels.trainer.checkpoint import merge_checkpoint, read_config

@@ -241,7 +241,8 @@ class RLConfig(ObjectiveSettings):
             template=self.template,
             problem_field=self.problem_field,
             answer_field=self.answer_field,
-            split=self.split or "train",
+            split=self.split,
+            usual_split="train",
         )
 
     @cached_property

@@ -83,12 +83,6 @@ def test_a_data_set_by_name(tmp_path):
         load_problems(Source(str(folder), split="validation"))
 
 
-def test_other_files_are_refused(tmp_path):
-    (tmp_path / "problems.csv").write_text("problem,answer")
-    with pytest.raises(ValueError, match=r"are read from \.jsonl"):
-        load_problems(str(tmp_path / "problems.csv"))
-
-
 @needs_datasets
 def test_a_data_set_that_is_not_there_says_so(monkeypatch):
     import datasets
