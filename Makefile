@@ -2,7 +2,8 @@
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff, mypy and the test suite
 # make coverage  lines and branches of the package that no test runs; coverage-output/index.html
-# make bench   time every operator against its peers; ARGS="--quick" for a short run
+# make bench   time the main operators against their peers, in less than 10 minutes; ARGS=--full for
+#              every operator and table, ARGS=--quick for a look, ARGS=--resume to go on
 # make gpu     on a machine with a GPU, torch and nvcc: build, test and measure, with GPU_PYTHON=python3;
 #              STAGES="smoke cases bench-triton" for some of it, ARGS=--help for what there is
 # make gpu-wheels  the libraries it is compared with, as wheels in .whl/ for such a machine without a

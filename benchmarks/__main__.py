@@ -1,8 +1,11 @@
 """Time every operator against its peers on the same inputs, and say what was wrong instead.
 
-python -m benchmarks      all operators, float32 and bfloat16; saved in benchmark-output/
+python -m benchmarks          the four main operators, 256 tokens, in less than 10 minutes
+python -m benchmarks --full   all operators and tables, 1,024 tokens from hidden states
 python -m benchmarks token_loss --n 64 --dtype bfloat16 --threads 2
 python -m benchmarks --quick --out /tmp/results
+
+A row is in benchmark-output/ when it is measured; --resume goes on where a run was stopped.
 """
 
 from __future__ import annotations
@@ -10,22 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 
 import torch
 
-from benchmarks.common import (
-    LEAST_REPEATS,
-    REPEATS,
-    Case,
-    Sizes,
-    environment,
-    measure,
-    newest,
-    print_table,
-    save,
-)
+from benchmarks.common import LEAST_REPEATS, REPEATS, Case, Sizes, environment, measure
+from benchmarks.report import is_measured, newest, print_table, rows_to_resume, save, summary
 from em_kernels import backends
 from em_kernels.backends.availability import why_no_gpu
 
@@ -41,17 +36,40 @@ OPERATORS = (
 )
 LOGITS_ROWS, HIDDEN_ROWS = 256, 1024
 FEWER_ROWS = {"operands": 128, "chosen_ids": 64}  # those of many tables
+# Without an operator, --full or --quick: what a first look needs.
+DEFAULT, DEFAULT_HIDDEN_ROWS, DEFAULT_REPEATS = OPERATORS[:4], 256, 5
+NOT_BY_DEFAULT = (
+    "softmax_stats backward",
+    "linear_softmax_stats backward",
+    "linear_softmax_stats forward + backward of logprob, weight frozen",
+)
+# Minutes of both dtypes on two quiet cores of a Zen 4 server: (by default, in full). The saved
+# rows' own times, the warm-up and the float64 truth beside, and 15 s a table for torch.compile.
+MINUTES = {
+    "softmax_stats": (1.5, 2.0),
+    "token_loss": (1.0, 1.0),
+    "linear_softmax_stats": (4.0, 19.0),
+    "linear_entropy_loss": (2.5, 8.0),
+    "operands": (0.0, 4.0),
+    "truncated": (0.0, 4.0),
+    "linear_divergence": (0.0, 30.0),
+    "chosen_ids": (0.0, 12.0),
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("op", nargs="*", help=f"any of {', '.join(OPERATORS)}; all by default")
+    parser.add_argument(
+        "op", nargs="*", help=f"any of {', '.join(OPERATORS)}; by default the first four, in short"
+    )
+    parser.add_argument("--full", action="store_true", help="all operators, as if each was named")
     parser.add_argument(
         "--n",
         type=int,
-        help=f"tokens; default {LOGITS_ROWS} from logits, {HIDDEN_ROWS} from hidden states, "
+        help=f"tokens; default {LOGITS_ROWS} from logits, {HIDDEN_ROWS} from hidden states "
+        f"({DEFAULT_HIDDEN_ROWS} where no operator is named), "
         + ", ".join(f"{rows} in {name}" for name, rows in FEWER_ROWS.items()),
     )
     parser.add_argument("--v", type=int, help="vocabulary; default 151936")
@@ -68,6 +86,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out",
         default="benchmark-output",
         help="folder for <device>-<date>.json and .md (default %(default)s)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the newest rows in --out, measure the others"
     )
     parser.add_argument("--only", nargs="+", help="implementations by name; all by default")
     parser.add_argument("--rows", action="store_true", help="print rows as JSON when measured")
@@ -91,8 +112,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def is_short(options: argparse.Namespace) -> bool:
+    """Whether it is the run of less than 10 minutes."""
+    return not (options.op or options.full or options.quick)
+
+
+def operators(options: argparse.Namespace) -> list[str]:
+    return options.op or list(DEFAULT if is_short(options) else OPERATORS)
+
+
+def announcement(options: argparse.Namespace) -> str:
+    """What will be measured, for how long, and where it will be."""
+    chosen, where = operators(options), f"rows are in {options.out} when they are measured"
+    said = f"{', '.join(chosen)}; {', '.join(options.dtype)}; {where}"
+    usual = options.n is None and options.v is None and options.d is None
+    if options.quick or options.device != "cpu" or not usual:
+        return said
+    minutes = sum(MINUTES[name][not is_short(options)] for name in chosen) * len(options.dtype) / 2
+    return f"about {minutes:.0f} minutes on two quiet cores of a server, more on others: {said}"
+
+
 def sizes_of(operator: str, options: argparse.Namespace) -> Sizes:
-    rows = HIDDEN_ROWS if operator.startswith("linear") else LOGITS_ROWS
+    rows = DEFAULT_HIDDEN_ROWS if is_short(options) else HIDDEN_ROWS
+    rows = rows if operator.startswith("linear") else LOGITS_ROWS
     rows = FEWER_ROWS.get(operator, rows)
     n, v, d = (48, 3001, 64) if options.quick else (rows, 151936, 896)
     return Sizes(options.n or n, options.v or v, options.d or d)
@@ -121,22 +163,34 @@ def nowhere(only: list[str] | None, rows: list[dict]) -> dict[str, str]:
 
 
 def measure_operator(
-    operator: str, dtype: torch.dtype, options: argparse.Namespace, found: Callable[[dict], object]
+    operator: str,
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+    rows: list[dict],
+    found: Callable[[dict], object],
 ) -> None:
     """`found` gets the rows of all its tables; its tensors are free afterwards."""
     module = import_module(f"benchmarks.{operator}")
-    sizes = sizes_of(operator, options)
+    sizes, short = sizes_of(operator, options), is_short(options)
+    repeats = DEFAULT_REPEATS if short else LEAST_REPEATS if options.quick else REPEATS
     for case in module.cases(sizes, dtype, options.device, compiled=not options.quick):
+        if short and case.name in NOT_BY_DEFAULT:
+            continue
         case = pick(case, options.only)
-        rows = measure(case, LEAST_REPEATS if options.quick else REPEATS, found)
-        print_table(case, rows)
+        if not is_measured(case, rows):
+            print_table(case, measure(case, repeats, found))
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows, paths, facts = [], [], environment(options.device)
+    facts, start = environment(options.device), time.monotonic()
+    rows: list[dict] = []
+    paths: list[object] = []
+    if options.resume:
+        facts, rows = rows_to_resume(options.out, facts)
+        print(f"{len(rows)} rows of {facts['date']} are there")
 
     def found(row: dict) -> None:
         """Saved at once: what is measured next may end this process."""
@@ -145,15 +199,21 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         if options.rows:
             print(json.dumps(row), flush=True)
 
-    for operator in options.op or OPERATORS:
-        for name in options.dtype:
-            measure_operator(operator, getattr(torch, name), options, found)
+    print(announcement(options), flush=True)
+    steps = [(operator, name) for operator in operators(options) for name in options.dtype]
+    for number, (operator, name) in enumerate(steps, 1):
+        measure_operator(operator, getattr(torch, name), options, rows, found)
+        minutes = (time.monotonic() - start) / 60
+        print(f"{number} of {len(steps)} after {minutes:.1f} min: {operator}, {name}", flush=True)
     for name, reason in nowhere(options.only, rows).items():
         print(f"{name} is left out: {reason}")
-    print("saved", *paths)
+    print(f"\n{summary(rows)}\nsaved", *paths)
     return rows
 
 
 if __name__ == "__main__":
-    ours = [row for row in main() if row["implementation"].startswith("em_kernels")]
+    try:
+        ours = [row for row in main() if row["implementation"].startswith("em_kernels")]
+    except KeyboardInterrupt:
+        sys.exit("stopped: the rows measured so far are kept, and --resume goes on after them")
     sys.exit(any(row["failure"] for row in ours))

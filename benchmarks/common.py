@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import math
 import platform
 import statistics
@@ -95,7 +94,7 @@ def measure(
         rounds.attempt(name, partial(begin, name, run))
         found(row(name))
     rounds.go_on(repeats)
-    rows = [row(name) for name in (floor_name, *case.contenders)]
+    rows = [row(name) | {"done": True} for name in (floor_name, *case.contenders)]
     for each in rows:
         found(each)
     return rows
@@ -232,6 +231,12 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
+def facts_of(case: Case) -> dict:
+    """What the rows of a table have in common."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"op": case.name, **case.sizes._asdict(), "dtype": dtype}
+
+
 def row_of(case: Case, name: str, rounds: Rounds, error: float | None) -> dict:
     seconds, floor = rounds.seconds(name), rounds.seconds(case.floor[0])
     peak, is_floor = rounds.peaks.get(name), name == case.floor[0]
@@ -239,9 +244,7 @@ def row_of(case: Case, name: str, rounds: Rounds, error: float | None) -> dict:
     speed, times_floor = seconds and moved / seconds, seconds and floor and seconds / floor
     peers = {peer: rounds.seconds(peer) for peer in PEERS if seconds and not is_floor}
     return {
-        "op": case.name,
-        **case.sizes._asdict(),
-        "dtype": str(case.dtype).removeprefix("torch."),
+        **facts_of(case),
         "implementation": name,
         "seconds": seconds,
         "samples": len(rounds.samples.get(name, ())),
@@ -257,64 +260,6 @@ def row_of(case: Case, name: str, rounds: Rounds, error: float | None) -> dict:
         "error": error,
         "failure": rounds.failures.get(name),
     }
-
-
-HEADER = (
-    "implementation",
-    "ms",
-    *(f"x {peer}" for peer in PEERS),
-    "/ floor",
-    "GB/s",
-    "of copy",
-    "GFLOP/s",
-    "peak MB",
-    "extra MB",
-    "error",
-)
-
-
-def cells(row: dict) -> list[str]:
-    if row["seconds"] is None:
-        time_cells = [row["failure"]] + ["-"] * (len(PEERS) + 4)
-    else:
-        ratios = [row["faster_than"].get(peer) for peer in PEERS]
-        share, gflops = row["of_copy_bandwidth"], row["gigaflops"]
-        time_cells = [
-            f"{row['seconds'] * 1e3:.2f}",
-            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            f"{row['times_floor']:.2f}" if row["times_floor"] else "-",
-            f"{row['gigabytes_per_second']:.1f}",
-            f"{share:.0%}" if share else "-",
-            f"{gflops:.0f}" if gflops else "-",
-        ]
-    memory = [row["peak_bytes"], row["extra_bytes"]]
-    return [
-        row["implementation"],
-        *time_cells,
-        *("-" if size is None else f"{size / 1e6:.0f}" for size in memory),
-        "-" if row["error"] is None else f"{row['error']:.1e}",
-    ]
-
-
-def newest(rows: list[dict]) -> list[dict]:
-    """Of the rows of one implementation in one table, the last: it has the most samples."""
-    return [*{(title(row), row["implementation"]): row for row in rows}.values()]
-
-
-def title(row: dict) -> str:
-    size = " ".join(f"{key.upper()}={row[key]}" for key in "nvd" if row[key])
-    return f"{row['op']}, {row['dtype']}, {size}"
-
-
-def table(rows: list[dict]) -> str:
-    lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *map(cells, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def print_table(case: Case, rows: list[dict]) -> None:
-    print(f"\n{title(rows[0])}\n{table(rows)}")
-    for name, reason in case.left_out.items():
-        print(f"{name} is left out: {reason}")
 
 
 def environment(device: str) -> dict:
@@ -334,29 +279,3 @@ def device_name(device: str) -> str:
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-LEGEND = """\
-"x peer" is the peer's time over this one's: above 1 is faster than the peer. "/ floor" is this
-time over that of the first line, which is a copy of the logits or the bare matrix products. GB/s
-and GFLOP/s count what the computation has to move and multiply, whatever an implementation does;
-"of copy" is that GB/s over the copy's, which reads and writes.
-"extra MB" is the peak less gradients and their float32 accumulators. "error" is
-||out - truth|| / ||truth|| against float64, on a sample of rows; "wrong" is not timed.
-"""
-
-
-def save(rows: list[dict], folder: str, facts: dict) -> list[Path]:
-    """Write <device>-<date>.json and .md; `facts` is what `environment` said at the beginning."""
-    stem = f"{facts['device']}-{facts['date'][:10]}".lower().replace(" ", "-").replace("/", "-")
-    directory = Path(folder)
-    directory.mkdir(parents=True, exist_ok=True)
-    by_table: dict[str, list[dict]] = {}
-    for row in rows:
-        by_table.setdefault(title(row), []).append(row)
-    parts = [f"# Benchmarks\n\n{', '.join(f'{k} {v}' for k, v in facts.items())}\n\n{LEGEND}"]
-    parts += [f"## {name}\n\n{table(group)}\n" for name, group in by_table.items()]
-    paths = [directory / f"{stem}.json", directory / f"{stem}.md"]
-    paths[0].write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    paths[1].write_text("\n".join(parts))
-    return paths

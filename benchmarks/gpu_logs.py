@@ -10,7 +10,7 @@ import csv
 import json
 import re
 
-from benchmarks.common import newest
+from benchmarks.report import newest
 
 # A line of `pytest -v`, of one process or of several.
 OUTCOME = re.compile(

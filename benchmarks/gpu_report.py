@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.common import LEGEND, table, title
 from benchmarks.gpu_logs import METRICS
+from benchmarks.report import LEGEND, table, title
 
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "safetensors", "setuptools", "ninja"),

@@ -1,7 +1,7 @@
 """Other implementations of entropy and log-probability, and the float64 truth they are held to.
 
-Each peer is a function of tensors to (logprob, entropy); `peers` gives those that can be imported
-here and the reason why one cannot.
+Each peer is a function of tensors, and of a temperature where it takes one, to (logprob, entropy);
+`peers` gives those that can be imported here and the reason why one cannot.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def trl() -> Function:
         module = import_module("trl.kernels")
     function = module.selective_log_softmax_and_entropy
     # Trainers hold (batch, sequence, V); the function loops over the batch.
-    return lambda logits, target: tuple(x[0] for x in function(logits[None], target[None]))
+    return lambda logits, target, temperature=1.0: tuple(
+        x[0] for x in function(logits[None], target[None], temperature=temperature)
+    )
 
 
 def trl_linear() -> Function:
     function = import_module("trl.kernels").ChunkedLogProbFunction
 
-    def run(hidden, weight, target):
-        outputs = (target, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
+    def run(hidden, weight, target, temperature=1.0):
+        outputs = (target, temperature, TRL_VOCABULARY_CHUNK, None, 1.0, ("entropy",))
         return function.apply(hidden, weight, None, *outputs)[:2]
 
     return run
@@ -68,8 +70,8 @@ def liger_linear() -> Function:
     module = import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     function = module.LigerFusedLinearScaledCrossEntropyFunction
 
-    def run(hidden, weight, target):
-        loss, entropy = function.apply(hidden, weight, target, 1.0, -100, 1, True)
+    def run(hidden, weight, target, temperature=1.0):
+        loss, entropy = function.apply(hidden, weight, target, temperature, -100, 1, True)
         return -loss, entropy
 
     return run
@@ -85,12 +87,15 @@ def verl() -> Function:
 
 def verl_linear() -> Function:
     function = verl_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
-    return lambda hidden, weight, target: function(hidden, weight, target)
+    return lambda hidden, weight, target, temperature=1.0: function(
+        hidden, weight, target, temperature
+    )
 
 
 def verl_module(name: str) -> ModuleType:
     """The module of that name; where verl cannot be imported as a whole (it needs ray and more),
-    by itself, its packages' own code not run and nothing of them left behind."""
+    by itself, its packages' own code not run and nothing of them left behind. tensordict, of which
+    it takes a name for other functions' sake, may be missing too."""
     try:
         return import_module(name)
     except ImportError:
@@ -102,9 +107,12 @@ def verl_module(name: str) -> ModuleType:
         for package in ("verl", "verl.utils"):
             bare = sys.modules[package] = ModuleType(package)
             bare.__path__ = [str(folder.joinpath(*package.split(".")[1:]))]
+        if find_spec("tensordict") is None:
+            sys.modules["tensordict"] = stand_in = ModuleType("tensordict")
+            stand_in.TensorDict = object
         return import_module(name)
     finally:
-        for left in [x for x in sys.modules if x.partition(".")[0] == "verl"]:
+        for left in [x for x in sys.modules if x.partition(".")[0] in ("verl", "tensordict")]:
             if left not in before:
                 del sys.modules[left]
 

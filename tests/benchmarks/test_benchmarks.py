@@ -11,8 +11,9 @@ import torch
 
 from benchmarks import common, token_loss
 from benchmarks.__main__ import OPERATORS, main
-from benchmarks.common import HEADER, Case, Sizes, measure, newest, peak_memory, table, time_once
+from benchmarks.common import Case, Sizes, measure, peak_memory, time_once
 from benchmarks.gpu_logs import read_rows
+from benchmarks.report import HEADER, newest, table
 
 ROOT = Path(__file__).parents[2]
 

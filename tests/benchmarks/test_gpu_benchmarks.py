@@ -4,8 +4,9 @@ import torch
 
 from benchmarks import common, gpu
 from benchmarks.__main__ import main as bench
-from benchmarks.common import Case, Sizes, measure, table
+from benchmarks.common import Case, Sizes, measure
 from benchmarks.gpu_report import markdown
+from benchmarks.report import table
 
 
 def test_what_runs_out_of_memory_or_fails_gets_a_row_and_the_rest_is_timed():
