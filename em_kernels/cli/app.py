@@ -28,6 +28,7 @@ from em_kernels.lm.text import one_line
 from em_kernels.trainer import (
     CheckpointError,
     EngineError,
+    LostRankError,
     RankError,
     RLConfig,
     TrainConfig,
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
-    except RankError:  # the rank that failed says why
+    except RankError as error:  # the rank that failed says why, where it still can
+        if isinstance(error, LostRankError):
+            print(f"em-kernels: error: {_rank_name()}{one_line(error, None)}", file=sys.stderr)
         return FAILED
     except USER_ERRORS as error:
         if arguments.traceback:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 from typing_extensions import Self
+
+from em_kernels.lm.lost_ranks import Watch
 
 T = TypeVar("T")
 
@@ -28,6 +30,10 @@ PATIENCE = timedelta(hours=2)  # how long ranks wait for one that evaluates or w
 
 class RankError(RuntimeError):
     """Another rank failed; that rank raises the error itself."""
+
+
+class LostRankError(RankError):
+    """Another rank has ended, which may not have been able to say why."""
 
 
 class Ranks:
@@ -67,6 +73,13 @@ class Ranks:
     def first(self, make: Callable[[], T]) -> T:
         """What make() gives on rank 0, on every rank; it is called there only."""
         return cast(T, self.gather(make if self.is_first else lambda: None)[0])
+
+    def check_same(self, facts: Callable[[], Mapping[str, object]]) -> None:
+        """ValueError where a rank's facts are not those of rank 0: it names the first of them."""
+        if self.size == 1:
+            return
+        said = self.gather(lambda: {name: repr(value) for name, value in facts().items()})
+        self.first(lambda: _compare(said))
 
     def share(self, rows: Sequence[int], make: Callable[[list[int]], list[T]]) -> list[T]:
         """What make(rows) lists, each rank for its share of the rows; all of it on every rank."""
@@ -116,7 +129,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     """The ranks of the process group there is, or of torchrun; else this process alone.
 
     A group made here ends with the block. After an error it is left to the end of the process:
-    other ranks may still wait in it.
+    other ranks may still wait in it. A rank that ends ends the others within a minute (`Watch`).
     """
     own = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     own = own and not (dist.is_available() and dist.is_initialized())
@@ -124,8 +137,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         cuda = _rank_device(device).type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        with _lost_ranks_named():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device))
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device))
+        with _watched(ranks):
+            yield ranks
     else:
         yield Ranks()
     if own:
@@ -133,14 +147,35 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
 
 
 @contextmanager
-def _lost_ranks_named() -> Iterator[None]:
-    """A rank that ends in the middle of a backward pass shows elsewhere as a lost connection."""
+def _watched(ranks: Ranks) -> Iterator[None]:
+    """The end of a rank ends the others; in the middle of an exchange it shows there as a lost
+    connection."""
+    watch = Watch(ranks.rank, ranks.size)
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "by peer" in str(error):
-            raise RankError(f"another rank has ended: {error}") from error
-        raise
+    except BaseException as error:
+        lost = isinstance(error, dist.DistError) or "by peer" in str(error)
+        if not (lost and isinstance(error, RuntimeError)):
+            watch.leave(error)
+            raise
+        named = LostRankError(watch.why() or f"another rank has ended: {error}")
+        watch.leave(named)
+        raise named from error
+    watch.leave()
+
+
+def _compare(said: list[dict[str, str]]) -> None:
+    for name, here in said[0].items():
+        for rank, there in enumerate(said):
+            if there[name] != here:
+                raise ValueError(
+                    f"ranks must agree: {name} is {_cut(here)} on rank 0, {_cut(there[name])} on "
+                    f"rank {rank}; start every rank with the same"
+                )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _rank_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from em_kernels.lm.data import ONE_SHOT_PROMPT
 from em_kernels.lm.heads import ModelError
 from em_kernels.lm.models import load_model
 from em_kernels.lm.problems import read_prompts
-from em_kernels.lm.ranks import RankError
+from em_kernels.lm.ranks import LostRankError, RankError
 from em_kernels.lm.rollout import Rollout, Sampling, sample
 from em_kernels.trainer.checkpoint import merge_checkpoint, read_config
 from em_kernels.trainer.config import TrainConfig
@@ -18,6 +18,7 @@ __all__ = [
     "ONE_SHOT_PROMPT",
     "CheckpointError",
     "EngineError",
+    "LostRankError",
     "ModelError",
     "Objective",
     "RLConfig",

@@ -20,6 +20,7 @@ from em_kernels.trainer.loggers import Loggers, check_installed, open_loggers
 from em_kernels.trainer.policy_update import PolicyUpdate
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.run import Run, save_run, start_run
+from em_kernels.trainer.same_run import settings_and_data
 from em_kernels.trainer.samplers import closed_at_the_end
 from em_kernels.trainer.schedule import Stage, current_stage
 from em_kernels.trainer.second_model import SecondModel, second_models
@@ -88,17 +89,19 @@ def train(
         `DemonstrationUpdate`. All are in docs/trainer.md, with TRL's names for them.
 
     Raises:
-        ValueError, TypeError: a bad setting, prompt or model (`ModelError`); a logger that does not
-            start.
+        ValueError, TypeError: a bad setting, prompt or model (`ModelError`); ranks that differ in
+            settings, versions, problems or weights; a logger that does not start.
         ImportError: a package is missing, of a logger as well; it says which and what brings it.
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
         EngineError: the engine of sampler="vllm" could not start, or failed or ended in the middle
             of an update, of which nothing is kept: its checkpoints and metrics are whole.
-        RankError: another rank failed; that rank raises one of the above.
+        RankError: another rank failed; that rank raises one of the above, or has ended
+            (`LostRankError`): it was killed, say.
     """
     passed = {"model": model, "teacher": teacher, "objective": objective}
     with joined_ranks(config.device) as ranks:
+        ranks.check_same(lambda: settings_and_data(config))
         ranks.first(lambda: check_installed(config.log_to))
         with ranks.raise_together():
             others = second_models(config, model, teacher, ranks)

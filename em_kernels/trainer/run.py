@@ -39,6 +39,7 @@ from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
 from em_kernels.trainer.run_file import write_run_file
+from em_kernels.trainer.same_run import weights_and_prompts
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.second_model import SecondModel, check_vocabulary
 from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
@@ -115,6 +116,8 @@ def start_run(
         _check_trainable(model)
         check_shardable(model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
+    loaded = not (checkpoint and weights_in_parts(checkpoint))
+    ranks.check_same(lambda: weights_and_prompts(model, prompts, loaded))
     strategy = make_strategy(model, config.loss_temperature, config.dtype, ranks)
     run = Run(
         config=config,

@@ -16,7 +16,7 @@ from tiny_qwen2 import make_model, make_tokenizer
 
 from em_kernels import tiny_math
 from em_kernels.lm.ranks import joined_ranks
-from em_kernels.trainer import Rollout, TrainConfig, load_model, train
+from em_kernels.trainer import RLConfig, Rollout, TrainConfig, load_model, train
 from em_kernels.trainer.entropy_update import EntropyUpdate, entropy_minimisation
 from em_kernels.trainer.policy_update import accumulate_gradients
 from em_kernels.trainer.run import start_run
@@ -212,6 +212,14 @@ def resumed(folder: Path) -> dict:
     return again
 
 
+def other_weights(rank: int) -> tuple:
+    """The embedded model and its tokenizer, of which rank 1 has another weight."""
+    model, tokenizer = load_model(config().model, "cpu")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += rank
+    return model, tokenizer
+
+
 def errors(folder: Path) -> dict:
     rank = dist.get_rank()
     found = {}
@@ -233,6 +241,12 @@ def errors(folder: Path) -> dict:
     found["interrupted"] = outcome(lambda: train(config(), on_step=stop, **run))
     missing = config(model=str(folder / "nothing") if rank == 1 else config().model)
     found["model"] = outcome(lambda: train(missing, **run))
+    found["settings"] = outcome(lambda: train(config(learning_rate=1e-4 * (rank + 1)), **run))
+    found["prompts"] = outcome(lambda: train(config(prompts=("x" * 500, str(rank))), **run))
+    found["weights"] = outcome(lambda: train(config(), *other_weights(rank), **run))
+    rows = [("1 + 1 = ", "2"), ("1 + 2 = ", str(3 + rank))]
+    problems = RLConfig(model=config().model, problems=rows, responses=2, group_size=2)
+    found["problems"] = outcome(lambda: train(problems, **run))
     found["device"] = outcome(lambda: train(config(device="cuda:1"), **run))
     taken = config(output=folder / "taken", updates=1)
     found["first run"] = outcome(lambda: train(taken, **run))
