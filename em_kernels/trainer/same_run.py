@@ -6,29 +6,24 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 
-import torch
 from torch import nn
 
 from em_kernels.lm.fingerprint import digest
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
 
+PACKAGES = ("em-kernels", "torch", "transformers")
 OF_A_RANK = frozenset({"model", "teacher", "problems", "device"})
 """Settings that may differ: where it lies on this machine. What lies there must not."""
 
 
 def settings_and_data(config: TrainConfig) -> dict[str, object]:
     """What ranks compare before anything is loaded, by the name that an error gives it."""
-    import transformers
-
-    import em_kernels
-
     return {
-        "em_kernels": em_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **{f"the version of {name}": version(name) for name in PACKAGES},
+        "the version of Python": platform.python_version(),
         **{f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_A_RANK},
         "what lies in problems": _data(config),
     }
