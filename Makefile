@@ -14,6 +14,7 @@
 # make docs    the documentation as pages, in site/
 # make matrix  the core tests on every supported torch and Python that is found; ARGS=--cover for
 #              each once, ARGS="--torch 2.14 --python 3.12" for one pair
+# make installs  wheel and sdist, isolated or not, with and without a compiler, on each Python found
 # make science   what is claimed of EM, measured: the data, pictures and tables of docs/science.md;
 #              ARGS="--claims overconfidence shift --seeds 10" for some of it
 # make rl-study  entropy-controlled RL on the embedded model: arms, seeds, tables and plots
@@ -30,7 +31,7 @@ TESTS_OF_vllm := tests/engines/test_vllm_engine.py tests/ops/test_truncation.py:
 TESTS_OF_verl := tests/engines/test_verl_engine.py
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix science rl-study clean
+.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix installs science rl-study clean
 .PRECIOUS: .engines/%/ready
 
 setup: $(VENV)/ready
@@ -87,6 +88,9 @@ docs: setup
 matrix:
 	$(PYTHON) -m benchmarks.matrix $(ARGS)
 
+installs:
+	$(PYTHON) -m benchmarks.installs $(ARGS)
+
 science: setup
 	$(BIN)/python -m benchmarks.science $(ARGS)
 
@@ -94,4 +98,4 @@ rl-study: setup
 	$(BIN)/python -m benchmarks.rl_study $(ARGS)
 
 clean:
-	rm -rf $(VENV) .whl .matrix .engines site build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so
+	rm -rf $(VENV) .whl .matrix .installs .engines site build dist *.egg-info *-output em_kernels/_C*.so em_kernels/_cuda*.so

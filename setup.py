@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,6 +72,11 @@ class CleanBuild(build):
 class OptionalBuild(cpp_extension.BuildExtension if cpp_extension else build_ext):
     """A part that is not built is left out of the package, an older build of it too."""
 
+    def finalize_options(self) -> None:
+        """What lies there may be of another torch: it is never up to date; its objects may be."""
+        super().finalize_options()
+        self.force = True
+
     def run(self) -> None:
         folder = (ROOT if self.inplace else Path(self.build_lib)) / "em_kernels"
         try:
@@ -107,6 +113,7 @@ def cpu_part() -> Extension | None:
         CPU,
         [str(path.relative_to(ROOT)) for path in sources],
         depends=[str(path.relative_to(ROOT)) for path in headers],
+        define_macros=[("EM_BUILT_FOR_TORCH", version("torch"))],  # another: compiled again
         extra_compile_args=compile_flags(),
         optional=True,
     )

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -43,7 +44,7 @@ NEEDS = (
     "hypothesis",
     "numpy",
 )
-SETTINGS = {"EM_KERNELS_NO_CUDA": "1", "OMP_NUM_THREADS": "1"}
+SETTINGS = {"EM_KERNELS_NO_CUDA": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
 class Pair(NamedTuple):
@@ -97,15 +98,20 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch", nargs="+", default=TORCH, metavar="2.11")
-    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.10")
     parser.add_argument("--cover", action="store_true", help="each torch and each Python once")
-    parser.add_argument("--keep", action="store_true", help="keep the environments, 5 GB each")
-    parser.add_argument("--show", action="store_true", help="only the table of what has been run")
-    parser.add_argument("--out", type=Path, help="file for the table")
+    add_common(parser)
     parser.add_argument(
         "--tests", nargs="+", default=TESTS, metavar="PATH", help="what pytest runs"
     )
     return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that makes environments."""
+    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.10")
+    parser.add_argument("--keep", action="store_true", help="keep the environments, 5 GB each")
+    parser.add_argument("--show", action="store_true", help="only the table of what has been run")
+    parser.add_argument("--out", type=Path, help="file for the table")
 
 
 def pairs_of(torches: list[str], versions: list[str], cover: bool) -> list[Pair]:
@@ -152,12 +158,14 @@ def run(pair: Pair, python: str, tests: list[str], keep: bool) -> Result:
     return Result(release, pair.python, passed, said, time.strftime("%Y-%m-%d"))
 
 
-def step(command: list[str], folder: Path, log: TextIO) -> tuple[bool, str]:
+def step(
+    command: list[str], folder: Path, log: TextIO, variables: Mapping[str, str] | None = None
+) -> tuple[bool, str]:
     """Whether the command went well, and what it printed, which the log keeps."""
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **SETTINGS},
+        env={**os.environ, **SETTINGS, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -210,9 +218,11 @@ def table(results: list[Result], missing: list[str]) -> str:
         verdict = "passed" if result.passed else "failed"
         cells = (result.torch, result.python, verdict, result.said, result.date)
         lines.append(f"| {' | '.join(cells)} |")
-    if missing:
-        lines.append(f"\nNot found here: Python {', '.join(missing)}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *not_found(missing)])
+
+
+def not_found(missing: list[str]) -> list[str]:
+    return [f"\nNot found here: Python {', '.join(missing)}."] if missing else []
 
 
 if __name__ == "__main__":

@@ -184,11 +184,18 @@ def test_a_failing_cuda_build_takes_nothing_else_down(toolkit, tmp_path):
     assert not (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
     assert set(json.loads(record.read_text()).values()) == {"EM_KERNELS_NO_EXTENSION=1"}
     stale.write_text("of an older version")
-    environment = {**os.environ, "EM_KERNELS_NO_CUDA": "1"}
+    (project / f"em_kernels/_C{suffix}").write_text("of another torch, and newer than its sources")
+    ninja = tmp_path / "broken/ninja"  # which would compile what it did not make itself
+    ninja.parent.mkdir()
+    ninja.write_text("#!/bin/sh\nexit 1\n")
+    ninja.chmod(0o755)
+    path = f"{ninja.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "EM_KERNELS_NO_CUDA": "1", "PATH": path}
     left = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert left.returncode == 0 and left.stderr.count("installing without") == 1
     assert "without the CUDA kernels: EM_KERNELS_NO_CUDA=1" in left.stderr
-    assert (project / f"em_kernels/_C{suffix}").exists() and not stale.exists()
+    assert (project / f"em_kernels/_C{suffix}").read_bytes().startswith(b"\x7fELF")
+    assert not stale.exists()
     assert json.loads(record.read_text()) == {"em_kernels._cuda": "EM_KERNELS_NO_CUDA=1"}
 
 
