@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_kernels.ops.arguments import FLOAT_DTYPES, check_entropy_requires_grad
+from em_kernels.ops.arguments import FLOAT_DTYPES
+from em_kernels.ops.checks import check_flag
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
@@ -22,7 +23,7 @@ class HeadSettings(NamedTuple):
 
 def head_settings(logits_dtype: torch.dtype | None, entropy_requires_grad: bool) -> HeadSettings:
     """The settings, if `linear_softmax_stats` can take them for some hidden states."""
-    check_entropy_requires_grad(entropy_requires_grad)
+    check_flag("entropy_requires_grad", entropy_requires_grad)
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(
             f"logits_dtype must be a torch.dtype or None, got {type(logits_dtype).__name__}"

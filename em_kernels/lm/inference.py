@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
-from em_kernels.ops.arguments import check_logits
-from em_kernels.ops.checks import check_number
+from em_kernels.ops.arguments import check_impl, check_logits
+from em_kernels.ops.checks import check_number, got_int, is_int
 
 
 class EntropyDescent:
@@ -51,6 +51,7 @@ class EntropyDescent:
         check_number("threshold", threshold, lambda v: v >= 0, "0 or more")
         check_number("learning_rate", learning_rate, lambda v: v > 0, "positive")
         _check_count("steps", steps)
+        check_impl(impl)
         self.threshold, self.steps, self.learning_rate = threshold, steps, learning_rate
         self.impl = impl
 
@@ -98,6 +99,7 @@ class AdaptiveTemperature:
         check_number("ratio", ratio, lambda v: 0 <= v < 1, "in [0, 1)")
         check_number("minimum", minimum, lambda v: 0 < v < 1, "in (0, 1)")
         _check_count("iterations", iterations)
+        check_impl(impl)
         self.threshold, self.ratio, self.minimum = threshold, ratio, minimum
         self.iterations, self.impl = iterations, impl
 
@@ -116,5 +118,5 @@ class AdaptiveTemperature:
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if not is_int(value, 1):
+        raise ValueError(f"{name} must be a positive int, got {got_int(value)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,6 +117,19 @@ def policy_metrics(tokens: PolicyTokens, **values: Tensor) -> dict[str, Tensor]:
     dtype = tokens.logprob.dtype
     means = {name: masked_mean(x.to(dtype), tokens.counted) for name, x in values.items()}
     return {**means, "policy_kl": policy_kl(tokens)}
+
+
+def check_texts(name: str, value: Sequence[str]) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of texts, got {type(value).__name__}")
+    for text in value:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be texts, got {type(text).__name__} among them")
+
+
+def check_callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {type(value).__name__}")
 
 
 class Groups:

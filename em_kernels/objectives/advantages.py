@@ -9,7 +9,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import check_floating, check_number
+from em_kernels.ops.checks import check_flag, check_floating, check_number
 
 
 def group_advantage(
@@ -44,6 +44,7 @@ def group_advantage(
     "Understanding R1-Zero-Like Training: A Critical Perspective" (2025).
     """
     check_floating("reward", reward)
+    check_flag("normalize_std", normalize_std)
     check_number("eps", eps, lambda v: v >= 0, "at least 0")
     if correction not in (0, 1):
         raise ValueError(f"correction must be 0 or 1, got {correction!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from em_kernels.objectives._inputs import masked
-from em_kernels.ops.checks import check_floating, check_number, count_mask
+from em_kernels.ops.checks import check_bound, check_floating, check_number, count_mask
 
 COEF_MIN, COEF_MAX = 0.0, 1.0
 
@@ -59,9 +59,9 @@ def next_entropy_coef(
 
     Source: He et al., "Skywork Open Reasoner 1 Technical Report" (2025), adaptive entropy control.
     """
-    check_number("coef", coef, lambda v: True, "a number")
-    check_number("entropy", entropy, lambda v: v >= 0, "at least 0")
-    check_number("target", target, lambda v: v >= 0, "at least 0")
+    _check_steered(coef, entropy, target)
+    check_bound("minimum", minimum)
+    check_bound("maximum", maximum)
     check_number("step", step, lambda v: v > 0, "positive")
     if not minimum <= maximum:
         raise ValueError(
@@ -76,4 +76,11 @@ def active_entropy_coef(coef: float, entropy: float, *, target: float) -> float:
 
     Arguments and source as in `next_entropy_coef`.
     """
+    _check_steered(coef, entropy, target)
     return coef if entropy <= target else 0.0
+
+
+def _check_steered(coef: float, entropy: float, target: float) -> None:
+    check_number("coef", coef, lambda v: True, "a number")
+    check_number("entropy", entropy, lambda v: v >= 0, "at least 0")
+    check_number("target", target, lambda v: v >= 0, "at least 0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def dppo_loss(
     truncation are these. The old policy is mu here; TRL and the authors take the sampler's own
     log-probabilities for it.
     """
-    _check_form(divergence, topk_logprob, old_topk_logprob)
+    _check_form(divergence, topk_logprob, old_topk_logprob, topk_ids, token_ids)
     low = _threshold("delta_low", delta_low, divergence)
     high = _threshold("delta_high", delta_high, divergence)
     check_number("max_ratio", max_ratio, lambda v: v > 0, "positive")
@@ -151,11 +153,12 @@ def _listed(
     return now, old
 
 
-def _check_form(divergence: str, now: Tensor | None, old: Tensor | None) -> None:
+def _check_form(divergence: str, now: Tensor | None, old: Tensor | None, *ids: Any) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
-    for name, x in (("topk_logprob", now), ("old_topk_logprob", old)):
-        if divergence.startswith("topk") and x is None:
+    given = {"topk_logprob": now, "old_topk_logprob": old}
+    for name, x in (*given.items(), *zip(("topk_ids", "token_ids"), ids)):
+        if divergence.startswith("topk") and x is None and name in given:
             raise ValueError(
                 f"{name} must be given for {divergence!r}: the log-probabilities of K ids at every "
                 "token, got None"

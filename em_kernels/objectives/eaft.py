@@ -12,12 +12,13 @@ from typing_extensions import Unpack
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.objectives._inputs import masked
 from em_kernels.objectives.aggregation import aggregation_weight
+from em_kernels.ops.arguments import check_logits
 from em_kernels.ops.checks import (
     check_floating,
     check_int,
     check_number,
-    check_shape,
-    check_tensor,
+    check_rows,
+    constant,
     count_mask,
 )
 from em_kernels.ops.options import (
@@ -100,8 +101,9 @@ def eaft_loss(
     Returns, raises, source: as `linear_eaft_loss`.
     """
     check_eaft(k, alpha)
+    check_logits(logits)
     given: dict[str, Any] = dict(options)
-    given["mask"], own = _of_tokens(target, token_weight, given)
+    given["mask"], own = _of_tokens(logits, target, token_weight, given)
     top = top_logprobs(logits.detach(), k, **_among(given, TopOptions))
     weight = -own * eaft_weight(top.logprob, given["mask"], alpha=alpha)
     return token_loss(logits, target, logprob_weight=_as(logits, weight), **given)
@@ -145,7 +147,8 @@ def linear_eaft_loss(
     """
     check_eaft(k, alpha)
     given: dict[str, Any] = dict(options)
-    given["mask"], own = _of_tokens(target, token_weight, given)
+    check_logits(hidden, "hidden")
+    given["mask"], own = _of_tokens(hidden, target, token_weight, given)
     given["bias"] = bias
     top = linear_top_logprobs(hidden, weight, k, **_among(given, LinearTopOptions, "bias"))
     own = -own * eaft_weight(top.logprob, given["mask"], alpha=alpha)
@@ -159,17 +162,21 @@ def check_eaft(k: int, alpha: float) -> None:
     check_number("alpha", alpha, lambda v: v >= 0, "at least 0")
 
 
-def _of_tokens(target: Tensor, token_weight: Tensor | None, given: dict) -> tuple[Tensor, Tensor]:
-    """(the tokens that count, the weight of each in the loss)"""
-    check_tensor("target", target)
-    mask = given.get("mask")
-    counted = target != given.get("ignore_index", IGNORED)
+def _of_tokens(
+    x: Tensor, target: Tensor, token_weight: Tensor | None, given: dict
+) -> tuple[Tensor, Tensor]:
+    """(the tokens that count, the weight of each in the loss); x is (..., V) or (..., D)"""
+    check_rows("target", target, x)
+    mask, ignored = given.get("mask"), given.get("ignore_index", IGNORED)
+    check_int("ignore_index", ignored)
+    counted = target != ignored
     if mask is not None:
         counted = counted & count_mask(mask, target)
     if token_weight is None:
         return counted, aggregation_weight(counted)
-    check_shape("token_weight", token_weight, target)
-    return counted, masked(token_weight, counted)
+    check_rows("token_weight", token_weight, x)
+    own = constant("token_weight", token_weight, accumulate_dtype(x.dtype))
+    return counted, masked(own, counted)
 
 
 def _among(given: dict, options: Any, *more: str) -> dict:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_kernels.ops.checks import count_mask
+from em_kernels.ops.checks import count_mask, got_int, is_int
 from em_kernels.ops.reductions import reduction_weight
 
 
@@ -33,5 +33,8 @@ def micro_batch_mean_weights(mask: Tensor, micro_batch: int) -> Tensor:
     What accumulating the gradients of separately normalised micro-batches amounts to: tokens in a
     micro-batch of short answers count for more.
     """
+    mask = count_mask(mask)
+    if not is_int(micro_batch, 1):
+        raise ValueError(f"micro_batch must be a positive int, got {got_int(micro_batch)}")
     parts = mask.split(micro_batch)
     return torch.cat([token_mean_weights(part) for part in parts]) / len(parts)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from em_kernels.lm.judge import clusters
 from em_kernels.lm.judge.clusters import Clusters, cluster_answers, cluster_responses, shares
-from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import check_number, check_tensor
+from em_kernels.objectives._inputs import Groups, check_callable, check_texts
+from em_kernels.ops.checks import check_floating, check_integers, check_number
 
 NO_ANSWER = -1
 """The cluster of a response without a final answer: it agrees with nothing, itself included."""
@@ -47,6 +47,11 @@ def answer_clusters(
     Reasoning Incentivization" (2025), EMPO; clustering by first member: Farquhar et al.,
     "Detecting hallucinations in large language models using semantic entropy" (2024).
     """
+    check_texts("responses", responses)
+    check_callable("same", same)
+    check_callable("judge", judge)
+    if not isinstance(prompt, (Tensor, Sequence)):
+        raise TypeError(f"prompt must be a sequence or a tensor, got {type(prompt).__name__}")
     prompts = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
     if len(prompts) != len(responses):
         raise ValueError(
@@ -74,7 +79,7 @@ def rows_by_prompt(prompts: Sequence[int]) -> list[list[int]]:
 
 def by_prompt(of: Callable[[Clusters], Sequence[float]], cluster: Tensor, prompt: Tensor) -> Tensor:
     """(N,) float32: `of` the clusters of each prompt, a number for each of its answers."""
-    check_tensor("cluster", cluster)
+    check_integers("cluster", cluster)
     groups = Groups(prompt, cluster)
     numbers = [None if number == NO_ANSWER else number for number in cluster.tolist()]
     values = [0.0] * len(numbers)
@@ -131,7 +136,7 @@ def empo_mask(entropy: Tensor, *, low: float, high: float) -> Tensor:
 
     Source: Zhang et al. (2025), entropy thresholding.
     """
-    check_tensor("entropy", entropy)
+    check_floating("entropy", entropy)
     check_number("low", low, lambda v: True, "a number")
     check_number("high", high, lambda v: v > low, f"above low={low!r}")
     return (entropy > low) & (entropy < high)

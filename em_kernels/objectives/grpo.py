@@ -13,6 +13,7 @@ from em_kernels.objectives._inputs import (
     policy_tokens,
 )
 from em_kernels.objectives.kl import check_reference, kl_penalty
+from em_kernels.ops.checks import check_floating
 
 
 def grpo_loss(
@@ -60,7 +61,7 @@ def grpo_loss(
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; Shao et al.,
     "DeepSeekMath" (2024), eq. 3; clip-higher: Yu et al., "DAPO" (2025).
     """
-    check_reference(kl_coef, ref_logprob, ref_kl)
+    check_reference(kl_coef, ref_logprob, ref_kl, kl_estimator)
     tokens = policy_tokens(logprob, old_logprob, advantage, mask)
     loss, clipped = clipped_surrogate(
         log_ratio(tokens).exp(), tokens.advantage, clip_low, clip_high
@@ -84,6 +85,8 @@ def clipped_surrogate(
     Shapes (...), `ratio` and `advantage` alike; the second result is bool. Source: as `grpo_loss`.
     """
     check_clip(clip_low, clip_high)
+    check_floating("ratio", ratio)
+    check_floating("advantage", advantage, ratio)
     plain = -ratio * advantage
     bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     return torch.maximum(plain, bounded), (bounded > plain).detach()

@@ -86,7 +86,10 @@ def kl_penalty(
 
     Source: Shao et al., "DeepSeekMath" (2024), eq. 3 and 4.
     """
-    check_reference(kl_coef, ref_logprob, ref_kl)
+    check_reference(kl_coef, ref_logprob, ref_kl, kl_estimator)
+    if not isinstance(policy, PolicyLoss):
+        raise TypeError(f"policy must be a PolicyLoss, got {type(policy).__name__}")
+    check_floating("logprob", logprob)
     counted, dtype = count_mask(mask, logprob), policy.loss.dtype
     if ref_logprob is not None:
         check_floating("ref_logprob", ref_logprob, logprob)
@@ -100,7 +103,11 @@ def kl_penalty(
     return PolicyLoss(policy.loss + kl_coef * ref_kl, metrics)
 
 
-def check_reference(kl_coef: float, ref_logprob: Tensor | None, ref_kl: Tensor | None) -> None:
+def check_reference(
+    kl_coef: float, ref_logprob: Tensor | None, ref_kl: Tensor | None, kl_estimator: str
+) -> None:
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be one of {KL_ESTIMATORS}, got {kl_estimator!r}")
     check_number("kl_coef", kl_coef, lambda v: v >= 0, "at least 0")
     if ref_logprob is not None and ref_kl is not None:
         raise ValueError("ref_kl must be given instead of ref_logprob, got both: leave one out")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.objectives._inputs import Groups
-from em_kernels.ops.checks import check_number, check_shape, check_tensor
+from em_kernels.ops.checks import check_number, check_real, check_shape, check_tensor
 
 
 def l_grpo_reward(correct: Tensor, length: Tensor, prompt: Tensor, *, max_length: float) -> Tensor:
@@ -42,6 +42,6 @@ def l_grpo_reward(correct: Tensor, length: Tensor, prompt: Tensor, *, max_length
 
 def length_term(length: Tensor, *, max_length: float) -> Tensor:
     """1 - |o| / L_max, 0 for answers longer than L_max: float32, of the shape of `length`."""
-    check_tensor("length", length)
+    check_real("length", length)
     check_number("max_length", max_length, lambda v: v > 0, "positive")
     return (1 - length.to(torch.float32) / max_length).clamp(min=0)

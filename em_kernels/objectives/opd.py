@@ -66,6 +66,8 @@ def opd_weight(
     whose: dict[str, Any] = dict(segment_ids=segment_ids, token_group=token_group)
     divisor: dict[str, Any] = dict(denominator=denominator, max_length=max_length)
     weight = aggregation_weight(counted, mode=mode, **divisor, **whose)
+    if mean_entropy is not None:
+        _check_mean(mean_entropy)
     if teacher_entropy is None:
         return weight.float()
     check_floating("teacher_entropy", teacher_entropy, counted)
@@ -73,7 +75,6 @@ def opd_weight(
     entropy = masked(teacher_entropy.detach(), counted, torch.float64)
     if mean_entropy is None:
         mean_entropy = _mean(entropy, counted, token_group)
-    _check_mean(mean_entropy)
     mean = torch.as_tensor(mean_entropy, dtype=torch.float64, device=entropy.device)
     return (weight * torch.where(mean > 0, entropy / mean, 1.0)).float()
 

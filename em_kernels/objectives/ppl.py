@@ -18,7 +18,14 @@ from torch.nn.functional import softplus
 from em_kernels.backends.interface import accumulate_dtype, serializable
 from em_kernels.objectives._inputs import masked
 from em_kernels.ops.arguments import NEVER_IGNORED, check_logits
-from em_kernels.ops.checks import check_floating, check_number, check_shape, count_mask
+from em_kernels.ops.checks import (
+    check_flag,
+    check_floating,
+    check_number,
+    check_shape,
+    check_tensor,
+    count_mask,
+)
 from em_kernels.ops.divergence import linear_divergence
 from em_kernels.ops.softmax_stats import softmax_stats
 
@@ -119,6 +126,7 @@ def segment_regret(
 
     Source: Cho et al. (2025), regret of a segment under its label.
     """
+    check_flag("length_normalize", length_normalize)
     counted, cost, kl = _regret_inputs(logprob, kl, mask, gamma, alpha)
     position = (counted.cumsum(-1) - 1).clamp(min=0).to(cost.dtype)
     regret = alpha * (gamma**position * torch.where(counted, cost + position * kl, 0)).sum(-1)
@@ -173,6 +181,8 @@ def linear_label_kl(
 
     Source: as `label_kl`.
     """
+    check_tensor("label_hidden", label_hidden)
+    check_tensor("label_weight", label_weight)
     label = label_hidden.detach(), label_weight.detach()
     bias = options.get("other_bias")
     if bias is not None:
@@ -254,6 +264,7 @@ def logprob_at(logits: Tensor, index: Tensor, *, temperature: float = 1.0) -> Te
         TypeError, ValueError: naming the argument and what was received.
     """
     check_logits(logits)
+    check_tensor("index", index)
     if index.dtype != torch.int64 or index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"index must be int64 of shape ({', '.join(map(str, logits.shape[:-1]))}, k), got "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from em_kernels.lm.judge.clusters import Clusters, majority
 from em_kernels.lm.judge.judges import make_judge, marked_answer
-from em_kernels.objectives._inputs import masked
+from em_kernels.objectives._inputs import check_callable, check_texts, masked
 from em_kernels.objectives.empo import by_prompt
 from em_kernels.objectives.l_grpo import length_term
 from em_kernels.ops.checks import check_floating, check_number, check_tensor, count_mask
@@ -33,6 +33,9 @@ def verified_reward(
 
     Source: Lambert et al., "Tulu 3" (2024), verifiable rewards.
     """
+    check_texts("responses", responses)
+    check_texts("answers", answers)
+    check_callable("judge", judge)
     if len(answers) != len(responses):
         raise ValueError(
             f"answers must have {len(responses)} entries, one per response, got {len(answers)}"
@@ -151,4 +154,5 @@ def format_reward(responses: Sequence[str]) -> Tensor:
 
     Source: Shao et al., "Spurious Rewards: Rethinking Training Signals in RLVR" (2025).
     """
+    check_texts("responses", responses)
     return torch.tensor([float(bool(marked_answer(response))) for response in responses])

@@ -163,7 +163,7 @@ def rollout_difference(
 
 
 def check_correction(mode: str) -> str:
-    if mode not in CORRECTIONS:
+    if mode not in tuple(CORRECTIONS):
         raise ValueError(f"mode must be one of {tuple(CORRECTIONS)}, got {mode!r}")
     return mode
 

@@ -24,6 +24,7 @@ from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.checks import (
     MOST,
     check_device,
+    check_flag,
     check_group,
     check_int,
     check_number,
@@ -122,11 +123,6 @@ def check_chunks(
         )
 
 
-def check_entropy_requires_grad(value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"entropy_requires_grad must be a bool, got {type(value).__name__}")
-
-
 def check_keep_logits(keep_logits: int | None) -> None:
     if keep_logits is not None and not is_int(keep_logits, 0):
         raise ValueError(
@@ -135,9 +131,13 @@ def check_keep_logits(keep_logits: int | None) -> None:
         )
 
 
+def check_impl(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+
+
 def check_allreduce_dgrad(allreduce_dgrad: bool, hidden: Tensor) -> None:
-    if not isinstance(allreduce_dgrad, bool):
-        raise TypeError(f"allreduce_dgrad must be a bool, got {type(allreduce_dgrad).__name__}")
+    check_flag("allreduce_dgrad", allreduce_dgrad)
     if not allreduce_dgrad and is_exporting():
         raise ValueError("allreduce_dgrad must be True where a program is exported, got False")
     if not allreduce_dgrad and is_dtensor(hidden):
@@ -223,8 +223,7 @@ def make_spec(
     """
     impl, group = options["impl"], options["group"]
     ignore_index = options["ignore_index"]
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    check_impl(impl)
     per_row, numbers = transform_numbers(options, x)
     check_int("ignore_index", ignore_index)
     truncation, (kept_ids, kept_rows) = _truncation(x, options), _kept_sets(x, options)

@@ -42,10 +42,15 @@ def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
     check_device(name, rows, x)
 
 
+def check_real(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
+
+
 def constant(name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights, checked, of the dtype."""
-    if weights.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {weights.dtype}")
+    check_real(name, weights)
     if weights.requires_grad:
         raise ValueError(f"{name} must not require grad: it is a constant; detach it")
     return weights.to(dtype)
@@ -114,6 +119,19 @@ def check_number(name: str, value: float, good: Callable[[float], bool], rule: s
     # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
     if not (good(value) and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
+
+
+def check_bound(name: str, value: float) -> None:
+    """A number that may be infinite: no bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{name} must be a number, got {shown(value)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_int(name: str, value: Any) -> None:

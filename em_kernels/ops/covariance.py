@@ -30,7 +30,7 @@ from typing_extensions import Unpack
 
 from em_kernels.backends.interface import accumulate_dtype
 from em_kernels.ops.arguments import row_mask
-from em_kernels.ops.checks import check_floating, check_group, check_number, count_mask
+from em_kernels.ops.checks import check_bound, check_floating, check_group, check_number, count_mask
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
 from em_kernels.ops.options import DEFAULTS, CovarianceOptions, LinearStatsOptions, takes_options
 from em_kernels.ops.truncate import LIMITS
@@ -148,11 +148,13 @@ def clip_cov_mask(
     Source: Cui et al. (2025), arXiv:2505.22617, Clip-Cov.
     """
     check_floating("cov", cov)
+    for name, bound in (("lower", lower), ("upper", upper)):
+        check_bound(name, bound)
+    if not lower < upper:
+        raise ValueError(f"lower must be below upper, got lower={lower!r} and upper={upper!r}")
     eligible = _counted(mask, cov) & (cov > lower) & (cov < upper)
     if exclude is not None:
         eligible &= ~_counted(exclude, cov, "exclude")
-    if not lower < upper:
-        raise ValueError(f"lower must be below upper, got lower={lower!r} and upper={upper!r}")
     batch = _Batch(cov, mask, group)
     eligible = batch.join(eligible)
     # torch.rand takes a generator or a size that torch.compile left open, not both.

@@ -24,7 +24,6 @@ from em_kernels.ops.arguments import (
     check_accumulate_into,
     check_allreduce_dgrad,
     check_chunks,
-    check_entropy_requires_grad,
     check_filter_eps,
     check_keep_logits,
     check_linear,
@@ -32,6 +31,7 @@ from em_kernels.ops.arguments import (
     make_spec,
     product_dtype_of,
 )
+from em_kernels.ops.checks import check_flag
 from em_kernels.ops.chosen import served
 from em_kernels.ops.dtensor import local_operands
 from em_kernels.ops.lora import low_part
@@ -92,7 +92,8 @@ def linear_softmax_stats(
     """
     given = {**DEFAULTS, **options}
     check_allreduce_dgrad(given["allreduce_dgrad"], hidden)
-    check_entropy_requires_grad(given["entropy_requires_grad"])
+    for name in ("entropy_requires_grad", "fuse_product"):
+        check_flag(name, given[name])
     whole = weight
     hidden, weight, bias, given["group"] = local_operands(hidden, weight, bias, given["group"])
     own = hidden

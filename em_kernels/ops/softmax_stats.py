@@ -11,11 +11,11 @@ from em_kernels.backends.interface import TokenStats
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     NEVER_IGNORED,
-    check_entropy_requires_grad,
     check_logits,
     check_outputs,
     make_spec,
 )
+from em_kernels.ops.checks import check_flag, check_tensor
 from em_kernels.ops.chosen import served
 from em_kernels.ops.dtensor import local_logits
 from em_kernels.ops.options import DEFAULTS, StatsOptions, takes_options
@@ -69,7 +69,7 @@ def softmax_stats(
     without External Rewards" (2025) for self_certainty.
     """
     given = {**DEFAULTS, **options}
-    check_entropy_requires_grad(given["entropy_requires_grad"])
+    check_flag("entropy_requires_grad", given["entropy_requires_grad"])
     logits, given["group"] = local_logits(logits, given["group"])
     check_logits(logits, empty=given["group"] is not None)
     spec = make_spec(logits, logits.shape[-1], target, given, ids=True)
@@ -103,6 +103,7 @@ def selective_log_softmax_and_entropy(
     give zeros. Results are float32 (float64 for float64). Unlike there an index of -100 is an error
     unless its row is masked. Errors as in `softmax_stats`.
     """
+    check_tensor("index", index)
     stats = softmax_stats(
         logits, index, temperature=temperature, mask=row_mask, ignore_index=NEVER_IGNORED
     )

@@ -31,7 +31,7 @@ from em_kernels.ops.arguments import (
     make_spec,
     row_mask,
 )
-from em_kernels.ops.checks import check_rows, check_shape, check_tensor, constant
+from em_kernels.ops.checks import check_flag, check_rows, check_shape, check_tensor, constant
 from em_kernels.ops.chosen import Form, served
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.forward_gradient import Call, all_outputs, loss, remember, with_loss
@@ -100,6 +100,7 @@ def token_loss(
         TypeError, ValueError: naming the argument and what was received.
     """
     given = {**DEFAULTS, **options}
+    check_flag("inplace", inplace)
     logits, given["group"] = local_logits(logits, given["group"])
     check_logits(logits, empty=given["group"] is not None)
     spec = make_spec(logits, logits.shape[-1], target, given, ids=True)
