@@ -1,6 +1,10 @@
 # make setup   .venv with the library, built here, and everything the demo and the tests need
 # make demo    one-shot entropy minimisation on the embedded model; writes demo-output/
 # make test    ruff, mypy and the test suite
+# make fuzz    tests/fuzz on other random examples for ARGS="--minutes 20"; prints what fails and how
+#              to repeat it; memory over 10,000 calls
+# make sanitize  the CPU kernels' tests under GCC's address, undefined and thread sanitizers, in
+#              build/sanitize; ARGS="thread" for one, ARGS="address -- tests/x.py" for other tests
 # make coverage  lines and branches of the package that no test runs; coverage-output/index.html
 # make bench   time the main operators against their peers, in less than 10 minutes; ARGS=--full for
 #              every operator and table, ARGS=--quick for a look, ARGS=--resume to go on
@@ -31,7 +35,7 @@ TESTS_OF_vllm := tests/engines/test_vllm_engine.py tests/ops/test_truncation.py:
 TESTS_OF_verl := tests/engines/test_verl_engine.py
 SOURCES := pyproject.toml setup.py cuda_build.py $(wildcard constraints*.txt) $(shell find csrc -type f)
 
-.PHONY: setup demo test coverage bench gpu gpu-wheels engines tables docs matrix installs science rl-study clean
+.PHONY: setup demo test fuzz sanitize coverage bench gpu gpu-wheels engines tables docs matrix installs science rl-study clean
 .PRECIOUS: .engines/%/ready
 
 setup: $(VENV)/ready
@@ -56,6 +60,12 @@ test: setup
 
 coverage: setup
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html tests
+
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+sanitize: setup
+	PYTHONPATH=tests $(BIN)/python -m sanitizers $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -45,7 +45,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 # One thread per test process: `pytest -n` is what uses the other cores.
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile("em_kernels", deadline=None, derandomize=True, print_blob=True)
+EVERY_TIME = dict(deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile("em_kernels", derandomize=True, **EVERY_TIME)
+hypothesis.settings.register_profile("fuzz", **EVERY_TIME)  # of make fuzz
 hypothesis.settings.load_profile("em_kernels")
 
 

@@ -15,7 +15,7 @@ from em_kernels.evaluator.records import Answer, by_problem, write_json
 from em_kernels.lm.data import encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
-from em_kernels.lm.settings import check_int, fraction, positive
+from em_kernels.lm.settings import check_flag, check_int, fraction, positive
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def evaluate(
         TypeError, ValueError: a bad argument, or a prompt longer than the model has positions.
     """
     _check_arguments(problems, samples, temperature, top_p, greedy, batch_size)
+    check_int("max_new_tokens", max_new_tokens, 1)
+    check_int("seed", seed, 0)
+    check_flag("progress", progress)
+    if not isinstance(judge, str) and not callable(judge):
+        raise TypeError(f"judge must be a name or a function, got {type(judge).__name__}")
     judge = make_judge(judge) if isinstance(judge, str) else judge
     pairs = problem_pairs(problems, answers_needed=True)
     prompts = [encode_prompt(tokenizer, problem) for problem, _ in pairs]
@@ -136,6 +141,9 @@ def _accuracy(by_problem: dict[int, list[Answer]]) -> tuple[float | None, float 
 
 
 def _check_arguments(problems, samples, temperature, top_p, greedy, batch_size) -> None:
+    if isinstance(problems, str) or not isinstance(problems, Sequence):
+        raise TypeError(f"problems must be a sequence of pairs, got {type(problems).__name__}")
+    check_flag("greedy", greedy)
     if not problems:
         raise ValueError("problems must have at least one problem, got none")
     check_int("samples", samples, 0)

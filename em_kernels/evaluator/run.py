@@ -8,6 +8,7 @@ answer is drawn from its own seed, so they are those of an uninterrupted one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ USUAL: dict[str, Any] = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "max_ne
 
 
 def _temperatures(name: str, values) -> tuple[float, ...]:
-    values = tuple(float(v) for v in ([values] if isinstance(values, (int, float)) else values))
+    several = [values] if isinstance(values, (int, float)) else values
+    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
+        raise TypeError(f"{name} must be numbers, got {values!r}")
+    try:
+        values = tuple(float(value) for value in several)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be numbers, got {values!r}") from None
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name} must be different numbers, got {values}")
     return tuple(not_negative("temperature", value) for value in values)
@@ -125,7 +132,7 @@ class EvalConfig:
     )
     dtype: str = setting("float32", "of the model", choices=DTYPES)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", check=device_text)
-    seed: int = setting(0, "of the sampling")
+    seed: int = setting(0, "of the sampling", check=at_least(0))
 
     def __post_init__(self):
         check_settings(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,11 +21,50 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+MOST_RESAMPLES, MOST_BINS = 10**8, 10**5
 
 
 def require_scipy() -> ModuleType:
     """scipy.stats, or an ImportError that says how to get it."""
     return require("scipy.stats", "'em-kernels[eval]'")
+
+
+def _check_whole(name: str, value: Any, least: int = 0, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if int(value) < least or (most is not None and int(value) > most):
+        rule = f"{least} or more" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def _column(name: str, values: Sequence[float] | ndarray, finite: bool = False) -> ndarray:
+    """One number an observation, in float64."""
+    import numpy as np
+
+    try:
+        found = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise TypeError(f"{name} must be a sequence of numbers, got {error}") from None
+    if found.ndim != 1 or (found.dtype.kind not in "fiub" and len(found)):
+        got = f"{type(values).__name__} of {found.dtype} and shape {found.shape}"
+        raise TypeError(f"{name} must be a sequence of numbers, got {got}")
+    column = found.astype(np.float64)
+    if finite and not np.isfinite(column).all():
+        raise ValueError(f"{name} must be finite, got {column[~np.isfinite(column)][0]}")
+    return column
+
+
+def _truths(name: str, values: Sequence[bool] | ndarray) -> ndarray:
+    """Whether each answer is right: 0 and 1 are that too."""
+    column = _column(name, values)
+    if not ((column == 0) | (column == 1)).all():
+        raise ValueError(f"{name} must be true or false for each answer, got other numbers")
+    return column.astype(bool)
+
+
+def _check_resampling(resamples: int, seed: int) -> None:
+    _check_whole("resamples", resamples, 1, MOST_RESAMPLES)
+    _check_whole("seed", seed)
 
 
 class Interval(NamedTuple):
@@ -43,11 +83,13 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
         k: in [1, n].
 
     Raises:
-        ValueError: k or c out of range.
+        TypeError, ValueError: no numbers; k or c out of range.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (2021),
     arXiv:2107.03374.
     """
+    for name, value in (("correct", correct), ("samples", samples), ("k", k)):
+        _check_whole(name, value)
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], the number of samples, got {k!r}")
     if not 0 <= correct <= samples:
@@ -64,12 +106,19 @@ def majority_at_k(clusters: Clusters, correct: Sequence[bool], k: int) -> float:
         k: in [1, number of answers].
 
     Raises:
-        ValueError: k out of range.
+        TypeError, ValueError: clusters that are no sequence; k out of range; more or fewer
+            `correct` than answers.
     """
+    if isinstance(clusters, str) or not isinstance(clusters, Sequence):
+        raise TypeError(f"clusters must be a sequence, got {type(clusters).__name__}")
+    _check_whole("k", k)
+    truths = _truths("correct", correct)
+    if len(truths) != len(clusters):
+        raise ValueError(f"correct must have {len(clusters)} entries, got {len(truths)}")
     if not 1 <= k <= len(clusters):
         raise ValueError(f"k must be in [1, {len(clusters)}], the number of samples, got {k!r}")
     elected = majority(clusters[:k])
-    pairs = zip(clusters[:k], correct)
+    pairs = zip(clusters[:k], truths)
     return float(any(right for c, right in pairs if c is not None and c == elected))
 
 
@@ -83,18 +132,21 @@ def bootstrap(
     """Mean over problems with a percentile bootstrap interval; problems are drawn with replacement.
 
     Raises:
-        ValueError: no values, or a confidence outside (0, 1).
+        TypeError, ValueError: no values, or no numbers; a confidence outside (0, 1).
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), percentile interval.
     """
     import numpy as np
 
     stats = require_scipy()
-    if not len(values):
+    x = _column("values", values)
+    if not len(x):
         raise ValueError("values must have at least one value, got none")
+    if isinstance(confidence, bool) or not isinstance(confidence, Real):
+        raise TypeError(f"confidence must be a number, got {type(confidence).__name__}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
-    x = np.asarray(values, dtype=np.float64)
+    _check_resampling(resamples, seed)
     mean = float(x.mean())
     if not x.std() > 0:  # one value, or all of them equal, or NaN
         return Interval(mean, mean, mean)
@@ -139,16 +191,19 @@ def compare(
     are at most `resamples`, else of random ones, the observed one included.
 
     Raises:
-        ValueError: different numbers of problems, or none.
+        TypeError, ValueError: no numbers; different numbers of problems, or none.
 
     Source: Fisher, The Design of Experiments (1935), randomisation test of paired differences;
     Phipson and Smyth (2010) for counting the observed pattern.
     """
-    import numpy as np
 
-    if len(a) != len(b):
-        raise ValueError(f"a and b must be of the same problems, got {len(a)} and {len(b)}")
-    difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    first, second = _column("a", a), _column("b", b)
+    if len(first) != len(second) or not len(first):
+        raise ValueError(
+            f"a and b must be of the same problems, got {len(first)} and {len(second)}"
+        )
+    _check_resampling(resamples, seed)
+    difference = second - first
     interval = bootstrap(difference, resamples=resamples, seed=seed)
     return Comparison(
         *interval,
@@ -198,14 +253,16 @@ def calibration(
         bins: equal-width bins of [0, 1]; empty ones are left out of the result.
 
     Raises:
-        ValueError: different lengths, no answers, or a confidence outside [0, 1].
+        TypeError, ValueError: no numbers, different lengths, no answers, or a confidence outside
+            [0, 1].
 
     Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (2015),
     ECE; Brier (1950); AUROC as the Mann-Whitney statistic, ties counting half.
     """
     import numpy as np
 
-    p, y = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    p, y = _column("confidence", confidence), _truths("correct", correct).astype(np.float64)
+    _check_whole("bins", bins, 1, MOST_BINS)
     if len(p) != len(y) or not len(p):
         raise ValueError(f"confidence and correct must be as many, got {len(p)} and {len(y)}")
     if not ((p >= 0) & (p <= 1)).all():
@@ -219,9 +276,9 @@ def calibration(
 
 def auroc(score: Sequence[float] | ndarray, correct: Sequence[bool] | ndarray) -> float | None:
     """The chance that a right answer scores above a wrong one, ties half; None without both."""
-    import numpy as np
-
-    x, y = np.asarray(score, dtype=np.float64), np.asarray(correct, dtype=bool)
+    x, y = _column("score", score), _truths("correct", correct)
+    if len(x) != len(y):
+        raise ValueError(f"score and correct must be as many, got {len(x)} and {len(y)}")
     right, wrong = x[y], x[~y]
     if not len(right) or not len(wrong):
         return None
@@ -247,14 +304,16 @@ def fit_entropy_law(entropy: Sequence[float], performance: Sequence[float]) -> E
         performance: R at each, e.g. accuracies.
 
     Raises:
-        ValueError: different lengths, or fewer than two different entropies.
+        TypeError, ValueError: numbers that are not finite, different lengths, or fewer than two
+            different entropies.
 
     Source: Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
     Models" (2025), arXiv:2505.22617.
     """
     import numpy as np
 
-    x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(performance, dtype=np.float64)
+    x = np.exp(_column("entropy", entropy, finite=True))
+    y = _column("performance", performance, finite=True)
     if len(x) != len(y) or len(set(x.tolist())) < 2:
         raise ValueError(
             f"a fit needs as many entropies as performances, two of them different, got {len(x)} "

@@ -40,6 +40,8 @@ def problem_pairs(
         TypeError, ValueError: text that is empty or no Unicode; an answer that is no text, or is
             missing where they are needed.
     """
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise TypeError(f"problems must be (problem, answer) pairs, got {type(pairs).__name__}")
     pairs = tuple(pairs)
     for pair in pairs:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -181,8 +183,11 @@ def find_template(text: str) -> str:
     """The template of the preset called `text`, or the text itself.
 
     Raises:
+        TypeError: it is no text.
         ValueError: it is neither a preset nor a template.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"template must be text, got {type(text).__name__}")
     preset = PRESETS.get(text.lower())
     template = text if preset is None else preset.template
     check_template(template)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
@@ -117,8 +118,8 @@ def check_setting(cls: type, name: str, value: Any) -> Any:
         check_choice(name, value, told.choices)
     if value is None and kind.optional:
         return value
-    if kind.of is bool and not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if kind.of is bool:
+        check_flag(name, value)
     if told.check is not None:
         value = told.check(name, value)
     elif kind.of is str and told.choices is None and not isinstance(value, kind.whole):
@@ -128,6 +129,11 @@ def check_setting(cls: type, name: str, value: Any) -> Any:
         for one in value:
             check_choice(name, one, told.choices)
     return value
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_int(name: str, value: Any, least: int) -> int:
@@ -141,7 +147,8 @@ def check_int(name: str, value: Any, least: int) -> int:
 def check_float(name: str, value: Any, good: Callable[[float], bool], rule: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not good(value):
+    # No float holds a larger int, and math.isfinite would raise.
+    if not (abs(value) <= sys.float_info.max and good(value)):
         raise ValueError(f"{name} must be {rule} and finite, got {value!r}")
     return value
 
@@ -170,9 +177,12 @@ finite = number(math.isfinite, "a number")
 def path_text(name: str, value: Any) -> str:
     """A path or a name, as text."""
     try:
-        return str(os.fspath(value))
+        path = os.fspath(value)
     except TypeError:
-        raise TypeError(f"{name} must be a path or a name, got {value!r}") from None
+        path = None
+    if not isinstance(path, str):  # bytes are paths too
+        raise TypeError(f"{name} must be a path or a name, got {value!r}")
+    return path
 
 
 def texts(name: str, value: Any) -> tuple[Any, ...]:

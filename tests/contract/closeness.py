@@ -29,6 +29,7 @@ LIMIT = {torch.float32: 2e-6, torch.float64: 1e-13}
 CONDITION = {"logit_mean": 10, "logit_var": 5, "logit_skew": 30, "entropy_slope": 30}
 # The terms of a result that may cancel: what its rounding is measured by.
 SIZE = {"max": 1, "lse": 1, "logit_mean": 1, "logit_skew": 1, "entropy_slope": 1e-3}
+SIZE["self_certainty"] = 1  # lse - mean z - log n of a row that is nearly uniform
 # A row of a gradient: ||error|| <= GRADIENT * ||row||. Half a rounding to 16 bits where the row is
 # nearly one entry, 2^-8 and 2^-11; for float32 and float64 the sums, as above.
 GRADIENT = {

@@ -92,10 +92,9 @@ class Subject(NamedTuple):
 
 def pick(values, rows):
     """The same spec or upstream of some of the rows."""
-    count = len(next(v for v in values if torch.is_tensor(v)))
-    return type(values)(
-        *(v[rows].contiguous() if torch.is_tensor(v) and len(v) == count else v for v in values)
-    )
+    of_rows = {name: v for name, v in values._asdict().items() if name != "bias"}
+    picked = {name: v[rows].contiguous() for name, v in of_rows.items() if torch.is_tensor(v)}
+    return values._replace(**picked)
 
 
 def misaligned(x: Tensor, by: int) -> Tensor:

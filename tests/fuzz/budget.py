@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 FACTOR = int(os.environ.get("EM_KERNELS_FUZZ", "1"))
 """Of `make fuzz`: how many times as many."""
-_PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+_PHASES = (Phase.explicit, Phase.generate)
 
 
 def examples(count: int) -> settings:

@@ -12,12 +12,14 @@ from helpers import DTYPES
 from hypothesis import given, note
 
 import em_kernels as em
-from em_kernels import objectives
-from fuzz import objective_tables, tables
+from em_kernels import evaluator, objectives
+from em_kernels.evaluator import statistics
+from fuzz import objective_tables, statistics_tables, tables
 from fuzz.budget import examples
 from fuzz.kinds import Place
 
-ALL = [*tables.FUNCTIONS, *objective_tables.FUNCTIONS]
+CALLED = [*tables.FUNCTIONS, *objective_tables.FUNCTIONS, *statistics_tables.FUNCTIONS]
+ALL = [*CALLED, *statistics_tables.REFUSALS]
 FUNCTIONS = pytest.mark.parametrize("function", ALL, ids=lambda f: f.name)
 
 
@@ -49,6 +51,12 @@ def test_every_public_name_is_here():
     functions = {function.name for function in ALL}
     assert set(em.__all__) - set(tables.RESULTS) <= functions
     assert set(objectives.__all__) - set(objective_tables.RESULTS) <= functions
+    others = {*statistics_tables.RESULTS, *statistics_tables.OF_FILES}
+    assert set(evaluator.__all__) - others <= functions
+    made_here = (f for f in vars(statistics).values() if inspect.isfunction(f))
+    estimators = {f.__name__ for f in made_here if f.__module__ == statistics.__name__}
+    public = {name for name in estimators if not name.startswith(("_", "require"))}
+    assert public <= functions
 
 
 @FUNCTIONS
@@ -63,7 +71,7 @@ def test_every_parameter_has_a_strategy(function):
 
 
 @pytest.mark.filterwarnings("ignore:group_advantage")
-@FUNCTIONS
+@pytest.mark.parametrize("function", CALLED, ids=lambda f: f.name)
 @examples(8)
 @given(data=st.data())
 def test_what_goes_together_is_taken(function, data):

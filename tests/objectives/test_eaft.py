@@ -157,7 +157,7 @@ def test_it_is_traced_in_one_graph():
         (
             lambda h, w, t: linear_eaft_loss(h, w, t, token_weight=torch.ones(2)),
             ValueError,
-            "token_weight must have shape",
+            "token_weight must have the leading shape",
         ),
     ],
 )

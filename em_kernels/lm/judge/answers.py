@@ -55,6 +55,8 @@ def has_meaning(text: str) -> bool:
 
 def _parts(text: str | None) -> list[str]:
     """What follows the last </think>, then what precedes it; the text if there is no such tag."""
+    if not isinstance(text, str | None):
+        raise TypeError(f"text must be a text or None, got {type(text).__name__}")
     thought, tag, said = (text or "").rpartition("</think>")
     return [said, thought] if tag else [said]
 
