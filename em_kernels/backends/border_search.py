@@ -21,33 +21,39 @@ _BITS = 4  # of the interval, a pass
 _WAYS = 1 << _BITS
 
 
-def search(above: Above, top: Tensor, truncation: Tensor, min_p_first: bool, vocab: int) -> Border:
-    """`find_border` of rows whose largest z is `top` (N,), NaN where a row cannot be computed."""
+def search(
+    above: Above,
+    top: Tensor,
+    truncation: Tensor,
+    min_p_first: bool,
+    vocab: int,
+    c: float | Tensor,
+) -> Border:
+    """`find_border` of rows whose largest u is `top` (N,), NaN where a row cannot be computed."""
     limits = Limits.of(truncation)
     usable = top.isfinite()
     top = torch.where(usable, top, 0)
     least = torch.full_like(top, -torch.inf)
     top_k = limits.top_k.nan_to_num().clamp(min=1)
     level_k = _first_level(lambda counts, _: counts < top_k[:, None], above, least, top)
-    level_m = limits.level_of_min_p(top)
+    level_m = limits.level_of_min_p(top, c)
     base = torch.maximum(level_k, level_m) if min_p_first else level_k
     _, (total,) = _unbound(above(_before(base)[:, None], None))
     mass = limits.mass(total, top.dtype)
     some = limits.top_p < 1
     level_p = _first_level(lambda _, sums: sums < mass[:, None], above, base, top)
-    first = _first_of_ties(above, level_p, top, mass, vocab)
+    first = _first_of_ties(above, level_p, c * (level_p.double() - top.double()), mass, vocab)
     level = torch.maximum(base, torch.where(some, level_p, base))
     level = torch.maximum(level, level_m)
     first = torch.where((level == level_p) & some, first, 0)
     return limits.border(torch.where(usable, top, torch.nan), level, first)
 
 
-def _first_of_ties(above: Above, level: Tensor, top: Tensor, mass: Tensor, vocab: int) -> Tensor:
-    """The least id that top_p keeps of the entries at its level: those of the highest ids, as many
+def _first_of_ties(above: Above, level: Tensor, d: Tensor, mass: Tensor, vocab: int) -> Tensor:
+    """The least id that top_p keeps of the entries at its level, of which each is e^d: those of the highest ids, as many
     as have less than `mass` before them, and one."""
     (over, upto), (before, _) = _unbound(above(torch.stack([level, _before(level)], 1), None))
-    each = (level.double() - top.double()).exp()
-    kept = ((mass - before) / each).ceil().clamp(min=1)
+    kept = ((mass - before) / d.exp()).ceil().clamp(min=1)
     left_out = (upto - over - kept).clamp(min=0)
     low, high = torch.zeros_like(over), torch.full_like(over, vocab - 1)
 

@@ -1,10 +1,10 @@
 """Chosen ids of a row: their log-probabilities, their ranks, and the gradient, around any backend.
 
-With z of the row kernels, m = max z, d_k = z_{id_k} - m and l_k = d_k - log1p(r), which is exact to
-rounding in relative terms where one id has nearly all the mass (d = 0, l = -log1p(r)):
+With u and c of the row kernels, m = max u, d_k = c (u_{id_k} - m) and l_k = d_k - log1p(r), which is
+exact to rounding in relative terms where one id has nearly all the mass (d = 0, l = -log1p(r)):
 
-    logprob_k = l_k        rank_k = |{v: z_v > z_k}|
-    is_top1_k = (no v has z_v > z_k, or z_v = z_k with v < id_k)
+    logprob_k = l_k        rank_k = |{v: u_v > u_k}|
+    is_top1_k = (no v has u_v > u_k, or u_v = u_k with v < id_k)
 
 For upstream gradients g_k, G_y = sum of g_k over id_k = y (an id may be there twice), and those of
 the entropy and of lse, g_H and g_lse,
@@ -38,6 +38,7 @@ from em_kernels.backends.interface import (
     where_rows,
 )
 from em_kernels.backends.specs import as_ids, spec_of_slice, upstream_of_slice
+from em_kernels.backends.units import distance, inverse_temperature
 
 
 class ChosenIds(Around):
@@ -93,13 +94,13 @@ class ChosenIds(Around):
         ids = as_ids(spec.target)
         values, own = {}, self._inner.local
         able = counting(own, logits.device)
-        z = _z_at(own, self._inner, logits, spec, ids) if "logprob" in names else None
-        if z is not None:
-            d = z.double() - rows["max"][:, None].double()
-            values["logprob"] = (d - rows["log1p_r"][:, None].double()).to(z.dtype)
+        u = _u_at(own, self._inner, logits, spec, ids) if "logprob" in names else None
+        if u is not None:
+            d = _away(u, rows["max"], spec)
+            values["logprob"] = (d - rows["log1p_r"][:, None].double()).to(u.dtype)
         if names != {"logprob"}:
-            level = z if able is own else None
-            level = _z_at(able, self._inner, logits, spec, ids) if level is None else level
+            level = u if able is own else None
+            level = _u_at(able, self._inner, logits, spec, ids) if level is None else level
             values |= self._places(logits, spec, level, names)
         nan = (rows["max"] - rows["max"])[:, None]  # or 0
         shaped = {}
@@ -138,8 +139,8 @@ class ChosenIds(Around):
         self._inner.grad(
             logits, plain, saved, upstream._replace(logprob=None, lse=total.to(wide)), out
         )
-        z, slope = _entries(self._inner, x, plain, ids)
-        d = z.double() - saved.max[:, None].double()
+        u, slope = _entries(self._inner, x, plain, ids)
+        d = _away(u, saved.max, spec)
         log_p = d - saved.log1p_r[:, None].double()
         p = log_p.exp()
         own = -same * torch.expm1(log_p)
@@ -176,19 +177,24 @@ def _same_and_others(ids: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     return same, others
 
 
-def _z_at(able: Backend, whole: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
-    """z at ids (N, K) as `able` has it, of the rows of `whole`; NaN where no entry is."""
+def _away(u: Tensor, top: Tensor, spec: RowSpec) -> Tensor:
+    """d of entries (N, K), float64."""
+    return distance(u.double(), top.double(), inverse_temperature(spec, u.dtype))
+
+
+def _u_at(able: Backend, whole: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
+    """u at ids (N, K) as `able` has it, of the rows of `whole`; NaN where no entry is."""
     own = ids - whole.first_entry
     here = (own >= 0) & (own < spec.valid_vocab)
-    z = torch.zeros(ids.shape, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    u = torch.zeros(ids.shape, dtype=accumulate_dtype(logits.dtype), device=logits.device)
     if spec.valid_vocab:
-        z = torch.where(here, z_of_entries(able, logits, spec, torch.where(here, own, 0)), 0)
-    both = whole.total(torch.stack([z, here.to(z.dtype)]))
+        u = torch.where(here, u_of_entries(able, logits, spec, torch.where(here, own, 0)), 0)
+    both = whole.total(torch.stack([u, here.to(u.dtype)]))
     return both[0].masked_fill(both[1] == 0, torch.nan)
 
 
-def z_of_entries(backend: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
-    """z at ids (N, K), with the very bits of a backend's kernels; -inf where there is none, and
+def u_of_entries(backend: Backend, logits: Tensor, spec: RowSpec, ids: Tensor) -> Tensor:
+    """u at ids (N, K), with the very bits of a backend's kernels; -inf where there is none, and
     where it is NaN or +inf."""
     return _entries(backend, _x_at(logits, ids), spec, ids, slopes=False)[0]
 
@@ -203,8 +209,8 @@ def _x_at(logits: Tensor, ids: Tensor) -> Tensor:
 def _entries(
     backend: Backend, x: Tensor, spec: RowSpec, ids: Tensor, slopes: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """z and dz/dx of the logits x (N, K), as of rows of one entry: whose maximum is z, and whose
-    gradient of lse is dz/dx where e^(z - max) is 1."""
+    """u and dz/dx of the logits x (N, K), as of rows of one entry: whose maximum is u, and whose
+    gradient of lse is dz/dx where e^d is 1."""
     one, scale = RowSpec(temperature=spec.temperature, softcap=spec.softcap, valid_vocab=1), 1.0
     if spec.bias is None:
         one = one._replace(logit_scale=spec.logit_scale)
@@ -214,11 +220,11 @@ def _entries(
     if spec.temperature_rows is not None:
         one = one._replace(temperature_rows=spec.temperature_rows.repeat_interleave(x.shape[1]))
     rows = x.reshape(1, -1, 1)
-    z: Tensor = backend.stats(rows, one, ())[0]
+    u: Tensor = backend.stats(rows, one, ())[0]
     if not slopes:
-        return z.nan_to_num(nan=-torch.inf).view(x.shape), z
+        return u.nan_to_num(nan=-torch.inf).view(x.shape), u
     least = torch.finfo(x.dtype).max ** 0.5  # of -inf, and finite over any temperature
     rows = rows.nan_to_num(-least).clamp(min=-least, max=least)
     saved, slope = Saved(*backend.stats(rows, one, ())), torch.empty_like(rows)
     backend.grad(rows, one, saved, Upstream(lse=torch.ones_like(saved.max)), slope)
-    return z.nan_to_num(nan=-torch.inf).view(x.shape), slope.view(x.shape).double() * scale
+    return u.nan_to_num(nan=-torch.inf).view(x.shape), slope.view(x.shape).double() * scale

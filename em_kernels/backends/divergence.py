@@ -12,13 +12,19 @@ has no correct digit left. Since sum p = sum q = sum m = 1,
 
     KL(p || m) = sum_v p_v (e^-u - 1 + u)       u_v = log(p_v / m_v)
 
-has terms that are all >= 0, and so KL(q || m). With delta_v = log(p_v / q_v), which is (z_v - w_v)
-- (lse_z - lse_w) and nearly exact where it is small,
+has terms that are all >= 0, and so KL(q || m). With z = c u and w = c' y in the units of either row
+(`units`), m and m' their maxima,
+
+    delta_v = log(p_v / q_v) = c (u_v - m) - c' (y_v - m') - gap      gap = log1p(r_z) - log1p(r_w)
+                             = 2 c ((u_v / 2 - y_v / 2) - (m / 2 - m' / 2)) - gap     where c = c'
+
+of which the second is nearly exact where the rows are alike, and infinite only where no float holds
+it. Then
 
     log(p / m) = -log1p(b expm1(-delta)) = log(q / m) + delta        log(q / m) likewise
 
 of which the one with the greater of p and q is taken, and the other from it.
-An error e of lse_z - lse_w, the gap, adds e^2 / 2 to a KL of b 0 or 1, but e p_v to a gradient of
+An error e of the gap adds e^2 / 2 to a KL of b 0 or 1, but e p_v to a gradient of
 the size of p_v delta_v. It is found by sum p expm1(-delta) = sum q - sum p = expm1(-e), whose terms
 are small where delta is, and taken off the gap.
 
@@ -48,6 +54,7 @@ from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import Backend, RowSpec, Saved
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 from em_kernels.backends.specs import select_rows
+from em_kernels.backends.units import column, distance, inverse_temperature, slope, units
 
 _BLOCK_ENTRIES = 1 << 20  # of each of the copies that the definition makes
 _NEAR = 0.5  # |u| below which e^-u - 1 + u is a series
@@ -129,7 +136,7 @@ def sums(
 
 
 def _rough(own: Saved, other: Saved) -> PairSaved:
-    gap = (own.max - other.max) + (own.log1p_r - other.log1p_r)
+    gap = own.log1p_r - other.log1p_r
     return PairSaved(own.max, own.log1p_r, other.max, other.log1p_r, gap, gap, gap)
 
 
@@ -152,20 +159,24 @@ def _settled(saved: PairSaved, found: Tensor, divergence: Divergence, spec: RowS
 class _Entries(NamedTuple):
     """Of some pairs of rows, (N, valid_vocab) each."""
 
-    z: Tensor
-    w: Tensor
+    u: Tensor
+    y: Tensor
     p: Tensor
     q: Tensor
     delta: Tensor  # infinite where one of p and q is 0, and 0 where both are
 
     @classmethod
     def of(cls, own: Side, other: Side, saved: PairSaved) -> _Entries:
-        z, w = (reference.transform(*side) for side in (own, other))
-        p = (z - saved.max[:, None] - saved.log1p_r[:, None]).exp()
-        q = (w - saved.other_max[:, None] - saved.other_log1p_r[:, None]).exp()
-        delta = (z - w) - saved.gap[:, None]
-        nowhere = (z == -math.inf) & (w == -math.inf)
-        return cls(z, w, p, q, delta.masked_fill(nowhere, 0))
+        u, y = (units(*side) for side in (own, other))
+        c, other_c = (inverse_temperature(side.spec, u.dtype) for side in (own, other))
+        d, other_d = distance(u, saved.max, c), distance(y, saved.other_max, other_c)
+        p = (d - saved.log1p_r[:, None]).exp()
+        q = (other_d - saved.other_log1p_r[:, None]).exp()
+        halves = (u / 2 - y / 2) - (saved.max / 2 - saved.other_max / 2)[:, None]
+        same = column(torch.as_tensor(c == other_c, device=u.device))
+        delta = torch.where(same, halves * column(c) * 2, d - other_d)
+        nowhere = ((p == 0) & (q == 0)) | ((u == -math.inf) & (y == -math.inf))
+        return cls(u, y, p, q, (delta - saved.gap[:, None]).masked_fill(nowhere, 0))
 
     def ratios(self, mixed: float) -> tuple[Tensor, Tensor, Tensor]:
         """(m, log(p / m), log(q / m))"""
@@ -235,12 +246,12 @@ def define_grad(
         entries = _Entries.of(mine, theirs, known)
         found = _gradients(entries, known, divergence)
         bad = known.max.isnan() | known.other_max.isnan()
-        sides = zip(found, (mine, theirs), (entries.z, entries.w), weights, out, strict=True)
-        for gradient, side, z, weight, place in sides:
+        sides = zip(found, (mine, theirs), (entries.u, entries.y), weights, out, strict=True)
+        for gradient, side, u, weight, place in sides:
             if weight is None or place is None:
                 continue
             g = gradient * weight[rows, None]
-            g = g * reference._slope(z, z == -math.inf, side.spec)
+            g = g * slope(u, side.spec)
             g = g.masked_fill(bad[:, None], math.nan)
             if side.spec.mask is not None:
                 g = g.masked_fill(~side.spec.mask[:, None], 0)

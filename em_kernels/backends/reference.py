@@ -2,19 +2,23 @@
 
 Per row, with everything after loading in float32 (float64 inputs stay float64):
 
-    z   = softcap(logit_scale * x + bias) / T        softcap(u) = c * tanh(u / c)
-    m   = max_v z_v        a = first argmax          d_v = z_v - m
+    z   = softcap(logit_scale * x + bias) / T        softcap(u) = s * tanh(u / s)
+        = c u                                        u and c as `units` has them
+    m   = max_v u_v        a = first argmax          d_v = c (u_v - m)
     r   = sum_{v != a} exp(d_v)                      q = sum_{v != a} exp(d_v) d_v
-    lse = m + log1p(r)                               E = q / (1 + r)
+    lse = c m + log1p(r)                             E = q / (1 + r)
     entropy H = log1p(r) - E                         logprob_y = d_y - log1p(r)
     dH/dz_v = p_v (E - d_v)    dlogprob_y/dz_v = 1[v=y] - p_v    dlse/dz_v = p_v
+
+The maximum is taken off before the one product: finite logits whose z no float holds have the
+softmax that they have, and d is 0 at the maximum whatever T.
 
 Leaving the maximum out of `r` keeps relative accuracy when the model is nearly certain: at
 H = 1e-9 the textbook `lse - sum_v p_v z_v` has no correct digit left in float32.
 
 A -inf logit has probability 0 and adds 0 to every sum; a row holding NaN or +inf, or no finite
 logit, is NaN in all its outputs; a row that is masked is exactly 0 in all of them. What a sampler
-left out (`truncation`) has z = -inf, and all that follows from it; the logprob of a target that is
+left out (`truncation`) has u = -inf, and all that follows from it; the logprob of a target that is
 left out is -inf, a constant.
 
 `stats` is differentiable by autograd (that is how the closed forms in `grad` are tested); `stats`,
@@ -36,73 +40,70 @@ from em_kernels.backends.interface import (
     RowSpec,
     Saved,
     Upstream,
-    accumulate_dtype,
     has_ids,
     where_rows,
 )
+from em_kernels.backends.moments import moments
 from em_kernels.backends.specs import as_ids, has_support, select_rows
 from em_kernels.backends.truncation import Border, Limits, find_border, is_in_set, is_outside
+from em_kernels.backends.units import column, distance, inverse_temperature, is_good, slope, units
 
 _BLOCK_ENTRIES = 1 << 22  # of the copies of rows that `above` makes
 
 
 def transform(logits: Tensor, spec: RowSpec) -> Tensor:
     """z = softcap(logit_scale * x + bias) / T over the valid vocabulary: (N, valid_vocab)."""
-    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])  # a shard may have no entry
-    x = rows[:, : spec.valid_vocab]
-    u = x.to(accumulate_dtype(x.dtype)) * spec.logit_scale
-    if spec.bias is not None:
-        u = u + spec.bias[: spec.valid_vocab].to(u.dtype)
-    excluded = u == -math.inf
-    if spec.softcap:
-        infinite = u == math.inf
-        u = torch.where(infinite, u, spec.softcap * torch.tanh(u / spec.softcap))
-    z = u / _temperature(spec, u)
-    return z.masked_fill(excluded, -math.inf)
+    u = units(logits, spec)
+    return u * column(inverse_temperature(spec, u.dtype))
 
 
-def kept(z: Tensor, spec: RowSpec) -> Tensor:
-    """z, -inf outside of what a sampler kept."""
+def kept(u: Tensor, spec: RowSpec) -> Tensor:
+    """u, -inf outside of what a sampler kept."""
     if spec.kept_rows is not None and spec.kept_ids is not None:
-        return z.masked_fill(~is_in_set(z.detach(), spec.kept_ids, spec.kept_rows), -math.inf)
+        return u.masked_fill(~is_in_set(u.detach(), spec.kept_ids, spec.kept_rows), -math.inf)
     if spec.border is not None:
         level, first, _ = spec.border.unbind(-1)
-        return z.masked_fill(is_outside(z.detach(), Border(level.to(z.dtype), first)), -math.inf)
+        return u.masked_fill(is_outside(u.detach(), Border(level.to(u.dtype), first)), -math.inf)
     if spec.truncation is None:
-        return z
-    border = find_border(z, spec.truncation, spec.min_p_first)
-    return z.masked_fill(is_outside(z.detach(), border), -math.inf)
+        return u
+    border = find_border(u, spec.truncation, spec.min_p_first, inverse_temperature(spec, u.dtype))
+    return u.masked_fill(is_outside(u.detach(), border), -math.inf)
 
 
 def stats(logits: Tensor, spec: RowSpec, outputs: tuple[str, ...]) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,); see the module's docstring."""
-    whole = transform(logits, spec)
-    z = kept(whole, spec)
-    usable = torch.isfinite(z.detach().amax(-1)) & ~z.detach().isnan().any(-1)
-    usable = usable & _good_arguments(spec)
-    z = torch.where(usable[:, None], z, 0)
-    argmax = z.argmax(-1, keepdim=True)
-    m = z.gather(1, argmax)
-    d = z - m
-    excluded = d == -math.inf
-    d = d.masked_fill(excluded, 0)
-    e = d.exp().masked_fill(excluded, 0)
+    whole = units(logits, spec)
+    u = kept(whole, spec)
+    c = inverse_temperature(spec, u.dtype)
+    usable = torch.isfinite(u.detach().amax(-1)) & ~u.detach().isnan().any(-1)
+    usable = usable & _good_arguments(spec, c, u.dtype)
+    u = torch.where(usable[:, None], u, 0)
+    c = torch.where(usable, c, 1) if isinstance(c, Tensor) else c
+    argmax = u.argmax(-1, keepdim=True)
+    m = u.gather(1, argmax)
+    m = m[:, 0]
+    away = distance(u, m, c)
+    nothing = away.detach().exp() == 0
+    d = away.masked_fill(nothing, 0)
+    e = d.exp().masked_fill(nothing, 0)
     others = e.scatter(1, argmax, 0)
     r = others.sum(-1)
     log1p_r = torch.log1p(r)
     mean_d = (others * d).sum(-1) / (1 + r)
 
-    values = {"entropy": log1p_r - mean_d, "lse": m[:, 0] + log1p_r, "max_prob": 1 / (1 + r)}
+    values = {"entropy": log1p_r - mean_d, "lse": m * c + log1p_r, "max_prob": 1 / (1 + r)}
     if spec.target is not None:
-        values.update(_of_ids(spec, torch.where(excluded, -math.inf, d), log1p_r, argmax))
+        away = away.masked_fill(u == -math.inf, -math.inf)
+        values.update(_of_ids(spec, away, log1p_r, argmax))
     if "kept_mass" in outputs:
-        values["kept_mass"] = (values["lse"] - whole.detach().logsumexp(-1)).exp()
+        whole = torch.where(usable[:, None], whole.detach(), 0)
+        values["kept_mass"] = _kept_mass(whole, m, c, log1p_r)
     if NEEDS_SECOND_ORDER.intersection(outputs):
         values.update(_second_order(e / (1 + r)[:, None], d, log1p_r, mean_d, values))
     if NEEDS_LOGIT_MOMENTS.intersection(outputs):
-        values.update(_logit_moments(z, z == -math.inf, values["lse"]))
+        values.update(_logit_moments(u, m, c, log1p_r))
 
-    rows = [m[:, 0], log1p_r, mean_d, *(values[name] for name in outputs)]
+    rows = [m, log1p_r, mean_d, *(values[name] for name in outputs)]
     return [_apply_row_rules(row, usable, spec.mask) for row in rows]
 
 
@@ -123,6 +124,13 @@ def _of_ids(spec: RowSpec, d: Tensor, log1p_r: Tensor, argmax: Tensor) -> dict[s
     return {name: torch.where(ids == PADDING, 0, value) for name, value in values.items()}
 
 
+def _kept_mass(whole: Tensor, m: Tensor, c: float | Tensor, log1p_r: Tensor) -> Tensor:
+    """1 + r of what is kept over that of the whole row."""
+    top = whole.amax(-1)
+    total = distance(whole, top, c).exp().sum(-1)
+    return ((m - top) * c + log1p_r).exp() / total
+
+
 def _second_order(
     p: Tensor, d: Tensor, log1p_r: Tensor, mean_d: Tensor, values: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -139,16 +147,15 @@ def _second_order(
     return out
 
 
-def _logit_moments(z: Tensor, excluded: Tensor, lse: Tensor) -> dict[str, Tensor]:
+def _logit_moments(u: Tensor, m: Tensor, c: float | Tensor, log1p_r: Tensor) -> dict[str, Tensor]:
     """Population mean, variance and skewness of the finite logits, and KL(uniform || p)."""
-    count = (~excluded).sum(-1).to(z.dtype)
-    mean = z.masked_fill(excluded, 0).sum(-1) / count
-    away = (z - mean[:, None]).masked_fill(excluded, 0)
-    var = (away**2).sum(-1) / count
-    third = (away**3).sum(-1) / count
-    skew = torch.where(var > 0, third / var.clamp(min=torch.finfo(z.dtype).tiny) ** 1.5, 0)
-    certainty = lse - mean - count.log()
-    return {"logit_mean": mean, "logit_var": var, "logit_skew": skew, "self_certainty": certainty}
+    found = moments(u, m)
+    return {
+        "logit_mean": found.mean_units(m) * c,
+        "logit_var": found.in_units(found.root, c) ** 2,
+        "logit_skew": found.skew,
+        "self_certainty": log1p_r - found.in_units(found.mean, c) - found.count.log(),
+    }
 
 
 def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor) -> None:
@@ -156,21 +163,20 @@ def grad(logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: T
 
     `out` may be narrower than `logits`; row i of both may then begin at the same byte.
     """
-    z = kept(transform(logits, spec), spec)
-    d = z - saved.max[:, None]
-    excluded = d == -math.inf
-    d = d.masked_fill(excluded, 0)
-    p = (d - saved.log1p_r[:, None]).exp().masked_fill(excluded, 0)
-    gz = torch.zeros_like(z)
+    u = kept(units(logits, spec), spec)
+    d = distance(u, saved.max, inverse_temperature(spec, u.dtype))
+    p = (d - saved.log1p_r[:, None]).exp()
+    gz = torch.zeros_like(u)
     if upstream.entropy is not None:
-        gz += upstream.entropy[:, None] * p * (saved.mean_d[:, None] - d)
+        away = (saved.mean_d[:, None] - d).masked_fill(p == 0, 0)
+        gz += upstream.entropy[:, None] * p * away
     if upstream.lse is not None:
         gz += upstream.lse[:, None] * p
     if upstream.logprob is not None and spec.target is not None:
         target = _safe_target(spec.target, spec)
-        g = _kept_logprob(upstream.logprob, excluded, target, spec)
-        gz += g[:, None] * _logprob_grad(p, d, excluded, target, saved)
-    gx = gz * _slope(z, excluded, spec)
+        g = _kept_logprob(upstream.logprob, u == -math.inf, target, spec)
+        gz += g[:, None] * _logprob_grad(p, d, target, saved)
+    gx = gz * slope(u, spec)
     # 0 * NaN would leak a masked row's NaN, and exp() forgets that a saved maximum was NaN.
     gx = torch.where(saved.max.isnan()[:, None], math.nan, gx)
     if spec.mask is not None:
@@ -189,11 +195,11 @@ def loss(
     return rows
 
 
-def _logprob_grad(p: Tensor, d: Tensor, excluded: Tensor, target: Tensor, saved: Saved) -> Tensor:
+def _logprob_grad(p: Tensor, d: Tensor, target: Tensor, saved: Saved) -> Tensor:
     """1[v=y] - p_v, with 1 - p_y taken as -expm1(log p_y): exact as p_y -> 1."""
-    log_p = torch.where(excluded, -math.inf, d - saved.log1p_r[:, None])
     own = target[:, None]
-    return (-p).scatter(1, own, -torch.expm1(log_p.gather(1, own)))
+    log_p = d.gather(1, own) - saved.log1p_r[:, None]
+    return (-p).scatter(1, own, -torch.expm1(log_p))
 
 
 def _kept_logprob(g: Tensor, excluded: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
@@ -201,21 +207,6 @@ def _kept_logprob(g: Tensor, excluded: Tensor, target: Tensor, spec: RowSpec) ->
     if not has_support(spec):
         return g
     return g.masked_fill(excluded.gather(1, target[:, None])[:, 0], 0)
-
-
-def _slope(z: Tensor, excluded: Tensor, spec: RowSpec) -> Tensor | float:
-    """dz/dx = logit_scale * (1 - tanh^2) / T."""
-    temperature = _temperature(spec, z)
-    if not spec.softcap:
-        return spec.logit_scale / temperature
-    tanh = (z * temperature / spec.softcap).masked_fill(excluded, -1)
-    return spec.logit_scale * (1 - tanh * tanh) / temperature
-
-
-def _temperature(spec: RowSpec, like: Tensor) -> Tensor | float:
-    if spec.temperature_rows is None:
-        return spec.temperature
-    return spec.temperature_rows.to(like.dtype)[:, None]
 
 
 def _safe_target(target: Tensor, spec: RowSpec) -> Tensor:
@@ -227,14 +218,14 @@ def _in_range(target: Tensor, spec: RowSpec) -> Tensor:
     return (target >= 0) & (target < spec.valid_vocab)
 
 
-def _good_arguments(spec: RowSpec) -> Tensor | bool:
-    """False in rows of a target out of range or a temperature not positive and finite."""
-    good = True if spec.target is None or has_ids(spec) else _in_range(spec.target, spec)
+def _good_arguments(spec: RowSpec, c: float | Tensor, dtype: torch.dtype) -> Tensor | bool:
+    """False in rows of a target out of range, or a temperature that leaves no c."""
+    good = is_good(c, dtype)
+    if spec.target is not None and not has_ids(spec):
+        good = good & _in_range(spec.target, spec)
     if spec.truncation is not None:
         good = good & Limits.of(spec.truncation).good()
-    if spec.temperature_rows is None:
-        return good
-    return good & (spec.temperature_rows > 0) & spec.temperature_rows.isfinite()
+    return good
 
 
 def _apply_row_rules(row: Tensor, usable: Tensor, mask: Tensor | None) -> Tensor:
@@ -252,10 +243,11 @@ def above(
     step = max(1, _BLOCK_ENTRIES // max(1, vocab))
     for part in (slice(begin, begin + step) for begin in range(0, rows, step)):
         at = torch.arange(rows, device=logits.device)[part]
-        z = transform(logits[at // inner, at % inner], select_rows(spec, part))
-        e = None if top is None else (z.double() - top[part, None].double()).exp()
+        picked = select_rows(spec, part)
+        u = units(logits[at // inner, at % inner], picked)
+        e = None if top is None else _mass(u, top[part], picked)
         for k, level in enumerate(levels[part].unbind(1)):
-            found = _is_above(z, level[:, None], None if ids is None else ids[part, k, None])
+            found = _is_above(u, level[:, None], None if ids is None else ids[part, k, None])
             if spec.mask is not None:
                 found &= spec.mask[part, None]
             counts[part, k] = found.sum(-1)
@@ -264,10 +256,14 @@ def above(
     return counts, sums
 
 
-def _is_above(z: Tensor, level: Tensor, before: Tensor | None) -> Tensor:
+def _mass(u: Tensor, top: Tensor, spec: RowSpec) -> Tensor:
+    return distance(u.double(), top.double(), inverse_temperature(spec, u.dtype)).exp()
+
+
+def _is_above(u: Tensor, level: Tensor, before: Tensor | None) -> Tensor:
     if before is None:
-        return z > level
-    return (z > level) | ((z == level) & (torch.arange(z.shape[-1], device=z.device) < before))
+        return u > level
+    return (u > level) | ((u == level) & (torch.arange(u.shape[-1], device=u.device) < before))
 
 
 class Reference(Backend):

@@ -1,6 +1,6 @@
 """Truncated support: a backend that sees only what a sampler kept, made out of another one.
 
-Entries outside of the kept set (`truncation`) get the logit that the transform makes -inf of, in
+Entries outside of the kept set (`truncation`) get the logit of which u is -inf, in
 memory of ours, and the backend below does the rest by the rules it has for -inf: probability 0,
 gradient 0, the second derivative. Logits of the caller are never written: they are copied a piece
 of rows at a time, or to where their gradient will be.
@@ -20,9 +20,17 @@ from torch import Tensor
 from em_kernels.backends import reference, row_index
 from em_kernels.backends.around import Around
 from em_kernels.backends.border_search import search
-from em_kernels.backends.interface import BORDER, Backend, RowSpec, Saved, Upstream
+from em_kernels.backends.interface import (
+    BORDER,
+    Backend,
+    RowSpec,
+    Saved,
+    Upstream,
+    accumulate_dtype,
+)
 from em_kernels.backends.specs import has_support, select_rows, spec_of_slice, without_support
 from em_kernels.backends.truncation import Border, find_border, find_border_among, is_outside
+from em_kernels.backends.units import inverse_temperature, of_rows, units
 
 PIECE_BYTES = {"cpu": 8 << 20, "gpu": 64 << 20}  # of copies of rows, in float32
 LARGEST = 1024  # entries of a row that are looked at first
@@ -127,12 +135,13 @@ class Support(Around):
 
         def above(levels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
             own = None if ids is None else ids - inner.first_entry
-            # As `fill_outside` has z: to the last bit.
+            # As `fill_outside` has u: to the last bit.
             counts, sums = reference.above(x, bare, levels, largest, own)
             assert sums is not None
             return inner.total(counts), inner.total(sums)
 
-        border = search(above, top, spec.truncation, spec.min_p_first, entries)
+        c = inverse_temperature(bare, top.dtype)
+        border = search(above, top, spec.truncation, spec.min_p_first, entries, c)
         own = Border(border.level, border.first - inner.first_entry)
         fill_outside(x, spec, own)
         return border
@@ -156,7 +165,8 @@ def _results(
     saved, values = Saved(*rows[:3]), dict(zip(names, rows[3:], strict=True))
     zero = saved.max - saved.max  # or NaN
     if whole is not None:
-        share = (saved.max - whole.max) + (saved.log1p_r - whole.log1p_r)
+        apart = (saved.max - whole.max) * inverse_temperature(spec, zero.dtype)
+        share = apart + (saved.log1p_r - whole.log1p_r)
         values["kept_mass"] = _where_counted(share.exp().clamp(max=1), spec)
     if "is_kept" in outputs:
         kept = (values["logprob"] != -math.inf).to(zero.dtype) + zero
@@ -183,23 +193,23 @@ def cut(x: Tensor, spec: RowSpec) -> Border:
     found = []
     for piece, picked in pieces(x, spec):
         assert picked.truncation is not None
-        z = reference.transform(piece, without_support(picked))
-        border = _found(z, picked.truncation, picked.min_p_first)
-        _fill(piece, picked, is_outside(z, border))
+        u, c = units(piece, picked), inverse_temperature(picked, accumulate_dtype(piece.dtype))
+        border = _found(u, picked.truncation, picked.min_p_first, c)
+        _fill(piece, picked, is_outside(u, border))
         found.append(border)
     return Border(*(torch.cat(parts) for parts in zip(*found)))
 
 
-def _found(z: Tensor, truncation: Tensor, min_p_first: bool) -> Border:
+def _found(u: Tensor, truncation: Tensor, min_p_first: bool, c: float | Tensor) -> Border:
     """`find_border`; where looking costs nothing, rows are sorted only if their largest entries do
     not say where it is."""
-    if z.shape[-1] < SORTED_ENTRIES or not row_index.is_free_to_look(z):
-        return find_border(z, truncation, min_p_first)
-    top_k = truncation[:, 0].max().item() if len(z) else 1
+    if u.shape[-1] < SORTED_ENTRIES or not row_index.is_free_to_look(u):
+        return find_border(u, truncation, min_p_first, c)
+    top_k = truncation[:, 0].max().item() if len(u) else 1
     count = LARGEST if not top_k <= LARGEST // 4 else max(64, 4 * int(top_k))
-    border, known = find_border_among(z, truncation, min_p_first, count)
+    border, known = find_border_among(u, truncation, min_p_first, count, c)
     for rows in (~known).nonzero()[:, 0].split(SORTED_ROWS):
-        level, first = find_border(z[rows], truncation[rows], min_p_first)
+        level, first = find_border(u[rows], truncation[rows], min_p_first, of_rows(c, rows))
         border.level[rows], border.first[rows] = level, first
     return border
 
@@ -208,10 +218,10 @@ def fill_outside(x: Tensor, spec: RowSpec, border: Border) -> None:
     """Fill what is outside of borders that were found before."""
     start = 0
     for piece, picked in pieces(x, spec):
-        z = reference.transform(piece, without_support(picked))
-        own = slice(start, start + z.shape[0])
-        level, first = border.level[own].to(z.dtype), border.first[own]
-        _fill(piece, picked, is_outside(z, Border(level, first)))
+        u = units(piece, picked)
+        own = slice(start, start + u.shape[0])
+        level, first = border.level[own].to(u.dtype), border.first[own]
+        _fill(piece, picked, is_outside(u, Border(level, first)))
         start = own.stop
 
 
@@ -240,7 +250,7 @@ def keep_set(x: Tensor, spec: RowSpec) -> None:
 
 
 def _filling(spec: RowSpec) -> float:
-    """The logit whose z is -inf."""
+    """The logit whose u is -inf."""
     return -math.inf if spec.logit_scale > 0 else math.inf
 
 

@@ -4,12 +4,13 @@ For a backend that can go through rows in parts. A chunk is all rows, as a rule:
 the weight once, and rearrange it once, where those of many small chunks would once a chunk.
 
 Where the loss of a row is w logprob_y or w lse, and only dX is wanted, that is made on the way,
-before the sums over the whole row are known. With m the largest z so far and s_v = dz_v / dx_v,
+before the sums over the whole row are known. With z = c u (`backends/units.py`), m the largest u so far and s_v =
+dz_v / dx_v,
 
-    A = sum_v e^(z_v - m) s_v weight_v        dlse / dX = A / (1 + r)
+    A = sum_v e^(c (u_v - m)) s_v weight_v        dlse / dX = A / (1 + r)
     dlogprob_y / dX = (1 - p_y) s_y weight_y - (A less the term of y) / (1 + r)
 
-and A is multiplied by e^(m - m') where a block has a larger maximum m': the online softmax of
+and A is multiplied by e^(c (m - m')) where a block has a larger maximum m': the online softmax of
 Milakov and Gimelshein (arXiv 1805.02867, algorithm 3). That the term of y is left out keeps the
 digits of a row whose target is nearly certain.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream, accumulate_dtype
 from em_kernels.backends.specs import select_rows
+from em_kernels.backends.units import inverse_temperature
 from em_kernels.linear import products
 from em_kernels.linear.chunking import column_blocks, width_of
 from em_kernels.linear.plan import Linear, Rows
@@ -119,19 +121,21 @@ class _LseSum:
         self.linear, self.spec, self.backend = linear, spec, backend
         wide = accumulate_dtype(linear.hidden.dtype)
         self.total = linear.hidden.new_zeros(count, linear.hidden.shape[1], dtype=wide)
+        self.c = inverse_temperature(spec, wide)
         self.max: Tensor | None = None
 
     def add(self, block: Block) -> None:
         if self.max is not None:
             # NaN, and nothing to scale, where no logit was finite before.
-            self.total.mul_((self.max - block.values[0]).exp_().nan_to_num_(0)[:, None])
+            d = (self.max - block.values[0]).mul_(self.c)
+            self.total.mul_(d.exp_().nan_to_num_(0)[:, None])
         self.max = block.values[0]
         self.weigh(block)
         weight = self.linear.weight[block.columns]
         products.accumulate(self.total, block.logits.T, weight, True, self.backend)
 
     def weigh(self, block: Block) -> None:
-        """e^(z - m) s in place of the logits: the gradient of lse if r were 0."""
+        """e^d s in place of the logits: the gradient of lse if r were 0."""
         spec, max = block.spec._replace(target=None), block.values[0].nan_to_num(0)
         saved, one = Saved(max, torch.zeros_like(max), torch.zeros_like(max)), torch.ones_like(max)
         out = block.logits[None]
@@ -162,12 +166,12 @@ class _LogprobSum(_LseSum):
         return torch.addcmul(others.neg_(), own.to(others.dtype), others_mass[:, None])
 
     def _slope(self) -> Tensor:
-        """dz / dx at the targets: the gradient of rows of one entry, for which e^(z - m) is 1."""
+        """dz / dx at the targets: the gradient of rows of one entry, for which e^d is 1."""
         spec, x = self.spec, self.x_target * self.spec.logit_scale
         if spec.bias is not None:
             x = x + spec.bias[spec.target].to(x.dtype)
-        least = -(torch.finfo(self.total.dtype).max ** 0.5)  # of -inf, and finite over any T
-        x = x.to(self.total.dtype)[None, :, None].clamp(min=least)
+        most = torch.finfo(self.total.dtype).max ** 0.5  # of what is infinite
+        x = x.to(self.total.dtype)[None, :, None].clamp(min=-most, max=most)
         one = spec._replace(bias=None, target=None, logit_scale=1.0, valid_vocab=1)
         saved = Saved(*self.backend.stats(x, one, ()))
         lse = torch.ones_like(saved.max)

@@ -155,9 +155,9 @@ def kept_by_limits(
     cut = (limits.top_k or math.inf, limits.top_p, limits.min_p)
     found = [KeptSets.of(rows.new_zeros(0, len(head.weight), dtype=torch.bool))]
     for hidden, ids in zip(rows[mask].split(most), drawn.split(most)):
-        z = head.logits(hidden) / limits.temperature
-        truncation = torch.tensor(cut, dtype=torch.float64, device=z.device).expand(len(z), -1)
-        kept = ~is_outside(z, find_border(z, truncation, min_p_first))
+        u, c = head.logits(hidden), 1 / limits.temperature
+        truncation = torch.tensor(cut, dtype=torch.float64, device=u.device).expand(len(u), -1)
+        kept = ~is_outside(u, find_border(u, truncation, min_p_first, c))
         found.append(KeptSets.of(kept.scatter_(1, ids[:, None], True)))
     return KeptSets.join(found)
 
