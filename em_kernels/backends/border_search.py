@@ -50,8 +50,8 @@ def search(
 
 
 def _first_of_ties(above: Above, level: Tensor, d: Tensor, mass: Tensor, vocab: int) -> Tensor:
-    """The least id that top_p keeps of the entries at its level, of which each is e^d: those of the highest ids, as many
-    as have less than `mass` before them, and one."""
+    """The least id that top_p keeps of the entries at its level, of which each is e^d: those of the
+    highest ids, as many as have less than `mass` before them, and one."""
     (over, upto), (before, _) = _unbound(above(torch.stack([level, _before(level)], 1), None))
     kept = ((mass - before) / d.exp()).ceil().clamp(min=1)
     left_out = (upto - over - kept).clamp(min=0)

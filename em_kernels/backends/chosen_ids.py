@@ -1,7 +1,7 @@
 """Chosen ids of a row: their log-probabilities, their ranks, and the gradient, around any backend.
 
-With u and c of the row kernels, m = max u, d_k = c (u_{id_k} - m) and l_k = d_k - log1p(r), which is
-exact to rounding in relative terms where one id has nearly all the mass (d = 0, l = -log1p(r)):
+With u and c of the row kernels, m = max u, d_k = c (u_{id_k} - m) and l_k = d_k - log1p(r), which
+is exact to rounding in relative terms where one id has nearly all the mass (d = 0, l = -log1p(r)):
 
     logprob_k = l_k        rank_k = |{v: u_v > u_k}|
     is_top1_k = (no v has u_v > u_k, or u_v = u_k with v < id_k)

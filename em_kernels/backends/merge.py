@@ -1,7 +1,8 @@
 """Statistics of whole rows from those of their shards.
 
-A softmax over a row that is cut into shards is a mixture of the shards' own softmaxes: with m_k the
-largest z of shard k, L_k = m_k + log1p(r_k) its log sum of exponentials, and p_{v|k} its softmax,
+A softmax over a row that is cut into shards is a mixture of the shards' own softmaxes: with z = c u
+(`units`), m_k the largest u of shard k, m that of all, L_k = c (m_k - m) + log1p(r_k) its log sum
+of exponentials, and p_{v|k} its softmax,
 
     p_v = w_k p_{v|k},   w_k = exp(L_k) / sum_j exp(L_j)
 
@@ -23,29 +24,34 @@ from torch import Tensor
 
 from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 
-# What each output needs of every shard, besides `Saved`; "count" is its number of finite logits.
+# What each output needs of every shard, besides `Saved`: "count" is its number of finite logits,
+# "logit_away" their mean less the largest, "logit_std" their standard deviation, in units of u.
 _PARTS = {
     "logprob": ("logprob",),
     "varentropy": ("varentropy",),
     "collision": ("collision",),
     "is_top1": ("is_top1",),
     "self_certainty": ("self_certainty", "count"),
-    "logit_mean": ("logit_mean", "count"),
-    "logit_var": ("logit_mean", "logit_var", "count"),
-    "logit_skew": ("logit_mean", "logit_var", "logit_skew", "count"),
+    "logit_mean": ("logit_away", "count"),
+    "logit_var": ("logit_away", "logit_std", "count"),
+    "logit_skew": ("logit_away", "logit_std", "logit_skew", "count"),
     "entropy_slope": ("logprob", "collision", "entropy_slope"),
 }
 
+SPREAD = ("logit_away", "logit_std", "logit_skew")
+_ORDER = (*(name for name in ROW_OUTPUTS if name not in SPREAD), *SPREAD, "count")
 _FAR = -1e100  # in place of -inf: a weight of 0 times its square is 0
 
 
 def parts_of(outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics of a shard from which `merge` makes `outputs`, `Saved` first."""
     needed = {part for name in outputs for part in _PARTS.get(name, ())}
-    return (*Saved._fields, *(name for name in (*ROW_OUTPUTS, "count") if name in needed))
+    return (*Saved._fields, *(name for name in _ORDER if name in needed))
 
 
-def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...]) -> Tensor:
+def merge(
+    parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ...], c: float | Tensor
+) -> Tensor:
     """[max, log1p_r, mean_d, *outputs] of the whole rows, (S, N), NaN where a shard is NaN.
 
     Args:
@@ -54,14 +60,15 @@ def merge(parts: dict[str, Tensor], owner: Tensor | None, outputs: tuple[str, ..
             has it, and of any other entry elsewhere. A shard without a finite logit has max -inf
             and all else 0.
         owner: (N,) the shard that has the target, None without targets.
+        c: a number or (N,).
     """
-    mixture = _Mixture.of(parts)
+    mixture = _Mixture.of(parts, c)
     values = {"max": mixture.max, "log1p_r": mixture.log1p_r, "mean_d": mixture.mean_d}
-    values.update(_of_rows(mixture, parts, outputs))
+    values.update(_of_rows(mixture, parts, outputs, c))
     if owner is not None:
         values.update(_of_target(mixture, parts, owner, outputs))
     if "count" in parts:
-        values.update(_logit_moments(mixture, parts))
+        values.update(_logit_moments(mixture, parts, c))
     rows = torch.stack([values[name] for name in (*Saved._fields, *outputs)])
     return rows + (mixture.max - mixture.max)  # 0, or NaN where there is no finite maximum
 
@@ -71,16 +78,16 @@ class _Mixture(NamedTuple):
 
     log_weight: Tensor
     weight: Tensor
-    distance: Tensor  # the shard's mean of z under p minus the row's maximum
+    distance: Tensor  # the shard's mean of d under p
     leader: Tensor  # the first shard that holds the maximum
     max: Tensor
     log1p_r: Tensor
     mean_d: Tensor
 
     @classmethod
-    def of(cls, parts: dict[str, Tensor]) -> _Mixture:
+    def of(cls, parts: dict[str, Tensor], c: float | Tensor) -> _Mixture:
         top, leader = parts["max"].max(0)
-        delta = parts["max"] - top
+        delta = (parts["max"] - top) * c
         log_weight = _log_softmax(delta + parts["log1p_r"])
         weight = log_weight.exp()
         distance = delta.clamp(min=_FAR) + parts["mean_d"]
@@ -103,11 +110,11 @@ def _log_softmax(x: Tensor) -> Tensor:
 
 
 def _of_rows(
-    mixture: _Mixture, parts: dict[str, Tensor], outputs: tuple[str, ...]
+    mixture: _Mixture, parts: dict[str, Tensor], outputs: tuple[str, ...], c: float | Tensor
 ) -> dict[str, Tensor]:
     values = {}
     if "lse" in outputs:
-        values["lse"] = mixture.max + mixture.log1p_r
+        values["lse"] = mixture.max * c + mixture.log1p_r
     if "entropy" in outputs:
         values["entropy"] = mixture.log1p_r - mixture.mean_d
     if "max_prob" in outputs:
@@ -151,7 +158,9 @@ def _entropy_slope(mixture: _Mixture, parts: dict[str, Tensor], owner: Tensor) -
     return sum_shards(torch.where(shard == owner, at_owner, elsewhere))
 
 
-def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _logit_moments(
+    mixture: _Mixture, parts: dict[str, Tensor], c: float | Tensor
+) -> dict[str, Tensor]:
     """Mean, variance, third moment; KL(U || p) = sum f_k KL_k + KL(f || w) with f_k = n_k / n."""
     count = parts["count"]
     share = count / sum_shards(count)
@@ -159,18 +168,22 @@ def _logit_moments(mixture: _Mixture, parts: dict[str, Tensor]) -> dict[str, Ten
     if "self_certainty" in parts:
         ratio = torch.where(count > 0, share.log() - mixture.log_weight, 0)
         values["self_certainty"] = sum_shards(share * (parts["self_certainty"] + ratio))
-    if "logit_mean" in parts:
+    if "logit_away" in parts:
+        away = torch.where(count > 0, parts["max"] - mixture.max + parts["logit_away"], 0)
         # From one of the means, so that equal means differ from theirs by exactly 0.
-        anchor = _at(mixture.leader, parts["logit_mean"])
-        mean = anchor + sum_shards(share * (parts["logit_mean"] - anchor))
-        values["logit_mean"] = mean
-        away = parts["logit_mean"] - mean
-    if "logit_var" in parts:
-        var = sum_shards(share * (parts["logit_var"] + away**2))
-        values["logit_var"] = var
+        anchor = _at(mixture.leader, away)
+        mean = anchor + sum_shards(share * (away - anchor))
+        values["logit_mean"] = (mixture.max + mean) * c
+        away = away - mean
+    if "logit_std" in parts:
+        largest = torch.maximum(parts["logit_std"], away.abs()).amax(0)
+        unit = torch.where(largest > 0, largest, 1)  # in which squares and cubes are of size 1
+        std, away = parts["logit_std"] / unit, away / unit
+        var = sum_shards(share * (std**2 + away**2))
+        values["logit_var"] = (var.sqrt() * unit * c) ** 2
     if "logit_skew" in parts:
-        third = parts["logit_skew"] * parts["logit_var"] ** 1.5
-        third = sum_shards(share * (third + away * (3 * parts["logit_var"] + away**2)))
+        third = parts["logit_skew"] * std**3
+        third = sum_shards(share * (third + away * (3 * std**2 + away**2)))
         values["logit_skew"] = (third / var**1.5).masked_fill(var == 0, 0)
     return values
 

@@ -1,4 +1,4 @@
-"""Moments of the logits of rows, whatever their size: squares and cubes neither overflow nor vanish.
+"""Moments of the logits of rows of any size: squares and cubes neither overflow nor vanish.
 
 With m and l the largest and the least finite u of a row, h = 1/2 where m - l overflows and else 1,
 and s a power of two that brings h (m - l) into [2, 4), all of these products are exact but for what

@@ -61,8 +61,8 @@ class Side(NamedTuple):
 class PairSaved(NamedTuple):
     """What the gradients need of a pair of rows, each (N,).
 
-    max and other_max are in units of either row's u. `gap` is log1p_r less other_log1p_r, and better
-    than the difference of the two: sum q = sum p holds with it.
+    max and other_max are in units of either row's u. `gap` is log1p_r less other_log1p_r, and
+    better than the difference of the two: sum q = sum p holds with it.
     """
 
     max: Tensor

@@ -13,6 +13,7 @@ error on every rank and not a wait without end.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,17 +21,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_kernels.backends import divergence as pairs
-from em_kernels.backends import reference
 from em_kernels.backends.above import above
 from em_kernels.backends.around import Around
 from em_kernels.backends.choice import serving
 from em_kernels.backends.interface import Backend, RowSpec, Saved, Upstream, accumulate_dtype
-from em_kernels.backends.merge import merge, parts_of, sum_shards
+from em_kernels.backends.merge import SPREAD, merge, parts_of, sum_shards
+from em_kernels.backends.moments import moments
 from em_kernels.backends.pair import Divergence, PairOut, PairSaved, PairWeights, Side
 from em_kernels.backends.specs import as_ids, select_rows, spec_of_slice, upstream_of_slice
+from em_kernels.backends.units import inverse_temperature, units
 
 _BLOCK_ENTRIES = 1 << 22  # of the float32 copy that counting makes
 _ODD = 1_000_003
+_ASKED = {"logit_away": "logit_mean", "logit_std": "logit_var"}  # of a backend, for `spreads`
+_DIGITS = 256  # a mean of so many standard deviations has float32's digits of the spread left
 _SHARED = (
     "number of tokens",
     "mask and ignored targets",
@@ -152,10 +156,11 @@ class VocabParallel(Around):
         if spec.target is not None:
             owner, known = self._owner(spec.target)
             parts["max"] = parts["max"].masked_fill(~known, torch.nan)
-        rows = merge(parts, owner, outputs)
+        wide = accumulate_dtype(logits.dtype)
+        rows = merge(parts, owner, outputs, inverse_temperature(spec, wide))
         if spec.mask is not None:
             rows = rows.masked_fill(~spec.mask, 0)
-        return [row.to(own.dtype, copy=True) for row in rows.unbind()]
+        return [row.to(wide, copy=True) for row in rows.unbind()]
 
     def grad(
         self, logits: Tensor, spec: RowSpec, saved: Saved, upstream: Upstream, out: Tensor
@@ -229,18 +234,22 @@ class VocabParallel(Around):
         """What this rank reports, (P, N): the inner backend's statistics; where it has no finite
         logit, max -inf and all else 0."""
         rows = logits.shape[:-1].numel()
-        wide = accumulate_dtype(logits.dtype)
+        spread = sum(name in names for name in SPREAD)
+        wide = torch.float64 if spread else accumulate_dtype(logits.dtype)
         if spec.valid_vocab == 0:
             own = torch.zeros(len(names), rows, dtype=wide, device=logits.device)
             own[0] = -torch.inf
             return own
         spec = self._own_spec(spec)
         counting = "count" in names
-        asked = names[len(Saved._fields) : len(names) - counting]
+        asked = tuple(_ASKED.get(name, name) for name in names[len(Saved._fields) :])
+        asked = asked[: len(asked) - counting]
         parts = self._inner.stats(logits, spec, asked)
         # A row without a finite logit is NaN here, as one with a NaN is: look which it was.
         present = count_present(self._inner, logits, spec, None if counting else parts[0])
-        own = torch.stack([*parts, present.to(wide)] if counting else parts)
+        if spread:
+            parts[-spread:] = spreads(logits, spec, parts[0], parts[-spread:])
+        own = torch.stack([*parts, present] if counting else parts).to(wide)
         nothing = present == 0
         own.masked_fill_(nothing, 0)
         own[0].masked_fill_(nothing, -torch.inf)
@@ -258,6 +267,31 @@ class VocabParallel(Around):
         return owner.clamp_(max=len(self.shards.ends) - 1), known
 
 
+def spreads(logits: Tensor, spec: RowSpec, top: Tensor, given: list[Tensor]) -> list[Tensor]:
+    """Of logit_mean, logit_var and logit_skew, as many as are given, the first `SPREAD` in float64.
+
+    Rows of which the given ones are out of range, or have lost digits, are looked at again.
+    """
+    c = inverse_temperature(spec, top.dtype)
+    mean, *more = given
+    mean = mean.double() / c
+    std = more[0].double().sqrt() / c if more else torch.zeros_like(mean)
+    rows = [mean - top, std, *(skew.double() for skew in more[1:])]
+    size, room = torch.maximum(mean.abs(), top.abs()), torch.finfo(top.dtype)
+    good = (std * c > room.tiny**0.4) & (std * c < room.max**0.4) & (size < _DIGITS * std)
+    good = good | ~top.isfinite()
+    good = good if spec.mask is None else good | ~spec.mask
+    again = (~good).nonzero()[:, 0]
+    found = _each_block(logits, spec, again, _spread_of)
+    return [row.index_copy(0, again, new) for row, new in zip(rows, found)]
+
+
+def _spread_of(u: Tensor) -> Tensor:
+    found = moments(u, u.amax(-1))
+    unit = found.unit.double() / found.half
+    return torch.stack([found.mean * unit, found.root * unit, found.skew.double()])
+
+
 def count_present(backend: Backend, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
     """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
 
@@ -270,19 +304,20 @@ def count_present(backend: Backend, logits: Tensor, spec: RowSpec, top: Tensor |
     rows = logits.shape[:-1].numel()
     suspect = torch.arange(rows, device=device) if top is None else top.isnan().nonzero()[:, 0]
     counts = torch.full((rows,), -1, device=device)
-    return counts.index_copy_(0, suspect, _count_rows(logits, spec, suspect))
+    (found,) = _each_block(logits, spec, suspect, lambda u: (u != -torch.inf).sum(-1)[None])
+    return counts.index_copy_(0, suspect, found)
 
 
-def _count_rows(logits: Tensor, spec: RowSpec, rows: Tensor) -> Tensor:
-    """The counts of `rows`; some at a time, to bound the copies."""
+def _each_block(
+    logits: Tensor, spec: RowSpec, rows: Tensor, find: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What is found of u of `rows`, (.., R); some at a time, to bound the copies."""
     inner, vocab = logits.shape[1:]
-    counts = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    step = max(1, _BLOCK_ENTRIES // vocab)
-    for begin in range(0, len(rows), step):
-        block = rows[begin : begin + step]
-        z = reference.transform(logits[block // inner, block % inner], select_rows(spec, block))
-        counts[begin : begin + step] = (z != -torch.inf).sum(-1)
-    return counts
+    found = [
+        find(units(logits[block // inner, block % inner], select_rows(spec, block)))
+        for block in rows.split(max(1, _BLOCK_ENTRIES // vocab))
+    ]
+    return torch.cat(found, -1)
 
 
 def gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -4,8 +4,8 @@ For a backend that can go through rows in parts. A chunk is all rows, as a rule:
 the weight once, and rearrange it once, where those of many small chunks would once a chunk.
 
 Where the loss of a row is w logprob_y or w lse, and only dX is wanted, that is made on the way,
-before the sums over the whole row are known. With z = c u (`backends/units.py`), m the largest u so far and s_v =
-dz_v / dx_v,
+before the sums over the whole row are known. With z = c u (`backends/units.py`), m the largest u so
+far and s_v = dz_v / dx_v,
 
     A = sum_v e^(c (u_v - m)) s_v weight_v        dlse / dX = A / (1 + r)
     dlogprob_y / dX = (1 - p_y) s_y weight_y - (A less the term of y) / (1 + r)

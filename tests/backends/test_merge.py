@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from em_kernels.backends import reference, vocab_parallel
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec
-from em_kernels.backends.merge import merge, parts_of
+from em_kernels.backends.merge import SPREAD, merge, parts_of
 from em_kernels.backends.reference import Reference
 
 INF = math.inf
@@ -28,12 +28,11 @@ def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS):
         spec = RowSpec(
             target=torch.where((local >= 0) & (local < size), local, 0), valid_vocab=size
         )
-        rows = dict(
-            zip(names, reference.stats(x, spec, names[3 : len(names) - ("count" in names)]))
-        )
-        count = (x != -INF).sum(-1)
-        if "count" in names:
-            rows["count"] = count
+        asked = [vocab_parallel._ASKED.get(name, name) for name in names[3:] if name != "count"]
+        found, count = reference.stats(x, spec, tuple(asked)), (x != -INF).sum(-1)
+        if spread := sum(name in names for name in SPREAD):
+            found[-spread:] = vocab_parallel.spreads(x[None], spec, found[0], found[-spread:])
+        rows = dict(zip(names, (*found, count)))
         rows = [
             row.double().masked_fill(count == 0, -INF if name == "max" else 0)
             for name, row in rows.items()
@@ -46,7 +45,7 @@ def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS):
 
 
 def merged(logits, target, sizes, outputs=ROW_OUTPUTS):
-    rows = merge(*parts_of_shards(logits, target, sizes, outputs), outputs)
+    rows = merge(*parts_of_shards(logits, target, sizes, outputs), outputs, 1.0)
     return dict(zip(outputs, rows[3:]))
 
 
@@ -101,7 +100,7 @@ def test_only_what_is_needed_is_asked_of_a_shard():
     saved = ("max", "log1p_r", "mean_d")
     assert parts_of(("entropy", "lse", "max_prob")) == saved
     assert parts_of(("logprob", "entropy")) == (*saved, "logprob")
-    assert parts_of(("logit_var",)) == (*saved, "logit_mean", "logit_var", "count")
+    assert parts_of(("logit_var",)) == (*saved, "logit_away", "logit_std", "count")
 
 
 def test_order_decides_no_digit_of_a_row_that_is_far_from_certain():
@@ -134,7 +133,7 @@ def test_operations_of_a_merge():
     for sizes in ((20, 20), (10, 10, 10, 10)):
         given = parts_of_shards(logits, target, sizes, ("logprob", "entropy"))
         with Operations() as operations:
-            merge(*given, ("logprob", "entropy"))
+            merge(*given, ("logprob", "entropy"), 1.0)
         counts.append(len(operations.names))
     assert counts[0] <= 35 and counts[1] - counts[0] <= 2 * 2
 
