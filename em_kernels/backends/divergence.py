@@ -173,7 +173,8 @@ class _Entries(NamedTuple):
         p = (d - saved.log1p_r[:, None]).exp()
         q = (other_d - saved.other_log1p_r[:, None]).exp()
         halves = (u / 2 - y / 2) - (saved.max / 2 - saved.other_max / 2)[:, None]
-        same = column(torch.as_tensor(c == other_c, device=u.device))
+        same = torch.as_tensor(c == other_c, device=u.device)
+        same = same[:, None] if same.dim() else same
         delta = torch.where(same, halves * column(c) * 2, d - other_d)
         nowhere = ((p == 0) & (q == 0)) | ((u == -math.inf) & (y == -math.inf))
         return cls(u, y, p, q, (delta - saved.gap[:, None]).masked_fill(nowhere, 0))

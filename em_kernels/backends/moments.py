@@ -20,7 +20,7 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Of the finite entries of rows, (N,) each."""
 
-    count: Tensor
+    number: Tensor
     mean: Tensor  # of y
     root: Tensor  # of the variance of y
     skew: Tensor
@@ -45,21 +45,21 @@ class Moments(NamedTuple):
 def moments(u: Tensor, top: Tensor) -> Moments:
     """Of rows u (N, V) whose largest is `top` (N,), finite; no entry is NaN."""
     excluded = u == -math.inf
-    count = (~excluded).sum(-1).to(u.dtype)
+    number = (~excluded).sum(-1).to(u.dtype)
     with torch.no_grad():
         least = torch.where(excluded, top[:, None], u).amin(-1)
         half = torch.where((top - least).isinf(), 0.5, 1.0).to(u.dtype)
         scale = _scale(top * half - least * half)
     away = (u * half[:, None] - (top * half)[:, None]) * scale[:, None]
     y = away.masked_fill(excluded, 0)
-    mean = y.sum(-1) / count
+    mean = y.sum(-1) / number
     away = (y - mean[:, None]).masked_fill(excluded, 0)
-    var = (away**2).sum(-1) / count
-    third = (away**3).sum(-1) / count
+    var = (away**2).sum(-1) / number
+    third = (away**3).sum(-1) / number
     positive = torch.where(var > 0, var, 1)
     skew = torch.where(var > 0, third / positive**1.5, 0)
     root = torch.where(var > 0, positive.sqrt(), 0)
-    return Moments(count, mean, root, skew, scale, half)
+    return Moments(number, mean, root, skew, scale, half)
 
 
 def _scale(size: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _logit_moments(u: Tensor, m: Tensor, c: float | Tensor, log1p_r: Tensor) -> 
         "logit_mean": found.mean_units(m) * c,
         "logit_var": found.in_units(found.root, c) ** 2,
         "logit_skew": found.skew,
-        "self_certainty": log1p_r - found.in_units(found.mean, c) - found.count.log(),
+        "self_certainty": log1p_r - found.in_units(found.mean, c) - found.number.log(),
     }
 
 

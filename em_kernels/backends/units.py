@@ -62,7 +62,7 @@ def is_good(c: float | Tensor, dtype: torch.dtype) -> bool | Tensor:
 
 def column(c: float | Tensor) -> float | Tensor:
     """c beside entries (N, V)."""
-    return c[:, None] if isinstance(c, Tensor) and c.dim() else c
+    return c[:, None] if isinstance(c, Tensor) else c
 
 
 def of_rows(c: float | Tensor, rows: Tensor | slice) -> float | Tensor:

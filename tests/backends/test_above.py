@@ -30,18 +30,18 @@ def test_counts_and_sums_above_levels(impl, device, dtype, options):
     spec = RowSpec(valid_vocab=VALID, mask=mask, **options)
     heat = spec.temperature_rows if "temperature_rows" in options else spec.temperature
     heat = heat[:, None].double() if torch.is_tensor(heat) else heat
-    z = spec.logit_scale * x.double().view(6, VOCAB)
-    z = z + (0 if spec.bias is None else spec.bias.double())
-    z = z if not spec.softcap else torch.where(z == -INF, z, 5 * torch.tanh(z / 5))
-    z = (z / heat)[:, :VALID]
-    order = z.sort(-1).values
+    u = spec.logit_scale * x.double().view(6, VOCAB)
+    u = u + (0 if spec.bias is None else spec.bias.double())
+    u = u if not spec.softcap else torch.where(u == -INF, u, 5 * torch.tanh(u / 5))
+    u = u[:, :VALID]
+    order = u.sort(-1).values
     places = torch.tensor([-2, -10, -100, -180, 0])
     levels = (order[:, places] + order[:, places - 1])[:, :4] / 2
     levels = torch.cat([levels, torch.full((6, 1), -INF)], 1)
-    over = (z[:, None] > levels[..., None]) & mask[:, None, None]
-    top = z.amax(-1)
-    want = torch.where(over, (z - top[:, None]).exp()[:, None], 0).sum(-1)
-    near = (z[:, None] - levels[..., None]).abs().amin(-1) < 1e-5  # ties of 16-bit logits
+    over = (u[:, None] > levels[..., None]) & mask[:, None, None]
+    top = u.amax(-1)
+    want = torch.where(over, ((u - top[:, None]) / heat).exp()[:, None], 0).sum(-1)
+    near = (u[:, None] - levels[..., None]).abs().amin(-1) < 1e-5  # ties of 16-bit logits
     placed = RowSpec(*(v.to(device) if torch.is_tensor(v) else v for v in spec))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     module = backend(impl, torch.device(device))

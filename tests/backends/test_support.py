@@ -63,7 +63,7 @@ def test_the_border_found_by_counting_is_that_of_sorting(kind, dtype, min_p_firs
         largest = torch.where(top.isfinite(), top, 0)
         return REFERENCE.above(z[None], RowSpec(valid_vocab=V), levels, largest, ids)
 
-    found = search(above, top, truncation, min_p_first, V)
+    found = search(above, top, truncation, min_p_first, V, 1.0)
     assert same_sets(z, found, find_border(z, truncation, min_p_first))
 
 
