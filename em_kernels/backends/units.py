@@ -55,9 +55,9 @@ def distance(u: Tensor, top: Tensor, c: float | Tensor) -> Tensor:
 
 
 def is_good(c: float | Tensor, dtype: torch.dtype) -> bool | Tensor:
-    """Whether c is a normal number; a temperature that is not positive and finite gives none."""
-    limits = torch.finfo(dtype)
-    return (c >= limits.tiny) & (c <= limits.max)
+    """Whether c and 1 / c have all digits; a temperature not positive and finite gives none."""
+    least = torch.finfo(dtype).tiny
+    return (c >= least) & (c <= 1 / least)
 
 
 def column(c: float | Tensor) -> float | Tensor:

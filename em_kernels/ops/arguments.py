@@ -5,6 +5,7 @@ As in `checks` no values of tensors are looked at.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,6 @@ from em_kernels.backends.interface import (
     PADDING,
     Numbers,
     RowSpec,
-    accumulate_dtype,
 )
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.checks import (
@@ -33,13 +33,13 @@ from em_kernels.ops.checks import (
     check_tensor,
     check_whole,
     got_int,
-    is_graph_input,
     is_int,
     shown,
 )
 from em_kernels.ops.dtensor import is_dtensor
 from em_kernels.ops.masks import nonzero
 from em_kernels.ops.options import DEFAULTS
+from em_kernels.ops.transform_numbers import graph_inputs, transform_numbers
 from em_kernels.ops.truncate import LIMITS, SAMPLERS, Limit
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -255,28 +255,6 @@ def make_spec(
     )
 
 
-def transform_numbers(
-    options: Mapping[str, Any], x: Tensor, prefix: str = ""
-) -> tuple[Tensor | None, Numbers]:
-    """(the temperature of each row or None, the numbers) of the options whose names begin so."""
-    softcap, logit_scale = options[f"{prefix}softcap"], options[f"{prefix}logit_scale"]
-    per_row, scalar = _temperature(options[f"{prefix}temperature"], x, f"{prefix}temperature")
-    if softcap is not None:
-        check_number(f"{prefix}softcap", softcap, lambda v: v > 0, "positive or None")
-    check_number(f"{prefix}logit_scale", logit_scale, lambda v: v < 0 or v > 0, "non-zero")
-    eps = options.get("filter_eps") or 0.0
-    return per_row, Numbers(scalar, softcap or 0.0, logit_scale, eps)
-
-
-def graph_inputs(numbers: Numbers) -> Tensor | None:
-    """`RowSpec.numbers`: an operator's float argument would be a constant of torch.compile's graph,
-    and every value another graph. None where they are constants."""
-    if not torch.compiler.is_compiling() or not any(map(is_graph_input, numbers)):
-        return None
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in numbers])
-
-
 def row_mask(
     x: Tensor, target: Tensor | None, ignore_index: int, mask: Tensor | None
 ) -> Tensor | None:
@@ -308,20 +286,6 @@ def _target(target: Tensor | None, x: Tensor, ids: bool) -> Tensor | None:
     return target
 
 
-def _temperature(temperature: float | Tensor, x: Tensor, name: str) -> tuple[Tensor | None, float]:
-    if not isinstance(temperature, Tensor):
-        if isinstance(temperature, (int, float)):
-            check_number(name, temperature, lambda v: v > 0, "positive")
-            return None, temperature
-        raise TypeError(f"{name} must be a float or a tensor, got {type(temperature).__name__}")
-    check_rows(name, temperature, x)
-    if not temperature.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {temperature.dtype}")
-    if temperature.requires_grad:
-        raise ValueError(f"{name} must not require grad: it is treated as a constant")
-    return temperature.to(accumulate_dtype(x.dtype)), 1.0
-
-
 def _truncation(x: Tensor, options: Mapping[str, Any]) -> Tensor | None:
     """(..., 3) float64, the limits of every row; None where they are all left out."""
     if options["sampler"] not in SAMPLERS:
@@ -351,7 +315,8 @@ def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
         return rows.mul_(limit.none)
     if limit.whole and not is_int(value):
         raise TypeError(f"{name} must be an int, an int tensor or None, got {_kind(value)}")
-    check_number(name, value, limit.holds, f"{limit.rule} or None, which keeps all,")
+    rule = f"{limit.rule} or None, which keeps all,"
+    check_number(name, value, limit.holds, rule, sys.float_info.max)
     return rows.mul_(value if abs(value) < MOST else float(value))
 
 

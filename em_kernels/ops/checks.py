@@ -113,12 +113,31 @@ def shown(value: float) -> str:
     return "another value" if is_graph_input(value) else repr(value)
 
 
-def check_number(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
+def check_number(
+    name: str,
+    value: float,
+    good: Callable[[float], bool],
+    rule: str,
+    most: float = torch.finfo(torch.float32).max,
+) -> None:
+    """`most`: in size. More than float32 holds would make what it is multiplied with infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
     if not (good(value) and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
+    if not abs(value) <= most:
+        raise ValueError(f"{name} must be at most {most:.3g} in size, got {shown(value)}")
+
+
+def check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """That numbers of the dtype hold it and its inverse with all their digits."""
+    least = torch.finfo(dtype).tiny
+    if not least <= abs(value) <= 1 / least:
+        raise ValueError(
+            f"{name} must be from {least:.3g} to {1 / least:.3g} in size, as {dtype} holds it and "
+            f"its inverse, got {shown(value)}"
+        )
 
 
 def check_bound(name: str, value: float) -> None:

@@ -14,16 +14,15 @@ from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.arguments import (
     check_allreduce_dgrad,
     check_logits,
-    graph_inputs,
     make_spec,
     output_names,
-    transform_numbers,
 )
 from em_kernels.ops.checks import check_device, check_number, check_rows, constant
 from em_kernels.ops.divergence_autograd import Asked, Operands
 from em_kernels.ops.dtensor import local_logits, local_operands
 from em_kernels.ops.linear_softmax_stats import product_operands
 from em_kernels.ops.options import DEFAULTS
+from em_kernels.ops.transform_numbers import graph_inputs, transform_numbers
 
 _Names = tuple[str, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from em_kernels.ops.checks import (
     check_group,
     check_integers,
     check_number,
+    check_range,
     check_shape,
 )
 from em_kernels.ops.ranks import PADDING
@@ -101,5 +103,6 @@ def reduction_weight(
         case str():
             raise ValueError(f"reduction must be one of {REDUCTIONS} or a float, got {reduction!r}")
         case _:
-            check_number("reduction", reduction, lambda v: v > 0, "positive")
+            check_number("reduction", reduction, lambda v: v > 0, "positive", sys.float_info.max)
+            check_range("reduction", reduction, dtype)
             return counted.to(dtype) / reduction

@@ -22,6 +22,7 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.specs import flatten_spec, has_support
 from em_kernels.backends.support import Support
+from em_kernels.backends.units import inverse_temperature, is_good
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear.plan import Linear
 from em_kernels.ops import truncate
@@ -114,6 +115,9 @@ def checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
         rows = spec.temperature_rows
         good = (rows > 0) & rows.isfinite()
         _check_rows(good, spec, "temperature_rows", "positive and finite", prefix)
+        good = is_good(inverse_temperature(spec, rows.dtype), rows.dtype)
+        rule = f"such that {rows.dtype} holds logit_scale / temperature and its inverse"
+        _check_rows(torch.as_tensor(good), spec, "temperature_rows", rule, prefix)
     truncate.check_values(spec)
     return spec
 

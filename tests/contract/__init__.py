@@ -11,13 +11,14 @@ from typing import ClassVar
 
 from contract.edges import Edges
 from contract.memory import Memory
+from contract.sizes import Sizes
 from contract.subject import DTYPES, Subject
 from contract.values import Values
 
 __all__ = ["Contract", "Subject"]
 
 
-class Contract(Values, Edges, Memory):
+class Contract(Values, Edges, Memory, Sizes):
     IMPLS: ClassVar[tuple[str, ...]]  # the subjects' names
     LENGTHS: ClassVar[tuple[int, ...]]  # rows that end before, with and after a block, a vector
     LONG: ClassVar[int]  # several blocks, the last of which is not full
