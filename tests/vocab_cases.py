@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from contract.sizes import rows_of_any_size
 from gpu_products import block_small_vocabularies, defer_small_chunks, play_gpu
 from helpers import DIFFERENTIABLE, rows_of_entropy
 from torch import Tensor
@@ -178,6 +179,14 @@ def stats_of_shifted_rows(share, impl):
     logits, target, upstream = draw_rows()
     names = ("logprob", "entropy", "varentropy", "collision", "max_prob", "is_top1")
     return stats_case(share, logits * 8 // 1 / 8 + 1e4, target, upstream, names, impl=impl)
+
+
+def stats_of_rows_of_any_size(share, impl):
+    torch.manual_seed(5)
+    logits = rows_of_any_size(VOCAB, torch.float32, {})[0]
+    target = torch.linspace(0, VOCAB - 1, len(logits)).long()
+    upstream = draw_upstream(len(logits))
+    return stats_case(share, logits, target, upstream, temperature=0.7, impl=impl)
 
 
 def stats_of_bad_rows(share, impl):
@@ -583,6 +592,7 @@ CASES = {
     "stats, sure rows": stats_of_sure_rows,
     "stats, shifted rows": stats_of_shifted_rows,
     "stats, bad rows": stats_of_bad_rows,
+    "stats, any size": stats_of_rows_of_any_size,
     "stats, a shard of padding": stats_with_a_shard_of_padding,
     "stats, kept, a shard of nothing": kept_with_a_shard_of_nothing,
     "no rows": no_rows,

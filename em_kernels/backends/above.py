@@ -1,7 +1,7 @@
 """What lies above given levels of a row: the rank of a token, the mass that a sampler keeps.
 
-`Backend.above` says what is counted. Whether z_v > level is a question of the last bit, in which
-backends may differ: a level that is an entry's own z must come from the backend that counts.
+`Backend.above` says what is counted. Whether u_v > level is a question of the last bit, in which
+backends may differ: a level that is an entry's own u must come from the backend that counts.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class TokenStats(NamedTuple):
         logit_skew: population skewness.
         entropy_slope: -[p_y (l_y + H) - (sum p^2 l + H sum p^2)], the first-order change of H per
             unit of learning rate x advantage in a policy-gradient step on token y, in logit space.
-        rank: how many z_v are larger than z_y (int64).
+        rank: how many u_v are larger than u_y, with z = c u (int64).
         kept_mass: of what is kept of a truncated distribution, under the whole one; else 1.
         is_kept: y has a probability, logprob > -inf (bool); of a truncated distribution, y is kept.
     """
@@ -168,7 +168,7 @@ class Numbers(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The three per-row scalars the gradient needs: max z, log1p(r), E = q / (1 + r)."""
+    """The three per-row scalars the gradient needs: max u, log1p(r), E = q / (1 + r)."""
 
     max: Tensor
     log1p_r: Tensor
@@ -300,7 +300,7 @@ class Backend(Protocol):
         return False
 
     def count_present(self, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor | None:
-        """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN."""
+        """How many u of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN."""
         return None
 
     def above(
@@ -313,12 +313,13 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """What lies above each of K levels of every row, where `mask` is True and 0 elsewhere.
 
-            counts_k = |A_k|,   sums_k = sum of e^(z_v - top) over A_k,   A_k = {v: z_v > level_k}
+            counts_k = |A_k|,   sums_k = sum of e^(c (u_v - top)) over A_k,
+            A_k = {v: u_v > level_k}
 
         Args:
-            levels: (N, K) in units of z, in `accumulate_dtype`.
-            top: (N,), the largest z of the row; None leaves out the sums.
-            ids: (N, K) int64: A_k has v with z_v = level_k and v < id_k too, any id taken.
+            levels: (N, K) in units of u (`units`), in `accumulate_dtype`.
+            top: (N,), the largest u of the row; None leaves out the sums.
+            ids: (N, K) int64: A_k has v with u_v = level_k and v < id_k too, any id taken.
 
         Returns:
             counts (N, K) int64 and sums (N, K) float64, or None. A NaN is above nothing.

@@ -293,7 +293,7 @@ def _spread_of(u: Tensor) -> Tensor:
 
 
 def count_present(backend: Backend, logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
-    """How many z of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
+    """How many u of each row are not -inf, (N,) int64; -1 where `top` is given and not NaN.
 
     A kernel of another backend that serves the device, where one has it, waits for nothing.
     """

@@ -113,12 +113,15 @@ def shown(value: float) -> str:
     return "another value" if is_graph_input(value) else repr(value)
 
 
+_MOST = torch.finfo(torch.float32).max
+
+
 def check_number(
     name: str,
     value: float,
     good: Callable[[float], bool],
     rule: str,
-    most: float = torch.finfo(torch.float32).max,
+    most: float = _MOST,
 ) -> None:
     """`most`: in size. More than float32 holds would make what it is multiplied with infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -130,9 +133,12 @@ def check_number(
         raise ValueError(f"{name} must be at most {most:.3g} in size, got {shown(value)}")
 
 
+_LEAST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+
+
 def check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    """That numbers of the dtype hold it and its inverse with all their digits."""
-    least = torch.finfo(dtype).tiny
+    """That numbers of the dtype, float32 or float64, hold it and its inverse with all digits."""
+    least = _LEAST[dtype]
     if not least <= abs(value) <= 1 / least:
         raise ValueError(
             f"{name} must be from {least:.3g} to {1 / least:.3g} in size, as {dtype} holds it and "

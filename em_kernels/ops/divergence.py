@@ -69,6 +69,9 @@ def divergence(
         "reverse_kl"   KL(p || q)
         "js"           beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
 
+    Logits of any finite size have the divergence of their softmaxes. It is infinite where log p_v -
+    log q_v is beyond the range of float32 (float64) at an entry that it is weighed by.
+
     q is the teacher or the reference. As in TRL and Liger, "js" with beta 0 is the forward KL and
     with beta 1 the reverse KL, which the formula, divided by beta (1 - beta), tends to; beta 0.5 is
     the Jensen-Shannon divergence. It is summed as KL(p || m) = sum_v p_v (e^-u_v - 1 + u_v), with

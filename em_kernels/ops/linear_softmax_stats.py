@@ -62,7 +62,8 @@ def linear_softmax_stats(
     """`softmax_stats(hidden @ weight.T)` with the logits of only `chunk_tokens` rows at a time.
 
     z = softcap(logit_scale * (hidden @ weight.T) + bias) / temperature; statistics, gradients and
-    the arguments not named here as in `softmax_stats`. Forward costs one matrix product, backward
+    the arguments not named here as in `softmax_stats`. A product that is beyond the range of the
+    logits' dtype is an infinite logit. Forward costs one matrix product, backward
     up to three more (the logits again, dX, dW); a frozen `hidden` or `weight` (requires_grad=False)
     costs neither its product nor memory. Where `hidden` alone has a gradient, and one output alone
     brings it (one of logprob, entropy and lse is asked for, or logprob or lse and an entropy

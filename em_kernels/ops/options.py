@@ -132,7 +132,9 @@ inplace: may overwrite the memory of `logits` with their gradient.
 target: (...) int64 token ids, for `ignore_index` and `logprob_weight`.
 outputs: names of `TokenStats` to compute; nothing else is computed. Where there is no target
     the default is entropy alone; a name that needs one is then an error.
-temperature: positive, a float or a tensor of the leading shape; no gradient.
+temperature: positive, a float or a tensor of the leading shape; no gradient. It, softcap,
+    logit_scale and logit_scale / temperature must be from 1.18e-38 to 8.51e37 in size, for
+    float64 logits from 2.23e-308 to 4.49e307: numbers, as their inverses, of what is computed in.
 top_k: of the distribution that a sampler drew from, as the next four: how many of the largest z it
     kept, those that tie with the last one too; from 1 on, an int or an int tensor of the
     leading shape; None keeps all, as any number from V on does. What was left out has
@@ -150,7 +152,7 @@ sampler: the order of the three, after the temperature: "transformers" is top_k,
 kept: in their place the kept sets themselves, (ids, offsets), both int64: row i of the flattened
     leading shape kept ids[offsets[i] : offsets[i + 1]], each once, in any order, one at
     least where the row counts; N + 1 offsets from 0 to len(ids). Values are looked at on a CPU.
-softcap: c > 0 or None.
+softcap: s > 0 or None.
 logit_scale: non-zero factor on the logits.
 ignore_index: rows with this target are exact zeros, are not computed and get no gradient.
 mask: (...) bool or numeric; rows where it is 0 are treated the same way as those with

@@ -33,13 +33,29 @@ def softmax_stats(
 
     Per row, in float32 (float64 for float64 logits):
 
-        z = softcap(logit_scale * logits) / temperature,   softcap(u) = c tanh(u / c)
-        H = log1p(r) - q / (1 + r),   logprob_y = d_y - log1p(r),   lse = max z + log1p(r)
-        d_v = z_v - max z,   r = sum exp(d_v),   q = sum exp(d_v) d_v   over all but the argmax
-        rank_y = |{v: z_v > z_y}|, -1 in a row without probabilities
+        z = softcap(logit_scale * logits) / temperature = c u,   softcap(x) = s tanh(x / s)
+        d_v = c (u_v - max u),   r = sum exp(d_v),   q = sum exp(d_v) d_v   over all but the argmax
+        H = log1p(r) - q / (1 + r),   logprob_y = d_y - log1p(r),   lse = c max u + log1p(r)
+        rank_y = |{v: u_v > u_y}|, -1 in a row without probabilities
+
+    Without softcap and bias u is logits, or -logits where logit_scale is negative, and c
+    |logit_scale| / temperature; with them c is 1 / temperature.
 
     Leaving the maximum out of r keeps H accurate, in relative terms, down to H = 1e-9.
     Gradients: dH/dz_v = p_v (q / (1 + r) - d_v); dlogprob/dz_v = 1[v = y] - p_v; dlse/dz_v = p_v.
+
+    Beyond the range of float32 (float64 for float64 logits):
+
+    - Finite logits have their softmax, however large z is: the maximum is taken off before the
+      product. Two logits whose difference is beyond the range are infinitely far apart.
+    - logit_scale * logits + bias that is beyond it counts as an infinite logit: NaN in its row, or
+      probability 0.
+    - lse, logprob, self_certainty, logit_mean and logit_var are infinite where no float holds them,
+      and logit_var is 0 where it is smaller than any; their gradients are as ever. logit_skew has
+      no unit, and is right at any size.
+    - temperature, softcap, |logit_scale| and logit_scale / temperature must be numbers which, with
+      their inverses, it holds: from 1.18e-38 to 8.51e37. A row of another temperature is NaN on a
+      GPU, where the values of a tensor are not looked at.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64; row-strided views are read in

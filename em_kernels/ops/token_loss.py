@@ -87,7 +87,9 @@ def token_loss(
         entropy_weight, logprob_weight: (...) constants (no gradient), at least one of them;
             `logprob_weight` needs a target, and is (..., K) as that where it is: the loss is then
             summed over k too. A token with no weight is treated as masked: it is
-            not computed and its statistics are 0.
+            not computed and its statistics are 0. Where a weight times a statistic, or times
+            logit_scale / temperature, is beyond float32 (float64), the loss is infinite or NaN, or
+            the token's gradient.
         inplace: may overwrite the memory of `logits` with their gradient.
 
     Returns:
@@ -205,7 +207,8 @@ def entropy_loss(
 
     Args:
         logits, mask: as in `softmax_stats`.
-        reduction: one of the names above, or c > 0.
+        reduction: one of the names above, or c > 0, of which and of 1 / c float32 (float64 for
+            float64 logits) has a number: from 1.18e-38 to 8.51e37.
         segment_ids: (...) integers: tokens with equal ids are one sequence, in whatever rows and
             on whatever ranks of `token_group` they lie, so that ids must differ between all
             sequences of all ranks. Tokens of a negative id are padding, masked in every reduction.

@@ -38,7 +38,7 @@ def top_logprobs(logits: Tensor, k: int, **options: Unpack[TopOptions]) -> TopLo
     """The k likeliest tokens of softmax(z) of every row, and log p of each, without gradient.
 
         z = softcap(logit_scale * logits) / temperature
-        ids = the k of the largest z, in descending order, the lower id first where z are equal
+        ids = the k of the largest z, in descending order, the lower id first where u are equal
         logprob_j = z_{ids_j} - lse z
 
     It is what is stored of a teacher or of the policy that sampled, to be a label later:

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from contract.closeness import true_rows
+from contract.sizes import check, rows_of_any_size
 from helpers import IMPLS, error, rows_of_entropy, truth
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +21,16 @@ from em_kernels.backends.reference import Reference
 INF = math.inf
 
 
-def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS):
+def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS, temperature=1.0):
     """({name: (K, N)}, the shard that has the target), as `VocabParallel` makes them."""
     names, shards, begin = parts_of(outputs), [], 0
     for size in sizes:
         x = logits[:, begin : begin + size]
         local = target - begin
         spec = RowSpec(
-            target=torch.where((local >= 0) & (local < size), local, 0), valid_vocab=size
+            target=torch.where((local >= 0) & (local < size), local, 0),
+            valid_vocab=size,
+            temperature=temperature,
         )
         asked = [vocab_parallel._ASKED.get(name, name) for name in names[3:] if name != "count"]
         found, count = reference.stats(x, spec, tuple(asked)), (x != -INF).sum(-1)
@@ -44,8 +48,9 @@ def parts_of_shards(logits, target, sizes, outputs=ROW_OUTPUTS):
     return dict(zip(names, torch.stack(shards).unbind(1))), owner
 
 
-def merged(logits, target, sizes, outputs=ROW_OUTPUTS):
-    rows = merge(*parts_of_shards(logits, target, sizes, outputs), outputs, 1.0)
+def merged(logits, target, sizes, outputs=ROW_OUTPUTS, temperature=1.0):
+    parts, owner = parts_of_shards(logits, target, sizes, outputs, temperature)
+    rows = merge(parts, owner, outputs, 1 / temperature)
     return dict(zip(outputs, rows[3:]))
 
 
@@ -94,6 +99,20 @@ def test_equal_logits_have_no_variance_in_pieces_either():
     got = merged(torch.full((1, 10), 0.5), torch.tensor([3]), (4, 1, 5))
     assert got["logit_var"] == got["logit_skew"] == got["varentropy"] == 0
     assert got["logit_mean"] == 0.5 and abs(got["self_certainty"]) < 1e-12
+
+
+@pytest.mark.parametrize("cut", ((40,), (20, 20), (39, 1), (1, 1, 38), (7, 14, 14, 5)))
+@pytest.mark.parametrize("temperature", (0.7, 3e-5))
+def test_logits_of_any_size(cut, temperature):
+    """Of float32 shards; what is beyond float32 is infinite once it is rounded."""
+    x = rows_of_any_size(40, torch.float32, {})[0]
+    x[5] = x[5].roll(1)  # the first entry of a shard that has only one is there
+    target = torch.arange(len(x)) + 20
+    spec = RowSpec(target=target, valid_vocab=40, temperature=temperature)
+    want = true_rows(x[None], spec)
+    size = want["lse"].abs() + want["logit_mean"].abs()
+    for name, row in merged(x, target, cut, temperature=temperature).items():
+        check(row.float(), want[name], name, size)
 
 
 def test_only_what_is_needed_is_asked_of_a_shard():

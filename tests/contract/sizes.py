@@ -1,4 +1,4 @@
-"""The contract of a backend: logits of any size. Their maximum is taken off before anything else."""
+"""The contract of a backend: logits of any size. Their maximum is taken off before the product."""
 
 from __future__ import annotations
 
