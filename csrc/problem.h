@@ -27,10 +27,20 @@ struct Problem {
   double temperature = 1, softcap = 0, logit_scale = 1;
 };
 
-// Whether z is a positive multiple of x. Then x itself is summed up, so that differences of
-// neighbours of the maximum are exact whatever the temperature.
+// Whether u is x or -x; see softmax_moments.h. Differences of neighbours of the maximum are exact
+// then, whatever the temperature.
 EM_HOST_DEVICE inline bool is_simple(const Problem& p) {
-  return !p.bias && p.softcap == 0 && p.logit_scale > 0;
+  return !p.bias && p.softcap == 0 && p.logit_scale != 0;
+}
+
+// du/dx, but for the slope of the softcap.
+EM_HOST_DEVICE inline double unit_scale(const Problem& p) {
+  return !is_simple(p) ? p.logit_scale : p.logit_scale > 0 ? 1 : -1;
+}
+
+// c times the temperature.
+EM_HOST_DEVICE inline double gain(const Problem& p) {
+  return !is_simple(p) ? 1 : p.logit_scale > 0 ? p.logit_scale : -p.logit_scale;
 }
 
 // Per-row results, Real (rows,) each; null where not asked for.

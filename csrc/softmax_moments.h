@@ -1,28 +1,37 @@
 // The running accumulator of a softmax row, and the one associative operation on it.
 //
-// A part of a row (a block, a thread's share, a rank's vocabulary shard) with maximum m, first
-// attained at index a, and d_v = z_v - m, is summed up by
+// The logits of a row are z = c u, with
+//
+//     u = sign(logit_scale) x, c = |logit_scale| / T     where there is neither bias nor softcap
+//     u = softcap(logit_scale x + bias), c = 1 / T       elsewhere
+//
+// so that nothing is multiplied, rounded or made infinite before the maximum is taken off. A part of
+// a row (a block, a thread's share, a rank's vocabulary shard) with the maximum m of u, first
+// attained at index a, and d_v = c (u_v - m), is summed up by
 //
 //     r = sum_{v != a} e^d_v             q = sum_{v != a} e^d_v d_v
-//     s = sum_{v != a} e^d_v d_v^2       c = sum_{v != a} e^2d_v      t = sum_{v != a} e^2d_v d_v
+//     s = sum_{v != a} e^d_v d_v^2       c2 = sum_{v != a} e^2d_v     t = sum_{v != a} e^2d_v d_v
 //
-// and its logits, where their moments are asked for, by count, mean and central sums. `merge` gives
-// the same of two parts together. The maximum itself is left out of every sum: that keeps relative
+// and its u, where their moments are asked for, by count, mean, spread and skew. `merge` gives the
+// same of two parts together. The maximum itself is left out of every sum: that keeps relative
 // accuracy when r is tiny. A part without a finite logit has max -inf and r 0. A NaN logit makes r
 // NaN, a +inf logit makes max +inf, and every merge keeps that.
 //
 // These are the names in every backend, in C++, CUDA, Triton and plain PyTorch:
 //
-//     max, argmax          m and a above; `m` where `max` is taken
+//     u, c, z              as above; the factor c is that of the row
+//     max, argmax          m, in units of u, and a above; `m` where `max` is taken
 //     held                 the maxima of lanes that are still apart
 //     top                  the maximum on which sums are based, or re-based
-//     d, e                 z - max, exp(d)
-//     delta                the lesser maximum - the greater; of two means, the later - the earlier
-//     r, q, s, c, t        as above
+//     d, e                 c (u - max), exp(d)
+//     delta                c (the lesser maximum - the greater); of two means, the later - the
+//                          earlier
+//     r, q, s, c2, t       as above
 //     mass, mean_d         1 + r, q / mass
-//     count, mean, m2, m3  of the finite z; m2 and m3 are sums of powers of z - mean
-//     shift, s1, s2, s3    sums of powers of z - shift, from which the mean is found
-//     away                 z, or the mean of a part, less a shift or the mean of the whole
+//     count, mean          of the finite u
+//     spread, skew         their standard deviation, and third moment over its cube, 0 if it is 0
+//     shift, s1, s2, s3    sums of powers of u - shift, from which the mean is found
+//     away                 u, or the mean of a part, less a shift or the mean of the whole
 #pragma once
 
 #include <cmath>
@@ -41,26 +50,26 @@ struct SoftmaxMoments {
   T max = -INFINITY;
   int64_t argmax = -1;
   T r = 0, q = 0;
-  T s = 0, c = 0, t = 0;
+  T s = 0, c2 = 0, t = 0;
 };
 
 // `low` re-based on the maximum of `high`, and added to it. Requires high.max >= low.max.
 template <class T>
 EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
-    SoftmaxMoments<T> high, const SoftmaxMoments<T>& low) {
+    SoftmaxMoments<T> high, const SoftmaxMoments<T>& low, T c) {
   if (low.max == T(-INFINITY)) {
     high.r += low.r;
     return high;
   }
   // e is 0 long before -1000, and 0 times what lowest finite logits add up to must not be NaN.
-  const T apart = low.max - high.max;
+  const T apart = c * (low.max - high.max);
   const T delta = apart < T(-1000) ? T(-1000) : apart;  // NaN stays
   const T e = std::exp(delta);
   high.r += e * (1 + low.r);
   high.q += e * (low.q + delta * (1 + low.r));
   high.s += e * (low.s + delta * (2 * low.q + delta * (1 + low.r)));
-  high.c += e * e * (1 + low.c);
-  high.t += e * e * (low.t + delta * (1 + low.c));
+  high.c2 += e * e * (1 + low.c2);
+  high.t += e * e * (low.t + delta * (1 + low.c2));
   return high;
 }
 
@@ -68,35 +77,43 @@ EM_HOST_DEVICE inline SoftmaxMoments<T> absorb(
 // 60 instructions for it where two calls of `absorb` take 85.
 template <class T>
 EM_HOST_DEVICE inline SoftmaxMoments<T> merge(
-    const SoftmaxMoments<T>& x, const SoftmaxMoments<T>& y) {
+    const SoftmaxMoments<T>& x, const SoftmaxMoments<T>& y, T c) {
   const bool x_leads = x.max > y.max || (x.max == y.max && x.argmax <= y.argmax);
   SoftmaxMoments<T> high = x, low = y;
   if (!x_leads) {
     high = y;
     low = x;
   }
-  return absorb(high, low);
+  return absorb(high, low, c);
 }
 
-// Population moments: count, mean, m2 = sum (z - mean)^2, m3 = sum (z - mean)^3.
+// Population moments. No power of u is held, so that none is infinite or 0 where they are not.
 template <class T>
 struct LogitMoments {
-  T count = 0, mean = 0, m2 = 0, m3 = 0;
+  T count = 0, mean = 0, spread = 0, skew = 0;
 };
 
-// Source: Chan, Golub, LeVeque (1979), eq. 2.1; Pebay, SAND2008-6212 (2008), eq. 2.1 for m3.
+// In units of the largest of what is squared.
+// Source: Chan, Golub, LeVeque (1979), eq. 2.1; Pebay, SAND2008-6212 (2008), eq. 2.1 for the third.
 template <class T>
 EM_HOST_DEVICE inline LogitMoments<T> merge(const LogitMoments<T>& x, const LogitMoments<T>& y) {
   if (y.count == 0) return x;
   if (x.count == 0) return y;
   LogitMoments<T> out;
   out.count = x.count + y.count;
-  const T delta = y.mean - x.mean;
   const T share_x = x.count / out.count, share_y = y.count / out.count;
-  out.mean = x.mean + delta * share_y;
-  out.m2 = x.m2 + y.m2 + delta * delta * x.count * share_y;
-  out.m3 = x.m3 + y.m3 + delta * delta * delta * x.count * share_y * (share_x - share_y) +
-           3 * delta * (share_x * y.m2 - share_y * x.m2);
+  const T half = y.mean / 2 - x.mean / 2;  // of delta, which may be infinite
+  out.mean = (x.mean + half * share_y) + half * share_y;
+  const T spread = x.spread > y.spread ? x.spread : y.spread;
+  const T unit = std::fabs(half) > spread ? std::fabs(half) : spread;
+  if (unit == 0) return out;
+  const T delta = 2 * (half / unit), a = x.spread / unit, b = y.spread / unit;
+  const T var_x = a * a, var_y = b * b, between = share_x * share_y * delta;
+  const T var = share_x * var_x + share_y * var_y + between * delta, root = std::sqrt(var);
+  const T third = share_x * a * var_x * x.skew + share_y * b * var_y * y.skew +
+                  between * (delta * delta * (share_x - share_y) + 3 * (var_y - var_x));
+  out.spread = unit * root;
+  out.skew = third / (var * root);
   return out;
 }
 
@@ -133,10 +150,11 @@ EM_HOST_DEVICE inline bool usable(const SoftmaxMoments<T>& x) {
   return std::isfinite(x.max) && std::isfinite(x.r);
 }
 
-// Everything that needs no target, into out[kOutputs].
+// Everything that needs no target, into out[kOutputs]: the maximum in units of u, all else in those
+// of z.
 template <class T>
 EM_HOST_DEVICE inline void finalize(
-    const SoftmaxMoments<T>& x, const LogitMoments<T>& logits, T* out) {
+    const SoftmaxMoments<T>& x, const LogitMoments<T>& logits, T c, T* out) {
   const T mass = 1 + x.r;
   const T log1p_r = std::log1p(x.r);
   const T mean_d = x.q / mass;
@@ -144,15 +162,15 @@ EM_HOST_DEVICE inline void finalize(
   out[kLog1pR] = log1p_r;
   out[kMeanD] = mean_d;
   out[kEntropy] = log1p_r - mean_d;
-  out[kLse] = x.max + log1p_r;
+  out[kLse] = c * x.max + log1p_r;
   out[kMaxProb] = 1 / mass;
-  out[kCollision] = (1 + x.c) / (mass * mass);
+  out[kCollision] = (1 + x.c2) / (mass * mass);
   out[kVarentropy] = x.s / mass - mean_d * mean_d;
-  const T var = logits.m2 / logits.count;
-  out[kLogitMean] = logits.mean;
-  out[kLogitVar] = var;
-  out[kLogitSkew] = var > 0 ? logits.m3 / logits.count / (var * std::sqrt(var)) : 0;
-  out[kSelfCertainty] = out[kLse] - logits.mean - std::log(logits.count);
+  const T spread = c * logits.spread;
+  out[kLogitMean] = c * logits.mean;
+  out[kLogitVar] = spread * spread;
+  out[kLogitSkew] = logits.skew;
+  out[kSelfCertainty] = c * (x.max - logits.mean) + log1p_r - std::log(logits.count);
 }
 
 // What needs the target y, whose d_y is given (-inf for an excluded logit).
@@ -166,7 +184,7 @@ EM_HOST_DEVICE inline void finalize_target(
   const T own = p > 0 ? p * (d_target - mean_d) : 0;
   out[kLogprob] = d_target - std::log1p(x.r);
   out[kIsTop1] = is_top1 ? 1 : 0;
-  out[kEntropySlope] = (x.t - mean_d * (1 + x.c)) / (mass * mass) - own;
+  out[kEntropySlope] = (x.t - mean_d * (1 + x.c2)) / (mass * mass) - own;
 }
 
 }  // namespace em_kernels

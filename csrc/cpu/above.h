@@ -14,7 +14,7 @@ static Over count_above(const Block<T>& block, const T* e, T level) {
   for (int64_t i = 0; i < block.size; i += kStep<V>)
     for (int j = 0; j < kUnroll; ++j) {
       const int64_t at = i + j * V::width;
-      const auto over = bound < V::load(block.z + at);
+      const auto over = bound < V::load(block.u + at);
       counts[j] = counts[j] + select(over, one, zero);
       if (e) sums[j] = sums[j] + select(over, V::load(e + at), zero);
     }
@@ -22,9 +22,9 @@ static Over count_above(const Block<T>& block, const T* e, T level) {
 }
 
 template <class V, class T>
-static void exponentials(const Block<T>& block, T top, T* e) {
+static void exponentials(const Block<T>& block, T top, T c, T* e) {
   for (int64_t i = 0; i < block.size; i += V::width)
-    vexp(clamp_exponent(V::load(block.z + i) - V::set(top))).store(e + i);
+    vexp(distance(V::load(block.u + i), V::set(top), V::set(c))).store(e + i);
 }
 
 template <class V, class In, Kind K>
@@ -48,9 +48,9 @@ struct AboveRows {
   Over ties(int64_t row, int64_t k, const Block<T>& block, int64_t begin, int64_t end) const {
     const T level = levels(row)[k];
     const int64_t before = std::clamp(above.ids[row * above.count + k], begin, end) - begin;
-    const auto count = std::count(block.z, block.z + before, level);
+    const auto count = std::count(block.u, block.u + before, level);
     if (!above.sums || count == 0) return {double(count), 0};
-    return {double(count), double(count) * std::exp(double(level) - top(row))};
+    return {double(count), double(count) * std::exp(rows.factor(row) * (double(level) - top(row)))};
   }
 
   void add_block(int64_t row, int64_t index, T* scratch, T* e) const {
@@ -61,7 +61,7 @@ struct AboveRows {
     const T* level = levels(row);
     const T lowest = *std::min_element(level, level + above.count);
     if (above.sums && !(block.max <= lowest))
-      exponentials<V>(block, top(row), e);
+      exponentials<V>(block, top(row), f.c, e);
     for (int64_t k = 0; k < above.count; ++k) {
       if (level[k] < block.max)
         add(row, k, count_above<V>(block, above.sums ? e : nullptr, level[k]));
@@ -77,7 +77,7 @@ struct AboveRows {
       if (!rows.active(row) || above.count == 0) return;
       Scratch<T> e;
       for (int64_t index = 0; index < rows.blocks(); ++index)
-        add_block(row, index, scratch, e.z);
+        add_block(row, index, scratch, e.u);
     });
   }
 };
@@ -85,10 +85,10 @@ struct AboveRows {
 template <class V, class In>
 static void above_rows(const Problem& p, const Above& a, const Parallel& parallel) {
   switch (Transform<typename V::T>::kind(p)) {
-    case Kind::Identity:
-      return AboveRows<V, In, Kind::Identity>{{p, nullptr, nullptr, {}}, a}.run(parallel);
-    case Kind::Scaled:
-      return AboveRows<V, In, Kind::Scaled>{{p, nullptr, nullptr, {}}, a}.run(parallel);
+    case Kind::Plain:
+      return AboveRows<V, In, Kind::Plain>{{p, nullptr, nullptr, {}}, a}.run(parallel);
+    case Kind::Negated:
+      return AboveRows<V, In, Kind::Negated>{{p, nullptr, nullptr, {}}, a}.run(parallel);
     case Kind::General:
       return AboveRows<V, In, Kind::General>{{p, nullptr, nullptr, {}}, a}.run(parallel);
   }

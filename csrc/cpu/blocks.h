@@ -1,7 +1,7 @@
 // A row is worked through in blocks of fixed size, each summed relative to its own maximum and then
 // merged in order: the result of a row depends on nothing but the row. A block is first transformed
-// to logits z in a buffer that stays in the first-level cache (or taken in place where z = x), then
-// read again for the sums. Included inside the namespace of a level.
+// to u in a buffer that stays in the first-level cache (or taken in place where u = x), then read
+// again for the sums. Included inside the namespace of a level.
 
 constexpr int kUnroll = 4;
 
@@ -10,14 +10,14 @@ constexpr int64_t kStep = int64_t(kUnroll) * V::width;
 
 template <class T>
 struct Block {
-  const T* z;   // padded with -inf to a multiple of kStep
+  const T* u;    // padded with -inf to a multiple of kStep
   int64_t size;  // padded
   T max;
 };
 
 template <class T>
 struct alignas(64) Scratch {
-  T z[kBlock];
+  T u[kBlock];
 };
 
 // What the sums fetch into the cache while they compute: the block that comes next.
@@ -46,33 +46,33 @@ EM_INLINE typename V::T largest(const V (&parts)[kUnroll]) {
 
 // One vector of logits of which only `count` exist; the others become -inf.
 template <Kind K, class V, class In, class T>
-static void transform_tail(const In* x, const T* bias, int64_t count, const Transform<T>& f, T* z) {
+static void transform_tail(const In* x, const T* bias, int64_t count, const Transform<T>& f, T* u) {
   In x_pad[V::width] = {};
   T bias_pad[V::width] = {};
   std::copy(x, x + count, x_pad);
   if (bias) std::copy(bias, bias + count, bias_pad);
-  transform<K>(V::load(x_pad), bias ? bias_pad : nullptr, f).z.store(z);
-  std::fill(z + count, z + V::width, -std::numeric_limits<T>::infinity());
+  transform<K>(V::load(x_pad), bias ? bias_pad : nullptr, f).u.store(u);
+  std::fill(u + count, u + V::width, -std::numeric_limits<T>::infinity());
 }
 
 template <class V, class T>
-static Block<T> find_max(const T* z, int64_t size) {
+static Block<T> find_max(const T* u, int64_t size) {
   V max[kUnroll];
   for (V& m : max) m = V::set(-std::numeric_limits<T>::infinity());
   for (int64_t i = 0; i < size; i += kStep<V>)
-    for (int j = 0; j < kUnroll; ++j) max[j] = max_or_b(V::load(z + i + j * V::width), max[j]);
-  return {z, size, largest(max)};
+    for (int j = 0; j < kUnroll; ++j) max[j] = max_or_b(V::load(u + i + j * V::width), max[j]);
+  return {u, size, largest(max)};
 }
 
 template <Kind K, class V, class In, class T>
 static Block<T> load_block(
     const In* x, const T* bias, int64_t count, const Transform<T>& f, T* scratch) {
-  if constexpr (K == Kind::Identity && std::is_same_v<In, T>) {
+  if constexpr (K == Kind::Plain && std::is_same_v<In, T>) {
     if (count % kStep<V> == 0) return find_max<V>(x, count);
   }
   const int64_t whole = count / V::width * V::width;
   for (int64_t i = 0; i < whole; i += V::width)
-    transform<K>(V::load(x + i), bias ? bias + i : nullptr, f).z.store(scratch + i);
+    transform<K>(V::load(x + i), bias ? bias + i : nullptr, f).u.store(scratch + i);
   if (whole < count)
     transform_tail<K, V>(
         x + whole, bias ? bias + whole : nullptr, count - whole, f, scratch + whole);
@@ -88,34 +88,34 @@ static int64_t find_first_max(const Block<T>& block) {
   const V max = V::set(block.max);
   int64_t i = 0;
   for (; i + kStep<V> < block.size; i += kStep<V>) {
-    V m = V::load(block.z + i);
-    for (int j = 1; j < kUnroll; ++j) m = max_or_b(V::load(block.z + i + j * V::width), m);
+    V m = V::load(block.u + i);
+    for (int j = 1; j < kUnroll; ++j) m = max_or_b(V::load(block.u + i + j * V::width), m);
     if (V::any(m == max)) break;
   }
-  return std::find(block.z + i, block.z + block.size, block.max) - block.z;
+  return std::find(block.u + i, block.u + block.size, block.max) - block.u;
 }
 
 template <bool SecondOrder, class V>
 struct ExpSums {
   using T = typename V::T;
-  V r[kUnroll], q[kUnroll], s[kUnroll], c[kUnroll], t[kUnroll];
+  V r[kUnroll], q[kUnroll], s[kUnroll], c2[kUnroll], t[kUnroll];
 
   ExpSums() {
-    for (int j = 0; j < kUnroll; ++j) r[j] = q[j] = s[j] = c[j] = t[j] = V::set(T(0));
+    for (int j = 0; j < kUnroll; ++j) r[j] = q[j] = s[j] = c2[j] = t[j] = V::set(T(0));
   }
 
-  EM_INLINE void add(const T* z, int64_t size, T max, const Prefetch& next) {
+  EM_INLINE void add(const T* u, int64_t size, T max, T c, const Prefetch& next) {
     for (int64_t i = 0; i < size; i += kStep<V>) {
       for (int j = 0; j < kUnroll; ++j) {
         EM_PREFETCH(next.start + (i + j * V::width) * next.element_bytes);
-        const V d = clamp_exponent(V::load(z + i + j * V::width) - V::set(max));
+        const V d = distance(V::load(u + i + j * V::width), V::set(max), V::set(c));
         const V e = vexp(d);
         r[j] = r[j] + e;
         q[j] = fma(e, d, q[j]);
         if constexpr (SecondOrder) {
           const V e2 = e * e;
           s[j] = fma(e * d, d, s[j]);
-          c[j] = c[j] + e2;
+          c2[j] = c2[j] + e2;
           t[j] = fma(e2, d, t[j]);
         }
       }
@@ -126,81 +126,111 @@ struct ExpSums {
 // The sums of SoftmaxMoments. The few vectors around the maximum are summed from a copy in which it
 // is -inf. A block without a finite logit sums to 0, or NaN if there is one in it.
 template <bool SecondOrder, class V, class T>
-static SoftmaxMoments<double> exp_sums(const Block<T>& block, const Prefetch& next) {
+static SoftmaxMoments<double> exp_sums(const Block<T>& block, T c, const Prefetch& next) {
   constexpr T lowest = -std::numeric_limits<T>::infinity();
   SoftmaxMoments<double> out;
   ExpSums<SecondOrder, V> sums;
   if (block.max == lowest) {
-    sums.add(block.z, block.size, T(0), next);
+    sums.add(block.u, block.size, T(0), c, next);
   } else {
     out.max = block.max;
     out.argmax = find_first_max<V>(block);
     const int64_t before = out.argmax / kStep<V> * kStep<V>, after = before + kStep<V>;
     T around[kStep<V>];
-    std::copy(block.z + before, block.z + after, around);
+    std::copy(block.u + before, block.u + after, around);
     around[out.argmax - before] = lowest;
-    sums.add(block.z, before, block.max, next);
-    sums.add(around, kStep<V>, block.max, next.skip(before));
-    sums.add(block.z + after, block.size - after, block.max, next.skip(after));
+    sums.add(block.u, before, block.max, c, next);
+    sums.add(around, kStep<V>, block.max, c, next.skip(before));
+    sums.add(block.u + after, block.size - after, block.max, c, next.skip(after));
   }
   out.r = total(sums.r);
   out.q = total(sums.q);
   if constexpr (SecondOrder) {
     out.s = total(sums.s);
-    out.c = total(sums.c);
+    out.c2 = total(sums.c2);
     out.t = total(sums.t);
   }
   return out;
 }
 
-// Sums about a shift near the mean, corrected to the mean afterwards.
+// The power of two, nearly, that takes numbers of this range to the size of 1: what is multiplied by
+// it is exact, its cube finite and not 0.
+template <class T>
+static T unit_of(T lowest, T highest) {
+  using Limits = std::numeric_limits<T>;
+  const T range = std::min(highest - lowest, Limits::max());
+  if (!(range > 0)) return 1;
+  const int most = Limits::max_exponent - 2;
+  return std::ldexp(T(1), std::clamp(-std::ilogb(range), -most, most));
+}
+
+// Sums about a shift near the mean, in a unit of the size of the range, corrected to the mean
+// afterwards.
 template <class V, class T>
 static LogitMoments<double> logit_moments(const Block<T>& block) {
   const V zero = V::set(T(0)), one = V::set(T(1));
-  const V lowest = V::set(-std::numeric_limits<T>::infinity());
-  V count[kUnroll], s1[kUnroll], s2[kUnroll], s3[kUnroll];
-  for (int j = 0; j < kUnroll; ++j) count[j] = s1[j] = s2[j] = s3[j] = zero;
+  const V excluded = V::set(-std::numeric_limits<T>::infinity());
+  V count[kUnroll], least[kUnroll], s1[kUnroll], s2[kUnroll], s3[kUnroll];
+  for (int j = 0; j < kUnroll; ++j) {
+    count[j] = s1[j] = s2[j] = s3[j] = zero;
+    least[j] = V::set(-block.max);
+  }
   for (int64_t i = 0; i < block.size; i += kStep<V>) {
     for (int j = 0; j < kUnroll; ++j) {
-      const V z = V::load(block.z + i + j * V::width);
-      const auto excluded = z == lowest;
-      count[j] = count[j] + select(excluded, zero, one);
-      s1[j] = s1[j] + select(excluded, zero, z);
+      const V u = V::load(block.u + i + j * V::width);
+      const auto out = u == excluded;
+      count[j] = count[j] + select(out, zero, one);
+      least[j] = max_or_b(least[j], select(out, least[j], zero - u));
     }
   }
   LogitMoments<double> out;
   out.count = total(count);
   if (out.count == 0) return out;
-  const T shift = T(total(s1) / out.count);
+  const T unit = unit_of(T(-largest(least)), block.max);
+  const V by = V::set(unit);
+  // sum(u unit - from), of the finite u
+  const auto sum_from = [&](V from) {
+    for (V& sum : s1) sum = zero;
+    for (int64_t i = 0; i < block.size; i += kStep<V>) {
+      for (int j = 0; j < kUnroll; ++j) {
+        const V u = V::load(block.u + i + j * V::width);
+        s1[j] = s1[j] + select(u == excluded, zero, u * by - from);
+      }
+    }
+    return total(s1);
+  };
+  const T top = block.max * unit, shift = T(top + sum_from(V::set(top)) / out.count);
   for (V& sum : s1) sum = zero;
   for (int64_t i = 0; i < block.size; i += kStep<V>) {
     for (int j = 0; j < kUnroll; ++j) {
-      const V z = V::load(block.z + i + j * V::width);
-      const V away = select(z == lowest, zero, z - V::set(shift));
+      const V u = V::load(block.u + i + j * V::width);
+      const V away = select(u == excluded, zero, u * by - V::set(shift));
       const V square = away * away;
       s1[j] = s1[j] + away;
       s2[j] = s2[j] + square;
       s3[j] = fma(square, away, s3[j]);
     }
   }
-  const double offset = total(s1) / out.count, square = total(s2);
-  out.mean = double(shift) + offset;
-  out.m2 = square - out.count * offset * offset;
-  out.m3 = total(s3) - 3 * offset * square + 2 * out.count * offset * offset * offset;
+  const double offset = total(s1) / out.count, square = total(s2) / out.count;
+  const double var = std::max(0.0, square - offset * offset);
+  const double third = total(s3) / out.count - offset * (3 * square - 2 * offset * offset);
+  out.mean = (double(shift) + offset) / unit;
+  out.spread = std::sqrt(var) / unit;
+  out.skew = var > 0 ? third / (var * std::sqrt(var)) : 0;
   return out;
 }
 
 // The gradient of a row is gx = e^d (constant + linear d) slope, except at the target.
 template <class T>
 struct RowGradient {
-  T max, constant, linear;
+  T max, c, constant, linear;
 };
 
 template <Kind K, class V, class In, class T>
 static EM_INLINE void grad_vector(
     const In* x, const T* bias, const Transform<T>& f, const RowGradient<T>& g, In* out) {
   const Transformed<V> at = transform<K>(V::load(x), bias, f);
-  const V d = clamp_exponent(at.z - V::set(g.max));
+  const V d = distance(at.u, V::set(g.max), V::set(g.c));
   V gx = vexp(d) * fma(V::set(g.linear), d, V::set(g.constant));
   if constexpr (K == Kind::General) gx = gx * at.slope;
   gx.store(out);

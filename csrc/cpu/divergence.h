@@ -5,7 +5,7 @@
 constexpr int64_t kPairBlock = 1024;
 constexpr float kNear = 0.5f;  // |u| below which e^-u - 1 + u is a series
 
-// A block of both rows. z is x times the row's factor; `slope` is 1 where the kind is not General.
+// A block of both rows, u in `x` and `y`. `slope` is 1 where the kind is not General.
 template <class T>
 struct alignas(64) PairBlock {
   T x[kPairBlock], y[kPairBlock];
@@ -16,8 +16,9 @@ struct alignas(64) PairBlock {
 // What is the same in all entries of a pair of rows.
 template <class T>
 struct PairRow {
-  T max, other_max, share, other_share, gap;  // p = e^(z - max) share
-  T factor, other_factor;
+  T max, other_max, share, other_share, gap;  // p = e^d share
+  T lead;                                     // (max - other_max) / 2
+  T c, other_c;
   T mixed, rest;
   T own_kl, other_kl;
 };
@@ -29,11 +30,13 @@ struct Entries {
 
 template <bool Same, class V, class T>
 EM_INLINE Entries<V> entries(V x, V y, const PairRow<T>& row) {
-  const V z = x * V::set(row.factor), w = y * V::set(row.other_factor);
-  const V p = vexp(clamp_exponent(z - V::set(row.max))) * V::set(row.share);
-  const V q = vexp(clamp_exponent(w - V::set(row.other_max))) * V::set(row.other_share);
-  // Exact before it is multiplied, where the rows are nearly alike.
-  const V apart = Same ? (x - y) * V::set(row.factor) : z - w;
+  const V d = (x - V::set(row.max)) * V::set(row.c);
+  const V other_d = (y - V::set(row.other_max)) * V::set(row.other_c);
+  const V p = vexp(clamp_exponent(d)) * V::set(row.share);
+  const V q = vexp(clamp_exponent(other_d)) * V::set(row.other_share);
+  // Exact before it is multiplied, where the rows are nearly alike; of halves, which are finite.
+  const V half = V::set(T(0.5)), lead = V::set(row.lead);
+  const V apart = Same ? ((x * half - y * half) - lead) * V::set(row.c) * V::set(2) : d - other_d;
   return {p, q, apart - V::set(row.gap)};
 }
 
@@ -106,7 +109,7 @@ static PairSums sum_entries(const PairBlock<T>& block, int64_t count, const Pair
   return {total(own), total(other), total(difference)};
 }
 
-// In z and w, up to what is the same in a row.
+// In z of either row, up to what is the same in a row.
 template <Divergence D, bool Same, class V, class T>
 static void differentiate(PairBlock<T>& block, int64_t count, const PairRow<T>& row) {
   for (int64_t i = 0; i < count; i += V::width) {
@@ -121,22 +124,14 @@ static void differentiate(PairBlock<T>& block, int64_t count, const PairRow<T>& 
   }
 }
 
-// The logits of a block, z in `x` and dz / dx in `slope` where the kind is General. Padded with what
-// becomes -inf.
+// A block of one row: u in `x`, and its slope where the kind is General. Padded with -inf.
 template <Kind K, class V, class In, class T>
 static void load_side(
     const In* from, const T* bias, int64_t count, const Transform<T>& f, T* x, T* slope) {
-  const T inf = std::numeric_limits<T>::infinity();
-  const T nothing = K == Kind::General || f.scale_over_temperature > 0 ? -inf : inf;
   const auto put = [&](const In* logits, const T* own_bias, int64_t at) {
-    const V raw = V::load(logits);
-    if constexpr (K == Kind::General) {
-      const Transformed<V> there = transform<K>(raw, own_bias, f);
-      there.z.store(x + at);
-      there.slope.store(slope + at);
-    } else {
-      raw.store(x + at);
-    }
+    const Transformed<V> there = transform<K>(V::load(logits), own_bias, f);
+    there.u.store(x + at);
+    if constexpr (K == Kind::General) there.slope.store(slope + at);
   };
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) put(from + i, bias ? bias + i : nullptr, i);
@@ -147,7 +142,8 @@ static void load_side(
     if (bias) std::copy(bias + i, bias + count, bias_pad);
     put(x_pad, bias ? bias_pad : nullptr, i);
   }
-  std::fill(x + count, x + (count + kStep<V> - 1) / kStep<V> * kStep<V>, nothing);
+  const int64_t padded = (count + kStep<V> - 1) / kStep<V> * kStep<V>;
+  std::fill(x + count, x + padded, -std::numeric_limits<T>::infinity());
 }
 
 // gradient times slope and factor, to where it goes.
@@ -173,16 +169,12 @@ struct OneSide {
 
   explicit OneSide(const Side& side) : side(side), kind(Transform<T>::kind(side.problem)) {}
 
-  T factor(const Transform<T>& f) const {
-    return kind == Kind::General ? T(1) : f.scale_over_temperature;
-  }
-
   // One of the three kinds of row, as `call` takes it.
   template <class F>
   void with_rows(const F& call) const {
     switch (kind) {
-      case Kind::Identity: return call(rows<Kind::Identity>());
-      case Kind::Scaled: return call(rows<Kind::Scaled>());
+      case Kind::Plain: return call(rows<Kind::Plain>());
+      case Kind::Negated: return call(rows<Kind::Negated>());
       case Kind::General: return call(rows<Kind::General>());
     }
   }
@@ -197,24 +189,22 @@ struct OneSide {
 
   void load(int64_t row, int64_t begin, int64_t count, T* x, T* slope) const {
     const Transform<T> f(side.problem, row);
-    const auto plain = rows<Kind::Identity>();
-    const In* from = plain.logits(row) + begin;
-    if (kind == Kind::General)
-      return load_side<Kind::General, V>(from, plain.bias(begin), count, f, x, slope);
-    load_side<Kind::Identity, V>(from, plain.bias(begin), count, f, x, slope);
+    with_rows([&](const auto& rows) {
+      load_side<rows.kind, V>(rows.logits(row) + begin, rows.bias(begin), count, f, x, slope);
+    });
   }
 
   // `bad`: NaN throughout; `nothing`: zeros.
   void fill(int64_t row, bool bad) const {
     if (!side.gradient) return;
-    const auto plain = rows<Kind::Identity>();
+    const auto plain = rows<Kind::Plain>();
     In value;
     from_float(bad ? std::numeric_limits<T>::quiet_NaN() : T(0), &value);
     std::fill_n(plain.out(row), side.problem.valid_vocab, value);
   }
 
   void zero_rest(int64_t row) const {
-    if (side.gradient) rows<Kind::Identity>().zero_rest(row);
+    if (side.gradient) rows<Kind::Plain>().zero_rest(row);
   }
 };
 
@@ -237,8 +227,9 @@ struct PairsOfRows {
     out.share = T(std::exp(-double(at(saved.log1p_r, row))));
     out.other_share = T(std::exp(-double(at(saved.other_log1p_r, row))));
     out.gap = at(saved.gap, row);
-    out.factor = own.factor(Transform<T>(pairs.own.problem, row));
-    out.other_factor = other.factor(Transform<T>(pairs.other.problem, row));
+    out.lead = out.max / 2 - out.other_max / 2;
+    out.c = Transform<T>(pairs.own.problem, row).c;
+    out.other_c = Transform<T>(pairs.other.problem, row).c;
     out.mixed = T(pairs.mixed);
     out.rest = T(1 - pairs.mixed);
     out.own_kl = at(saved.own_kl, row);
@@ -298,10 +289,10 @@ struct PairsOfRows {
     if (!to.side.gradient) return;
     const Transform<T> f(to.side.problem, row);
     const T weight = static_cast<const T*>(to.side.gradient->g_lse)[row];
-    const auto plain = to.template rows<Kind::Identity>();
+    const auto plain = to.template rows<Kind::Plain>();
     store_side<V>(
         gradient, to.kind == Kind::General ? slope : nullptr, count,
-        weight * share * f.scale_over_temperature, plain.out(row) + begin);
+        weight * share * f.dz_dx, plain.out(row) + begin);
   }
 
   // As `divergence._settled`.
@@ -320,19 +311,18 @@ struct PairsOfRows {
   }
   bool is_same(int64_t row) const {
     const PairRow<T> constant = constants(row);
-    return constant.factor == constant.other_factor;
+    return constant.c == constant.other_c;
   }
 
   template <Divergence D>
   void work(int64_t row, T* scratch, PairBlock<T>& block) const {
     const PairSaved& saved = pairs.saved;
-    const bool active = own.template rows<Kind::Identity>().active(row);
+    const bool active = own.template rows<Kind::Plain>().active(row);
     const bool made = pairs.own.results != nullptr;
     if (made) {
       own.stats(row, scratch);
       other.stats(row, scratch);
-      at(saved.gap, row) = (at(saved.max, row) - at(saved.other_max, row)) +
-                           (at(saved.log1p_r, row) - at(saved.other_log1p_r, row));
+      at(saved.gap, row) = at(saved.log1p_r, row) - at(saved.other_log1p_r, row);
       at(saved.own_kl, row) = at(saved.other_kl, row) = at(saved.gap, row);
     }
     const bool whole = active && !bad(row);

@@ -18,11 +18,11 @@ struct Parallel {
   void (*run)(int threads, void (*worker)(void*), void* context) = nullptr;
 };
 
-// What is known of a row after some of its entries, and z at its target once that was among them.
+// What is known of a row after some of its entries, and u at its target once that was among them.
 struct Part {
   SoftmaxMoments<double> softmax;
   LogitMoments<double> logits;
-  double z_target = NAN;
+  double u_target = NAN;
 };
 
 // A row is summed in blocks of this many entries, each relative to its own maximum, merged in order.
@@ -35,7 +35,7 @@ struct Slice {
   int64_t first = 0;
 };
 
-// Of each row `count` levels, and what lies above them; see Backend.above.
+// Of each row `count` levels, in units of u, and what lies above them; see Backend.above.
 struct Above {
   int64_t count = 0;
   const void* levels = nullptr;  // Real (rows, count)

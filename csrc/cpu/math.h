@@ -34,6 +34,12 @@ EM_INLINE V clamp_exponent(V d) {
   return max_or_b(V::set(exp_floor<typename V::T>), d);
 }
 
+// d, no farther than e^d tells. The difference is exact, or rounded once, and 0 at the maximum.
+template <class V>
+EM_INLINE V distance(V u, V max, V c) {
+  return clamp_exponent(c * (u - max));
+}
+
 // log y of y = 1 + less in (0, 1], to rounding in relative terms where less is near 0: of a y in
 // [sqrt 1/2, 1] the polynomial takes `less`, else what is left of y over a power of two (Moshier,
 // Cephes, logf).
@@ -125,47 +131,49 @@ EM_INLINE Tanh<V> vtanh(V x) {
   return {select(size < V::set(T(0.625)), tanh_near_zero(x), value), slope};
 }
 
-// z = softcap(scale * x + bias) / T of one row. Identity and Scaled are the cases worth their own
-// code: neither softcap nor bias, with scale / T equal to 1 or not.
-enum class Kind { Identity, Scaled, General };
+// Of one row, u = softcap(by x + bias) and z = c u; see softmax_moments.h. Plain and Negated are the
+// cases worth their own code, u = x and u = -x.
+enum class Kind { Plain, Negated, General };
 
 template <class T>
 struct Transform {
   const T* bias;
-  T scale, inverse_temperature, softcap, scale_over_temperature;
+  T by, softcap;
+  T c;      // NaN where no normal number holds it, as with a temperature that is not positive
+  T dz_dx;  // but for the slope of the softcap
 
   Transform(const Problem& p, int64_t row)
-      : bias(static_cast<const T*>(p.bias)), scale(T(p.logit_scale)), softcap(T(p.softcap)) {
+      : bias(static_cast<const T*>(p.bias)), by(T(unit_scale(p))), softcap(T(p.softcap)) {
+    using Limits = std::numeric_limits<T>;
     const T* rows = static_cast<const T*>(p.temperature_rows);
-    const double temperature = rows ? double(rows[row]) : p.temperature;
-    inverse_temperature = T(1 / temperature);
-    scale_over_temperature = T(p.logit_scale / temperature);
+    const double wide = gain(p) / (rows ? double(rows[row]) : p.temperature);
+    const bool good = double(Limits::min()) <= wide && wide <= double(Limits::max());
+    c = good ? T(wide) : Limits::quiet_NaN();
+    dz_dx = T(unit_scale(p) * double(c));
   }
 
   static Kind kind(const Problem& p) {
-    if (p.bias || p.softcap != 0) return Kind::General;
-    if (p.temperature_rows || p.temperature != p.logit_scale) return Kind::Scaled;
-    return Kind::Identity;
+    if (!is_simple(p)) return Kind::General;
+    return p.logit_scale > 0 ? Kind::Plain : Kind::Negated;
   }
 };
 
-// z, and dz/dx up to the factor scale / T, of the logits at vocabulary index v.
+// u, and du/dx up to the factor `by`, of the logits at vocabulary index v.
 template <class V>
 struct Transformed {
-  V z, slope;
+  V u, slope;
 };
 
 template <Kind K, class V, class T>
 EM_INLINE Transformed<V> transform(V x, const T* bias, const Transform<T>& f) {
   const V one = V::set(T(1));
-  if constexpr (K == Kind::Identity) return {x, one};
-  if constexpr (K == Kind::Scaled) return {x * V::set(f.scale_over_temperature), one};
-  const V inverse_temperature = V::set(f.inverse_temperature);
-  V u = x * V::set(f.scale);
+  if constexpr (K == Kind::Plain) return {x, one};
+  if constexpr (K == Kind::Negated) return {V::set(T(0)) - x, one};
+  V u = x * V::set(f.by);
   if (bias) u = u + V::load(bias);
-  if (f.softcap == 0) return {u * inverse_temperature, one};
+  if (f.softcap == 0) return {u, one};
   const V cap = V::set(f.softcap);
   const Tanh<V> th = vtanh(u / cap);
   const auto infinite = abs(u) == V::set(std::numeric_limits<T>::infinity());
-  return {select(infinite, u, cap * th.value) * inverse_temperature, th.slope};
+  return {select(infinite, u, cap * th.value), th.slope};
 }

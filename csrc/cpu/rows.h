@@ -18,7 +18,7 @@ static void for_each_task(const Parallel& parallel, int64_t count, const F& body
     auto& shared = *static_cast<Shared*>(context);
     Scratch<T> scratch;
     for (int64_t task; (task = shared.next.fetch_add(1)) < shared.count;)
-      shared.body(task, scratch.z);
+      shared.body(task, scratch.u);
   };
   const int threads = int(std::min<int64_t>(parallel.threads, count));
   if (threads > 1) {
@@ -31,6 +31,7 @@ static void for_each_task(const Parallel& parallel, int64_t count, const F& body
 template <class V, class In, Kind K>
 struct Rows {
   using T = typename V::T;
+  static constexpr Kind kind = K;
   const Problem& p;
   const Results* results;
   const Gradient* g;
@@ -62,36 +63,38 @@ struct Rows {
            p.target[row] < slice.first + p.valid_vocab;
   }
 
-  // z and its slope at the target.
+  // u and its slope at the target.
   Transformed<T> at_target(int64_t row) const {
     const int64_t y = p.target[row] - slice.first;
     In x[V::width] = {};
-    T b[V::width] = {}, z[V::width], slope[V::width];
+    T b[V::width] = {}, u[V::width], slope[V::width];
     x[0] = logits(row)[y];
     if (p.bias) b[0] = *bias(y);
     const auto at = transform<K>(V::load(x), p.bias ? b : nullptr, Transform<T>(p, row));
-    at.z.store(z);
+    at.u.store(u);
     at.slope.store(slope);
-    return {z[0], slope[0]};
+    return {u[0], slope[0]};
   }
 
   Part sum_block(int64_t row, int64_t block, T* scratch) const {
     const int64_t begin = block * kBlock, end = block_end(block);
     const In* x = logits(row) + begin;
     const Transform<T> f(p, row);
-    const auto z = load_block<K, V>(x, bias(begin), end - begin, f, scratch);
+    const auto u = load_block<K, V>(x, bias(begin), end - begin, f, scratch);
     const Prefetch next{reinterpret_cast<const char*>(x + kBlock), sizeof(In)};
     Part part;
-    part.softmax = wanted({kVarentropy, kCollision, kEntropySlope}) ? exp_sums<true, V>(z, next)
-                                                                    : exp_sums<false, V>(z, next);
+    const bool second = wanted({kVarentropy, kCollision, kEntropySlope});
+    part.softmax = second ? exp_sums<true, V>(u, f.c, next) : exp_sums<false, V>(u, f.c, next);
     part.softmax.argmax += slice.first + begin;
     if (wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew}))
-      part.logits = logit_moments<V>(z);
+      part.logits = logit_moments<V>(u);
     return part;
   }
 
-  static void merge_into(Part& row, const Part& block) {
-    row.softmax = merge(row.softmax, block.softmax);
+  double factor(int64_t row) const { return Transform<T>(p, row).c; }
+
+  static void merge_into(Part& row, const Part& block, double c) {
+    row.softmax = merge(row.softmax, block.softmax, c);
     row.logits = merge(row.logits, block.logits);
   }
 
@@ -99,19 +102,20 @@ struct Rows {
   Part start(int64_t row) const { return slice.parts ? slice.parts[row] : Part{}; }
 
   void finish(int64_t row, Part part) const {
-    if (has_target(row)) part.z_target = at_target(row).z;
+    if (has_target(row)) part.u_target = at_target(row).u;
     if (slice.parts) slice.parts[row] = part;
     write_results(row, part);
   }
 
   void write_results(int64_t row, const Part& part) const {
     double value[kOutputs] = {};
-    if (!usable(part.softmax)) {
+    const double c = factor(row);
+    if (!usable(part.softmax) || std::isnan(c)) {
       std::fill(value, value + kOutputs, std::numeric_limits<double>::quiet_NaN());
     } else {
-      finalize(part.softmax, part.logits, value);
+      finalize(part.softmax, part.logits, c, value);
       if (p.target) {
-        const double d = part.z_target - part.softmax.max;
+        const double d = c * (part.u_target - part.softmax.max);
         finalize_target(part.softmax, d, part.softmax.argmax == p.target[row], value);
       }
     }
@@ -127,8 +131,9 @@ struct Rows {
   void stats_row(int64_t row, T* scratch) const {
     if (!active(row)) return write_zeros(row);
     Part part = start(row);
+    const double c = factor(row);
     for (int64_t block = 0; block < blocks(); ++block)
-      merge_into(part, sum_block(row, block, scratch));
+      merge_into(part, sum_block(row, block, scratch), c);
     finish(row, part);
   }
 
@@ -145,17 +150,17 @@ struct Rows {
     const double log1p_r = read(g->log1p_r, row), mean_d = read(g->mean_d, row);
     const double logprob = read(g->g_logprob, row), entropy = read(g->g_entropy, row);
     const double lse = read(g->g_lse, row);
-    const double share = std::exp(-log1p_r) * f.scale_over_temperature;
+    const double share = std::exp(-log1p_r) * f.dz_dx;
     const RowGradient<T> row_gradient{
-        max, T(share * (entropy * mean_d + lse - logprob)), T(-share * entropy)};
+        max, f.c, T(share * (entropy * mean_d + lse - logprob)), T(-share * entropy)};
     const bool target_here = g->g_logprob && begin <= p.target[row] && p.target[row] < end;
     const Transformed<T> y = target_here ? at_target(row) : Transformed<T>{};
     grad_block<K, V>(logits(row) + begin, bias(begin), end - begin, f, row_gradient, to + begin);
     if (!target_here) return;
-    const double d = double(y.z) - max, log_p = d - log1p_r, prob = std::exp(log_p);
+    const double d = double(f.c) * (double(y.u) - max), log_p = d - log1p_r, prob = std::exp(log_p);
     double own = -logprob * std::expm1(log_p);
     if (prob > 0) own += prob * (entropy * (mean_d - d) + lse);
-    from_float(T(own * y.slope * f.scale_over_temperature), to + p.target[row]);
+    from_float(T(own * y.slope * f.dz_dx), to + p.target[row]);
   }
 
   // Zeros where there is no gradient: beyond the valid vocabulary, and the whole of a masked row.
@@ -194,8 +199,9 @@ struct Rows {
           continue;
         }
         Part part = start(row);
+        const double c = factor(row);
         for (int64_t block = 0; block < count; ++block)
-          merge_into(part, parts[row * count + block]);
+          merge_into(part, parts[row * count + block], c);
         finish(row, part);
       }
     }
@@ -213,8 +219,8 @@ static void run_rows(
     const Problem& p, const Results* results, const Gradient* g, const Slice& slice,
     const Parallel& parallel) {
   switch (Transform<typename V::T>::kind(p)) {
-    case Kind::Identity: return Rows<V, In, Kind::Identity>{p, results, g, slice}.run(parallel);
-    case Kind::Scaled: return Rows<V, In, Kind::Scaled>{p, results, g, slice}.run(parallel);
+    case Kind::Plain: return Rows<V, In, Kind::Plain>{p, results, g, slice}.run(parallel);
+    case Kind::Negated: return Rows<V, In, Kind::Negated>{p, results, g, slice}.run(parallel);
     case Kind::General: return Rows<V, In, Kind::General>{p, results, g, slice}.run(parallel);
   }
 }
