@@ -68,6 +68,10 @@ def check(got: Tensor, want: Tensor, name: str, size: Tensor) -> None:
     assert torch.equal(got[~want.isfinite()], want[~want.isfinite()]), name
     scale = {"lse": size, "logit_mean": size}.get(name, torch.full_like(size, name in TO_ONE))
     limit = 1e-3 if name in MOMENTS else SMALL
+    if name == "self_certainty" and kind.bits == 64:
+        limit = 1e-2  # a mean of logits that are a few eps apart is rounded to their eps
+    if name == "varentropy":
+        limit *= 3  # a difference of the mean square and the square of the mean
     excess = (got - want).abs() - limit * torch.maximum(want.abs(), scale) - kind.tiny
     assert (excess[want.isfinite()] <= 0).all(), f"{name}: {got.tolist()} for {want.tolist()}"
 
