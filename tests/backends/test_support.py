@@ -13,6 +13,7 @@ from em_kernels.backends.choice import REFERENCE
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
 from em_kernels.backends.support import Support
 from em_kernels.backends.truncation import find_border, find_border_among, is_outside
+from em_kernels.backends.units import inverse_temperature
 
 N, V = 48, 97
 KINDS = ("normal", "peaked", "ties", "flat", "some -inf", "huge")
@@ -57,14 +58,15 @@ def same_sets(z, ours, theirs):
 @each_order
 def test_the_border_found_by_counting_is_that_of_sorting(kind, dtype, min_p_first):
     z, truncation = rows(kind, dtype), limits(V)
-    top = z.amax(-1)
+    top, spec = z.amax(-1), RowSpec(temperature_rows=0.3 + torch.rand(N).to(dtype), valid_vocab=V)
+    c = inverse_temperature(spec, dtype)
 
     def above(levels, ids):
         largest = torch.where(top.isfinite(), top, 0)
-        return REFERENCE.above(z[None], RowSpec(valid_vocab=V), levels, largest, ids)
+        return REFERENCE.above(z[None], spec, levels, largest, ids)
 
-    found = search(above, top, truncation, min_p_first, V, 1.0)
-    assert same_sets(z, found, find_border(z, truncation, min_p_first))
+    found = search(above, top, truncation, min_p_first, V, c)
+    assert same_sets(z, found, find_border(z, truncation, min_p_first, c))
 
 
 @each_dtype

@@ -102,6 +102,28 @@ SHARED = [
     ({"temperature": ROWS.to("meta")}, ValueError, "temperature must be on cpu, got meta"),
     ({"temperature": 0 * ROWS}, ValueError, "temperature must be positive .* got 0.0 at token 0"),
     ({"temperature": ROWS / 0}, ValueError, "temperature must be .* finite, got inf at token 0"),
+    ({"temperature": 1e39}, ValueError, "temperature must be from 1.18e-38 to 8.51e.37 .* 1e.39"),
+    ({"temperature": 1e-40}, ValueError, "temperature must be from .* got 1e-40"),
+    (
+        {"temperature": 1e39 * ROWS.double()},
+        ValueError,
+        "temperature .* finite, got inf at token 0",
+    ),
+    (
+        {"temperature": 1e-40 * ROWS},
+        ValueError,
+        "temperature must be such .* got .*e-41 at token 0",
+    ),
+    ({"logit_scale": -1e39}, ValueError, "logit_scale must be from .*, got -1e.39"),
+    ({"logit_scale": 1e-39}, ValueError, "logit_scale must be from .*, got 1e-39"),
+    (
+        {"logit_scale": 1e30, "temperature": 1e-20},
+        ValueError,
+        "temperature: logit_scale / temperature must be from",
+    ),
+    ({"logit_scale": 1e30, "temperature": 1e-20 * ROWS}, ValueError, "temperature must be such"),
+    ({"softcap": 1e39}, ValueError, "softcap must be from .*, got 1e.39"),
+    ({"softcap": 1e-39}, ValueError, "softcap must be from .*, got 1e-39"),
     (
         {"temperature": ROWS.clone().requires_grad_()},
         ValueError,
@@ -196,6 +218,15 @@ def test_unknown_reduction(reduction):
         entropy_loss(X, reduction=reduction)
     with pytest.raises(ValueError, match=f"reduction must be one of .*, got '{reduction}'"):
         linear_entropy_loss(HIDDEN, WEIGHT, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", (1e39, 1e-39))
+def test_a_reduction_beyond_float32(reduction):
+    for loss, given in ((entropy_loss, (X,)), (linear_entropy_loss, (HIDDEN, WEIGHT))):
+        with pytest.raises(ValueError, match="^reduction must be from 1"):
+            loss(*given, reduction=reduction)
+    wide = X.detach().double().requires_grad_()
+    assert entropy_loss(wide, reduction=reduction).isfinite()
 
 
 @pytest.mark.parametrize("reduction", (0.0, -1, float("inf")))
