@@ -5,7 +5,6 @@ As in `checks` no values of tensors are looked at.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.row_index import is_exporting
 from em_kernels.ops.checks import (
+    ANY,
     MOST,
     check_device,
     check_flag,
@@ -316,7 +316,7 @@ def _limit(name: str, value: Any, x: Tensor, limit: Limit) -> Tensor:
     if limit.whole and not is_int(value):
         raise TypeError(f"{name} must be an int, an int tensor or None, got {_kind(value)}")
     rule = f"{limit.rule} or None, which keeps all,"
-    check_number(name, value, limit.holds, rule, sys.float_info.max)
+    check_number(name, value, limit.holds, rule, ANY)
     return rows.mul_(value if abs(value) < MOST else float(value))
 
 

@@ -113,7 +113,13 @@ def shown(value: float) -> str:
     return "another value" if is_graph_input(value) else repr(value)
 
 
-_MOST = torch.finfo(torch.float32).max
+ANY = (0.0, sys.float_info.max)
+_IN_FLOAT32 = (0.0, torch.finfo(torch.float32).max)
+RANGES = {
+    dtype: (torch.finfo(dtype).tiny, 1 / torch.finfo(dtype).tiny)
+    for dtype in (torch.float32, torch.float64)
+}
+"""Sizes of which the dtype has a number and one of their inverse, with all digits."""
 
 
 def check_number(
@@ -121,28 +127,23 @@ def check_number(
     value: float,
     good: Callable[[float], bool],
     rule: str,
-    most: float = _MOST,
+    sizes: tuple[float, float] = _IN_FLOAT32,
 ) -> None:
-    """`most`: in size. More than float32 holds would make what it is multiplied with infinite."""
+    """`sizes`: the least and the largest; what float32 does not hold makes infinite what it is
+    multiplied with."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # math.isfinite cannot be traced, and torch.compile takes a number to be below infinity.
     if not (good(value) and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} must be {rule} and finite, got {shown(value)}")
-    if not abs(value) <= most:
-        raise ValueError(f"{name} must be at most {most:.3g} in size, got {shown(value)}")
+    check_size(name, value, sizes)
 
 
-_LEAST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
-
-
-def check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    """That numbers of the dtype, float32 or float64, hold it and its inverse with all digits."""
-    least = _LEAST[dtype]
-    if not least <= abs(value) <= 1 / least:
+def check_size(name: str, value: float, sizes: tuple[float, float]) -> None:
+    least, most = sizes
+    if not least <= abs(value) <= most:
         raise ValueError(
-            f"{name} must be from {least:.3g} to {1 / least:.3g} in size, as {dtype} holds it and "
-            f"its inverse, got {shown(value)}"
+            f"{name} must be from {least:.3g} to {most:.3g} in size, got {shown(value)}"
         )
 
 

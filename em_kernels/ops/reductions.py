@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from em_kernels.ops.checks import (
+    RANGES,
     check_group,
     check_integers,
     check_number,
-    check_range,
     check_shape,
 )
 from em_kernels.ops.ranks import PADDING
@@ -103,6 +102,5 @@ def reduction_weight(
         case str():
             raise ValueError(f"reduction must be one of {REDUCTIONS} or a float, got {reduction!r}")
         case _:
-            check_number("reduction", reduction, lambda v: v > 0, "positive", sys.float_info.max)
-            check_range("reduction", reduction, dtype)
+            check_number("reduction", reduction, lambda v: v > 0, "positive", RANGES[dtype])
             return counted.to(dtype) / reduction

@@ -22,7 +22,6 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.specs import flatten_spec, has_support
 from em_kernels.backends.support import Support
-from em_kernels.backends.units import inverse_temperature, is_good
 from em_kernels.backends.vocab_parallel import VocabParallel
 from em_kernels.linear.plan import Linear
 from em_kernels.ops import truncate
@@ -112,14 +111,20 @@ def checked(spec: RowSpec, lead: int, prefix: str = "") -> RowSpec:
         rule = f"in [0, {spec.valid_vocab}) or ignored (ignore_index, or a mask that is 0 there)"
         _check_rows(good, spec, "target", rule)
     if spec.temperature_rows is not None and row_index.is_free_to_look(spec.temperature_rows):
-        rows = spec.temperature_rows
-        good = (rows > 0) & rows.isfinite()
-        _check_rows(good, spec, "temperature_rows", "positive and finite", prefix)
-        good = is_good(inverse_temperature(spec, rows.dtype), rows.dtype)
-        rule = f"such that {rows.dtype} holds logit_scale / temperature and its inverse"
-        _check_rows(torch.as_tensor(good), spec, "temperature_rows", rule, prefix)
+        _check_temperatures(spec, spec.temperature_rows, prefix)
     truncate.check_values(spec)
     return spec
+
+
+def _check_temperatures(spec: RowSpec, rows: Tensor, prefix: str) -> None:
+    least, scale = torch.finfo(rows.dtype).tiny, abs(spec.logit_scale)
+    good = (rows >= max(1, scale) * least) & (rows <= min(1, scale) / least)
+    if good.all():
+        return
+    positive = (rows > 0) & rows.isfinite()
+    _check_rows(positive, spec, "temperature_rows", "positive and finite", prefix)
+    rule = f"such that {rows.dtype} holds logit_scale / temperature and its inverse"
+    _check_rows(good, spec, "temperature_rows", rule, prefix)
 
 
 def _check_rows(good: Tensor, spec: RowSpec, field: str, rule: str, prefix: str = "") -> None:

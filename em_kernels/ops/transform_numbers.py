@@ -6,15 +6,14 @@ without digits, is refused by its name before it turns rows into NaN.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from em_kernels.backends.interface import Numbers, accumulate_dtype
-from em_kernels.ops.checks import check_number, check_range, check_rows, is_graph_input
+from em_kernels.ops.checks import RANGES, check_number, check_rows, check_size, is_graph_input
 
 
 def transform_numbers(
@@ -22,22 +21,16 @@ def transform_numbers(
 ) -> tuple[Tensor | None, Numbers]:
     """(the temperature of each row or None, the numbers) of the options whose names begin so."""
     softcap, logit_scale = options[f"{prefix}softcap"], options[f"{prefix}logit_scale"]
-    of_temperature, dtype = f"{prefix}temperature", accumulate_dtype(x.dtype)
-    per_row, scalar = _temperature(options[of_temperature], x, of_temperature)
+    name, sizes = f"{prefix}temperature", RANGES[accumulate_dtype(x.dtype)]
+    per_row, scalar = _temperature(options[name], x, name, sizes)
     if softcap is not None:
-        _check_factor(f"{prefix}softcap", softcap, lambda v: v > 0, "positive or None", dtype)
-    name = f"{prefix}logit_scale"
-    _check_factor(name, logit_scale, lambda v: v < 0 or v > 0, "non-zero", dtype)
-    check_range(f"{of_temperature}: {name} / {of_temperature}", logit_scale / scalar, dtype)
+        check_number(f"{prefix}softcap", softcap, lambda v: v > 0, "positive or None", sizes)
+    of_scale = f"{prefix}logit_scale"
+    check_number(of_scale, logit_scale, lambda v: v < 0 or v > 0, "non-zero", sizes)
+    if scalar != 1:
+        check_size(f"{name}: {of_scale} / {name}", logit_scale / scalar, sizes)
     eps = options.get("filter_eps") or 0.0
     return per_row, Numbers(scalar, softcap or 0.0, logit_scale, eps)
-
-
-def _check_factor(
-    name: str, value: float, good: Callable[[float], bool], rule: str, dtype: torch.dtype
-) -> None:
-    check_number(name, value, good, rule, sys.float_info.max)
-    check_range(name, value, dtype)
 
 
 def graph_inputs(numbers: Numbers) -> Tensor | None:
@@ -49,11 +42,12 @@ def graph_inputs(numbers: Numbers) -> Tensor | None:
     return torch.stack([one * value for value in numbers])
 
 
-def _temperature(temperature: float | Tensor, x: Tensor, name: str) -> tuple[Tensor | None, float]:
+def _temperature(
+    temperature: float | Tensor, x: Tensor, name: str, sizes: tuple[float, float]
+) -> tuple[Tensor | None, float]:
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, (int, float)):
-            dtype = accumulate_dtype(x.dtype)
-            _check_factor(name, temperature, lambda v: v > 0, "positive", dtype)
+            check_number(name, temperature, lambda v: v > 0, "positive", sizes)
             return None, temperature
         raise TypeError(f"{name} must be a float or a tensor, got {type(temperature).__name__}")
     check_rows(name, temperature, x)

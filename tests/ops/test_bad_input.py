@@ -223,7 +223,7 @@ def test_unknown_reduction(reduction):
 @pytest.mark.parametrize("reduction", (1e39, 1e-39))
 def test_a_reduction_beyond_float32(reduction):
     for loss, given in ((entropy_loss, (X,)), (linear_entropy_loss, (HIDDEN, WEIGHT))):
-        with pytest.raises(ValueError, match="^reduction must be from 1"):
+        with pytest.raises(ValueError, match="reduction must be from"):
             loss(*given, reduction=reduction)
     wide = X.detach().double().requires_grad_()
     assert entropy_loss(wide, reduction=reduction).isfinite()
