@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import gpu_checks as checks
 from benchmarks.common import is_lost
-from benchmarks.gpu_checks import ODD, V, certain, from_hidden, statistics
+from benchmarks.gpu_checks import ODD, V, certain, from_hidden, statistics, vast
 from benchmarks.gpu_truth import DEVICE, unusable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,6 +67,8 @@ CHECKS = {
     "statistics bfloat16, first order, T=0.7": statistics(torch.bfloat16, V, 0.7, FIRST_ORDER),
     "statistics float32, T=0.7": statistics(torch.float32, ODD, 0.7),
     **{f"certain rows, T={t}": certain(t) for t in (1.0, 0.7, 0.5, 1.3)},
+    "logits of 3e38, T=0.5": vast(torch.float32, temperature=0.5),
+    "logits of 3e38, logit_scale=-2": vast(torch.bfloat16, logit_scale=-2.0),
     "token_loss at full size": checks.loss_twice,
     "masked rows": checks.masked,
     "strided rows": checks.strided,

@@ -32,7 +32,9 @@ namespace {
 using namespace em_kernels;
 using namespace em_kernels::cuda;
 
-constexpr int kRows = 6;  // random, with -inf, masked, nearly certain, with a NaN, target excluded
+// Random, with -inf, masked, nearly certain, with a NaN, target excluded, so large that z is beyond
+// the dtype, denormal.
+constexpr int kRows = 8;
 constexpr int kMasked = 2, kNaN = 4;
 constexpr int64_t kGuard = 8;  // entries between rows, and after the last, that nothing may touch
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -193,12 +195,19 @@ Inputs make_inputs(const Case& c) {
   in.x[3][c.valid / 2] = 40;
   in.x[kNaN][c.valid - 1] = std::nan("");
   if (c.valid > 2) in.x[5][in.target[5]] = -kInf;
+  const double largest = c.dtype == DType::f64 ? 1.5e308 : c.dtype == DType::f16 ? 6e4 : 3e38;
+  for (int64_t v = 0; v < c.vocab; ++v) {
+    store(rounded, c.dtype, 0, largest);
+    if (v % 3 == 0) in.x[6][v] = load(rounded, c.dtype, 0);
+    store(rounded, c.dtype, 0, in.x[7][v] * (c.dtype == DType::f64 ? 1e-309 : 1e-39));
+    in.x[7][v] = load(rounded, c.dtype, 0);
+  }
   if (c.full) {
     for (int64_t v = 0; v < c.valid; ++v) in.bias.push_back(normal(generator));
     in.scale = 0.75;
     in.softcap = 20;
   } else {
-    in.one_temperature = 0.5;
+    in.one_temperature = 0.7;
   }
   return in;
 }
@@ -210,12 +219,12 @@ struct Truth {
 };
 
 Truth truth(const Case& c, const Inputs& in, int row) {
-  const double T = c.full ? in.temperature[row] : in.one_temperature;
-  std::vector<double> z, slope;
+  const double T = c.full ? in.temperature[row] : in.one_temperature, factor = 1 / T;
+  std::vector<double> u, slope;
   for (int64_t v = 0; v < c.valid; ++v) {
-    const double u = in.scale * in.x[row][v] + (c.full ? in.bias[v] : 0);
-    const double tanh = in.softcap > 0 ? std::tanh(u / in.softcap) : 0;
-    z.push_back(u == -kInf ? -kInf : (in.softcap > 0 ? in.softcap * tanh : u) / T);
+    const double whole = in.scale * in.x[row][v] + (c.full ? in.bias[v] : 0);
+    const double tanh = in.softcap > 0 ? std::tanh(whole / in.softcap) : 0;
+    u.push_back(in.softcap > 0 && whole != -kInf ? in.softcap * tanh : whole);
     slope.push_back(in.scale / T * (in.softcap > 0 ? 1 - tanh * tanh : 1));
   }
   Truth t;
@@ -226,13 +235,15 @@ Truth truth(const Case& c, const Inputs& in, int row) {
     std::fill(t.grad.begin(), t.grad.begin() + c.valid, value);
     return t;
   }
-  const int64_t argmax = std::max_element(z.begin(), z.end()) - z.begin();
+  const int64_t argmax = std::max_element(u.begin(), u.end()) - u.begin();
+  const auto away = [&](int64_t v) { return factor * (u[v] - u[argmax]); };
   double r = 0, q = 0, collision = 0, count = 0, sum = 0;
   for (int64_t v = 0; v < c.valid; ++v) {
-    const double d = z[v] - z[argmax];
-    if (d == -kInf) continue;
+    const double d = away(v);
+    if (u[v] == -kInf) continue;
     count += 1;
-    sum += z[v];
+    sum += factor * u[v];
+    if (d == -kInf) continue;
     if (v == argmax) continue;
     r += std::exp(d);
     q += std::exp(d) * d;
@@ -241,23 +252,23 @@ Truth truth(const Case& c, const Inputs& in, int row) {
   const double mean = sum / count;
   double varentropy = 0, square_log = 0, m2 = 0, m3 = 0;
   for (int64_t v = 0; v < c.valid; ++v) {
-    if (z[v] == -kInf) continue;
-    const double d = z[v] - z[argmax], p = std::exp(d - log_mass);
+    if (u[v] == -kInf) continue;
+    const double z = factor * u[v], d = away(v), p = std::exp(d - log_mass);
     varentropy += p * (d - mean_d) * (d - mean_d);
     collision += p * p;
     square_log += p * p * (d - mean_d);
-    m2 += (z[v] - mean) * (z[v] - mean);
-    m3 += (z[v] - mean) * (z[v] - mean) * (z[v] - mean);
+    m2 += (z - mean) * (z - mean);
+    m3 += (z - mean) * (z - mean) * (z - mean);
   }
   const int64_t y = in.target[row];
-  const double logprob = z[y] - z[argmax] - log_mass, p_y = std::exp(logprob);
+  const double logprob = away(y) - log_mass, p_y = std::exp(logprob);
   const double var = m2 / count;
-  t.out[kMax] = z[argmax];
+  t.out[kMax] = u[argmax];
   t.out[kLog1pR] = log_mass;
   t.out[kMeanD] = mean_d;
   t.out[kLogprob] = logprob;
   t.out[kEntropy] = entropy;
-  t.out[kLse] = z[argmax] + log_mass;
+  t.out[kLse] = factor * u[argmax] + log_mass;
   t.out[kVarentropy] = varentropy;
   t.out[kCollision] = collision;
   t.out[kMaxProb] = 1 / (1 + r);
@@ -268,7 +279,7 @@ Truth truth(const Case& c, const Inputs& in, int row) {
   t.out[kLogitSkew] = var > 0 ? m3 / count / std::pow(var, 1.5) : 0;
   t.out[kEntropySlope] = square_log - (p_y > 0 ? p_y * (logprob + entropy) : 0);
   for (int64_t v = 0; v < c.valid; ++v) {
-    const double d = z[v] - z[argmax];
+    const double d = away(v);
     if (d == -kInf && v != y) continue;
     const double p = std::exp(d - log_mass);
     const double own = v == y ? -std::expm1(logprob) : -p;
@@ -305,6 +316,13 @@ std::vector<char> bytes_of(DType dtype, const Values& values) {
 
 // Row i of a tensor begins here; a vocabulary that is not a multiple of 8 gives unaligned rows.
 int64_t row_start(const Case& c, int row) { return kGuard + row * (c.vocab + kGuard); }
+
+// A number as a tensor of `dtype` holds it.
+double rounded_to(DType dtype, double value) {
+  std::vector<char> bytes(8);
+  store(bytes, dtype, 0, value);
+  return load(bytes, dtype, 0);
+}
 
 // Logits with a guard of 1 around every row.
 std::vector<char> with_guards(const Case& c, const Inputs& in) {
@@ -390,7 +408,7 @@ double run_case(const Case& c) {
   for (int row = 0; row < kRows; ++row) {
     for (int k = 0; k < kOutputs; ++k) {
       if (!wants(c, k)) continue;
-      const double want = expected[row].out[k];
+      const double want = rounded_to(wide, expected[row].out[k]);
       const double loose = k == kLogitSkew || k == kEntropySlope ? 20 : 5;
       // In a nearly certain row what is left of the entropy must be right, not only small.
       const bool relative = row == 3 && (k == kEntropy || k == kLog1pR);

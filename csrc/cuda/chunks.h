@@ -61,8 +61,8 @@ EM_DEVICE void for_each_chunk(
 }
 
 // This thread's share of the sums over a range of the numbers at `x`. Its first vector is what the
-// sums begin with; all others are compared with what they hold. kPlain: `transform` is simple and
-// nothing beyond the first order is wanted.
+// sums begin with; all others are compared with what they hold. kPlain: u is x and nothing beyond
+// the first order is wanted.
 template <class Rows, bool kPlain, class In>
 EM_DEVICE Part<Real<In>> sum_up(
     const In* x, const Range& range, const Transform<Real<In>>& transform,
@@ -73,11 +73,11 @@ EM_DEVICE Part<Real<In>> sum_up(
     if constexpr (kPlain) {
       return v;
     } else {
-      Lanes<T, width> z;
+      Lanes<T, width> u;
 #pragma unroll
       for (int i = 0; i < width; ++i)
-        z.lane[i] = at + i < range.end ? transform.summand(v.get(i), at + i) : T(-INFINITY);
-      return z;
+        u.lane[i] = at + i < range.end ? transform(v.get(i), at + i).u : T(-INFINITY);
+      return u;
     }
   };
   using V = decltype(summands(Vector<In>(), 0));
@@ -85,10 +85,10 @@ EM_DEVICE Part<Real<In>> sum_up(
   const int past = Rows::all ? 0 : numbers_past(x);
   Sums<V, !kPlain> sums(summands(load_guarded(x, range.end, past, first), first), first, extras);
   const auto body = [&](const Vector<In>(&v)[kLoads], const int(&at)[kLoads], auto) {
-    V z[kLoads];
+    V u[kLoads];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) z[k] = summands(v[k], at[k]);
-    sums.add(z, at, by, extras);
+    for (int k = 0; k < kLoads; ++k) u[k] = summands(v[k], at[k]);
+    sums.add(u, at, by, extras);
   };
   for_each_chunk<Rows>(x, range, block_threads() * width, InGlobal<false>(), body);
   return sums.total(by);

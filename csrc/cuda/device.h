@@ -31,9 +31,9 @@ EM_DEVICE unsigned char* shared_memory() {
   return em_shared;
 }
 
-// Arithmetic, each one instruction in float32. The compiler must not fuse a product with a later
-// difference: z - max would not be 0 at the maximum. `multiply` is never fused; -fmad=false sees to
-// the rest, where fusing in one kernel and not in another would make their bits differ.
+// Arithmetic, each one instruction in float32. `multiply` is never fused with a later sum;
+// -fmad=false sees to the rest, where fusing in one kernel and not in another would make their bits
+// differ.
 
 EM_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 EM_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }

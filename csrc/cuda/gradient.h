@@ -56,10 +56,10 @@ EM_DEVICE void write_gradient(
     const GradientTerms<Real<In>>& terms, const Load& load) {
   using T = Real<In>;
   constexpr int width = Vector<In>::width;
-  const Scaling<T> by(1);
+  const Scaling<T> by = transform.scaling();
   const bool narrow = sizeof(In) == 4 && dtype != DType::f32;
   const auto gradient = [&](T number, int index) -> T {
-    if constexpr (kPlain) return terms({multiply(number, transform.scale), 1}, by);
+    if constexpr (kPlain) return terms({number, 1}, by);
     return index < n ? terms(transform(number, index), by) : T(0);
   };
   const int head = numbers_before<In>(out, n, dtype), thread = thread_index();
@@ -74,8 +74,14 @@ EM_DEVICE void write_gradient(
     for (int k = 0; k < kLoads; ++k) {
       const int first = head + at[k];
       Lanes<T, width> g;
+      if (!kPlain && sizeof(In) < 8 && transform.simple) {
 #pragma unroll
-      for (int i = 0; i < width; ++i) g.lane[i] = gradient(v[k].get(i), first + i);
+        for (int i = 0; i < width; ++i)
+          g.lane[i] = terms({multiply(v[k].get(i), transform.by), 1}, by);
+      } else {
+#pragma unroll
+        for (int i = 0; i < width; ++i) g.lane[i] = gradient(v[k].get(i), first + i);
+      }
       store_gradient<In, decltype(whole)::value>(g, out, dtype, first, n - first);
     }
   };

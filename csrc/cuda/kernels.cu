@@ -11,19 +11,19 @@
 namespace em_kernels::cuda {
 
 template <class In>
-EM_DEVICE const In* row_of(const Problem& p, int64_t row) {
+EM_DEVICE const In* row_of(const Call& p, int64_t row) {
   return static_cast<const In*>(p.logits) +
          row_offset(row, p.inner, p.outer_stride, p.inner_stride);
 }
 
-EM_DEVICE char* gradient_row(const Problem& p, const Gradient& g, int64_t row) {
+EM_DEVICE char* gradient_row(const Call& p, const Gradient& g, int64_t row) {
   return static_cast<char*>(g.out) +
          row_offset(row, p.inner, g.outer_stride, g.inner_stride) * size_of(g.out_dtype);
 }
 
 // Zeros in the gradient of a row from index `begin` on.
 EM_DEVICE void zero_from(
-    const Problem& p, const Gradient& g, char* out, int64_t begin, int first, int step) {
+    const Call& p, const Gradient& g, char* out, int64_t begin, int first, int step) {
   const int size = size_of(g.out_dtype);
   store_zeros(out + begin * size, out + p.vocab * size, first, step);
 }
@@ -53,7 +53,7 @@ EM_DEVICE Place place_of(int blocks) {
 template <class In, class Rows, bool kPlain>
 EM_KERNEL(kMaxThreads, kPlain ? Rows::all ? 5 : 3 : 2)
 stream_statistics(
-    const Problem p, EM_PARAMETER(Results) results, const int slice, const int blocks) {
+    const Call p, EM_PARAMETER(Results) results, const int slice, const int blocks) {
   using T = Real<In>;
   constexpr bool kExtras = !kPlain;
   static_assert(sizeof(BlockScratch<T>) <= kStreamScratchBytes);
@@ -72,13 +72,13 @@ stream_statistics(
   for (int begin = rank * slice; begin < n; begin += blocks * slice) {
     const Range range = {begin, begin + slice < n ? begin + slice : n, n};
     const Part<T> part = sum_up<Rows, kPlain>(x, range, transform, by, wanted(results));
-    join_own<kExtras>(part, begin == rank * slice, own);
+    join_own<kExtras>(part, begin == rank * slice, own, by.c);
   }
-  if (blocks > 1 && !join_blocks<kExtras>(own, rank, (n + slice - 1) / slice)) return;
+  if (blocks > 1 && !join_blocks<kExtras>(own, rank, (n + slice - 1) / slice, by.c)) return;
   Target<T> target;
   if (thread < 32) target.read(p, row, x, transform);
-  const Part<T> part = merge_block<kExtras>(get_part<kExtras>(own), scratch);
-  if (thread < 32) put_row<kExtras>(results, row, part, target, thread);
+  const Part<T> part = merge_block<kExtras>(get_part<kExtras>(own), scratch, by.c);
+  if (thread < 32) put_row<kExtras>(results, row, part, target, by, thread);
 }
 
 // What a block stores last. In shared memory it is out of the way until then.
@@ -93,7 +93,7 @@ struct Last {
 // Block `rank` takes the `slice` numbers from rank * slice on, and the last what is behind them.
 template <class In, class Rows, bool kPlain>
 EM_KERNEL(kMaxThreads, Rows::all ? 4 : 3)
-stream_gradient(const Problem p, const Gradient g, const int slice, const int blocks) {
+stream_gradient(const Call p, const Gradient g, const int slice, const int blocks) {
   using T = Real<In>;
   static_assert(sizeof(Last<T>) <= kStreamScratchBytes);
   auto& last = *reinterpret_cast<Last<T>*>(shared_memory());
@@ -156,7 +156,7 @@ EM_DEVICE void bring_in(const In* x, int n, int chunk, In* to, Arrival* arrivals
 template <class In>
 EM_KERNEL(kMaxThreads, 3)
 resident_loss(
-    const Problem p, EM_PARAMETER(Results) results, const Gradient g, const int64_t slice) {
+    const Call p, EM_PARAMETER(Results) results, const Gradient g, const int64_t slice) {
   using T = Real<In>;
   static_assert(sizeof(ResidentScratch<T>) <= kScratchBytes);
   auto& scratch = *reinterpret_cast<ResidentScratch<T>*>(shared_memory());
@@ -192,7 +192,7 @@ resident_loss(
   if (thread < 32) {
     const Part<T> whole = merge_cluster(scratch.sums, blocks, thread, by);
     const Saved<T> saved =
-        put_row<false>(results, row, whole, target, rank == 0 ? thread : int(kOutputs));
+        put_row<false>(results, row, whole, target, by, rank == 0 ? thread : int(kOutputs));
     if (thread == 0) scratch.saved = saved;
   }
   sync_block();
@@ -219,7 +219,7 @@ resident_loss(
 // Never planned: Device.compute_capability is at most what the loaded code was written for.
 template <class In>
 EM_KERNEL(kMaxThreads, 3)
-resident_loss(const Problem, const Results, const Gradient, const int64_t) {
+resident_loss(const Call, const Results, const Gradient, const int64_t) {
   __trap();
 }
 #endif
@@ -240,7 +240,7 @@ auto gradient_of(bool aligned) {
 
 template <class In, bool kPlain>
 void stream(
-    Operation operation, const Plan& plan, const Problem& p, const Results& results,
+    Operation operation, const Plan& plan, const Call& p, const Results& results,
     const Gradient& g, void* queue) {
   const int slice = static_cast<int>(plan.slice), blocks = plan.row_blocks;
   if (operation == Operation::statistics) {
@@ -252,7 +252,7 @@ void stream(
 
 template <class In>
 void run_on(
-    Operation operation, const Plan& plan, const Problem& p, const Results& results,
+    Operation operation, const Plan& plan, const Call& p, const Results& results,
     const Gradient& g, void* queue) {
   if constexpr (sizeof(In) <= 4) {
     if (plan.resident) return launch(resident_loss<In>, plan, queue, p, results, g, plan.slice);
@@ -322,7 +322,7 @@ void run(
   if (how.blocks == 0) return;
   if (operation == Operation::loss && !how.resident)
     return run_halves(problem, results, gradient, device, queue);
-  Problem p = problem;
+  Call p(problem);
   Gradient g = gradient;
   flatten(p, g, operation != Operation::statistics);
   switch (p.dtype) {

@@ -134,7 +134,8 @@ Plan plan(
           "that of the logits, or of 16 bits where they are float32");
   const int64_t size = size_of(p.dtype);
   Plan plan;
-  plan.plain = p.dtype != DType::f64 && is_simple(p) && all_first_order(results);
+  const bool as_it_is = is_simple(p) && p.logit_scale > 0;  // u is x
+  plan.plain = p.dtype != DType::f64 && as_it_is && all_first_order(results);
   plan.aligned_logits = aligned_logits(p);
   plan.aligned_gradient = operation != Operation::statistics && aligned_gradient(p, g);
   plan.threads = threads_for(p.valid_vocab, 16 / size);

@@ -9,8 +9,7 @@ namespace em_kernels::cuda {
 
 #if defined(EM_HAS_CLUSTERS)
 
-// The sums of a block's numbers, relative to the largest of them and without it, all in units of
-// what is summed.
+// The sums of a block's numbers, relative to the largest of them and without it, in units of log2.
 template <class T>
 struct alignas(16) HeldSums {
   T max, r, q;
@@ -125,7 +124,7 @@ EM_DEVICE void sum_up_held(
   for_each_held(held, vectors, Nothing(), [&](const V& x) {
 #pragma unroll
     for (int i = 0; i < V::width; ++i) {
-      const T d = by.distance(x.get(i), top), e = by.exponential(d);
+      const T d = by.distance(x.get(i), top), e = power_of_2(d);
       r += e;
       q = multiply_add(e, d, q);
     }
@@ -144,7 +143,7 @@ EM_DEVICE void sum_up_held(
   if (lane == 0) scratch.sums = {top, r, q};
 }
 
-// By a warp, in all its lanes: the row's sums, in units of z, lane i having read those of block i.
+// By a warp, in all its lanes: the row's sums, those of d in units of z, lane i having read those of block i.
 // The first block that has the maximum leads; the others bring theirs in.
 template <class T>
 EM_DEVICE Part<T> merge_cluster(
@@ -152,12 +151,13 @@ EM_DEVICE Part<T> merge_cluster(
   HeldSums<T> x = {-INFINITY, 0, 0};
   if (lane < blocks) x = *of_peer(&own, lane);
   const T top = largest_of_warp(x.max);
-  const T delta = by.distance(x.max, top), e = by.exponential(delta);
+  const T delta = by.distance(x.max, top), e = power_of_2(delta);
   const T r = x.r + (lane == first_lane(x.max == top) ? 0 : 1);
   Part<T> out;
-  out.softmax.max = multiply(top, by.to_z);
+  out.softmax.max = top;
   out.softmax.r = sum_lanes<32>(multiply(e, r));
-  out.softmax.q = multiply(sum_lanes<32>(multiply(e, multiply_add(delta, r, x.q))), by.to_z);
+  const T q = sum_lanes<32>(multiply(e, multiply_add(delta, r, x.q)));
+  out.softmax.q = multiply(q, Scaling<T>::kLn2);
   return out;
 }
 

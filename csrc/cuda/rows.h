@@ -1,5 +1,7 @@
-// One row: where it lies, its transform from x to z, its results and the terms of its gradient.
+// One row: where it lies, its transform from x to u, its results and the terms of its gradient.
 #pragma once
+
+#include <limits>
 
 #include "sums.h"
 
@@ -21,6 +23,16 @@ EM_DEVICE int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, i
   return outer * outer_stride + (row - outer * inner) * stride;
 }
 
+// A call as the kernels see it, with what the host knows of u and c.
+struct Call : Problem {
+  double by;    // u = softcap(by x + bias)
+  double gain;  // c, where rows have no temperature of their own; else c times that
+
+  explicit Call(const Problem& p)
+      : Problem(p), by(unit_scale(p)),
+        gain(em_kernels::gain(p) / (p.temperature_rows ? 1 : p.temperature)) {}
+};
+
 // The numbers of a row that block `rank` has, where each has `size` of them.
 struct Slice {
   int64_t begin;
@@ -40,7 +52,7 @@ EM_DEVICE T read_row(const void* column, int64_t row) {
 
 template <class T>
 struct Transformed {
-  T z, slope;  // slope = d softcap(u) / du
+  T u, slope;  // slope = du / d(by x)
 };
 
 // tanh(v) and its derivative; the latter from e^-2|v|, which keeps its digits where tanh is near 1.
@@ -50,31 +62,30 @@ EM_DEVICE_CALL Transformed<T> tanh_and_slope(T v) {
   return {tanh(v), 4 * e / ((1 + e) * (1 + e))};
 }
 
-// z = softcap(logit_scale x + bias) / T of the numbers of one row.
+// u = softcap(by x + bias) of the numbers of one row, and its c.
 template <class T>
 struct Transform {
-  T logit_scale, softcap, inverse_cap, inverse_t, scale;
+  T by, softcap, inverse_cap, c;
   const T* bias;
-  bool simple;
+  bool simple;  // u = by x
 
-  // A temperature that is not positive and finite makes the row NaN.
-  EM_DEVICE Transform(const Problem& p, int64_t row)
-      : logit_scale(p.logit_scale), softcap(p.softcap), bias(static_cast<const T*>(p.bias)) {
-    const T t = p.temperature_rows ? read_row<T>(p.temperature_rows, row) : T(p.temperature);
-    inverse_t = t > 0 && t < T(INFINITY) ? 1 / t : T(NAN);
-    inverse_cap = 1 / softcap;
-    scale = logit_scale * inverse_t;
-    simple = is_simple(p);
+  // A c that is no normal number makes the row NaN.
+  EM_DEVICE Transform(const Call& p, int64_t row)
+      : by(p.by), softcap(p.softcap), inverse_cap(1 / softcap), c(p.gain),
+        bias(static_cast<const T*>(p.bias)), simple(!p.bias && p.softcap == 0) {
+    if (p.temperature_rows) c = c / read_row<T>(p.temperature_rows, row);
+    using Limits = std::numeric_limits<T>;
+    if (!(c >= Limits::min() && c <= Limits::max())) c = NAN;
   }
 
   EM_DEVICE Transformed<T> operator()(T x, int at) const {
-    if (simple) return {multiply(x, scale), 1};
-    T u = multiply(x, logit_scale);
+    if (simple) return {multiply(x, by), 1};
+    T u = multiply(x, by);
     if (bias) u += bias[at];
-    if (softcap == 0) return {multiply(u, inverse_t), 1};
-    if (u == T(INFINITY) || u == T(-INFINITY)) return {multiply(u, inverse_t), 0};
+    if (softcap == 0) return {u, 1};
+    if (u == T(INFINITY) || u == T(-INFINITY)) return {u, 0};
     const Transformed<T> capped = tanh_and_slope(u * inverse_cap);
-    return {multiply(softcap * capped.z, inverse_t), capped.slope};
+    return {multiply(softcap, capped.u), capped.slope};
   }
 
   // That of the numbers from index `begin` on.
@@ -84,12 +95,10 @@ struct Transform {
     return out;
   }
 
-  // What is summed up, and its unit.
-  EM_DEVICE T summand(T x, int at) const { return simple ? x : (*this)(x, at).z; }
-  EM_DEVICE Scaling<T> scaling() const { return Scaling<T>(simple ? scale : T(1)); }
+  EM_DEVICE Scaling<T> scaling() const { return Scaling<T>(c); }
 };
 
-// The target y of a row, and z and its slope there. A target out of range makes the row NaN.
+// The target y of a row, and u and its slope there. A target out of range makes the row NaN.
 template <class T>
 struct Target {
   int64_t y = -1;
@@ -97,7 +106,7 @@ struct Target {
   Transformed<T> at = {0, 0};
 
   template <class In>
-  EM_DEVICE void read(const Problem& p, int64_t row, const In* x, const Transform<T>& transform) {
+  EM_DEVICE void read(const Call& p, int64_t row, const In* x, const Transform<T>& transform) {
     if (!p.target) return;
     y = p.target[row];
     known = 0 <= y && y < p.valid_vocab;
@@ -123,13 +132,12 @@ EM_DEVICE void put_zeros(const Results& results, int64_t row, int lane) {
 
 // The outputs beyond the first order, in double: their formulas cancel where a row is certain.
 template <class T>
-EM_DEVICE void finalize_extras(const Part<T>& part, const Target<T>& target, T* out) {
+EM_DEVICE void finalize_extras(const Part<T>& part, const Target<T>& target, T c, T* out) {
   const SoftmaxMoments<T>& x = part.softmax;
-  const LogitMoments<T>& l = part.logits;
-  const SoftmaxMoments<double> wide = {x.max, x.argmax, x.r, x.q, x.s, x.c, x.t};
+  const SoftmaxMoments<double> wide = {x.max, x.argmax, x.r, x.q, x.s, x.c2, x.t};
   double value[kOutputs];
-  finalize(wide, LogitMoments<double>{l.count, l.mean, l.m2, l.m3}, value);
-  finalize_target(wide, double(target.at.z) - wide.max, x.argmax == target.y, value);
+  finalize(wide, part.logits.moments(), double(c), value);
+  finalize_target(wide, c * (double(target.at.u) - wide.max), x.argmax == target.y, value);
 #pragma unroll
   for (int name = 0; name < kOutputs; ++name)
     if (!is_first_order(name)) out[name] = T(value[name]);
@@ -139,12 +147,13 @@ EM_DEVICE void finalize_extras(const Part<T>& part, const Target<T>& target, T* 
 // an output a lane.
 template <bool kExtras, class T>
 EM_DEVICE Saved<T> put_row(
-    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target, int lane) {
-  const bool good = usable(part.softmax) && target.known;
+    const Results& results, int64_t row, const Part<T>& part, const Target<T>& target,
+    const Scaling<T>& by, int lane) {
+  const bool good = usable(part.softmax) && target.known && by.c == by.c;
   T value[kOutputs], own = NAN;
-  finalize(part.softmax, part.logits, value);
-  finalize_target(part.softmax, target.at.z - part.softmax.max, false, value);
-  if (kExtras) finalize_extras(part, target, value);
+  finalize(part.softmax, LogitMoments<T>(), by.c, value);
+  finalize_target(part.softmax, by.apart(target.at.u, part.softmax.max), false, value);
+  if (kExtras) finalize_extras(part, target, by.c, value);
 #pragma unroll
   for (int name = 0; name < kOutputs; ++name) {
     if (!good) value[name] = T(NAN);
@@ -165,7 +174,8 @@ struct Upstream {
         lse(read_row<T>(g.g_lse, row)), of_target(g.g_logprob) {}
 };
 
-// The gradient e^d (a - b d) slope of every number, and that of the target.
+// The gradient e^d (a - b d) slope of every number, with d and b in units of log2, and that of the
+// target.
 template <class T>
 struct GradientTerms {
   T max, a, b, at_target;
@@ -175,24 +185,24 @@ struct GradientTerms {
       const Upstream<T>& g, const Saved<T>& saved, const Target<T>& target,
       const Transform<T>& transform) {
     // exp() forgets that a maximum was NaN.
-    const T factor = saved.max == saved.max ? transform.scale : T(NAN);
+    const T factor = saved.max == saved.max ? transform.by * transform.c : T(NAN);
     const T share = factor * exp(-saved.log1p_r);
     max = saved.max;
     a = share * multiply_add(g.entropy, saved.mean_d, g.lse - g.logprob);
-    b = share * g.entropy;
+    b = share * g.entropy * Scaling<T>::kLn2;
     has_target = g.of_target && target.known && target.y >= 0;
     at_target = 0;
     if (!has_target) return;
     // 1 - p as -expm1(log p): exact as p goes to 1.
-    const T d = target.at.z - max, log_p = d - saved.log1p_r, p = exp(log_p);
+    const T d = multiply(target.at.u - max, transform.c), log_p = d - saved.log1p_r, p = exp(log_p);
     T own = -g.logprob * expm1(log_p);
     if (p > 0) own += p * multiply_add(g.entropy, saved.mean_d - d, g.lse);
     at_target = factor * target.at.slope * own;
   }
 
   EM_DEVICE T operator()(const Transformed<T>& at, const Scaling<T>& by) const {
-    const T d = by.distance(at.z, max);
-    return by.exponential(d) * multiply_add(-b, d, a) * at.slope;
+    const T d = by.distance(at.u, max);
+    return power_of_2(d) * multiply_add(-b, d, a) * at.slope;
   }
 };
 

@@ -12,6 +12,6 @@ constexpr int kResidentBytes = kScratchBytes + 16;  // beside the row, which nee
 constexpr int kStreamScratchBytes = 1024;  // of shared memory, where the row is streamed
 constexpr int kPartNumbers = 42000;  // a row has a part for every so many, kMaxCluster at most
 constexpr int kSums = 3;             // fields of a Part that hold sums of the first order
-constexpr int kAllSums = 11;         // all its fields
+constexpr int kAllSums = 13;         // all its fields
 
 }  // namespace em_kernels::cuda

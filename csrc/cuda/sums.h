@@ -6,22 +6,27 @@
 // largest number held by the thread, and the sums are re-based once per chunk.
 #pragma once
 
+#include <limits>
+
+#include "logit_moments.h"
 #include "sizes.h"
 #include "vectors.h"
 
 namespace em_kernels::cuda {
 
-// In units of the numbers that are summed: exp(z - z') = 2^((x - x') to_log2); 0 below `floor`.
+// How far apart numbers u are, in units of z and in those of log2: exp(c (u - u')) = 2^distance.
+// The difference comes first, and one product follows.
 template <class T>
 struct Scaling {
-  T to_z, to_log2, floor;
+  static constexpr T kFloor = sizeof(T) == 4 ? -200 : -1500;  // 2 to it is 0, and 0 times it too
+  static constexpr T kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-  explicit EM_DEVICE Scaling(T z_per_x) : to_z(z_per_x), to_log2(z_per_x * T(1.4426950408889634)) {
-    // 0 times the floor must not be NaN.
-    floor = at_least(T(sizeof(T) == 4 ? -200 : -1500) / to_log2, T(-1e37));
-  }
-  EM_DEVICE T distance(T x, T from) const { return at_least(x - from, floor); }
-  EM_DEVICE T exponential(T d) const { return power_of_2(d * to_log2); }
+  T c, to_log2;
+
+  explicit EM_DEVICE Scaling(T factor)
+      : c(factor), to_log2(smaller(factor * kLog2E, std::numeric_limits<T>::max())) {}
+  EM_DEVICE T apart(T u, T from) const { return multiply(u - from, c); }
+  EM_DEVICE T distance(T u, T from) const { return at_least(multiply(u - from, to_log2), kFloor); }
 };
 
 // What is summed up besides the sums of exponentials.
@@ -29,36 +34,10 @@ struct Extras {
   bool moments = false, argmax = false;
 };
 
-// Sums of powers of z - shift over the numbers above -inf, the first of which is the shift.
-template <class T>
-struct PowerSums {
-  T shift = 0, count = 0, s1 = 0, s2 = 0, s3 = 0;
-
-  EM_DEVICE void add(T x) {
-    if (x == -INFINITY) return;
-    if (count == 0) shift = x;
-    const T away = x - shift;
-    count += 1;
-    s1 += away;
-    s2 = multiply_add(away, away, s2);
-    s3 = multiply_add(away * away, away, s3);
-  }
-  EM_DEVICE LogitMoments<T> moments(T scale) const {
-    LogitMoments<T> out;
-    if (count == 0) return out;
-    const T offset = s1 / count;
-    out.count = count;
-    out.mean = scale * (shift + offset);
-    out.m2 = scale * scale * at_least(s2 - offset * s1, T(0));
-    out.m3 = scale * scale * scale * (s3 - offset * (3 * s2 - 2 * offset * s1));
-    return out;
-  }
-};
-
 template <class T>
 struct Part {
   SoftmaxMoments<T> softmax;
-  LogitMoments<T> logits;
+  CentredSums<T> logits;
 };
 
 template <class V, bool kExtras>
@@ -66,24 +45,26 @@ struct Sums {
   using T = typename V::T;
   V held;
   T max, r = 0, q = 0;
-  T s = 0, c = 0, t = 0;
+  T s = 0, c2 = 0, t = 0;
   PowerSums<T> powers;
   int index[V::width];
 
   // Of `first`, whose first number has index `at` in the row.
   EM_DEVICE Sums(const V& first, int at, const Extras& extras) : held(first), max(first.top()) {
-    for (int i = 0; i < V::width; ++i) {
-      index[i] = at + i;
-      if (kExtras && extras.moments) powers.add(first.get(i));
+    for (int i = 0; i < V::width; ++i) index[i] = at + i;
+    if (kExtras && extras.moments) {
+      const V only[1] = {first};
+      powers.add(only);
     }
   }
 
   // `at[k]` is the index in the row of the first number of x[k].
   template <int N>
   EM_DEVICE void add(V (&x)[N], const int (&at)[N], const Scaling<T>& by, const Extras& extras) {
+    if (kExtras && extras.moments) powers.add(x);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (kExtras) note(x[k], at[k], extras);
+      if (kExtras && extras.argmax) note(x[k], at[k]);
       x[k] = V::keep_larger(held, x[k]);
     }
     rebase(held.top(), by);
@@ -93,20 +74,18 @@ struct Sums {
       for (int i = 0; i < V::width; ++i) add_one(x[k].get(i), by);
   }
 
-  EM_DEVICE void note(const V& x, int at, const Extras& extras) {
-    for (int i = 0; i < V::width; ++i) {
-      if (extras.argmax && x.get(i) > held.get(i)) index[i] = at + i;
-      if (extras.moments) powers.add(x.get(i));
-    }
+  EM_DEVICE void note(const V& x, int at) {
+    for (int i = 0; i < V::width; ++i)
+      if (x.get(i) > held.get(i)) index[i] = at + i;
   }
 
   EM_DEVICE void rebase(T top, const Scaling<T>& by) {
     const T delta = by.distance(max, top);
-    const T e = by.exponential(delta);
+    const T e = power_of_2(delta);
     if (kExtras) {
       s = e * (s + delta * (2 * q + delta * r));
-      t = e * e * (t + delta * c);
-      c = e * e * c;
+      t = e * e * (t + delta * c2);
+      c2 = e * e * c2;
     }
     q = multiply(e, multiply_add(delta, r, q));
     r = multiply(e, r);
@@ -115,17 +94,17 @@ struct Sums {
 
   EM_DEVICE void add_one(T x, const Scaling<T>& by) {
     const T d = by.distance(x, max);
-    const T e = by.exponential(d);
+    const T e = power_of_2(d);
     r += e;
     q = multiply_add(e, d, q);
     if (kExtras) {
       s = multiply_add(e * d, d, s);
-      c = multiply_add(e, e, c);
+      c2 = multiply_add(e, e, c2);
       t = multiply_add(e * e, d, t);
     }
   }
 
-  // All lanes together, in units of z.
+  // All lanes together, the sums of d in units of z.
   EM_DEVICE Part<T> total(const Scaling<T>& by) {
     T top = held.get(0);
     int argmax = index[0];
@@ -135,10 +114,10 @@ struct Sums {
       add_one(smaller(top, x), by);
       top = larger(top, x);
     }
-    const T z = by.to_z;
+    constexpr T z = Scaling<T>::kLn2;
     Part<T> out;
-    out.softmax = {multiply(max, z), kExtras ? argmax : -1, r, multiply(q, z), s * z * z, c, t * z};
-    if (kExtras) out.logits = powers.moments(z);
+    out.softmax = {max, kExtras ? argmax : -1, r, multiply(q, z), s * (z * z), c2, t * z};
+    if (kExtras) out.logits = powers.centred();
     return out;
   }
 };
@@ -153,8 +132,10 @@ EM_DEVICE Part<T> move_part(const Part<T>& part, const Move& move) {
   if (kExtras) {
     out.softmax.argmax = move(static_cast<int>(part.softmax.argmax));
     out.softmax.s = move(part.softmax.s);
-    out.softmax.c = move(part.softmax.c);
+    out.softmax.c2 = move(part.softmax.c2);
     out.softmax.t = move(part.softmax.t);
+    out.logits.shift = move(part.logits.shift);
+    out.logits.unit = move(part.logits.unit);
     out.logits.count = move(part.logits.count);
     out.logits.mean = move(part.logits.mean);
     out.logits.m2 = move(part.logits.m2);
@@ -189,30 +170,30 @@ EM_DEVICE Part<T> get_part(const T* own) {
 }
 
 template <bool kExtras, class T>
-EM_DEVICE Part<T> merge_parts(const Part<T>& x, const Part<T>& y) {
+EM_DEVICE Part<T> merge_parts(const Part<T>& x, const Part<T>& y, T c) {
   Part<T> out;
-  out.softmax = merge(x.softmax, y.softmax);
+  out.softmax = merge(x.softmax, y.softmax, c);
   if (kExtras) out.logits = merge(x.logits, y.logits);
   return out;
 }
 
 // `part`, or what is at `own` and `part` joined, into `own`.
 template <bool kExtras, class T>
-EM_DEVICE void join_own(const Part<T>& part, bool first, T* own) {
-  put_part<kExtras>(first ? part : merge_parts<kExtras>(get_part<kExtras>(own), part), own);
+EM_DEVICE void join_own(const Part<T>& part, bool first, T* own, T c) {
+  put_part<kExtras>(first ? part : merge_parts<kExtras>(get_part<kExtras>(own), part, c), own);
 }
 
 // In a cluster whose blocks have one part of a row each: joins what the threads of the others have
 // at `own` to what those of block 0 have there, and tells whether this is block 0.
 template <bool kExtras, class T>
-EM_DEVICE bool join_blocks(T* own, int rank, int parts) {
+EM_DEVICE bool join_blocks(T* own, int rank, int parts, T c) {
 #if defined(EM_HAS_CLUSTERS)
   sync_block();
   if (thread_index() == 0) publish();
   cluster_arrive();
   cluster_wait();
   for (int peer = 1; rank == 0 && peer < parts; ++peer)
-    join_own<kExtras>(get_part<kExtras>(of_peer(own, peer)), false, own);
+    join_own<kExtras>(get_part<kExtras>(of_peer(own, peer)), false, own, c);
   cluster_arrive();
   cluster_wait();  // block 0 may still be reading this block's shared memory
 #endif
@@ -221,10 +202,10 @@ EM_DEVICE bool join_blocks(T* own, int rank, int parts) {
 
 // In lane 0: the parts of the 32 lanes, the lower lane always on the left.
 template <bool kExtras, class T>
-EM_DEVICE Part<T> merge_warp(Part<T> part) {
+EM_DEVICE Part<T> merge_warp(Part<T> part, T c) {
 #pragma unroll 1
   for (int lanes = 1; lanes < 32; lanes *= 2)
-    part = merge_parts<kExtras>(part, shuffle_part<kExtras>(part, lanes));
+    part = merge_parts<kExtras>(part, shuffle_part<kExtras>(part, lanes), c);
   return part;
 }
 
@@ -236,15 +217,15 @@ struct BlockScratch {
 // In all threads of the first warp: the parts of all threads of the block. `scratch` is in shared
 // memory.
 template <bool kExtras, class T>
-EM_DEVICE Part<T> merge_block(Part<T> part, BlockScratch<T>& scratch) {
+EM_DEVICE Part<T> merge_block(Part<T> part, BlockScratch<T>& scratch, T c) {
   const int thread = thread_index();
-  part = merge_warp<kExtras>(part);
+  part = merge_warp<kExtras>(part, c);
   if (thread % 32 == 0) scratch.warp[thread / 32] = part;
   sync_block();
   if (thread >= 32) return part;
   part = Part<T>();
   if (thread < block_threads() / 32) part = scratch.warp[thread];
-  part = merge_warp<kExtras>(part);
+  part = merge_warp<kExtras>(part, c);
   if (thread == 0) scratch.warp[0] = part;
   sync_warp();
   return scratch.warp[0];

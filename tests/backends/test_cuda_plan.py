@@ -87,7 +87,7 @@ def test_a_plan_keeps_to_the_limits_of_the_device(vocab, operation, dtype, capab
         assert slice_bytes % 16 == 0 and p.shared_bytes == slice_bytes + 656
         assert p.cluster * p.slice >= vocab > (p.cluster - 1) * p.slice
     else:
-        fields = 11 if dtype == 3 else 3
+        fields = 13 if dtype == 3 else 3
         sums = 0 if operation == "gradient" else p.threads * fields * max(4, BYTES[dtype])
         assert p.shared_bytes == 1024 + sums
 

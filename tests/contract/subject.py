@@ -29,6 +29,7 @@ class Subject(NamedTuple):
     rowwise: bool = True  # the bits of a row depend on nothing but its logits and options
     on_gpu: bool = True  # its rows of a bad target or temperature are NaN; elsewhere refused before
     bfloat16: float = 4e-3  # of its gradients: see closeness.GRADIENT
+    denormal16: bool = True  # it reads denormal numbers of bfloat16
     condition: dict | None = None  # where its sums lose more than closeness.CONDITION
 
     def make(self, rows: int, vocab: int, dtype=torch.float32, **options):

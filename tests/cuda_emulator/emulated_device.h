@@ -29,6 +29,8 @@ namespace em_kernels::cuda {
 using std::exp;
 using std::expm1;
 using std::fabs;
+using std::ilogb;
+using std::ldexp;
 using std::memcpy;
 using std::tanh;
 

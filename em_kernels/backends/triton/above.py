@@ -7,9 +7,10 @@ from torch import Tensor
 
 from em_kernels.backends.interface import RowSpec
 from em_kernels.backends.triton.elementary import exp
-from em_kernels.backends.triton.launch import Rows, device_of, prepare
-from em_kernels.backends.triton.moments import INF, distance
-from em_kernels.backends.triton.reads import load_z, row_constants, row_of
+from em_kernels.backends.triton.launch import Rows, device_of, numbers, prepare
+from em_kernels.backends.triton.logit_moments import INF
+from em_kernels.backends.triton.moments import distance
+from em_kernels.backends.triton.reads import load_u, row_constants, row_of
 
 _AT_ONCE = 4  # levels of a program, which reads the row once for all of them
 
@@ -40,13 +41,13 @@ def store_sums(out, place, left, blocks, dtype):
 
 
 @triton.jit
-def add_over(found, mass, z, e, lanes, level, before):
+def add_over(found, mass, u, e, lanes, level, before):
     """`found` and `mass` of each level with a block of the row; `e` may be None, or `before`."""
     counts, sums = (), ()
     for k in tl.static_range(len(level)):
-        over = z > level[k]
+        over = u > level[k]
         if before is not None:
-            over = over | ((z == level[k]) & (lanes < before[k]))
+            over = over | ((u == level[k]) & (lanes < before[k]))
         counts = counts + (found[k] + over.to(tl.int32),)
         if e is not None:
             sums = sums + (mass[k] + tl.where(over, e, 0),)
@@ -65,9 +66,9 @@ def count_over(
     sums,
     number,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
     at_once: tl.constexpr,
 ):
@@ -86,15 +87,16 @@ def count_over(
         mass = zeros(at_once, how.block, how.wide)
     if wanted:
         x = row_of(logits, row, view, how)
-        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        constants = row_constants(row, rows, by, softcap, gain, how)
         for start in range(0, valid, how.block):
-            z, _ = load_z(x, rows, 0, start, valid - start, constants, how)
+            u, _ = load_u(x, rows, 0, start, valid - start, constants, how)
             lanes = start + tl.arange(0, how.block)
             if top is not None:
-                e = exp(distance(z, tl.load(top + row).to(how.wide)))
-                found, mass = add_over(found, mass, z, e, lanes, level, before)
+                at = tl.load(top + row).to(how.wide)
+                e = exp(distance(u, at, constants[2], how))
+                found, mass = add_over(found, mass, u, e, lanes, level, before)
             else:
-                found, _none = add_over(found, None, z, None, lanes, level, before)
+                found, _none = add_over(found, None, u, None, lanes, level, before)
     store_sums(counts, place, left, found, tl.int32)
     if top is not None:
         store_sums(sums, place, left, mass, tl.float64)
@@ -121,10 +123,8 @@ def above(
             sums=sums,
             number=number,
             valid=spec.valid_vocab,
-            scale=spec.logit_scale,
-            softcap=spec.softcap,
-            temperature=spec.temperature,
             at_once=at_once,
+            **numbers(spec),
             **prepare(logits, spec, ()),
         )
     return counts, sums

@@ -9,24 +9,23 @@ from em_kernels.backends.interface import Descent, Goal, RowSpec, accumulate_dty
 from em_kernels.backends.triton.elementary import exp, log1p
 from em_kernels.backends.triton.launch import Rows, device_of, prepare
 from em_kernels.backends.triton.moments import distance, merge_lanes
-from em_kernels.backends.triton.reads import load_z, read_row, row_of
+from em_kernels.backends.triton.reads import load_u, read_row, row_of
 
 PLAIN = Rows(None, None, None, None)
 
 
 @triton.jit
-def row_state(x, rows, vocab, inverse_t, how):
+def row_state(x, rows, vocab, c, how):
     """max, log1p(r), E of the row at `x`; H is log1p(r) - E."""
-    constants = (inverse_t * 0 + 1, inverse_t * 0, inverse_t)
-    held, sums, _, _ = read_row(x, rows, 0, vocab, constants, how)
-    m, r, q, _, _, _ = merge_lanes(held, sums, how)
+    held, sums, _, _ = read_row(x, rows, 0, vocab, (c * 0 + 1, c * 0, c), how)
+    m, r, q, _, _, _ = merge_lanes(held, sums, c, how)
     r = tl.where(m == m, r, float("nan"))
     return m, log1p(r), q / (1 + r)
 
 
 @triton.jit
-def row_entropy(x, rows, vocab, inverse_t, how):
-    _, log1p_r, mean_d = row_state(x, rows, vocab, inverse_t, how)
+def row_entropy(x, rows, vocab, c, how):
+    _, log1p_r, mean_d = row_state(x, rows, vocab, c, how)
     return log1p_r - mean_d
 
 
@@ -71,8 +70,8 @@ def step_down(x, rows, vocab, m, log1p_r, mean_d, rate, how):
     a = mean_d * b
     for start in range(0, vocab, how.block):
         at = start + lanes
-        z, _ = load_z(x, rows, 0, start, vocab - start, constants, how)
-        d = distance(z, m)
+        z, _ = load_u(x, rows, 0, start, vocab - start, constants, how)
+        d = distance(z, m, constants[2], how)
         tl.store(x + at, z - rate * (exp(d) * tl.fma(-b, d, a)), mask=at < vocab)
 
 
@@ -117,5 +116,7 @@ def _launch(kernel, logits: Tensor, spec: RowSpec, **arguments) -> None:
     if outer * inner == 0:
         return
     prepared = prepare(logits, spec._replace(valid_vocab=vocab), ("entropy",))
+    # A loop over loops over a row has no registers left for it.
+    prepared["how"] = prepared["how"]._replace(paired=tl.constexpr(False))
     with device_of(logits):
         kernel[(outer * inner,)](logits, rows=PLAIN, vocab=vocab, **prepared, **arguments)

@@ -18,11 +18,13 @@ from em_kernels.backends.triton.launch import (
     aligned,
     device_of,
     how_of,
+    numbers,
     plan,
     warp_size,
 )
-from em_kernels.backends.triton.moments import INF, distance
-from em_kernels.backends.triton.reads import load_z, row_constants, row_of
+from em_kernels.backends.triton.logit_moments import INF
+from em_kernels.backends.triton.moments import apart_by, near
+from em_kernels.backends.triton.reads import load_u, row_constants, row_of
 
 NEAR = tl.constexpr(0.5)  # |u| below which e^-u - 1 + u is a series
 FORWARD, REVERSE = tl.constexpr("forward_kl"), tl.constexpr("reverse_kl")
@@ -83,18 +85,26 @@ def ratios(p, q, delta, mixed, kind: tl.constexpr):
 
 @triton.jit
 def load_pair(x, y, rows, other_rows, start, valid, constants, known, how, other_how):
-    """(p, q, delta, slopes) of a block."""
+    """(p, q, delta, slopes) of a block. With one c, delta is that of u - w, which is exact where p
+    and q are close, and of halves finite."""
     m, log1p_r, other_m, other_log1p_r, gap = known
-    z, slope = load_z(x, rows, 0, start, valid - start, constants[0], how)
-    w, other_slope = load_z(y, other_rows, 0, start, valid - start, constants[1], other_how)
-    p = exp(distance(z, m)) * exp(-log1p_r)
-    q = exp(distance(w, other_m)) * exp(-other_log1p_r)
-    return p, q, z - w - gap, slope, other_slope
+    u, slope = load_u(x, rows, 0, start, valid - start, constants[0], how)
+    w, other_slope = load_u(y, other_rows, 0, start, valid - start, constants[1], other_how)
+    c, other_c = constants[0][2], constants[1][2]
+    d, other_d = apart_by(u, m, c, how), apart_by(w, other_m, other_c, other_how)
+    p = exp(near(d)) * exp(-log1p_r)
+    q = exp(near(other_d)) * exp(-other_log1p_r)
+    delta = (0.5 * u - 0.5 * w) - (0.5 * m - 0.5 * other_m)
+    if how.tempered or other_how.tempered:
+        delta = tl.where(c == other_c, delta * c * 2, d - other_d)
+    else:
+        delta = delta * 2
+    return p, q, delta - gap, slope, other_slope
 
 
 @triton.jit
 def load_known(row, saved):
-    """Of a row; not NaN, that `distance` be defined, and whether it was."""
+    """Of a row; not NaN, that differences be numbers, and whether it was."""
     m = tl.load(saved.max + row)
     other_m = tl.load(saved.other_max + row)
     bad = (m != m) | (other_m != other_m)
@@ -115,12 +125,12 @@ def pair_sums(
     sums,
     count,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
-    other_scale: tl.float64,
+    gain: tl.float64,
+    other_by: tl.float64,
     other_softcap: tl.float64,
-    other_temperature: tl.float64,
+    other_gain: tl.float64,
     mixed: tl.float64,
     how,
     other_how,
@@ -136,10 +146,8 @@ def pair_sums(
     if wanted:
         x = row_of(logits, row, view, how)
         y = row_of(other_logits, row, other_view, other_how)
-        own = row_constants(row, rows, scale, softcap, temperature, how)
-        its = row_constants(
-            row, other_rows, other_scale, other_softcap, other_temperature, other_how
-        )
+        own = row_constants(row, rows, by, softcap, gain, how)
+        its = row_constants(row, other_rows, other_by, other_softcap, other_gain, other_how)
         known, _unused = load_known(row, saved)
         b = tl.full((), mixed, how.wide)
         for start in range(0, valid, how.block):
@@ -179,12 +187,12 @@ def pair_gradients(
     weights,
     vocab,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
-    other_scale: tl.float64,
+    gain: tl.float64,
+    other_by: tl.float64,
     other_softcap: tl.float64,
-    other_temperature: tl.float64,
+    other_gain: tl.float64,
     mixed: tl.float64,
     how,
     other_how,
@@ -196,8 +204,8 @@ def pair_gradients(
         wanted = tl.load(rows.mask + row) != 0
     x = row_of(logits, row, view, how)
     y = row_of(other_logits, row, other_view, other_how)
-    own = row_constants(row, rows, scale, softcap, temperature, how)
-    its = row_constants(row, other_rows, other_scale, other_softcap, other_temperature, other_how)
+    own = row_constants(row, rows, by, softcap, gain, how)
+    its = row_constants(row, other_rows, other_by, other_softcap, other_gain, other_how)
     known, bad = load_known(row, saved)
     own_kl, other_kl = tl.load(saved.own_kl + row), tl.load(saved.other_kl + row)
     b = tl.full((), mixed, how.wide)
@@ -278,12 +286,10 @@ def _arguments(own: Side, other: Side, divergence: Divergence, *written: Tensor)
             f"{prefix}logits": x,
             f"{prefix}view": View.of(x),
             f"{prefix}rows": Rows(spec.bias, None, spec.mask, spec.temperature_rows),
-            f"{prefix}scale": spec.logit_scale,
-            f"{prefix}softcap": spec.softcap,
-            f"{prefix}temperature": spec.temperature,
             f"{prefix}how": how_of(x.dtype, spec, (), sizes, whole),
             "num_warps": sizes.num_warps,
         }
+        given |= {prefix + name: number for name, number in numbers(spec).items()}
     return given | dict(
         valid=own.spec.valid_vocab, mixed=divergence.mixed, kind=divergence.kind, **UNFUSED
     )

@@ -1,7 +1,7 @@
 """Elementary functions for Triton, accurate in float32 and float64, on a GPU and interpreted.
 
-No kernel lets the compiler fuse a product with a later sum (`launch.UNFUSED`): z - max would not be
-0 at the maximum. Where one instruction should do for both it is written `tl.fma`.
+No kernel lets the compiler fuse a product with a later sum (`launch.UNFUSED`): kernels of different
+outputs must round alike. Where one instruction should do for both it is written `tl.fma`.
 
 In float32 `exp` is the hardware's: on NVIDIA ex2.approx(x log2 e), relative error at most 2^-22
 for the instruction and |x| 2^-24 for its argument. Everything else is built on it and on `log`
@@ -114,10 +114,11 @@ def tanh_half(s):
     """tanh(s / 2) and twice its derivative: 1 - 2 e / (1 + e) for s >= 0 and 4 e / (1 + e)^2,
     with e = exp(-|s|).
 
-    In float32 |s| < 0.6 take a polynomial, minimax to 2^-26: the difference would lose their
-    digits. Above, its error is at most 2^-25 and twice that of e / (1 + e): relative to which it
-    is 2^-22 and |s| 2^-23 for the exp, over 1 + e, 2^-23 for the reciprocal and 2^-23 for two more
-    roundings. That makes 2^-21.5 at s = 0.6, 2^-22.3 at s = 2 and 2^-25 from s = 8 on.
+    The difference would lose the digits of small ones: in float64 they are -expm1(-s) / (1 + e).
+    In float32 |s| < 0.6 take a polynomial, minimax to 2^-26. Above, the error is at most 2^-25 and
+    twice that of e / (1 + e): relative to which it is 2^-22 and |s| 2^-23 for the exp, over 1 + e,
+    2^-23 for the reciprocal and 2^-23 for two more roundings. That makes 2^-21.5 at s = 0.6,
+    2^-22.3 at s = 2 and 2^-25 from s = 8 on.
     """
     e = exp(-tl.abs(s))
     inverse = reciprocal(1 + e)
@@ -128,4 +129,6 @@ def tanh_half(s):
         series = tl.fma(square, -3.92351492e-4, 4.16018052e-3)
         series = tl.fma(tl.fma(series, square, -4.16662025e-2), square, 0.499999995)
         size = tl.where(square < 0.36, series * tl.abs(s), size)
+    else:
+        size = tl.where(e > 0.7, -expm1(-tl.abs(s)) * inverse, size)
     return signed(size, s), 4 * (share * inverse)

@@ -10,16 +10,12 @@ import triton.language as tl
 
 from em_kernels.backends.interface import ROW_OUTPUTS, Saved
 from em_kernels.backends.triton.elementary import exp, expm1, log1p
-from em_kernels.backends.triton.moments import (
-    distance,
-    merge_lane_moments,
-    merge_lanes,
-    merge_states,
-)
+from em_kernels.backends.triton.logit_moments import away_from, merge_lane_moments
+from em_kernels.backends.triton.moments import apart_by, distance, merge_lanes, merge_states, near
 from em_kernels.backends.triton.reads import (
     last_to_arrive,
     load_state,
-    load_z,
+    load_u,
     nothing_read,
     numbers_of_a_lane,
     per_thread,
@@ -44,13 +40,13 @@ def is_counted(row, rows):
 
 @triton.jit
 def load_target(x, row, rows, valid, constants, how):
-    """y, whether it is in range, and z and d softcap / du there."""
+    """y, whether it is in range, and u and its slope there."""
     y = tl.load(rows.target + row)
     known = (y >= 0) & (y < valid)
     y = tl.where(known, y, 0).to(tl.int32)
     bias = None if rows.bias is None else tl.load(rows.bias + y)
-    z, slope = transform(tl.load(x + y), bias, constants, how)
-    return y, known, z, slope
+    u, slope = transform(tl.load(x + y), bias, constants, how)
+    return y, known, u, slope
 
 
 @triton.jit
@@ -66,36 +62,38 @@ def put_zeros(outs, row):
 
 
 @triton.jit
-def put_second_order(outs, row, r, q, s, c, t, d_target):
+def put_second_order(outs, row, r, q, s, c2, t, d_target):
     """varentropy, collision, entropy_slope; the last is grouped so that nothing cancels when the
     target is the maximum."""
     mass = 1 + r
     mean_d = q / mass
     put(outs.varentropy, row, s / mass)
-    put(outs.collision, row, (1 + c) / (mass * mass))
+    put(outs.collision, row, (1 + c2) / (mass * mass))
     if outs.entropy_slope is not None:
-        d = distance(d_target, 0.0)
+        d = near(d_target)
         e = exp(d)
-        value = mean_d * ((e - 1) + e * r - c) + t - e * d * mass
+        value = mean_d * ((e - 1) + e * r - c2) + t - e * d * mass
         put(outs.entropy_slope, row, value / (mass * mass))
 
 
 @triton.jit
-def put_moments(outs, row, moments, m, log1p_r):
-    """Mean, variance and skewness of the finite z, and KL(uniform || p)."""
-    count, mean, m2, m3 = merge_lane_moments(moments, m)
+def put_moments(outs, row, moments, m, c, log1p_r):
+    """Mean, variance and skewness of the z that are finite, and KL(uniform || p)."""
+    unit, count, mean, m2, m3 = merge_lane_moments(moments, m)
     var = m2 / count
-    put(outs.logit_mean, row, m + mean)
-    put(outs.logit_var, row, var)
+    low, high = unit * tl.minimum(c, 1), tl.maximum(c, 1)  # c unit may be infinite
+    spread = tl.sqrt(var) * low * high
+    put(outs.logit_mean, row, c * away_from(m, mean, unit))
+    put(outs.logit_var, row, spread * spread)
     put(outs.logit_skew, row, tl.where(var == 0, 0, m3 / count / (var * tl.sqrt(var))))
-    put(outs.self_certainty, row, log1p_r - mean - tl.log(count))
+    put(outs.self_certainty, row, log1p_r - mean * low * high - tl.log(count))
 
 
 @triton.jit
-def put_row(outs, row, state, y, known, z_target, how):
+def put_row(outs, row, state, y, known, u_target, c, how):
     """Merge the lanes, store what was asked for, return (max, log1p(r), E)."""
     held, sums, moments, argmax = state
-    m, r, q, s, c, t = merge_lanes(held, sums, how)
+    m, r, q, s, c2, t = merge_lanes(held, sums, c, how)
     if y is not None:
         m = tl.where(known, m, float("nan"))
     r = tl.where(m == m, r, float("nan"))
@@ -105,25 +103,27 @@ def put_row(outs, row, state, y, known, z_target, how):
     put(outs.log1p_r, row, log1p_r)
     put(outs.mean_d, row, mean_d)
     put(outs.entropy, row, log1p_r - mean_d)
-    put(outs.lse, row, m + log1p_r)
+    put(outs.lse, row, c * m + log1p_r)
     put(outs.max_prob, row, 1 / (1 + r))
+    d_target = m
     if y is not None:
-        put(outs.logprob, row, z_target - m - log1p_r)
+        d_target = apart_by(u_target, m, c, how)
+        put(outs.logprob, row, d_target - log1p_r)
     if how.top1:
         index = tl.min(tl.where(held == m, argmax, 2147483647), 0)
         put(outs.is_top1, row, tl.where(m == m, tl.where(index == y, 1.0, 0.0), float("nan")))
     if how.second:
-        put_second_order(outs, row, r, q, s, c, t, m if y is None else z_target - m)
+        put_second_order(outs, row, r, q, s, c2, t, d_target)
     if how.moments:
-        put_moments(outs, row, moments, m, log1p_r)
+        put_moments(outs, row, moments, m, c, log1p_r)
     return m, log1p_r, mean_d
 
 
 @triton.jit
 def gradient_terms(row, up, m, log1p_r, mean_d, constants):
     """dz/dx before the softcap, and a, b of the gradient exp(d) (a - b d) of all entries."""
-    scale, _, inverse_t = constants
-    factor = tl.where(m == m, scale * inverse_t, float("nan"))
+    by, _, c = constants
+    factor = tl.where(m == m, by * c, float("nan"))
     a = factor * 0
     b = factor * 0
     if up.entropy is not None:
@@ -140,20 +140,20 @@ def gradient_terms(row, up, m, log1p_r, mean_d, constants):
 @triton.jit
 def target_gradient(row, up, d, slope, factor, log1p_r, mean_d):
     """The gradient at the target, where 1 - p_y is -expm1(log p_y): exact as p_y -> 1."""
-    p = exp(distance(d, 0.0) - log1p_r)
+    p = exp(near(d) - log1p_r)
     g = -expm1(d - log1p_r) * tl.load(up.logprob + row)
     if up.entropy is not None:
-        g += tl.load(up.entropy + row) * p * (mean_d - distance(d, 0.0))
+        g += tl.load(up.entropy + row) * p * (mean_d - near(d))
     if up.lse is not None:
         g += tl.load(up.lse + row) * p
     return g * factor * slope
 
 
 @triton.jit
-def entry_gradient(z, slope, is_target, terms, up, how):
+def entry_gradient(u, slope, is_target, terms, up, how):
     """exp(d) (a - b d) softcap', or at the target what `target_gradient` says."""
-    m, a, b, _, g_target = terms
-    d = distance(z, m)
+    m, a, b, _, g_target, c = terms
+    d = distance(u, m, c, how)
     g = exp(d)
     if up.entropy is None:
         g = g * a
@@ -195,20 +195,20 @@ def write_gradient(x, out, rows, up, vocab, valid, constants, terms, how):
     for start in range(0, whole, step):
         slices = ()
         for k in tl.static_range(how.slices):
-            block = load_z(x, rows, first, start + k * how.block, None, constants, how)
+            block = load_u(x, rows, first, start + k * how.block, None, constants, how)
             slices = slices + (block,)
         if narrows and outruns_reads(start, step):
             tl.debug_barrier()
         for k in tl.static_range(how.slices):
             base = start + k * how.block
-            z, slope = slices[k]
-            g = entry_gradient(z, slope, lanes == y - base, terms, up, how)
+            u, slope = slices[k]
+            g = entry_gradient(u, slope, lanes == y - base, terms, up, how)
             tl.store(vectors + base + lanes, g)
     for start in range(whole, size, how.block):
-        z, slope = load_z(x, rows, first, start, count - start, constants, how)
+        u, slope = load_u(x, rows, first, start, count - start, constants, how)
         if narrows:
             tl.debug_barrier()
-        g = entry_gradient(z, slope, lanes == y - start, terms, up, how)
+        g = entry_gradient(u, slope, lanes == y - start, terms, up, how)
         g = tl.where(lanes < count - start, g, 0)
         tl.store(vectors + start + lanes, g, mask=lanes // each < (size - start) // each)
     write_edge(x, out, last, vocab, rows, up, valid, constants, terms, how)
@@ -222,10 +222,10 @@ def write_edge(x, out, begin, end, rows, up, valid, constants, terms, how):
     bias = None
     if rows.bias is not None:
         bias = tl.load(rows.bias + at, mask=mask)
-    z, slope = transform(tl.load(x + at, mask=mask), bias, constants, how)
+    u, slope = transform(tl.load(x + at, mask=mask), bias, constants, how)
     if out.dtype.element_ty.primitive_bitwidth < x.dtype.element_ty.primitive_bitwidth:
         tl.debug_barrier()
-    g = entry_gradient(z, slope, at == terms[3], terms, up, how)
+    g = entry_gradient(u, slope, at == terms[3], terms, up, how)
     tl.store(out + at, tl.where(mask, g, 0), mask=at < end)
 
 
@@ -251,9 +251,9 @@ def statistics(
     shared,
     vocab,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
 ):
     """One program a row; with `shared`, one for each part of a row, the last of which merges."""
@@ -265,7 +265,7 @@ def statistics(
         row = row // parts
     if is_counted(row, rows):
         x = row_of(logits, row, view, how)
-        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        constants = row_constants(row, rows, by, softcap, gain, how)
         if shared is None:
             state = read_row(x, rows, 0, valid, constants, how)
             finish_row(x, row, state, rows, outs, valid, constants, how)
@@ -281,7 +281,9 @@ def statistics(
             if last_to_arrive(shared.arrived + row, parts):
                 state = nothing_read(how.wide, pairs, how)
                 for i in range(parts):
-                    state = merge_states(state, load_state(states + i * size, pairs, how), how)
+                    state = merge_states(
+                        state, load_state(states + i * size, pairs, how), constants[2], how
+                    )
                 finish_row(x, row, state, rows, outs, valid, constants, how)
     else:
         put_zeros(outs, row)
@@ -289,10 +291,10 @@ def statistics(
 
 @triton.jit
 def finish_row(x, row, state, rows, outs, valid, constants, how):
-    y, known, z_target = None, None, None
+    y, known, u_target = None, None, None
     if rows.target is not None:
-        y, known, z_target, _ = load_target(x, row, rows, valid, constants, how)
-    put_row(outs, row, state, y, known, z_target, how)
+        y, known, u_target, _ = load_target(x, row, rows, valid, constants, how)
+    put_row(outs, row, state, y, known, u_target, constants[2], how)
 
 
 @triton.jit
@@ -306,27 +308,28 @@ def gradient(
     up,
     vocab,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
 ):
     row = tl.program_id(0)
     out = row_of(out, row, out_view, how)
     if is_counted(row, rows):
         x = row_of(logits, row, view, how)
-        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        constants = row_constants(row, rows, by, softcap, gain, how)
         m = tl.load(saved.max + row)
         log1p_r = tl.load(saved.log1p_r + row)
         mean_d = tl.load(saved.mean_d + row)
         factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
-        terms = (m, a, b, -1, 0.0)
+        terms = (m, a, b, -1, 0.0, constants[2])
         if up.logprob is not None:
-            y, _, z, slope = load_target(x, row, rows, valid, constants, how)
+            y, _, u, slope = load_target(x, row, rows, valid, constants, how)
             # No thread may overwrite the target's logit, in place, before all have read it.
             tl.debug_barrier()
-            g = target_gradient(row, up, z - m, slope, factor, log1p_r, mean_d)
-            terms = (m, a, b, y, g)
+            d = apart_by(u, m, constants[2], how)
+            g = target_gradient(row, up, d, slope, factor, log1p_r, mean_d)
+            terms = (m, a, b, y, g, constants[2])
         write_gradient(x, out, rows, up, vocab, valid, constants, terms, how)
     else:
         write_zeros(out, vocab, how)
@@ -343,27 +346,27 @@ def loss(
     up,
     vocab,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
 ):
     row = tl.program_id(0)
     if is_counted(row, rows):
         x = row_of(logits, row, view, how)
-        constants = row_constants(row, rows, scale, softcap, temperature, how)
-        y, known, z_target, slope = None, None, None, None
+        constants = row_constants(row, rows, by, softcap, gain, how)
+        y, known, u_target, slope = None, None, None, None
         if rows.target is not None:
-            y, known, z_target, slope = load_target(x, row, rows, valid, constants, how)
+            y, known, u_target, slope = load_target(x, row, rows, valid, constants, how)
         state = read_row(x, rows, 0, valid, constants, how)
-        m, log1p_r, mean_d = put_row(outs, row, state, y, known, z_target, how)
+        m, log1p_r, mean_d = put_row(outs, row, state, y, known, u_target, constants[2], how)
         out = row_of(out, row, out_view, how)
         factor, a, b = gradient_terms(row, up, m, log1p_r, mean_d, constants)
-        terms = (m, a, b, -1, 0.0)
+        terms = (m, a, b, -1, 0.0, constants[2])
         if up.logprob is not None:
-            d = z_target - m
+            d = apart_by(u_target, m, constants[2], how)
             g = target_gradient(row, up, d, slope, factor, log1p_r, mean_d)
-            terms = (m, a, b, y, g)
+            terms = (m, a, b, y, g, constants[2])
         write_gradient(x, out, rows, up, vocab, valid, constants, terms, how)
     else:
         put_zeros(outs, row)

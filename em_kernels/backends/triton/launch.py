@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 from contextlib import AbstractContextManager
 from functools import cache
@@ -25,6 +26,7 @@ from em_kernels.backends.interface import (
 )
 from em_kernels.backends.triton import kernels
 from em_kernels.backends.triton.reads import numbers_of_a_lane
+from em_kernels.backends.units import is_plain
 
 _LOAD_BYTES = 16
 _MAX_ROWS = 2**31 - 1  # of a launch grid
@@ -98,7 +100,9 @@ class How(NamedTuple):
 
     wide: tl.constexpr
     capped: tl.constexpr
-    scaled: tl.constexpr
+    scaled: tl.constexpr  # `by` is not 1
+    tempered: tl.constexpr  # c is not 1
+    paired: tl.constexpr  # u is x, and 16-bit ones are compared two at a time
     second: tl.constexpr
     moments: tl.constexpr
     top1: tl.constexpr
@@ -151,8 +155,27 @@ def how_of(
     sizes: Plan,
     aligned: bool = True,
 ) -> How:
-    scaled = spec.temperature_rows is not None or spec.temperature != 1 or spec.logit_scale != 1
-    return _how(dtype, spec.softcap > 0, scaled, outputs, sizes, aligned)
+    by, gain = units(spec)
+    tempered = spec.temperature_rows is not None or gain != 1
+    paired = by == 1 and is_plain(spec)
+    return _how(dtype, spec.softcap > 0, by != 1, tempered, paired, outputs, sizes, aligned)
+
+
+def units(spec: RowSpec) -> tuple[float, float]:
+    """by of u = softcap(by x + bias), and gain of z = c u: c is gain, over the row's temperature if
+    rows have their own. `backends.units` says which they are."""
+    by, gain = spec.logit_scale, 1.0
+    if is_plain(spec):
+        by, gain = math.copysign(1.0, spec.logit_scale), abs(spec.logit_scale)
+    if spec.temperature_rows is None:
+        gain = gain / spec.temperature if spec.temperature else math.nan
+    return by, gain
+
+
+def numbers(spec: RowSpec) -> dict[str, float]:
+    """What `reads.row_constants` is made from."""
+    by, gain = units(spec)
+    return {"by": by, "softcap": spec.softcap, "gain": gain}
 
 
 @cache
@@ -160,6 +183,8 @@ def _how(
     dtype: torch.dtype,
     capped: bool,
     scaled: bool,
+    tempered: bool,
+    paired: bool,
     outputs: tuple[str, ...],
     sizes: Plan,
     aligned: bool,
@@ -170,6 +195,8 @@ def _how(
         wide=tl.float64 if dtype == torch.float64 else tl.float32,
         capped=capped,
         scaled=scaled,
+        tempered=tempered,
+        paired=paired,
         second=bool(NEEDS_SECOND_ORDER.intersection(outputs)),
         moments=bool(NEEDS_LOGIT_MOMENTS.intersection(outputs)),
         top1="is_top1" in outputs,
@@ -199,9 +226,7 @@ def _launch(
             rows=Rows(spec.bias, spec.target, spec.mask, spec.temperature_rows),
             vocab=logits.shape[2],
             valid=spec.valid_vocab,
-            scale=spec.logit_scale,
-            softcap=spec.softcap,
-            temperature=spec.temperature,
+            **numbers(spec),
             **prepared,
             **arguments,
         )

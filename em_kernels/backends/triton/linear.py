@@ -28,7 +28,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from em_kernels.backends.interface import RowSpec, Saved, accumulate_dtype
 from em_kernels.backends.row_index import kept_rows
 from em_kernels.backends.specs import select_rows
-from em_kernels.backends.triton.launch import UNFUSED, How, Outs, Plan, Rows, device_of, how_of
+from em_kernels.backends.triton.launch import (
+    UNFUSED,
+    How,
+    Outs,
+    Plan,
+    Rows,
+    device_of,
+    how_of,
+    numbers,
+)
 from em_kernels.backends.triton.tiles import (
     MOMENTS,
     SECOND,
@@ -70,7 +79,7 @@ def linear_stats(
 ) -> list[Tensor]:
     """[max, log1p_r, mean_d, *outputs], each (N,), of hidden (N, D) @ weight (V, D)^T.
 
-    z as in `em_kernels.reference` of the product in float32 (float64 for float64), not rounded in
+    u as in `em_kernels.reference` of the product in float32 (float64 for float64), not rounded in
     between. float32 operands are multiplied in float32, not in TF32.
     """
     names, wide = (*Saved._fields, *outputs), accumulate_dtype(hidden.dtype)
@@ -126,11 +135,12 @@ def _launch(
         strides = (0, 0, 0, 0)
     common = dict(
         parts=_parts(outs.max, how, count, splits),
-        z_target=None if spec.target is None else outs.max.new_empty(count),
+        u_target=None if spec.target is None else outs.max.new_empty(count),
         rows=Rows(spec.bias, spec.target, None, spec.temperature_rows),
         splits=splits,
         valid=spec.valid_vocab,
         how=how,
+        **numbers(spec),
     )
     with device_of(outs.max):
         statistics_of_parts[(triton.cdiv(count, tile.rows) * splits,)](
@@ -139,9 +149,6 @@ def _launch(
             strides=strides,
             count=count,
             depth=depth,
-            scale=spec.logit_scale,
-            softcap=spec.softcap,
-            temperature=spec.temperature,
             tile=Tile(*map(tl.constexpr, tile)),
             num_warps=num_warps,
             num_stages=num_stages,

@@ -1,25 +1,24 @@
 """The running sums over a row, one set per lane, and how they are put together.
 
-A lane holds the largest z it has seen of the row, `held`, and the sums of the others. Their names
-are those of csrc/softmax_moments.h. Every z is compared with `held` once and the smaller of the two
+A lane holds the largest u it has seen of the row, `held`, and the sums of the others, whose names
+are those of csrc/softmax_moments.h. Every u is compared with `held` once and the smaller of the two
 joins the sums. So the maximum is never in them, a tie counts once each, and r keeps its relative
-accuracy when it is 1e-12. All terms of a sum have one sign: nothing cancels.
+accuracy when it is 1e-12. All terms of a sum have one sign: nothing cancels. z is c u, and is never
+made: d = c (u - max), where the difference comes first and is exact for neighbours of the maximum.
 
 Error budget of r, q and so of H, relative, in float32: 2^-22 for the exp instruction, |d| 2^-23 for
 the rounding of d and of d log2(e), and at worst 2^-24 for each of the V / lanes additions (297 at
 V = 151936 in bfloat16, 594 in float32). At d = -30 that is at most 4e-5, typically 1e-6.
 
-Moments of z itself are kept per lane as sums of powers about the lane's first finite z (which
-multiplies rounding by at most the number of entries the lane has seen) and merged by the formulas
-of Chan et al. (1983) and Pebay (2008).
+Moments of u itself are in `logit_moments`.
 """
 
 import triton
 import triton.language as tl
 
 from em_kernels.backends.triton.elementary import exp, larger, smaller
+from em_kernels.backends.triton.logit_moments import INF, add_shifted, merge_moments
 
-INF = tl.constexpr(float("inf"))
 # exp() of it is 0 and 0 times it is 0: the least distance from a maximum, in place of -inf.
 FAR = tl.constexpr(-1e4)
 
@@ -32,36 +31,36 @@ def finite_top(m):
 
 
 @triton.jit
-def distance(z, top):
-    """z - top, at least FAR; `top` is finite."""
-    return tl.maximum(z - top, FAR)
+def near(d):
+    """d, at least FAR; NaN becomes it too."""
+    return tl.maximum(d, FAR)
+
+
+@triton.jit
+def apart_by(u, top, c, how):
+    """d = c (u - top), -inf where u is."""
+    d = u - top
+    if how.tempered:
+        d = d * c
+    return d
+
+
+@triton.jit
+def distance(u, top, c, how):
+    """d, at least FAR; `top` is finite."""
+    return near(apart_by(u, top, c, how))
 
 
 @triton.jit
 def rebase(sums, delta, how):
     """The sums about a maximum that is larger by -delta."""
-    r, q, s, c, t = sums
+    r, q, s, c2, t = sums
     e = exp(delta)
     if how.second:
         s = tl.fma(delta, tl.fma(delta, r, 2 * q), s) * e
-        t = tl.fma(delta, c, t) * (e * e)
-        c = c * (e * e)
-    return r * e, tl.fma(delta, r, q) * e, s, c, t
-
-
-@triton.jit
-def add_shifted(moments, slices, how):
-    """Count and sums of powers of z - shift over finite z; the first of them is the shift."""
-    shift, count, s1, s2, s3 = moments
-    for k in tl.static_range(len(slices)):
-        z = slices[k].to(how.wide)
-        shift = tl.where(shift > -INF, shift, z)
-        away = tl.where(z > -INF, z - shift, 0)
-        count += tl.where(z > -INF, 1, 0)
-        s1 += away
-        s2 = tl.fma(away, away, s2)
-        s3 = tl.fma(away * away, away, s3)
-    return shift, count, s1, s2, s3
+        t = tl.fma(delta, c2, t) * (e * e)
+        c2 = c2 * (e * e)
+    return r * e, tl.fma(delta, r, q) * e, s, c2, t
 
 
 @triton.jit
@@ -92,48 +91,50 @@ def entries_of_lanes(k, block: tl.constexpr, pairs: tl.constexpr):
 
 
 @triton.jit
-def add_entries(state, slices, start, pairs: tl.constexpr, how):
+def add_entries(state, slices, start, c, pairs: tl.constexpr, how):
     """The lanes' state after more entries of a row: the quarters of consecutive blocks, the first
     of which begins with the entry `start`."""
     held, sums, moments, argmax = state
     before = held.to(how.wide)
     losers = ()
     for k in tl.static_range(len(slices)):
-        z = slices[k]
+        u = slices[k]
         if how.top1:
             at = start + k // 4 * how.block + entries_of_lanes(k % 4, how.block, pairs)
-            argmax = tl.where(z > held, at, argmax)
-        losers = losers + (smaller(held, z).to(how.wide),)
-        held = larger(held, z)
+            argmax = tl.where(u > held, at, argmax)
+        losers = losers + (smaller(held, u).to(how.wide),)
+        held = larger(held, u)
     if how.moments:
         moments = add_shifted(moments, slices, how)
     top = finite_top(held.to(how.wide))
-    r, q, s, c, t = rebase(sums, distance(before, top), how)
+    r, q, s, c2, t = rebase(sums, distance(before, top, c, how), how)
     for k in tl.static_range(len(slices)):
-        d = tl.maximum(losers[k] - top, FAR)
+        d = distance(losers[k], top, c, how)
         e = exp(d)
         r += e
         q = tl.fma(e, d, q)
         if how.second:
             s = tl.fma(e * d, d, s)
-            c = tl.fma(e, e, c)
+            c2 = tl.fma(e, e, c2)
             t = tl.fma(e * e, d, t)
-    return held, (r, q, s, c, t), moments, argmax
+    return held, (r, q, s, c2, t), moments, argmax
 
 
 @triton.jit
-def merge_lanes(held, sums, how):
-    """Lanes -> row: max, r, q, sum of p-weights (d - E)^2, c, t; the max is NaN if unusable."""
+def merge_lanes(held, sums, c, how):
+    """Lanes -> row: max, r, q, sum of p-weights (d - E)^2, c2, t; the max is NaN if unusable."""
     m = tl.max(held, 0)
     unusable = tl.max(tl.where(held < INF, 0, 1), 0)
     m = tl.where((unusable == 0) & (m > -INF), m, float("nan"))
-    r, q, s, c, t = sums
+    if how.tempered:
+        m = tl.where(c == c, m, float("nan"))
+    r, q, s, c2, t = sums
     mass = 1 + r
     mean_d = q / mass
     spread = tl.maximum(s - q * mean_d, 0)
 
-    delta = distance(held, finite_top(m))
-    r, q, s, c, t = rebase(sums, delta, how)
+    delta = distance(held, finite_top(m), c, how)
+    r, q, s, c2, t = rebase(sums, delta, how)
     e = exp(delta)
     ties = tl.sum(tl.where(held == m, 1.0, 0.0), 0) - 1
     own = tl.where(held == m, 0, e)
@@ -142,53 +143,28 @@ def merge_lanes(held, sums, how):
     if how.second:
         away = delta + mean_d - q / (1 + r)
         s = tl.sum(e * (spread + mass * away * away), 0)
-        c = tl.sum(c + own * own, 0) + ties
+        c2 = tl.sum(c2 + own * own, 0) + ties
         t = tl.sum(t + own * own * delta, 0)
-    return m, r, q, s, c, t
+    return m, r, q, s, c2, t
 
 
 @triton.jit
-def centred(moments):
-    """Sums of powers about the shift -> shift, count, mean - shift, and sums of (z - mean)^2 and
-    (z - mean)^3."""
-    shift, count, s1, s2, s3 = moments
-    offset = s1 / tl.maximum(count, 1)
-    m2 = tl.maximum(s2 - offset * s1, 0)
-    return shift, count, offset, m2, s3 - offset * (3 * s2 - 2 * offset * s1)
-
-
-@triton.jit
-def merge_lane_moments(moments, m):
-    """Lanes, as `centred`, -> row: count, mean - m, and sums of (z - mean)^2 and (z - mean)^3."""
-    shift, count, offset, m2, m3 = moments
-    centre = tl.where(count > 0, shift - m + offset, 0)
-    total = tl.sum(count, 0)
-    mean = tl.sum(count * centre, 0) / total
-    away = centre - mean
-    m3 = tl.sum(m3 + away * (3 * m2 + count * away * away), 0)
-    return total, mean, tl.sum(m2 + count * away * away, 0), m3
-
-
-@triton.jit
-def merge_states(one, other, how):
+def merge_states(one, other, c, how):
     """The lanes' states of two parts of a row -> of both, entry by entry; `one` comes first.
 
     A lane that has seen nothing changes no bit of the other.
     """
-    m, sums = merge(one[:2], other[:2], how)
+    m, sums = merge(one[:2], other[:2], c, how)
     moments, argmax = one[2], one[3]
     if how.moments:
-        shift = tl.where(moments[1] > 0, moments[0], other[2][0])
-        delta = tl.where(other[2][1] > 0, other[2][0] - shift, 0)
-        later = (other[2][1], delta + other[2][2], other[2][3], other[2][4])
-        moments = (shift,) + merge_moments(moments[1:], later)
+        moments = merge_moments(moments, other[2])
     if how.top1:
         argmax = tl.where(other[0] > one[0], other[3], argmax)
     return m, sums, moments, argmax
 
 
 @triton.jit
-def tile_part(slices, how):
+def tile_part(slices, c, how):
     """(max, sums) of every row of a tile (rows, entries), cut into slices: one part of that row.
 
     A NaN makes r NaN; where all entries are -inf, r is some number.
@@ -199,10 +175,11 @@ def tile_part(slices, how):
     m = tl.max(m, 1)
     top = finite_top(m)[:, None]
     zero = tl.zeros_like(slices[0])
-    r, q, s, c, t, ties = zero, zero, zero, zero, zero, zero
+    r, q, s, c2, t, ties = zero, zero, zero, zero, zero, zero
     for k in tl.static_range(len(slices)):
         leads = slices[k] == m[:, None]
-        d = tl.maximum(slices[k] - top, FAR, propagate_nan=tl.PropagateNan.ALL)
+        d = apart_by(slices[k], top, c, how)
+        d = tl.maximum(d, FAR, propagate_nan=tl.PropagateNan.ALL)
         d = tl.where(leads, FAR, d)
         e = exp(d)
         ties += tl.where(leads, 1.0, 0.0)
@@ -210,15 +187,15 @@ def tile_part(slices, how):
         q = tl.fma(e, d, q)
         if how.second:
             s = tl.fma(e * d, d, s)
-            c = tl.fma(e, e, c)
+            c2 = tl.fma(e, e, c2)
             t = tl.fma(e * e, d, t)
     ties = tl.sum(ties, 1) - 1
-    sums = (tl.sum(r, 1) + ties, tl.sum(q, 1), tl.sum(s, 1), tl.sum(c, 1) + ties, tl.sum(t, 1))
+    sums = (tl.sum(r, 1) + ties, tl.sum(q, 1), tl.sum(s, 1), tl.sum(c2, 1) + ties, tl.sum(t, 1))
     return m, sums
 
 
 @triton.jit
-def merge(one, other, how):
+def merge(one, other, c, how):
     """(max, sums) of two parts of a row -> of both; the lesser maximum joins the sums.
 
     A part that has seen nothing changes no bit of the other.
@@ -229,38 +206,7 @@ def merge(one, other, how):
     for i in tl.static_range(5):
         sums = sums + (tl.where(leads, other[1][i], one[1][i]),)
         lesser = lesser + (tl.where(leads, one[1][i], other[1][i]),)
-    delta = distance(tl.where(leads, one[0], other[0]), finite_top(m))
+    delta = distance(tl.where(leads, one[0], other[0]), finite_top(m), c, how)
     lesser = (lesser[0] + 1, lesser[1], lesser[2], lesser[3] + 1, lesser[4])
-    r, q, s, c, t = rebase(lesser, delta, how)
-    return m, (sums[0] + r, sums[1] + q, sums[2] + s, sums[3] + c, sums[4] + t)
-
-
-@triton.jit
-def tile_moments(slices):
-    """Count, mean, sums of (z - mean)^2 and (z - mean)^3 of the finite z of every row of a tile."""
-    count, mean = tl.zeros_like(slices[0]), tl.zeros_like(slices[0])
-    m2, m3 = tl.zeros_like(slices[0]), tl.zeros_like(slices[0])
-    for k in tl.static_range(len(slices)):
-        count += tl.where(slices[k] > -INF, 1.0, 0.0)
-        mean += tl.where(slices[k] > -INF, slices[k], 0)
-    count = tl.sum(count, 1)
-    mean = tl.sum(mean, 1) / tl.maximum(count, 1)
-    for k in tl.static_range(len(slices)):
-        away = tl.where(slices[k] > -INF, slices[k] - mean[:, None], 0)
-        m2 = tl.fma(away, away, m2)
-        m3 = tl.fma(away * away, away, m3)
-    return count, mean, tl.sum(m2, 1), tl.sum(m3, 1)
-
-
-@triton.jit
-def merge_moments(one, other):
-    """Count, mean, sums of (z - mean)^2 and (z - mean)^3 of two parts -> of both (Pebay, 2008)."""
-    count_1, mean_1, m2_1, m3_1 = one
-    count_2, mean_2, m2_2, m3_2 = other
-    count = count_1 + count_2
-    share_1 = count_1 / tl.maximum(count, 1)
-    share_2 = count_2 / tl.maximum(count, 1)
-    delta = mean_2 - mean_1
-    spread = delta * delta * count_1 * share_2
-    skew = 3 * (share_1 * m2_2 - share_2 * m2_1) + spread * (share_1 - share_2)
-    return count, mean_1 + delta * share_2, m2_1 + m2_2 + spread, m3_1 + m3_2 + delta * skew
+    r, q, s, c2, t = rebase(lesser, delta, how)
+    return m, (sums[0] + r, sums[1] + q, sums[2] + s, sums[3] + c2, sums[4] + t)

@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from em_kernels.backends.interface import RowSpec
-from em_kernels.backends.triton.launch import Rows, device_of, prepare
-from em_kernels.backends.triton.moments import INF
-from em_kernels.backends.triton.reads import load_z, row_constants, row_of
+from em_kernels.backends.triton.launch import Rows, device_of, numbers, prepare
+from em_kernels.backends.triton.logit_moments import INF
+from em_kernels.backends.triton.reads import load_u, row_constants, row_of
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def presence(
     top,
     found,
     valid,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
 ):
     row = tl.program_id(0)
@@ -32,11 +32,11 @@ def presence(
     count = tl.full((), -1, tl.int32)
     if asked:
         x = row_of(logits, row, view, how)
-        constants = row_constants(row, rows, scale, softcap, temperature, how)
+        constants = row_constants(row, rows, by, softcap, gain, how)
         present = tl.zeros((how.block,), tl.int32)
         for start in range(0, valid, how.block):
-            z, _ = load_z(x, rows, 0, start, valid - start, constants, how)
-            present += tl.where(z == -INF, 0, 1)
+            u, _ = load_u(x, rows, 0, start, valid - start, constants, how)
+            present += tl.where(u == -INF, 0, 1)
         count = tl.sum(present, 0)
     tl.store(found + row, count)
 
@@ -54,9 +54,7 @@ def count_present(logits: Tensor, spec: RowSpec, top: Tensor | None) -> Tensor:
             top=top,
             found=found,
             valid=spec.valid_vocab,
-            scale=spec.logit_scale,
-            softcap=spec.softcap,
-            temperature=spec.temperature,
+            **numbers(spec),
             **prepare(logits, spec, ()),
         )
     return found

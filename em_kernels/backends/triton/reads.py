@@ -12,10 +12,9 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from em_kernels.backends.triton.elementary import INTERPRETED, compares_pairs, tanh_half
+from em_kernels.backends.triton.logit_moments import INF, centred, no_moments
 from em_kernels.backends.triton.moments import (
-    INF,
     add_entries,
-    centred,
     entries_of_lanes,
     merge_states,
     quarters,
@@ -125,38 +124,35 @@ def row_of(x, row, view, how):
 
 
 @triton.jit
-def row_constants(row, rows, scale, softcap, temperature, how):
-    """(logit_scale, softcap, 1 / T); NaN for a temperature that is not positive and finite."""
-    t = tl.full((), temperature, how.wide)
+def row_constants(row, rows, by, softcap, gain, how):
+    """(by, softcap, c); c is `gain`, over the row's temperature if rows have one, and NaN where
+    that is no normal number."""
+    c = tl.full((), gain, how.wide)
     if rows.temperature is not None:
-        t = tl.load(rows.temperature + row).to(how.wide)
-    inverse_t = tl.where((t > 0) & (t < INF), 1 / t, float("nan"))
-    return tl.full((), scale, how.wide), tl.full((), softcap, how.wide), inverse_t
+        c = c / tl.load(rows.temperature + row).to(how.wide)
+    least = 2.2250738585072014e-308 if how.wide == tl.float64 else 1.1754943508222875e-38
+    c = tl.where((c >= least) & (c < INF), c, float("nan"))
+    return tl.full((), by, how.wide), tl.full((), softcap, how.wide), c
 
 
 @triton.jit
 def transform(x, bias, constants, how):
-    """z = softcap(scale x + bias) / T and d softcap(u) / du."""
-    scale, softcap, inverse_t = constants
+    """u = softcap(by x + bias) and its derivative by `by x`; z is c u."""
+    by, softcap, _ = constants
     u = x.to(how.wide)
-    slope = scale * 0 + 1
+    slope = by * 0 + 1
     if how.scaled:
-        if bias is None and not how.capped:
-            u = u * (scale * inverse_t)
-        else:
-            u = u * scale
+        u = u * by
     if bias is not None:
         u += bias.to(how.wide)
     if how.capped:
         value, slope = tanh_half(u * (2 / softcap))
-        u = tl.where(tl.abs(u) < INF, value * (softcap * inverse_t), u)
-    elif bias is not None and how.scaled:
-        u = u * inverse_t
+        u = tl.where(tl.abs(u) < INF, value * softcap, u)
     return u, slope
 
 
 @triton.jit
-def load_z(x, rows, first, start, size, constants, how):
+def load_u(x, rows, first, start, size, constants, how):
     """`transform` of the first `size` (all, if None) of a block of a row, -inf beyond. The block
     begins with the entry `first + start`."""
     entries = load_block(x + first, start, size, how)
@@ -165,22 +161,22 @@ def load_z(x, rows, first, start, size, constants, how):
     if rows.bias is not None:
         mask = None if size is None else lanes < size
         bias = tl.load(rows.bias + first + start + lanes, mask=mask)
-    z, slope = transform(entries, bias, constants, how)
+    u, slope = transform(entries, bias, constants, how)
     if size is not None:
-        z = tl.where(lanes < size, z, -INF)
-    return z, slope
+        u = tl.where(lanes < size, u, -INF)
+    return u, slope
 
 
 @triton.jit
 def load_compared(x, rows, start, size, constants, packed: tl.constexpr, how):
-    """z as `add_entries` wants it: if `packed`, as it lies in memory."""
+    """u as `add_entries` wants it: if `packed`, as it lies in memory."""
     if packed:
-        z = load_block(x, start, size, how)
+        u = load_block(x, start, size, how)
         if size is not None:
-            z = tl.where(tl.arange(0, how.block) < size, z, -INF).to(z.dtype)
+            u = tl.where(tl.arange(0, how.block) < size, u, -INF).to(u.dtype)
     else:
-        z, _ = load_z(x, rows, 0, start, size, constants, how)
-    return z
+        u, _ = load_u(x, rows, 0, start, size, constants, how)
+    return u
 
 
 @triton.jit
@@ -189,7 +185,7 @@ def nothing_read(dtype: tl.constexpr, pairs: tl.constexpr, how):
     zero = tl.zeros((how.block // 4,), how.wide)
     sums = (zero, zero, zero, zero, zero)
     argmax = entries_of_lanes(0, how.block, pairs)
-    return (zero - INF).to(dtype), sums, (zero - INF, zero, zero, zero, zero), argmax
+    return (zero - INF).to(dtype), sums, no_moments(zero), argmax
 
 
 @triton.jit
@@ -207,9 +203,9 @@ def read_row(x, rows, begin, end, constants, how):
     programs come to the same bits. Steps of `slices` full blocks, then masked blocks.
     """
     raw: tl.constexpr = x.dtype.element_ty
-    plain: tl.constexpr = rows.bias is None and not (how.scaled or how.capped)
-    packed: tl.constexpr = plain and compares_pairs(raw)
+    packed: tl.constexpr = how.paired and compares_pairs(raw)
     pairs: tl.constexpr = raw.primitive_bitwidth == 16
+    c = constants[2]
     before = nothing_read(how.wide, pairs, how)
     state = nothing_read(raw if packed else how.wide, pairs, how)
     step: tl.constexpr = how.block * how.slices
@@ -217,22 +213,22 @@ def read_row(x, rows, begin, end, constants, how):
     for start in range(begin, whole, step):
         slices = ()
         for k in tl.static_range(how.slices):
-            z = load_compared(x, rows, start + k * how.block, None, constants, packed, how)
-            slices = slices + quarters(z, pairs)
-        state = add_entries(state, slices, start, pairs, how)
+            u = load_compared(x, rows, start + k * how.block, None, constants, packed, how)
+            slices = slices + quarters(u, pairs)
+        state = add_entries(state, slices, start, c, pairs, how)
         if (start + step) % how.part == 0:
-            before = merge_states(before, closed(state, how), how)
+            before = merge_states(before, closed(state, how), c, how)
             state = nothing_read(raw if packed else how.wide, pairs, how)
     for start in range(whole, end, how.block):
-        z = load_compared(x, rows, start, end - start, constants, packed, how)
-        state = add_entries(state, quarters(z, pairs), start, pairs, how)
-    return merge_states(before, closed(state, how), how)
+        u = load_compared(x, rows, start, end - start, constants, packed, how)
+        state = add_entries(state, quarters(u, pairs), start, c, pairs, how)
+    return merge_states(before, closed(state, how), c, how)
 
 
 @triton.constexpr_function
 def numbers_of_a_lane(second, moments, top1):
     """How many numbers the state of a lane is."""
-    return 3 + 3 * second + 5 * moments + top1
+    return 3 + 3 * second + 6 * moments + top1
 
 
 @triton.jit
@@ -263,7 +259,7 @@ def load_state(states, pairs: tl.constexpr, how):
     if how.second:
         sums = values[1:6]
     if how.moments:
-        moments = values[3 + 3 * how.second : 8 + 3 * how.second]
+        moments = values[3 + 3 * how.second : 9 + 3 * how.second]
     if how.top1:
         argmax = values[len(values) - 1].to(tl.int32, bitcast=how.wide == tl.float32)
     return values[0], sums, moments, argmax

@@ -17,7 +17,13 @@ import triton.language as tl
 
 from em_kernels.backends.triton.elementary import INTERPRETED
 from em_kernels.backends.triton.kernels import put_row, row_constants, transform
-from em_kernels.backends.triton.moments import INF, merge, merge_moments, tile_moments, tile_part
+from em_kernels.backends.triton.logit_moments import (
+    INF,
+    merge_moments,
+    no_moments,
+    tile_moments,
+)
+from em_kernels.backends.triton.moments import merge, tile_part
 
 
 class Tile(NamedTuple):
@@ -32,11 +38,11 @@ class Tile(NamedTuple):
     bulk: bool = False  # the operands are tensor descriptors, whose blocks the GPU copies by itself
 
 
-SECOND = ("s", "c", "t")
-MOMENTS = ("count", "mean", "m2", "m3")
+SECOND = ("s", "c2", "t")
+MOMENTS = ("shift", "unit", "count", "mean", "m2", "m3")
 _PARTS = ("max", "r", "q", *SECOND, *MOMENTS, "argmax")
 Parts = namedtuple("Parts", _PARTS, defaults=[None] * len(_PARTS))
-"""The parts of all rows, each (N, parts): max, sums, moments of z, first argmax; None if unused."""
+"""The parts of all rows, each (N, parts): max, sums, moments of u, first argmax; None if unused."""
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def before(limit, k, slices):
 
 @triton.jit
 def tile_logits(acc, begin, rows, valid, constants, how, tile):
-    """z of a tile in slices, -inf from `valid` on."""
+    """u of a tile in slices, -inf from `valid` on."""
     products = columns(acc, tile)
     slices = ()
     for k in tl.static_range(len(products)):
@@ -126,16 +132,16 @@ def tile_logits(acc, begin, rows, valid, constants, how, tile):
         if rows.bias is not None:
             entries = entries_of(begin, k, products)
             bias = tl.load(rows.bias + tl.minimum(entries, valid - 1))[None, :]
-        z, _ = transform(products[k], bias, constants, how)
+        u, _ = transform(products[k], bias, constants, how)
         if begin + tile.entries > valid:
-            z = tl.where(before(valid - begin, k, products)[None, :], z, -INF)
-        slices = slices + (z,)
+            u = tl.where(before(valid - begin, k, products)[None, :], u, -INF)
+        slices = slices + (u,)
     return slices
 
 
 @triton.jit
-def keep_target(z_target, slices, begin, y, row, inside, tile):
-    """Store z at the targets that lie in this tile; most tiles have none."""
+def keep_target(u_target, slices, begin, y, row, inside, tile):
+    """Store u at the targets that lie in this tile; most tiles have none."""
     place = y - begin
     here = inside & (place >= 0) & (place < tile.entries)
     place = place.to(tl.int32)
@@ -147,7 +153,7 @@ def keep_target(z_target, slices, begin, y, row, inside, tile):
             value = tl.where(((place & (half - 1)) // width == k)[:, None], slices[k], value)
         column = place // half * width + (place & (width - 1))
         value = tl.where(tl.arange(0, 2 * width)[None, :] == column[:, None], value, 0)
-        tl.store(z_target + row, tl.sum(value, 1), mask=here)
+        tl.store(u_target + row, tl.sum(value, 1), mask=here)
 
 
 @triton.jit
@@ -168,13 +174,15 @@ def put_part(parts, at, inside, part, moments, argmax, how):
     tl.store(parts.q + at, sums[1], mask=inside)
     if how.second:
         tl.store(parts.s + at, sums[2], mask=inside)
-        tl.store(parts.c + at, sums[3], mask=inside)
+        tl.store(parts.c2 + at, sums[3], mask=inside)
         tl.store(parts.t + at, sums[4], mask=inside)
     if how.moments:
-        tl.store(parts.count + at, moments[0], mask=inside)
-        tl.store(parts.mean + at, moments[1], mask=inside)
-        tl.store(parts.m2 + at, moments[2], mask=inside)
-        tl.store(parts.m3 + at, moments[3], mask=inside)
+        tl.store(parts.shift + at, moments[0], mask=inside)
+        tl.store(parts.unit + at, moments[1], mask=inside)
+        tl.store(parts.count + at, moments[2], mask=inside)
+        tl.store(parts.mean + at, moments[3], mask=inside)
+        tl.store(parts.m2 + at, moments[4], mask=inside)
+        tl.store(parts.m3 + at, moments[5], mask=inside)
     if how.top1:
         tl.store(parts.argmax + at, argmax, mask=inside)
 
@@ -186,14 +194,14 @@ def statistics_of_parts(
     strides,
     rows,
     parts,
-    z_target,
+    u_target,
     count,
     depth,
     valid,
     splits,
-    scale: tl.float64,
+    by: tl.float64,
     softcap: tl.float64,
-    temperature: tl.float64,
+    gain: tl.float64,
     how,
     tile,
 ):
@@ -204,29 +212,30 @@ def statistics_of_parts(
     row = first + tl.arange(0, tile.rows)
     inside = row < count
     row = tl.minimum(row, count - 1)
-    scale, softcap, inverse_t = row_constants(row, rows, scale, softcap, temperature, how)
+    by, softcap, c = row_constants(row, rows, by, softcap, gain, how)
+    of_tile = c
     if rows.temperature is not None:
-        inverse_t = inverse_t[:, None]
+        of_tile = c[:, None]
 
     zero = tl.zeros((tile.rows,), how.wide)
     part = (zero - INF, (zero, zero, zero, zero, zero))
-    moments = (zero, zero, zero, zero)
+    moments = no_moments(zero)
     argmax = tl.zeros((tile.rows,), tl.int32)
     start = split * (tile.walk * tile.entries)
     stop = tl.minimum(start + tile.walk * tile.entries, valid)
     for begin in range(start, stop, tile.entries):
         acc = multiply(hidden, weight, strides, first, begin, count, valid, depth, how, tile)
-        slices = tile_logits(acc, begin, rows, valid, (scale, softcap, inverse_t), how, tile)
+        slices = tile_logits(acc, begin, rows, valid, (by, softcap, c), how, tile)
         if rows.target is not None:
             y = tl.load(rows.target + row)
-            keep_target(z_target, slices, begin, y, row, inside, tile)
-        found = tile_part(slices, how)
+            keep_target(u_target, slices, begin, y, row, inside, tile)
+        found = tile_part(slices, of_tile, how)
         if how.top1:
             at = find_first_max(slices, found[0], begin)
             argmax = tl.where(found[0] > part[0], at, argmax)
         if how.moments:
-            moments = merge_moments(moments, tile_moments(slices))
-        part = merge(part, found, how)
+            moments = merge_moments(moments, tile_moments(slices, found[0]))
+        part = merge(part, found, c, how)
     put_part(parts, row.to(tl.int64) * splits + split, inside, part, moments, argmax, how)
 
 
@@ -240,7 +249,19 @@ def load_lanes(pointer, at, inside, other, wide):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def finish(parts, z_target, rows, outs, splits, valid, how, lanes: tl.constexpr):
+def finish(
+    parts,
+    u_target,
+    rows,
+    outs,
+    splits,
+    valid,
+    by: tl.float64,
+    softcap: tl.float64,
+    gain: tl.float64,
+    how,
+    lanes: tl.constexpr,
+):
     """Merge the parts of a row and store what was asked for."""
     row = tl.program_id(0)
     lane = tl.arange(0, lanes)
@@ -250,14 +271,15 @@ def finish(parts, z_target, rows, outs, splits, valid, how, lanes: tl.constexpr)
     sums = ()
     for i in tl.static_range(1, 6):
         sums = sums + (load_lanes(parts[i], at, inside, 0.0, how.wide),)
-    mean = load_lanes(parts.mean, at, inside, 0.0, how.wide)
-    count = load_lanes(parts.count, at, inside, 0.0, how.wide)
-    m2 = load_lanes(parts.m2, at, inside, 0.0, how.wide)
-    m3 = load_lanes(parts.m3, at, inside, 0.0, how.wide)
+    moments = ()
+    for i in tl.static_range(6, 12):
+        other = 1.0 if i == 7 else 0.0  # a unit
+        moments = moments + (load_lanes(parts[i], at, inside, other, how.wide),)
     argmax = load_lanes(parts.argmax, at, inside, 0, tl.int32)
-    y, known, z = None, None, None
+    y, known, u = None, None, None
     if rows.target is not None:
         y = tl.load(rows.target + row)
         known = (y >= 0) & (y < valid)
-        z = tl.load(z_target + row)
-    put_row(outs, row, (held, sums, (mean, count, count * 0, m2, m3), argmax), y, known, z, how)
+        u = tl.load(u_target + row)
+    _, _, c = row_constants(row, rows, by, softcap, gain, how)
+    put_row(outs, row, (held, sums, moments, argmax), y, known, u, c, how)
