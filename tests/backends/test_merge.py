@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from contract.closeness import true_rows
-from contract.sizes import check, rows_of_any_size
+from contract.sizes import check, rows_of_any_size, sizes_of
 from helpers import IMPLS, error, rows_of_entropy, truth
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,9 +110,9 @@ def test_logits_of_any_size(cut, temperature):
     target = torch.arange(len(x)) + 20
     spec = RowSpec(target=target, valid_vocab=40, temperature=temperature)
     want = true_rows(x[None], spec)
-    size = want["lse"].abs() + want["logit_mean"].abs()
+    sizes = sizes_of(want)
     for name, row in merged(x, target, cut, temperature=temperature).items():
-        check(row.float(), want[name], name, size)
+        check(row.float(), want[name], name, sizes)
 
 
 def test_only_what_is_needed_is_asked_of_a_shard():

@@ -60,18 +60,22 @@ def spec_of(options: dict, subject: Subject, vocab: int, rows: int, wide: torch.
     return subject.place(RowSpec(target=target, valid_vocab=vocab, **options))
 
 
-def check(got: Tensor, want: Tensor, name: str, size: Tensor) -> None:
+def sizes_of(want: dict) -> dict:
+    """The terms of which results are differences."""
+    lse = want["lse"].abs() + want["logit_mean"].abs()
+    return {"lse": lse, "logit_mean": lse, "varentropy": want["mean_d"] ** 2}
+
+
+def check(got: Tensor, want: Tensor, name: str, sizes: dict) -> None:
     """Infinite where no float of the dtype holds the truth."""
     kind, got, want = torch.finfo(got.dtype), got.double().cpu(), want.double().cpu()
     want = torch.where(want.abs() > kind.max, want.sign() * INF, want)
     assert torch.equal(got.isfinite(), want.isfinite()), f"{name}: {got.tolist()}"
     assert torch.equal(got[~want.isfinite()], want[~want.isfinite()]), name
-    scale = {"lse": size, "logit_mean": size}.get(name, torch.full_like(size, name in TO_ONE))
+    scale = sizes.get(name, torch.full_like(want, name in TO_ONE)).double().cpu()
     limit = 1e-3 if name in MOMENTS else SMALL
     if name == "self_certainty" and kind.bits == 64:
         limit = 1e-2  # a mean of logits that are a few eps apart is rounded to their eps
-    if name == "varentropy":
-        limit *= 3  # a difference of the mean square and the square of the mean
     excess = (got - want).abs() - limit * torch.maximum(want.abs(), scale) - kind.tiny
     assert (excess[want.isfinite()] <= 0).all(), f"{name}: {got.tolist()} for {want.tolist()}"
 
@@ -90,10 +94,10 @@ class Sizes:
             spec = spec_of(options, subject, vocab, rows, wide)
             upstream = subject.place(Upstream(*(torch.randn(rows).to(wide) for _ in range(3))))
             want, (some, out) = true_rows(x, spec), subject.loss(x, spec, upstream)
-            size = (want["lse"].abs() + want["logit_mean"].abs()).double().cpu()
+            sizes = sizes_of(want)
             for got in (subject.stats(x, spec), some):
                 for name, row in got.items():
-                    check(row, want[name], name, size)
+                    check(row, want[name], name, sizes)
             truth = true_gradient(x, spec, upstream)
             limit = subject.bfloat16 if dtype == torch.bfloat16 else SMALL
             for gradient in (out, subject.grad(x, spec, upstream)):
