@@ -6,7 +6,6 @@ its plots beside it as NAME.png.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from em_kernels.analysis import sections
 from em_kernels.analysis.page import Section, page
 from em_kernels.evaluator.records import SETTINGS, EvalError, write_json
 from em_kernels.evaluator.summary import summarise
-from em_kernels.lm.text import write_text
+from em_kernels.lm.data import read_json_object
+from em_kernels.lm.text import one_line, write_text
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
 REPORT = "report.html"
@@ -76,18 +76,26 @@ def _sections(folder: Path) -> Iterator[tuple[str, Section]]:
     for name, section in FOUND.items():
         path = folder / f"{name}.json"
         if path.is_file():
-            yield name, section(_read(path))
+            yield name, _section(path, section)
     if (folder / CONFIG_FILE).is_file():
         yield "metrics", sections.metrics(folder)
     if (folder / SETTINGS).is_file():
         yield "examples", sections.examples(folder)
 
 
-def _read(path: Path) -> dict:
+def _section(path: Path, section: Callable[[dict], Section]) -> Section:
+    """Of what an analysis has written.
+
+    Raises:
+        EvalError: the file is not as an analysis writes it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvalError(f"{path} cannot be read: {error}") from None
+        return section(read_json_object(path))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {one_line(error, 120)}"
+        raise EvalError(
+            f"{path} is not as em-kernels writes it ({reason}): remove it, or make it anew"
+        ) from error
 
 
 def _write_plots(folder: Path, name: str, section: Section) -> None:

@@ -12,7 +12,8 @@ from em_kernels.analysis.metrics import read_metrics
 from em_kernels.analysis.page import Figure, Part, Passage, Piece, Section, coloured
 from em_kernels.analysis.tables import MEASURES, Table, interval, number, p_value, percent
 from em_kernels.analysis.tables import temperature as named
-from em_kernels.evaluator.records import RECORDS, Record, Records, read_settings
+from em_kernels.evaluator.records import Record, read_settings
+from em_kernels.evaluator.summary import records_of
 from em_kernels.lm.data import is_number
 from em_kernels.trainer.checkpoint import read_config
 
@@ -69,7 +70,7 @@ def examples(folder: str | Path) -> Section:
     """
     settings = read_settings(folder)
     kinds: dict[str, list[Record]] = {"right": [], "wrong": [], "without a final answer": []}
-    for record in Records(Path(folder) / RECORDS):
+    for record in records_of(folder, settings):
         answer = record.answer
         kind = "wrong" if answer.parsed else "without a final answer"
         of_kind = kinds["right" if answer.correct else kind]

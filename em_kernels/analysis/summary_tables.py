@@ -70,6 +70,10 @@ def counts_table(summary: dict) -> Table:
         ("rows of the source that are no problems", str(len(skipped))),
         *((f"  row {r['row']}: {r['reason']}", "") for r in skipped[:SHOWN_ROWS]),
         ("prompts too long for the model (count as wrong)", str(len(summary["too_long"]))),
+        *(
+            (f"records left out: {why}", str(count))
+            for why, count in summary["left_out_records"].items()
+        ),
         ("answers still missing", str(summary["missing_answers"])),
     ]
     for t in summary["temperatures"]:

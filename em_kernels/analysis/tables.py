@@ -22,14 +22,19 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def text(self) -> str:
-        lines = (self.head, *self.rows)
+        lines = [[printable(cell) for cell in line] for line in (self.head, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join([self.title, *(_line(line, widths) for line in lines)])
+        return "\n".join([printable(self.title), *(_line(line, widths) for line in lines)])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])]
     return "  " + "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+
+def printable(text: str) -> str:
+    """With escapes for what would steer the terminal: texts are anybody's."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 Cell = Callable[[Any], str]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from em_kernels.analysis.tables import temperature
-from em_kernels.evaluator.records import RECORDS, SETTINGS, Answer, Records, read_settings
+from em_kernels.evaluator.records import SETTINGS, Answer, read_settings
+from em_kernels.evaluator.summary import records_of
 from em_kernels.lm.data import encode_prompt, fill_template, json_rows, not_unicode
 from em_kernels.lm.settings import check_int
 
@@ -84,8 +85,8 @@ class Texts:
         settings = read_settings(self.source)
         template = settings["config"]["template"]
         prompts: dict[int, list[int]] = {}
-        checked = False
-        for record in Records(self.source / RECORDS):
+        checked, records = False, records_of(self.source, settings)
+        for record in records:
             if record.answer.ids and not checked:
                 self._check_tokenizer(record.answer)
                 checked = True
@@ -97,6 +98,7 @@ class Texts:
                 continue
             key = f"problem {i}, {temperature(record.temperature)}, sample {record.sample}"
             yield Text(key, prompts[i], record.answer.ids or [])
+        self.left_out.update(records.left_out)
 
     def _check_tokenizer(self, answer: Answer) -> None:
         if self.tokenizer.decode(answer.ids, skip_special_tokens=True) != answer.text:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from em_kernels.analysis.texts import Text, Texts
 from em_kernels.evaluator.asking import weights_digest
+from em_kernels.lm.data import read_jsonl
 from em_kernels.lm.heads import Head, read_head
+from em_kernels.lm.lock import held
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.settings import positive
@@ -74,14 +76,14 @@ class TokenFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with self.path.open(encoding="utf-8") as file:
-            self.head: dict = json.loads(file.readline() or "{}")
+        self.head: dict = next((row for _, row in read_jsonl(self.path)), {})
 
     def __iter__(self) -> Iterator[TokenStats]:
-        with self.path.open(encoding="utf-8") as file:
-            next(file, None)
-            for line in file:
-                yield TokenStats(**json.loads(line))
+        for number, row in islice(read_jsonl(self.path), 1, None):
+            try:
+                yield TokenStats(**row)
+            except TypeError:
+                raise ValueError(f"{self.path}, line {number}: not as it was written") from None
 
 
 def read_tokens(
@@ -129,8 +131,12 @@ def read_tokens(
     if base is not None:
         described["base"] = {"model": base.name, "weights": weights_digest(base.model)}
     path = Path(path)
-    done = _begin(path, described, texts)
-    with eval_mode(model), nullcontext() if base is None else eval_mode(base.model):
+    with (
+        held(path.parent, "a reading of tokens", f".{path.stem}.lock"),
+        eval_mode(model),
+        nullcontext() if base is None else eval_mode(base.model),
+    ):
+        done = _begin(path, described, texts)
         _read_all(model, head, texts, path, (temperatures, base), done, progress)
     return TokenFile(path)
 
@@ -139,11 +145,13 @@ def _begin(path: Path, described: dict, texts: Texts) -> set[str]:
     """The keys of the texts that the file has already; begins it where it is none of these."""
     if path.is_file():
         repair_lines(path)
-        file = TokenFile(path)
-        done = {stats.key: stats.digest for stats in file} if file.head == described else {}
+        try:
+            file = TokenFile(path)
+            done = {stats.key: stats.digest for stats in file} if file.head == described else {}
+        except ValueError:
+            done = {}  # not as it was written: it is made anew
         if done and done.items() <= {text.key: text.digest for text in texts}.items():
             return set(done)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(described) + "\n", encoding="utf-8")
     return set()
 

@@ -24,7 +24,7 @@ from em_kernels.lm.models import load_model
 from em_kernels.lm.settings import add_flags
 from em_kernels.trainer.checkpoint import METRICS_FILE
 
-MODEL = {"dtype": "float32", "device": "auto"}
+MODEL = {"dtype": "float32", "device": "auto", "trust_remote_code": False}
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
@@ -130,7 +130,8 @@ class _Loaded(NamedTuple):
 
 def _load(arguments: argparse.Namespace, name: str, tokenizer=None) -> _Loaded:
     """The model called `name`; `tokenizer` is that of the model before."""
-    model, own = load_model(name, arguments.device, getattr(torch, arguments.dtype))
+    dtype, trust = getattr(torch, arguments.dtype), arguments.trust_remote_code
+    model, own = load_model(name, arguments.device, dtype, trust)
     if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
         raise ValueError(f"--after {name} has another vocabulary than the model before")
     return _Loaded(name, model, own)

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import em_kernels
 from em_kernels.cli.evaluate import add_commands
 from em_kernels.cli.options import quiet_transformers
+from em_kernels.lm.lock import InUseError
 from em_kernels.lm.models import newest_checkpoint
 from em_kernels.lm.setting_files import check_names, check_values, read_settings
 from em_kernels.lm.settings import add_flags, given_settings, settings_of
@@ -38,6 +40,7 @@ from em_kernels.trainer import (
     read_prompts,
     train,
 )
+from em_kernels.trainer.config import NOT_WRITTEN
 
 USER_ERRORS = (
     ValueError,
@@ -47,9 +50,11 @@ USER_ERRORS = (
     FloatingPointError,
     CheckpointError,
     EngineError,
+    InUseError,
     torch.OutOfMemoryError,
 )
 FAILED, INTERRUPTED = 2, 130
+REMOTE = {"trust_remote_code": False}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as an escape
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
+    kept, warnings.formatwarning = warnings.formatwarning, _warning
     try:
+        _check_not_empty(arguments)
         return arguments.command(arguments)
     except RankError as error:  # the rank that failed says why, where it still can
         if isinstance(error, LostRankError):
@@ -67,12 +74,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if arguments.traceback:
             traceback.print_exc()
-        message = one_line(error, None)
-        print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
-        return FAILED
+        return _failed(one_line(error, None))
+    except Exception as error:  # nobody has thought of it: a fault here, or a file that is odd
+        if arguments.traceback:
+            traceback.print_exc()
+        return _failed(
+            f"{type(error).__name__}: {one_line(error, None)} (not foreseen; --traceback shows "
+            "where it came from)"
+        )
     except KeyboardInterrupt:
         print(f"\nem-kernels: interrupted{_where_it_stopped(arguments)}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        warnings.formatwarning = kept
+
+
+def _failed(message: str) -> int:
+    print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
+    return FAILED
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """In one line, as an error is; where it comes from says nothing to who gave a command."""
+    return f"em-kernels: warning: {one_line(Warning(message), None)}\n"
+
+
+def _check_not_empty(arguments: argparse.Namespace) -> None:
+    """A shell makes nothing of a variable that is not set; no folder or model is called that."""
+    for name, value in vars(arguments).items():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise ValueError(f"--{name.replace('_', '-')} must not be empty, got {one!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,6 +166,7 @@ def _add_merge(commands) -> None:
     )
     parser.add_argument("checkpoint", help="checkpoint-<update> of a run")
     parser.add_argument("--output", required=True, help="the folder to make")
+    add_flags(parser, TrainConfig, only=REMOTE, defaults=REMOTE)
     _add_common(parser, _merge)
 
 
@@ -142,7 +181,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _merge(arguments: argparse.Namespace) -> int:
     quiet_transformers()
-    print(f"model: {merge_checkpoint(arguments.checkpoint, arguments.output)}")
+    where = (arguments.checkpoint, arguments.output)
+    print(f"model: {merge_checkpoint(*where, arguments.trust_remote_code)}")
     return 0
 
 
@@ -168,6 +208,11 @@ def _from_file(path: str, flags: dict) -> dict:
     """The settings of a file; `prompts` are texts in a list, or the name of a file of them."""
     found = read_settings(path)
     check_names(path, found, settings_of(RLConfig))
+    for name in set(found) & set(NOT_WRITTEN):
+        raise ValueError(
+            f"{path}: {name} is not taken from a file, which may be anybody's: give "
+            f"--{name.replace('_', '-')} with the command"
+        )
     for one, other in (("objective", "schedule"), ("schedule", "objective")):
         if one in flags:  # the two say the same thing
             found.pop(other, None)

@@ -17,10 +17,10 @@ from em_kernels.analysis.summary_tables import (
 )
 from em_kernels.cli.analyze import add_analyze
 from em_kernels.cli.options import AddCommon, add_asking, asking, quiet_transformers
-from em_kernels.evaluator.records import RECORDS, EvalError, Records, write_json
+from em_kernels.evaluator.records import EvalError, read_settings, write_json
 from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
-from em_kernels.evaluator.summary import compare_folders
+from em_kernels.evaluator.summary import compare_folders, records_of
 
 
 def add_commands(commands, add_common: AddCommon) -> None:
@@ -56,7 +56,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         summary = run_eval(config, progress=not arguments.quiet)
         seconds = time.perf_counter() - started
         if arguments.json:
-            records = [asdict(record) for record in Records(Path(output) / RECORDS)]
+            found = records_of(output, read_settings(output))
+            records = [asdict(record) for record in found]
             write_json(Path(arguments.json), {**summary, "records": records})
     for table in eval_tables(summary):
         print(table.text())

@@ -6,6 +6,7 @@ from em_kernels.evaluator.run import EvalConfig, run_eval
 from em_kernels.evaluator.select import rank_prompts
 from em_kernels.evaluator.summary import compare_folders, summarise
 from em_kernels.lm.judge.judges import Judge, final_answer, make_judge
+from em_kernels.lm.lock import InUseError
 from em_kernels.lm.problems import PRESETS, Problem, Source, find_source, load_problems
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EvalConfig",
     "EvalError",
     "EvalResult",
+    "InUseError",
     "Judge",
     "Problem",
     "ProblemRecord",

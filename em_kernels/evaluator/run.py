@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,29 @@ from em_kernels.evaluator.asking import (
     weights_digest,
 )
 from em_kernels.evaluator.records import (
+    ELSEWHERE,
     RECORDS,
     SETTINGS,
     SUMMARY,
     VERSION,
     EvalError,
     Records,
+    mark,
     read_settings,
     write_json,
 )
 from em_kernels.evaluator.statistics import require_scipy
 from em_kernels.evaluator.summary import summarise
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.data import encode_prompt, read_json_object
 from em_kernels.lm.heads import Head, ModelError, read_head
 from em_kernels.lm.judge.judges import JUDGES, judge_name, make_judge
-from em_kernels.lm.models import DTYPES, check_causal, load_model
+from em_kernels.lm.lock import LOCK, held
+from em_kernels.lm.models import (
+    DTYPES,
+    REMOTE_CODE,
+    check_causal,
+    load_model,
+)
 from em_kernels.lm.problems import (
     ANSWER_FIELD,
     FIELD_SHOWN,
@@ -64,6 +73,7 @@ from em_kernels.lm.settings import (
     setting,
 )
 from em_kernels.lm.text import repair_lines
+from em_kernels.lm.weights import check_not_nan
 
 USUAL: dict[str, Any] = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 2048}
 """Of the generation, where neither the caller nor the preset says anything."""
@@ -133,6 +143,7 @@ class EvalConfig:
     dtype: str = setting("float32", "of the model", choices=DTYPES)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", check=device_text)
     seed: int = setting(0, "of the sampling", check=at_least(0))
+    trust_remote_code: bool = setting(False, REMOTE_CODE)
 
     def __post_init__(self):
         check_settings(self)
@@ -181,20 +192,30 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
 
     Raises:
         EvalError: the folder holds an evaluation with other settings.
+        InUseError: another process evaluates into the folder.
         FileNotFoundError, ImportError, ValueError: of the problems or the model.
     """
     require_scipy()
+    with held(config.output, "an evaluation"):
+        return _run_eval(config, model, tokenizer, progress)
+
+
+def _run_eval(config: EvalConfig, model, tokenizer, progress: bool) -> dict:
     loaded = load_problems(config.source, config.limit)
     judge = make_judge(config.judge) if config.labelled else lambda response, answer: False
     if model is None:
-        model, tokenizer = load_model(config.model, config.device, getattr(torch, config.dtype))
+        dtype, trust = getattr(torch, config.dtype), config.trust_remote_code
+        model, tokenizer = load_model(config.model, config.device, dtype, trust)
+    check_not_nan(model)
     config = config.filled(config.batch_size or default_batch_size(model))
     prompts = [encode_prompt(tokenizer, loaded.source.prompt(p.problem)) for p in loaded.problems]
     limit = longest_prompt(model)
     too_long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
     folder = Path(config.output)
-    _open(folder, config, loaded, {"too_long": too_long, "weights": weights_digest(model)})
-    records = Records(folder / RECORDS)
+    found = {"too_long": too_long, "weights": weights_digest(model)}
+    settings = _open(folder, config, loaded, found)
+    marked = cache(partial(mark, settings))
+    records = Records(folder / RECORDS, settings)
     batches = ask_all(
         Asked(model, tokenizer, judge, _head(model, prompts)),
         config.plan,
@@ -206,8 +227,9 @@ def run_eval(config: EvalConfig, *, model=None, tokenizer=None, progress: bool =
         progress=progress,
     )
     for batch in batches:
-        records.add(batch)
+        records.add([replace(record, of=marked(record.problem)) for record in batch])
     summary = summarise(folder)
+    _note_left_out(folder, summary["left_out_records"])
     write_json(folder / SUMMARY, summary)
     return summary
 
@@ -222,8 +244,15 @@ def _head(model, prompts: list[list[int]]) -> Head | None:
     return head
 
 
-def _open(folder: Path, config: EvalConfig, loaded: Problems, found: dict) -> None:
-    """Begin the folder, or make sure that it holds this evaluation."""
+def _note_left_out(folder: Path, counts: dict[str, int]) -> None:
+    """In eval.json: which lines of the records are not of the evaluation, while there are any."""
+    written = read_json_object(folder / SETTINGS)
+    if written.get("left_out_records", {}) != counts:
+        write_json(folder / SETTINGS, {**written, "left_out_records": counts})
+
+
+def _open(folder: Path, config: EvalConfig, loaded: Problems, found: dict) -> dict:
+    """Begin the folder, or make sure that it holds this evaluation; the settings that it has."""
     settings = {
         "version": VERSION,
         "config": asdict(config),
@@ -233,20 +262,20 @@ def _open(folder: Path, config: EvalConfig, loaded: Problems, found: dict) -> No
     }
     settings = json.loads(json.dumps(settings))
     if (folder / SETTINGS).exists():
-        _check_same(folder, read_settings(folder), settings)
+        old = read_settings(folder)
+        _check_same(folder, old, settings)
         repair_lines(folder / RECORDS)
-        return
-    if folder.exists() and any(folder.iterdir()):
+        return old
+    if any(path.name != LOCK for path in folder.iterdir()):
         raise EvalError(f"{folder} is not empty and holds no evaluation; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, settings)
+    return settings
 
 
 def _check_same(folder: Path, old: dict, new: dict) -> None:
-    elsewhere = ("output", "device")
     for field in fields(EvalConfig):
         before, after = old["config"].get(field.name), new["config"][field.name]
-        if field.name not in elsewhere and before != after:
+        if field.name not in ELSEWHERE and before != after:
             raise EvalError(
                 f"{folder} holds an evaluation with {field.name} {before!r}, got {after!r}; "
                 "give another folder"

@@ -41,9 +41,21 @@ class AnswerSummary(NamedTuple):
         )
 
 
-def read_answers(folder: str | Path) -> dict[float, dict[int, list[AnswerSummary]]]:
-    """temperature -> problem -> answers in the order of their sample numbers."""
-    records = Records(Path(folder) / RECORDS)
+Answers = dict[float, dict[int, list[AnswerSummary]]]
+"""temperature -> problem -> answers in the order of their sample numbers."""
+
+
+def read_answers(folder: str | Path) -> Answers:
+    """Those of the evaluation in the folder."""
+    return _answers(records_of(folder, read_settings(folder)))
+
+
+def records_of(folder: str | Path, settings: dict) -> Records:
+    """The records of the folder that are the evaluation's, and its count of the others."""
+    return Records(Path(folder) / RECORDS, settings)
+
+
+def _answers(records: Records) -> Answers:
     return by_problem((record.key, AnswerSummary.of(record.answer)) for record in records)
 
 
@@ -63,8 +75,9 @@ def summarise(folder: str | Path) -> dict:
     Per temperature: mean@k (the mean over problems of the share of right samples), pass@k for
     powers of two up to the number of samples, majority@k, mean response length, the shares without
     an end and without a final answer, mean entropy, and calibration of the sequence confidence.
-    Problems not finished yet, rows of the source left out and prompts that were too long are
-    counted; a prompt that was too long counts as wrong.
+    Problems not finished yet, rows of the source left out, records left out (broken, doubled, or of
+    another evaluation) and prompts that were too long are counted; a prompt that was too long
+    counts as wrong.
 
     Raises:
         EvalError: no evaluation.
@@ -73,7 +86,8 @@ def summarise(folder: str | Path) -> dict:
     settings = read_settings(folder)
     config = settings["config"]
     judge = make_judge(config["judge"])
-    found = read_answers(folder)
+    records = records_of(folder, settings)
+    found = _answers(records)
     asked = sum(config["samples"] if t > 0 else 1 for t in config["temperatures"])
     answers = sum(len(a) for problems in found.values() for a in problems.values())
     return {
@@ -85,6 +99,7 @@ def summarise(folder: str | Path) -> dict:
         "samples": config["samples"],
         "skipped_rows": settings["skipped"],
         "too_long": settings["too_long"],
+        "left_out_records": dict(records.left_out),
         "missing_answers": asked * len(settings["problems"]) - answers,
         "temperatures": [
             {"temperature": t, **_at_temperature(list(problems.values()), judge)}

@@ -18,11 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from em_kernels.lm.data import read_json_object
 from em_kernels.lm.fingerprint import digest, is_packed
 from em_kernels.lm.heads import ModelError, causal_lm
+from em_kernels.lm.loading import loading
 from em_kernels.lm.lora_heads import is_lora
 from em_kernels.lm.optional import require
-from em_kernels.lm.text import one_line
 
 ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base_model.json"
@@ -133,7 +134,7 @@ def base_name(folder: str | Path) -> tuple[str, str | None]:
     config = _read_config(folder)
     _check_kind(config)
     base = config.base_model_name_or_path
-    if not base:
+    if not base or not isinstance(base, str):
         raise ModelError(
             f"{folder}: its {ADAPTER_FILE} names no model below the adapter: write a folder or a "
             "hub name there as base_model_name_or_path"
@@ -155,14 +156,12 @@ def attach_adapter(model, folder: str | Path):
     Raises:
         ModelError: the adapter does not fit, or was trained on other weights.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = require_peft().PeftModel.from_pretrained(
-                model, str(folder), is_trainable=True, torch_device="cpu"
-            )
-    except Exception as error:
-        raise ModelError(f"cannot load the adapter of {folder}: {one_line(error)}") from error
+    peft = require_peft()
+    with loading(f"cannot load the adapter of {folder}"):
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(folder), is_trainable=True, torch_device="cpu"
+        )
     _check_base(adapted, folder, same_dtype=False)
     return adapted.eval()
 
@@ -182,11 +181,9 @@ def load_weights(model, folder: Path) -> None:
             f"got {ours[changed[0]]!r}"
         )
     _check_base(model, folder, same_dtype=True)
-    try:
+    with loading(f"cannot load the adapter of {folder}"):
         state = peft.utils.load_peft_weights(str(folder), device="cpu")
         report = peft.set_peft_model_state_dict(model, state, adapter_name=name)
-    except (RuntimeError, KeyError, ValueError, OSError) as error:
-        raise ModelError(f"cannot load the adapter of {folder}: {one_line(error)}") from error
     wrong = sorted(_left_out(model, set(report.missing_keys))) + report.unexpected_keys
     if wrong:
         raise ModelError(
@@ -276,6 +273,10 @@ def _of_adapters(model) -> set[int]:
 
 
 def _check_kind(config) -> None:
+    if getattr(config, "megatron_config", None):
+        raise ModelError(
+            "an adapter with a megatron_config is not supported: it names a module to import"
+        )
     if config.is_prompt_learning:
         raise ModelError(
             f"adapters of type {config.peft_type.value} put virtual tokens into the sequence, "
@@ -330,13 +331,17 @@ def _read_base(folder: str | Path) -> dict | None:
     path = Path(folder) / BASE_FILE
     if not path.is_file():
         return None
+    remedy = "remove it to load the adapter unchecked"
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        return {**written, "dtype": written["dtype"], "weights": written["weights"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"{path} cannot be read ({error}); remove it to load the adapter unchecked"
-        ) from error
+        written = read_json_object(path)
+    except ValueError as error:
+        raise ModelError(f"cannot read {error}; {remedy}") from error
+    for name in ("dtype", "weights"):
+        if not isinstance(written.get(name), str):
+            raise ModelError(f"{path} has no text {name!r}; {remedy}")
+    if not isinstance(getattr(torch, written["dtype"], None), torch.dtype):
+        raise ModelError(f"{path}: {written['dtype']!r:.60} is no dtype; {remedy}")
+    return written
 
 
 def _check_base(model, folder: str | Path, same_dtype: bool) -> None:
@@ -360,10 +365,10 @@ def _check_base(model, folder: str | Path, same_dtype: bool) -> None:
 
 
 def _read_config(folder: str | Path):
-    try:
-        return require_peft().PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelError(f"cannot read {Path(folder) / ADAPTER_FILE}: {error}") from error
+    peft = require_peft()
+    with loading(f"cannot read {Path(folder) / ADAPTER_FILE}"):
+        read_json_object(Path(folder) / ADAPTER_FILE)
+        return peft.PeftConfig.from_pretrained(str(folder))
 
 
 def _settings(config) -> dict:

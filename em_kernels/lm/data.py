@@ -57,6 +57,19 @@ def json_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
             yield number, _json_object(line, "utf-8-sig" if number == 1 else "utf-8")
 
 
+def read_json_object(path: str | Path) -> dict:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON object in UTF-8, in one line that names the file.
+    """
+    found = _json_object(Path(path).read_bytes(), "utf-8-sig")
+    if isinstance(found, str):
+        raise ValueError(f"{path}: {found}")
+    return found
+
+
 def _json_object(line: bytes, encoding: str) -> dict | str:
     try:
         value = json_value(line, encoding)
@@ -124,6 +137,11 @@ def is_number(value) -> TypeGuard[float]:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value) -> TypeGuard[int]:
+    """An int of 0 or more, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def fields_of(row: Mapping, names: Iterable[str]) -> list[str]:
@@ -217,7 +235,13 @@ def encode_turns(tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
     """
     if tokenizer.chat_template:
         chat = [{"role": role, "content": content} for role, content in turns]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, which fails in ways of its own
+            raise ValueError(
+                f"the chat template of the tokenizer cannot be used ({type(error).__name__}: "
+                f"{one_line(error, 160)}): correct its chat_template"
+            ) from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     elif len(turns) == 1:
         ids = tokenizer(turns[0][1])["input_ids"]

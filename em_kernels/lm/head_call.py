@@ -20,6 +20,7 @@ from em_kernels.lm.heads import (
     read_head,
 )
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.weights import check_finite
 
 _REMEDY = "em_kernels.softmax_stats(logits) takes the logits of any model"
 
@@ -191,6 +192,7 @@ def check_head(model, head: Head | None = None) -> Head:
     expected = head.transform(probe.to(logits.device))
     error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     if not (error <= 2 * eps + 1e-6).all():
+        check_finite(model)
         raise ModelError(
             f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
             f"softcap {head.softcap} and scale {head.logit_scale:g} from its config; such a head "

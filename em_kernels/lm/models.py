@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,17 @@ from em_kernels.lm.adapters import ADAPTER_FILE, attach_adapter, base_name, has_
 from em_kernels.lm.head_call import check_head, head_input
 from em_kernels.lm.heads import Head, ModelError, causal_lm
 from em_kernels.lm.hub import looks_like_a_path, quick_to_fail
+from em_kernels.lm.loading import check_kernels, loading
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.optional import require
-from em_kernels.lm.text import one_line
+from em_kernels.lm.weights import check_not_nan
 
 DTYPES = ("float32", "bfloat16")  # that a model may be asked to compute in
 SHARDS = "shards"  # folder of the parts of a checkpoint that several ranks wrote
+REMOTE_CODE = (
+    "run the Python code that a model's folder, or its repository on the hub, brings along; only "
+    "where this is given, and no file can give it"
+)
 
 
 def require_transformers() -> ModuleType:
@@ -31,49 +37,63 @@ def require_transformers() -> ModuleType:
     return transformers
 
 
-def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple:
     """(model, tokenizer) from a folder or a hub name, the parameters in `dtype`, in eval mode.
 
     A folder with an adapter, as the trainer and PEFT write them, is a `peft.PeftModel` around the
-    model that it names; the adapter can be trained.
+    model that it names; the adapter can be trained. Nothing that the files hold is run, unless
+    `trust_remote_code` lets the code of the model's own run; pickled weights are read as tensors.
 
     Raises:
-        ModelError: nothing there, not a causal language model, or no weights for its head; for an
-            adapter also: the model below it is not there, or has other weights than in training.
+        ModelError: nothing there, not a causal language model, or no weights for its head; a
+            weight that is NaN; code of the model's own that is not trusted; for an adapter also:
+            the model below it is not there, or has other weights than in training.
         ImportError: transformers, or peft for an adapter, is missing.
     """
     place = _device(device)
     _check_path(name)
     if has_adapter(name):
-        model, tokenizer = _load_adapted(name, dtype)
+        model, tokenizer = _load_adapted(name, dtype, trust_remote_code)
     else:
-        model, tokenizer = _load_weights(name, dtype), _load_tokenizer(name)
+        model = _load_weights(name, dtype, trust_remote_code)
+        tokenizer = _load_tokenizer(name, trust_remote_code)
+    check_not_nan(model, name)
     return model.to(place), tokenizer
 
 
-def _load_adapted(folder: str, dtype: torch.dtype) -> tuple:
+def _load_adapted(folder: str, dtype: torch.dtype, trust: bool) -> tuple:
     """(PEFT model, tokenizer) of a folder with an adapter."""
     base, revision = base_name(folder)
     try:
         _check_path(base)
-        model = _load_weights(base, dtype, revision)
+        model = _load_weights(base, dtype, trust, revision)
     except ModelError as error:
         raise ModelError(
             f"{folder} is an adapter, and the model below it cannot be loaded: {error}; "
             f"base_model_name_or_path in its {ADAPTER_FILE} says where that is"
         ) from error
     own = (Path(folder) / "tokenizer_config.json").is_file()
-    tokenizer = _load_tokenizer(folder if own else base)
+    tokenizer = _load_tokenizer(folder if own else base, trust)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # the adapter's files hold the new ones
     return attach_adapter(model, folder), tokenizer
 
 
-def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
-    auto = require_transformers().AutoModelForCausalLM
-    options = dict(dtype=dtype, output_loading_info=True, revision=revision or "main")
-    what = "a causal language model from"
-    model, report = _loaded(name, what, lambda: auto.from_pretrained(name, **options))
+def _load_weights(name: str, dtype: torch.dtype, trust: bool, revision: str | None = None):
+    transformers = require_transformers()
+    told: dict[str, Any] = {"trust_remote_code": trust, "revision": revision or "main"}
+    options = dict(dtype=dtype, output_loading_info=True, **told)
+
+    def load() -> tuple:
+        check_kernels(name, transformers.AutoConfig.from_pretrained(name, **told), trust)
+        return transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+
+    model, report = _loaded(name, "a causal language model from", load, trust)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -82,32 +102,33 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None = None):
     return model
 
 
-def _load_tokenizer(name: str):
+def _load_tokenizer(name: str, trust: bool):
     auto = require_transformers().AutoTokenizer
-    return _loaded(name, "the tokenizer of", lambda: auto.from_pretrained(name))
+    load = partial(auto.from_pretrained, name, trust_remote_code=trust)
+    return _loaded(name, "the tokenizer of", load, trust)
 
 
-def _loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
-    with quick_to_fail(name) as reason:
-        try:
-            return load()
-        except Exception as error:
-            raise ModelError(f"cannot load {what} {name!r}: {reason or one_line(error)}") from error
+def _loaded(name: str, what: str, load: Callable[[], Any], trust: bool) -> Any:
+    failed = f"cannot load {what} {name!r}"
+    with quick_to_fail(name) as silent, loading(failed, trust, silent):
+        return load()
 
 
-def load_architecture(folder: Path, device: str = "auto") -> tuple:
+def load_architecture(folder: Path, device: str = "auto", trust_remote_code: bool = False) -> tuple:
     """(model, tokenizer) of a model folder, in float32, the weights not those of the folder."""
     transformers = require_transformers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = _load_tokenizer(str(folder), trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    with loading(f"cannot make the model of {folder}", trust_remote_code):
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        check_kernels(str(folder), config, trust_remote_code)
         with torch.random.fork_rng():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, **options
+            )
         if (folder / "generation_config.json").is_file():
             settings = transformers.GenerationConfig.from_pretrained(folder)
             model.generation_config = settings
-    except Exception as error:
-        raise ModelError(f"cannot make the model of {folder}: {one_line(error)}") from error
     return model.eval().to(_device(device)), tokenizer
 
 

@@ -182,6 +182,8 @@ def path_text(name: str, value: Any) -> str:
         path = None
     if not isinstance(path, str):  # bytes are paths too
         raise TypeError(f"{name} must be a path or a name, got {value!r}")
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{name} must be a path or a name, got {path!r}")
     return path
 
 

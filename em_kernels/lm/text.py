@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,5 +31,20 @@ def repair_lines(path: Path) -> None:
 
 
 def one_line(error: BaseException, most: int | None = 400) -> str:
-    """Its text without line breaks, cut after `most` characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """Its text without line breaks, cut after `most` characters; its type where it says nothing.
+
+    Long words, as paths are, are shortened, and so is the middle of a text that is still long.
+    """
+    text = shortened(" ".join(str(error).split()))
+    return text[:most] or type(error).__name__
+
+
+def shortened(text: str, word: int = 160, whole: int = 1600) -> str:
+    """Without the middle of its long words, and of itself where it is still long."""
+    text = re.sub(rf"\S{{{word + 1},}}", lambda found: _ends(found[0], word), text)
+    return _ends(text, whole)
+
+
+def _ends(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -2,6 +2,7 @@
 
 from em_kernels.lm.data import ONE_SHOT_PROMPT
 from em_kernels.lm.heads import ModelError
+from em_kernels.lm.lock import InUseError
 from em_kernels.lm.models import load_model
 from em_kernels.lm.problems import read_prompts
 from em_kernels.lm.ranks import LostRankError, RankError
@@ -18,6 +19,7 @@ __all__ = [
     "ONE_SHOT_PROMPT",
     "CheckpointError",
     "EngineError",
+    "InUseError",
     "LostRankError",
     "ModelError",
     "Objective",

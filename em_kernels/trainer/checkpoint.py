@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from em_kernels.lm.adapters import MERGED, has_adapter, is_adapted, merged_copy, write_model
-from em_kernels.lm.data import read_jsonl
+from em_kernels.lm.data import is_count, json_rows, read_json_object
 from em_kernels.lm.models import (
     SHARDS,
     list_checkpoints,
@@ -94,10 +95,13 @@ def write_published(model, tokenizer, folder: Path, merged: bool) -> None:
         tokenizer.save_pretrained(place)
 
 
-def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
+def merge_checkpoint(
+    checkpoint: str | Path, output: str | Path, trust_remote_code: bool = False
+) -> Path:
     """Make a model folder for transformers of a checkpoint's parts; needs no other process.
 
-    Of an adapter, trained by however many ranks, with the model below it, in float32.
+    Of an adapter, trained by however many ranks, with the model below it, in float32. Parts are
+    read where they alone hold the weights.
 
     Raises:
         ValueError: `checkpoint` has no parts and is no adapter, or `output` is there already.
@@ -113,10 +117,10 @@ def merge_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     if output.exists():
         raise ValueError(f"output must be a new folder, {output} is there already")
     if weights_in_parts(checkpoint):
-        model, tokenizer = load_architecture(checkpoint, "cpu")
+        model, tokenizer = load_architecture(checkpoint, "cpu", trust_remote_code)
         load_weights_from_parts(checkpoint, model, Ranks())
     else:
-        model, tokenizer = load_model(str(checkpoint), "cpu")
+        model, tokenizer = load_model(str(checkpoint), "cpu", trust_remote_code=trust_remote_code)
     write_published(merged_copy(model) if is_adapted(model) else model, tokenizer, output, False)
     return output
 
@@ -129,7 +133,7 @@ def check_free(folder: Path) -> None:
 
 def write_config(folder: Path, config: TrainConfig, adapter: dict | None = None) -> None:
     """Make the run's folder, with its settings, and those of the adapter it trains, in it."""
-    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(config.to_written(), indent=2) + "\n")
     if adapter is not None:
         write_text(folder / ADAPTER_NOTE, json.dumps(adapter, indent=2) + "\n")
 
@@ -145,11 +149,33 @@ def read_config(folder: str | Path) -> TrainConfig:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no run to resume in {folder}: it has no {CONFIG_FILE}")
+    values = read_json_object(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         return (RLConfig if "objective" in values else TrainConfig).from_written(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    except (LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error, 60)}"
+        raise ValueError(f"{path}: not the settings of a run ({reason})") from None
+
+
+_REMEDY = (
+    "put the file back as the run wrote it, or begin a new run from the weights of a checkpoint "
+    "(--model)"
+)
+_NUMBERS = ("loss", "mean_entropy", "response_length")
+
+
+def wrong_line(row: dict) -> str | None:
+    """Why a line of metrics is none of a run's, or None."""
+    update = row.get("update")
+    if not is_count(update) or update == 0:
+        return f"'update' is no number from 1 on but {reprlib.repr(update)}"
+    for name in _NUMBERS:
+        value = row.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"{name!r} is no number but {reprlib.repr(value)}"
+    return None
 
 
 class Metrics:
@@ -159,14 +185,38 @@ class Metrics:
         self.path = folder / METRICS_FILE if folder else None
         self.lines: list[dict] = []
 
-    def rewind(self, update: int) -> None:
-        """Keep the lines of updates up to `update`: a killed run may have written more."""
+    def rewind(self, update: int) -> list[dict]:
+        """Keep the lines of updates up to `update`: a killed run may have written more.
+
+        Raises:
+            CheckpointError: they are not there, one each and in order.
+        """
         if self.path is None:
-            return
+            return self.lines
         if self.path.is_file():
             repair_lines(self.path)
-            self.lines = [m for _, m in read_jsonl(self.path) if m["update"] <= update]
+            self.lines = self._read(update)
+        if len(self.lines) < update:
+            raise CheckpointError(
+                f"{self.path} ends before update {update}, of which there is a checkpoint, and a "
+                f"run goes on from its metrics too: {_REMEDY}"
+            )
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        return self.lines
+
+    def _read(self, update: int) -> list[dict]:
+        lines: list[dict] = []
+        for number, row in json_rows(self.path or ""):
+            if len(lines) == update:
+                break
+            wrong = row if isinstance(row, str) else wrong_line(row)
+            if isinstance(row, dict) and wrong is None:
+                lines.append(row)
+                if row["update"] == len(lines):
+                    continue
+                wrong = f"update {row['update']} where {len(lines)} should be"
+            raise CheckpointError(f"{self.path}, line {number}: {wrong}; {_REMEDY}")
+        return lines
 
     def add(self, line: dict) -> None:
         self.lines.append(line)

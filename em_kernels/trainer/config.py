@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
 from em_kernels.lm.demonstrations import Demonstration
-from em_kernels.lm.models import DTYPES
+from em_kernels.lm.models import DTYPES, REMOTE_CODE
 from em_kernels.lm.settings import (
     at_least,
     check_settings,
@@ -40,7 +40,10 @@ RESUMABLE = (
     "save_merged",
     "vllm_memory",
     "log_to",
+    "trust_remote_code",
 )
+NOT_WRITTEN = ("trust_remote_code",)
+"""Settings that no file of a run has: only who starts it can say them."""
 
 
 @documented
@@ -196,6 +199,7 @@ class TrainConfig:
         choices=tuple(LOGGERS),
         shown="none",
     )
+    trust_remote_code: bool = setting(False, REMOTE_CODE)
 
     def __post_init__(self):
         check_settings(self)
@@ -262,6 +266,10 @@ class TrainConfig:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def to_written(self) -> dict:
+        """What a run's own files say."""
+        return {name: v for name, v in self.to_dict().items() if name not in NOT_WRITTEN}
+
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         unknown = set(values) - {field.name for field in fields(cls)}
@@ -272,7 +280,12 @@ class TrainConfig:
     @classmethod
     def from_written(cls, values: dict) -> Self:
         """Of a run's own file, which an older version may have written."""
-        return cls.from_dict(values)
+        return cls.from_dict(written(values))
+
+
+def written(values: dict) -> dict:
+    """What is taken of a run's own file."""
+    return {name: value for name, value in values.items() if name not in NOT_WRITTEN}
 
 
 def check_resume(old: TrainConfig, new: TrainConfig) -> None:

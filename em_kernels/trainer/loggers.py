@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import uuid4
 
+from em_kernels.lm.data import read_json_object
 from em_kernels.lm.optional import require
 from em_kernels.lm.text import one_line, write_text
 
@@ -157,7 +158,7 @@ class Loggers:
         mark = self._marks.setdefault(name, Mark())
         if LOGGERS[name].rewinds:
             mark.last = min(mark.last, run.done)
-        settings = json.loads(json.dumps(run.config.to_dict()))
+        settings = json.loads(json.dumps(run.config.to_written()))
         try:
             logger = LOGGERS[name](run.folder, settings, mark)
         except Exception as error:  # each has its own
@@ -246,7 +247,7 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
 def _read_marks(folder: Path | None) -> dict[str, Mark]:
     """Those of a run that goes on. Without a note that can be read all loggers begin anew."""
     try:
-        found = json.loads((folder / NOTE).read_text(encoding="utf-8")) if folder else {}
+        found = read_json_object(folder / NOTE) if folder else {}
         return {name: Mark(mark["id"], int(mark["last"])) for name, mark in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from em_kernels.lm.lock import held
 from em_kernels.lm.modes import modes_kept
 from em_kernels.lm.random_state import seeded
-from em_kernels.lm.ranks import joined_ranks
+from em_kernels.lm.ranks import Ranks, joined_ranks
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.demonstration_update import DemonstrationUpdate
 from em_kernels.trainer.distillation import DistillationUpdate
@@ -96,6 +98,7 @@ def train(
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
         EngineError: the engine of sampler="vllm" could not start, or failed or ended in the middle
             of an update, of which nothing is kept: its checkpoints and metrics are whole.
+        InUseError: another process works in `config.output`.
         RankError: another rank failed; that rank raises one of the above, or has ended
             (`LostRankError`): it was killed, say.
     """
@@ -103,16 +106,26 @@ def train(
     with joined_ranks(config.device) as ranks:
         ranks.check_same(lambda: settings_and_data(config))
         ranks.first(lambda: check_installed(config.log_to))
-        with ranks.raise_together():
-            others = second_models(config, model, teacher, ranks)
-        told = tuple(name for name, value in passed.items() if value is not None)
-        beside = tuple(others.values())
-        run = start_run(config, model, tokenizer, resume, ranks, beside, passed=told)
-        with closed_at_the_end(run.sampler), modes_kept(run.model):
-            updates = _updates(run, others, objective)
-            with open_loggers(run, resume) as loggers:
-                _run_updates(run, updates, loggers, on_step, progress)
+        with _folder_held(config.output, ranks):
+            with ranks.raise_together():
+                others = second_models(config, model, teacher, ranks)
+            told = tuple(name for name, value in passed.items() if value is not None)
+            beside = tuple(others.values())
+            run = start_run(config, model, tokenizer, resume, ranks, beside, passed=told)
+            with closed_at_the_end(run.sampler), modes_kept(run.model):
+                updates = _updates(run, others, objective)
+                with open_loggers(run, resume) as loggers:
+                    _run_updates(run, updates, loggers, on_step, progress)
     return TrainResult(run.model, run.tokenizer, run.metrics.lines, run.checkpoint)
+
+
+@contextmanager
+def _folder_held(output: str | None, ranks: Ranks) -> Iterator[None]:
+    """The run's folder to these ranks alone, for which the first one stands."""
+    with ExitStack() as stack:
+        if output is not None:
+            ranks.first(lambda: stack.enter_context(held(output, "a training run")))
+        yield
 
 
 Update = Callable[[int, int, Stage], dict]
@@ -145,7 +158,7 @@ def _run_updates(
     show: bool,
 ) -> None:
     """Every update that is still to do, with its checkpoints."""
-    config = run.config
+    config, before = run.config, run.done
     for update, index, stage in _progress(run, show):
         for group in run.optimizer.param_groups:
             group["lr"] = stage.learning_rate or config.learning_rate
@@ -158,9 +171,19 @@ def _run_updates(
         run.done = update
         if _is_due(run):
             save_run(run)
+    if run.done == before and run.ranks.is_first:
+        warnings.warn(_nothing_done(run), stacklevel=3)
     if not _is_saved(run):
         save_run(run)
     run.strategy.finish()
+
+
+def _nothing_done(run: Run) -> str:
+    """Of a run that was resumed at its end."""
+    made = f"no update was made: the run in {run.folder} has made {run.done}"
+    if run.done < run.config.updates:
+        return f"{made}, and its entropy or skewness has ended it (stop_entropy, stop_skew)"
+    return f"{made} of {run.config.updates}; to go on give more updates (--updates)"
 
 
 @contextmanager

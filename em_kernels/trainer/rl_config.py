@@ -26,6 +26,7 @@ from em_kernels.lm.problems import (
 )
 from em_kernels.lm.settings import documented
 from em_kernels.objectives.rollout_correction import CORRECTIONS
+from em_kernels.trainer.config import written
 from em_kernels.trainer.entropy_control import check_target
 from em_kernels.trainer.objective_entry import OtherPolicy
 from em_kernels.trainer.objective_settings import ObjectiveSettings
@@ -127,6 +128,7 @@ class RLConfig(ObjectiveSettings):
     @classmethod
     def from_written(cls, values: dict) -> Self:
         """Without what was given of settings that the run never looked at."""
+        values = written(values)
         draft, defaults = object.__new__(cls), {item.name: item.default for item in fields(cls)}
         draft.__dict__.update(defaults, **values)
         return cls.from_dict({**values, **{name: defaults[name] for name in unused(draft)}})

@@ -35,6 +35,7 @@ from em_kernels.lm.models import (
 )
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import end_tokens, pad_token
+from em_kernels.lm.weights import check_not_nan
 from em_kernels.trainer import checkpoint as checkpoints
 from em_kernels.trainer.config import TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
@@ -42,7 +43,13 @@ from em_kernels.trainer.run_file import write_run_file
 from em_kernels.trainer.same_run import weights_and_prompts
 from em_kernels.trainer.samplers import Sampler, make_sampler
 from em_kernels.trainer.second_model import SecondModel, check_vocabulary
-from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
+from em_kernels.trainer.state import (
+    check_facts,
+    load_optimizer,
+    load_weights_from_parts,
+    save_parts,
+    write_facts,
+)
 from em_kernels.trainer.strategy import FSDPStrategy, SingleProcessStrategy, make_strategy
 
 
@@ -98,7 +105,8 @@ def start_run(
         if resume and folder:
             _check_same_kind(folder, model)
         if checkpoint and given:
-            _load_into(model, checkpoint)
+            _load_into(model, checkpoint, config.trust_remote_code)
+        check_not_nan(model)
         demonstrations = _encode_demonstrations(config, model, tokenizer, ranks)
         prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
         longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
@@ -134,13 +142,13 @@ def start_run(
         done=0,
         demonstrations=demonstrations,
     )
-    if folder:
+    run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
+    _restore(run)
+    if folder and run.done <= config.updates:  # else nothing is done, and nothing said otherwise
         adapter = adapter_settings(model) if is_adapted(model) else None
         ranks.first(lambda: checkpoints.write_config(folder, config, adapter))
         unnamed = [*passed, "adapter"] if given and adapter is not None else passed
         ranks.first(lambda: write_run_file(folder, config, unnamed, ranks.size))
-    run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
-    _restore(run)
     return run
 
 
@@ -164,9 +172,9 @@ def _get_model(
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
         device = "cpu" if ranks.size > 1 else config.device
         if checkpoint and weights_in_parts(checkpoint):
-            return load_architecture(checkpoint, device)
-        dtype = base_dtype(name) if checkpoint else None
-        return load_model(str(name), device, dtype or torch.float32)
+            return load_architecture(checkpoint, device, config.trust_remote_code)
+        dtype = (base_dtype(name) if checkpoint else None) or torch.float32
+        return load_model(str(name), device, dtype, config.trust_remote_code)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
     return model, tokenizer
@@ -204,12 +212,12 @@ def _check_same_kind(folder: Path, model) -> None:
     )
 
 
-def _load_into(model, checkpoint: Path) -> None:
+def _load_into(model, checkpoint: Path, trust_remote_code: bool) -> None:
     """The weights of a checkpoint into a model that was passed."""
     if has_adapter(checkpoint):
         load_weights(model, checkpoint)
     elif not weights_in_parts(checkpoint):
-        saved, _ = load_model(str(checkpoint), "cpu", model.dtype)
+        saved, _ = load_model(str(checkpoint), "cpu", model.dtype, trust_remote_code)
         causal_lm(model).load_state_dict(saved.state_dict())
 
 
@@ -264,9 +272,10 @@ def _restore(run: Run) -> None:
         load_optimizer(run.checkpoint, trained, run.optimizer, run.ranks)
         run.done = updates_of(run.checkpoint)
     if run.folder:
-        if run.ranks.is_first:
-            run.metrics.rewind(run.done)
-        run.metrics.lines = run.ranks.first(lambda: run.metrics.lines)
+        run.metrics.lines = run.ranks.first(lambda: run.metrics.rewind(run.done))
+    if run.checkpoint:
+        trained, lines = run.strategy.trained, run.metrics.lines
+        check_facts(run.checkpoint, trained, run.optimizer, lines, run.ranks)
 
 
 def save_run(run: Run) -> None:
@@ -278,6 +287,7 @@ def save_run(run: Run) -> None:
     with checkpoints.new_checkpoint(run.folder, done, keep, run.ranks) as folder:
         parts = (folder / SHARDS, run.strategy.trained, run.optimizer)
         save_parts(*parts, weights=parts_only, ranks=run.ranks)
+        write_facts(*parts, run.metrics.lines, done, run.ranks)
 
         def publish(model) -> None:
             checkpoints.write_published(model, run.tokenizer, folder, config.save_merged)

@@ -30,7 +30,7 @@ def write_run_file(folder: Path, config: TrainConfig, passed: Iterable[str], ran
 
 def _settings(config: TrainConfig) -> dict:
     """As the command line takes them, where `objective: em` stands for a TrainConfig."""
-    values = config.to_dict()
+    values = config.to_written()
     del values["output"]
     if values.get("objective") == "em" and values["schedule"] is None:
         values["schedule"] = values.pop("objective")
@@ -47,4 +47,6 @@ def _notes(config: TrainConfig, passed: Iterable[str], ranks: int) -> list[str]:
     repeats = f"em-kernels train --config {RUN_FILE} --output FOLDER"
     named = {name for name in ("model", "teacher") if getattr(config, name, None) is not None}
     unnamed = [UNNAMED[name] for name in passed if name not in named]
+    if config.trust_remote_code:
+        unnamed.append("--trust-remote-code, which the run was started with")
     return [f"{repeats}  ({', '.join(versions)})", *(f"Not in here: {what}." for what in unnamed)]

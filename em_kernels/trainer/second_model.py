@@ -64,7 +64,9 @@ def initial_model(config: RLConfig, model, ranks: Ranks):
             "started with, got None"
         )
     if model is None:
-        model, _ = load_model(str(config.model), config.device)
+        model, _ = load_model(
+            str(config.model), config.device, trust_remote_code=config.trust_remote_code
+        )
         return _frozen(model)
     shared = {}
     if is_adapted(model) and ranks.size == 1:
@@ -84,7 +86,8 @@ def _teacher(config: RLConfig, passed) -> SecondModel:
     model, tokenizer = _pair(passed)
     if passed is None:
         dtype = getattr(torch, config.dtype)
-        model, tokenizer = load_model(str(config.teacher), config.device, dtype)
+        trust = config.trust_remote_code
+        model, tokenizer = load_model(str(config.teacher), config.device, dtype, trust)
         _frozen(model)
     try:
         check_causal(model, read_head(model), [0, 1, 1, 0])

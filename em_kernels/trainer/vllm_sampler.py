@@ -76,6 +76,7 @@ class VllmSampler:
                 dtype=config.dtype,
                 max_model_len=longest_prompt + room,
                 seed=config.seed,
+                trust_remote_code=config.trust_remote_code,
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=config.vllm_memory,
                 logprobs_mode="processed_logprobs",

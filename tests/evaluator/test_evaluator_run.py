@@ -23,7 +23,8 @@ from em_kernels.evaluator import (
 )
 from em_kernels.evaluator import run as run_module
 from em_kernels.evaluator.asking import Asked
-from em_kernels.evaluator.records import Answer, Record, read_settings, write_json
+from em_kernels.evaluator.records import Answer, Record, write_json
+from em_kernels.lm.data import read_json_object
 
 NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 FOLLOW = {"a": "1", "b": "2", "c": "3"}
@@ -66,7 +67,7 @@ def test_any_text_is_written_and_read_back(tmp_path):
         records.add([Record(i, 0.0, 0, Answer(text, 1, True, False))])
     assert [record.answer.text for record in records] == texts
     write_json(tmp_path / "eval.json", dict(enumerate(texts)))
-    assert list(read_settings(tmp_path).values()) == texts
+    assert list(read_json_object(tmp_path / "eval.json").values()) == texts
 
 
 def test_the_report_of_an_evaluation_shows_any_answer(tmp_path, monkeypatch):
@@ -221,7 +222,7 @@ def test_an_evaluation_of_version_1_goes_on(tmp_path):
     whole = lines(tmp_path)
     path = tmp_path / "eval" / "eval.json"
     settings = json.loads(path.read_text())
-    assert settings.pop("version") == 2
+    assert settings.pop("version") == 3
     settings["config"]["template"] = r"{problem} {{\boxed{{}}}} "
     for name in ("problem_field", "answer_field", "split"):
         del settings["config"][name]
