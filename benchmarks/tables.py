@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_report import gpu_table
+from benchmarks.long_sequence_report import fits_table, memory_table
 from benchmarks.science.claims import CLAIMS, claim_text, updates_table
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-logits": partial(speed_table, linear=False),
     "cpu-hidden": partial(speed_table, linear=True),
     "gpu": gpu_table,
+    "long-sequence": memory_table,
+    "long-sequence-fits": fits_table,
+    "narrow": partial(markdown_table, "narrow.md", 0),
 }
 
 

@@ -175,7 +175,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _resumed_config(arguments) if arguments.resume else _new_config(arguments)
     result = train(config, resume=bool(arguments.resume), progress=not arguments.quiet)
     if os.environ.get("RANK", "0") == "0":
-        _print_training(result)
+        _print_training(result, config)
     return 0
 
 
@@ -332,14 +332,18 @@ def _cuda() -> str:
     return f"{built.architectures}, {clusters} thread-block clusters; built by nvcc {built.nvcc}"
 
 
-def _print_training(result: TrainResult) -> None:
+def _print_training(result: TrainResult, config: TrainConfig) -> None:
     for line in result.metrics[:1] + result.metrics[1:][-1:]:
         print(
             f"update {line['update']:>4}: loss {line['loss']:.4f}, mean entropy "
             f"{line['mean_entropy']:.4f}, response length {line['response_length']:.1f}"
             + (f", reward {line['reward_mean']:.3f}" if "reward_mean" in line else "")
         )
-    print(f"checkpoint: {result.checkpoint}")
+    kept, updates = config.keep_checkpoints, len(result.metrics)
+    written = -(-updates // (config.save_every or max(updates, 1)))
+    gone = 0 < kept < written
+    note = f" (the newest {kept} are kept; --keep-checkpoints 0 keeps all)" if gone else ""
+    print(f"checkpoint: {result.checkpoint}{note}")
 
 
 def _rank_name() -> str:

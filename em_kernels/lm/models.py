@@ -114,8 +114,13 @@ def _loaded(name: str, what: str, load: Callable[[], Any], trust: bool) -> Any:
         return load()
 
 
-def load_architecture(folder: Path, device: str = "auto", trust_remote_code: bool = False) -> tuple:
-    """(model, tokenizer) of a model folder, in float32, the weights not those of the folder."""
+def load_architecture(
+    folder: Path,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple:
+    """(model, tokenizer) of a model folder, the weights, in `dtype`, not those of the folder."""
     transformers = require_transformers()
     tokenizer = _load_tokenizer(str(folder), trust_remote_code)
     options = {"trust_remote_code": trust_remote_code}
@@ -123,9 +128,7 @@ def load_architecture(folder: Path, device: str = "auto", trust_remote_code: boo
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         check_kernels(str(folder), config, trust_remote_code)
         with torch.random.fork_rng():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, **options
-            )
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         if (folder / "generation_config.json").is_file():
             settings = transformers.GenerationConfig.from_pretrained(folder)
             model.generation_config = settings

@@ -20,6 +20,11 @@ Data-parallel sharding (FSDP2) cuts dimension 0 as well; only the name of the me
 """
 
 
+def own_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return x.to_local() if is_dtensor(x) else x
+
+
 def local_logits(logits: Tensor, group: Any, name: str = "logits") -> tuple[Tensor, Any]:
     """(logits of this rank, the group they are cut over): vocabulary-sharded or replicated."""
     if not is_dtensor(logits):

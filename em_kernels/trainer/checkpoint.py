@@ -117,7 +117,7 @@ def merge_checkpoint(
     if output.exists():
         raise ValueError(f"output must be a new folder, {output} is there already")
     if weights_in_parts(checkpoint):
-        model, tokenizer = load_architecture(checkpoint, "cpu", trust_remote_code)
+        model, tokenizer = load_architecture(checkpoint, "cpu", trust_remote_code=trust_remote_code)
         load_weights_from_parts(checkpoint, model, Ranks())
     else:
         model, tokenizer = load_model(str(checkpoint), "cpu", trust_remote_code=trust_remote_code)

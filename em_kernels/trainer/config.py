@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
 from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
@@ -25,9 +26,11 @@ from em_kernels.lm.settings import (
     texts,
 )
 from em_kernels.objectives.aggregation import CONSTANT
+from em_kernels.trainer.adamw import OPTIMIZER_DTYPES
 from em_kernels.trainer.loggers import LOGGERS
 from em_kernels.trainer.schedule import Stage
 
+PURE = "pure_bfloat16"
 SAMPLERS = ("transformers", "vllm")
 REDUCTIONS = ("token_mean", "sequence_mean")
 RESUMABLE = (
@@ -97,7 +100,12 @@ class TrainConfig:
         10, "optimiser updates in all, those before a resume included", check=at_least(1)
     )
     responses: int = setting(64, "sampled answers an update", check=at_least(1))
-    micro_batch: int = setting(2, "answers that go through the loss at once", check=at_least(1))
+    micro_batch: int = setting(
+        None,
+        "answers that go through the loss at once",
+        check=at_least(1),
+        shown="2; with long 1, as answers side by side need a mask of all pairs of tokens",
+    )
     sample_batch: int = setting(
         64, "answers sampled at once, by all ranks together", check=at_least(1)
     )
@@ -140,16 +148,30 @@ class TrainConfig:
     dtype: str = setting(
         "float32",
         "bfloat16 is autocast around float32 parameters; with several ranks, bfloat16 parameters "
-        "gathered from float32 shards",
-        choices=DTYPES,
+        "gathered from float32 shards; pure_bfloat16 has the parameters and their gradients in "
+        "bfloat16 too, and rounds its steps stochastically",
+        choices=(*DTYPES, PURE),
+    )
+    optimizer_dtype: str | None = setting(
+        None,
+        "of the two moments of AdamW, 8bit in blocks of 256 values with a scale; what is narrower "
+        "than float32 is rounded stochastically",
+        choices=(None, *OPTIMIZER_DTYPES),
+        shown="that of the parameters",
     )
     device: str = setting(
         "auto",
         "auto, cpu, cuda, cuda:1, ...; with several ranks each takes its own GPU",
         check=device_text,
     )
+    long: bool = setting(
+        False,
+        "for long answers in little memory: gradient_checkpointing, a micro_batch of 1, the MLP of "
+        "every layer over pieces of the sequence, and on a GPU what the layers are given kept in "
+        "the machine's memory; the loss is the same up to rounding",
+    )
     gradient_checkpointing: bool = setting(
-        False, "recompute the layers in the backward pass to spare memory"
+        False, "recompute the layers in the backward pass to spare memory; long does as well"
     )
     compat: str | None = setting(
         None, "count as the published script does", choices=(None, "official")
@@ -163,7 +185,7 @@ class TrainConfig:
         check=at_least(0),
     )
     keep_checkpoints: int = setting(
-        0, "how many of the newest checkpoints to keep; 0 keeps all", check=at_least(0)
+        2, "how many of the newest checkpoints to keep; 0 keeps all", check=at_least(0)
     )
     stop_entropy: float | None = setting(
         None,
@@ -202,6 +224,8 @@ class TrainConfig:
     trust_remote_code: bool = setting(False, REMOTE_CODE)
 
     def __post_init__(self):
+        if self.micro_batch is None:
+            object.__setattr__(self, "micro_batch", 1 if self.long and self.compat is None else 2)
         check_settings(self)
         if "tensorboard" in self.log_to and self.output is None:
             raise ValueError(
@@ -217,6 +241,16 @@ class TrainConfig:
     def steps_per_update(self) -> int:
         """How far "step" in the metrics advances with each optimiser update."""
         return -(-self.responses // self.micro_batch) if self.compat == "official" else 1
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the parameters of a model that is loaded to be trained."""
+        return torch.bfloat16 if self.dtype == PURE else torch.float32
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the products are made in."""
+        return "bfloat16" if self.dtype == PURE else self.dtype
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.modes import eval_mode
 from em_kernels.objectives.aggregation import aggregation_weight
-from em_kernels.ops.dtensor import is_dtensor
+from em_kernels.ops.dtensor import own_part
 from em_kernels.trainer.batch import Tokens, micro_batches, token_loss
 from em_kernels.trainer.entropy_slopes import Slopes
 from em_kernels.trainer.losses import StepLoss
@@ -70,7 +70,9 @@ class EntropyGradient:
         with eval_mode(strategy.trained):
             parts = micro_batches(tokens, run.config.micro_batch)
             for part in run.ranks.shard_micro_batches(parts):
-                strategy.compute(part.tokens, token_loss).loss.backward()
+                with run.activations(part.tokens.input_ids):
+                    loss = strategy.compute(part.tokens, token_loss).loss
+                loss.backward()
         self.gradients = [p.grad for p in self.parameters]
         self.before = [p.detach().clone() for p in self.parameters]
         run.optimizer.zero_grad(set_to_none=True)
@@ -80,11 +82,6 @@ class EntropyGradient:
         total = 0.0
         for now, before, gradient in zip(self.parameters, self.before, self.gradients):
             if gradient is not None:
-                product = _local(gradient) * (_local(now) - _local(before))
+                product = own_part(gradient) * (own_part(now) - own_part(before))
                 total += product.sum(dtype=torch.float64).item()
         return self.run.ranks.sum(total)[0]
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's shard."""
-    return x.to_local() if is_dtensor(x) else x

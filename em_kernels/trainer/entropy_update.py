@@ -79,7 +79,8 @@ class EntropyUpdate:
 
     def parts(self, tokens: Tokens) -> Iterator[MicroBatch]:
         config = self.run.config
-        return micro_batches(tokens, config.micro_batch, in_order=config.compat == "official")
+        size = config.micro_batch
+        return micro_batches(tokens, size, in_order=config.compat == "official")
 
     def loss(self, part: MicroBatch) -> StepLoss:
         names = self.statistics()

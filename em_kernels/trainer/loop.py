@@ -12,6 +12,7 @@ from torch import nn
 
 from em_kernels.lm.lock import held
 from em_kernels.lm.modes import modes_kept
+from em_kernels.lm.pieces import whole_again
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import Ranks, joined_ranks
 from em_kernels.trainer.config import TrainConfig
@@ -112,7 +113,7 @@ def train(
             told = tuple(name for name, value in passed.items() if value is not None)
             beside = tuple(others.values())
             run = start_run(config, model, tokenizer, resume, ranks, beside, passed=told)
-            with closed_at_the_end(run.sampler), modes_kept(run.model):
+            with closed_at_the_end(run.sampler), modes_kept(run.model), whole_again(run.model):
                 updates = _updates(run, others, objective)
                 with open_loggers(run, resume) as loggers:
                     _run_updates(run, updates, loggers, on_step, progress)

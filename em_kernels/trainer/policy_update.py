@@ -336,7 +336,8 @@ def accumulate_gradients(
     run.strategy.train()
     with seeded(run.config.seed, update, step, run.ranks.rank):  # dropout, each rank its own
         for part in run.ranks.shard_micro_batches(parts):
-            loss, more = loss_of(part)
+            with run.activations(part.tokens.input_ids):
+                loss, more = loss_of(part)
             loss.backward()
             for name, value in {"loss": loss.item(), **more}.items():
                 sums[name] = sums.get(name, 0.0) + value

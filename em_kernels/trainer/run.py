@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from em_kernels.lm.adapters import (
     adapter_settings,
@@ -33,11 +34,14 @@ from em_kernels.lm.models import (
     updates_of,
     weights_in_parts,
 )
+from em_kernels.lm.offload import ActivationsOnCPU
+from em_kernels.lm.pieces import decoder_layers, split_mlps
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import end_tokens, pad_token
 from em_kernels.lm.weights import check_not_nan
 from em_kernels.trainer import checkpoint as checkpoints
-from em_kernels.trainer.config import TrainConfig, check_resume
+from em_kernels.trainer.adamw import make_adamw
+from em_kernels.trainer.config import PURE, TrainConfig, check_resume
 from em_kernels.trainer.reached import check_reached
 from em_kernels.trainer.run_file import write_run_file
 from em_kernels.trainer.same_run import weights_and_prompts
@@ -75,6 +79,10 @@ class Run:
         """The other model, ready to read what the one that is trained does; whole on every rank."""
         model = other.model.to(self.model.device)
         return SingleProcessStrategy(model, self.config.loss_temperature, self.config.dtype)
+
+    def activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
+        """Where what a forward pass keeps of tokens (B, T) waits for the backward pass."""
+        return ActivationsOnCPU(tokens) if self.config.long else nullcontext()
 
     @property
     def filler(self) -> int:
@@ -119,9 +127,12 @@ def start_run(
                 check_reached(model, head, prompts[0])
         for other in others:
             check_vocabulary(other, head, tokenizer)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing or config.long:
             enable_gradient_checkpointing(model)
+        if config.long:
+            _split_mlps(model, ranks)
         _check_trainable(model)
+        _check_optimizer(config, ranks)
         check_shardable(model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
     loaded = not (checkpoint and weights_in_parts(checkpoint))
@@ -172,11 +183,18 @@ def _get_model(
             raise ValueError("model must be given: a folder, a hub name or an object, got None")
         device = "cpu" if ranks.size > 1 else config.device
         if checkpoint and weights_in_parts(checkpoint):
-            return load_architecture(checkpoint, device, config.trust_remote_code)
-        dtype = (base_dtype(name) if checkpoint else None) or torch.float32
+            return load_architecture(
+                checkpoint, device, config.weights_dtype, config.trust_remote_code
+            )
+        dtype = (base_dtype(name) if checkpoint else None) or config.weights_dtype
         return load_model(str(name), device, dtype, config.trust_remote_code)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "generate"):
         raise ModelError(f"model must be a transformers causal model, got {type(model).__name__}")
+    if config.dtype == PURE and causal_lm(model).dtype != torch.bfloat16:
+        raise ModelError(
+            f"dtype={PURE!r} trains a model whose parameters are bfloat16, got "
+            f"{causal_lm(model).dtype}: pass model.to(torch.bfloat16)"
+        )
     return model, tokenizer
 
 
@@ -258,9 +276,29 @@ def check_shardable(model, ranks: Ranks) -> None:
         )
 
 
+def _check_optimizer(config: TrainConfig, ranks: Ranks) -> None:
+    if ranks.size > 1 and config.optimizer_dtype == "8bit":
+        raise ValueError(
+            "optimizer_dtype='8bit' is for one process: blocks of values with a scale are not cut "
+            f"over {ranks.size} ranks; use 'bfloat16'"
+        )
+
+
+def _split_mlps(model, ranks: Ranks) -> None:
+    left, layers = split_mlps(model), decoder_layers(model)
+    if left and ranks.is_first:
+        warnings.warn(
+            f"long: {len(left)} of {len(layers)} layers of {type(causal_lm(model)).__name__} have "
+            "no MLP that can be computed over pieces of the sequence; theirs is computed in one, "
+            "which takes more memory",
+            stacklevel=4,
+        )
+
+
 def _optimizer(config: TrainConfig, model) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    moments, seed = config.optimizer_dtype, config.seed
+    return make_adamw(parameters, config.learning_rate, config.weight_decay, moments, seed)
 
 
 def _restore(run: Run) -> None:

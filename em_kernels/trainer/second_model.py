@@ -65,7 +65,7 @@ def initial_model(config: RLConfig, model, ranks: Ranks):
         )
     if model is None:
         model, _ = load_model(
-            str(config.model), config.device, trust_remote_code=config.trust_remote_code
+            str(config.model), config.device, config.weights_dtype, config.trust_remote_code
         )
         return _frozen(model)
     shared = {}
@@ -85,7 +85,7 @@ def _teacher(config: RLConfig, passed) -> SecondModel:
         )
     model, tokenizer = _pair(passed)
     if passed is None:
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, config.compute_dtype)
         trust = config.trust_remote_code
         model, tokenizer = load_model(str(config.teacher), config.device, dtype, trust)
         _frozen(model)

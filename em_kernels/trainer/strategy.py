@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from em_kernels.lm.heads import causal_lm, read_head
 from em_kernels.lm.modes import Modes
+from em_kernels.lm.pieces import decoder_layers
 from em_kernels.lm.ranks import Ranks
 
 
@@ -87,13 +88,24 @@ class SingleProcessStrategy:
 
     def clip_gradient(self, parameters: list[nn.Parameter], largest: float) -> float:
         """Scale the gradient to a norm of at most `largest`; returns the norm before."""
-        return float(nn.utils.clip_grad_norm_(parameters, largest))
+        found = [p.grad for p in parameters if p.grad is not None]
+        if all(gradient.dtype.itemsize > 2 for gradient in found):
+            return float(nn.utils.clip_grad_norm_(parameters, largest))
+        norm = _norm(found)
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return float(norm)
 
     def finish(self) -> None:
         """Nothing: the model is what was trained."""
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Of all together, in float32: torch's is in their own dtype."""
+    pieces = (piece for x in tensors for piece in x.flatten().split(1 << 22))
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in pieces]).norm()
 
 
 class FSDPStrategy:
@@ -171,9 +183,9 @@ def _fully_shard(module: LossModule, compute_dtype: torch.dtype | None, ranks: R
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(str(torch.device(ranks.device or "cpu").type), (ranks.size,))
-    reduce = compute_dtype and torch.float32
-    lists = [m for m in module.model.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    for layer in (layer for layers in lists for layer in layers):
+    narrow = compute_dtype or any(p.dtype == torch.bfloat16 for p in module.parameters())
+    reduce = torch.float32 if narrow else None
+    for layer in decoder_layers(module.model):
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute_dtype, reduce))
     weights_stay_float32 = MixedPrecisionPolicy(compute_dtype, reduce, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh, mp_policy=weights_stay_float32)

@@ -73,7 +73,7 @@ class VllmSampler:
             self.engine = self.vllm.LLM(
                 model=name,
                 load_format="dummy",
-                dtype=config.dtype,
+                dtype=config.compute_dtype,
                 max_model_len=longest_prompt + room,
                 seed=config.seed,
                 trust_remote_code=config.trust_remote_code,

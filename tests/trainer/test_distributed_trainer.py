@@ -120,6 +120,25 @@ def test_a_bfloat16_run_trains_and_keeps_float32_weights(ranks):
         assert torch.equal(value, first["state"][name])
 
 
+def test_parameters_and_states_in_bfloat16_are_sharded_too(ranks):
+    for found in ranks("narrow"):
+        whole, resumed = found["whole"], found["resumed"]
+        assert {value.dtype for value in whole["state"].values()} == {torch.bfloat16}
+        assert without_times(resumed["metrics"]) == without_times(whole["metrics"])
+        for name, value in whole["state"].items():
+            assert torch.equal(resumed["state"][name], value), name
+        assert found["8bit"][0] in ("ValueError", "RankError")
+    messages = [found["8bit"][1] for found in ranks("narrow")]
+    assert any("'8bit' is for one process" in message for message in messages)
+    one = train(
+        config(dtype="pure_bfloat16", optimizer_dtype="bfloat16", long=True, updates=1),
+        progress=False,
+    )
+    expected, actual = one.metrics[0], ranks("narrow")[0]["whole"]["metrics"][0]
+    for name in ("loss", "grad_norm", "mean_entropy", "response_length"):
+        assert actual[name] == pytest.approx(expected[name], rel=0.02), name
+
+
 def test_on_step_is_called_on_rank_0_with_the_whole_model(ranks):
     first, second = ranks("hooks")
     assert (first["seen"], second["seen"]) == ([1, 2], [])

@@ -174,6 +174,17 @@ def bfloat16_run(folder: Path) -> dict:
     return report(train(settings, progress=False))
 
 
+def narrow(folder: Path) -> dict:
+    """Parameters and states in bfloat16, long answers; interrupted and not."""
+    settings = config(dtype="pure_bfloat16", optimizer_dtype="bfloat16", long=True, save_every=0)
+    whole = train(replace(settings, updates=2), progress=False)
+    parts = replace(settings, output=str(folder / "narrow"), updates=1)
+    train(parts, progress=False)
+    resumed = train(replace(parts, updates=2), resume=True, progress=False)
+    eight = outcome(lambda: train(config(optimizer_dtype="8bit"), progress=False))
+    return {"whole": report(whole), "resumed": report(resumed), "8bit": eight}
+
+
 def hooks(folder: Path) -> dict:
     """on_step sees the whole model, on rank 0 only; what it returns is in everyone's metrics."""
     seen = []
@@ -274,6 +285,7 @@ ON_TWO_RANKS = {
     "cuts": cuts,
     "bfloat16": bfloat16,
     "bfloat16 run": bfloat16_run,
+    "narrow": narrow,
     "hooks": hooks,
     "resumed": resumed,
     "errors": errors,
