@@ -20,12 +20,19 @@ struct alignas(64) Scratch {
   T u[kBlock];
 };
 
-// What the sums fetch into the cache while they compute: the block that comes next.
+// What the sums fetch into the cache while they compute: the block that comes next, of entries of
+// this size.
 struct Prefetch {
   const char* start;
-  int64_t element_bytes;
+  int64_t bytes;
 
-  Prefetch skip(int64_t count) const { return {start + count * element_bytes, element_bytes}; }
+  Prefetch skip(int64_t count) const { return {start + count * bytes, bytes}; }
+  template <int64_t Count>
+  EM_INLINE void fetch(int64_t begin) const {
+    const char* at = start + begin * bytes;
+    for (int64_t i = 0; i < 2 * Count; i += 64) EM_PREFETCH(at + i);
+    for (int64_t i = 2 * Count; i < bytes * Count; i += 64) EM_PREFETCH(at + i);
+  }
 };
 
 template <class V>
@@ -95,6 +102,53 @@ static int64_t find_first_max(const Block<T>& block) {
   return std::find(block.u + i, block.u + block.size, block.max) - block.u;
 }
 
+// 16-bit entries as they lie in memory: u = x, or -x of rows that are negated.
+template <class In>
+struct RawBlock {
+  const In* x;   // padded with what is excluded to a multiple of kStep
+  int64_t size;  // padded
+  float peak;    // the x of the largest u
+  bool negated;
+  bool near;  // whether e^d is a normal number of every entry
+  float max;  // of u
+};
+
+template <class In>
+static float of_key(int16_t key) {
+  return to_float(In{uint16_t(key_of(uint16_t(key)))});
+}
+
+// False for a block with a NaN, or an infinite u that is not excluded, in it.
+template <Kind K, class V, class In>
+static bool find_raw(const In* x, int64_t count, float c, In* padded, RawBlock<In>& block) {
+  constexpr bool negated = K == Kind::Negated;
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  const int64_t size = (count + kStep<V> - 1) / kStep<V> * kStep<V>;
+  if (size != count) {
+    In excluded;
+    from_float(negated ? inf : -inf, &excluded);
+    std::copy(x, x + count, padded);
+    std::fill(padded + count, padded + size, excluded);
+    x = padded;
+  }
+  const Keys keys = find_keys(&x->bits, size);
+  const float low = of_key<In>(keys.least), high = of_key<In>(keys.greatest);
+  const float peak = negated ? low : high, far = negated ? high : low;
+  block = {x, size, peak, negated, c * std::fabs(far - peak) < 87, negated ? -peak : peak};
+  return !std::isnan(low) && !std::isnan(high) && std::fabs(peak) < inf;
+}
+
+template <class V, class In>
+static int64_t find_first_max(const RawBlock<In>& block) {
+  In peak;
+  from_float(block.peak, &peak);
+  const uint16_t bits = peak.bits, read = block.peak == 0 ? 0x7fff : 0xffff;  // 0 and -0 are equal
+  return find_bits(&block.x->bits, block.size, bits, read);
+}
+
+// What is known of all d of a block: nothing, that e^d is a normal number, or that c is 1 too.
+enum class Reach { Any, Near, NearUnit };
+
 template <bool SecondOrder, class V>
 struct ExpSums {
   using T = typename V::T;
@@ -104,11 +158,18 @@ struct ExpSums {
     for (int j = 0; j < kUnroll; ++j) r[j] = q[j] = s[j] = c2[j] = t[j] = V::set(T(0));
   }
 
-  EM_INLINE void add(const T* u, int64_t size, T max, T c, const Prefetch& next) {
+  // Of d = c (x - peak).
+  template <Reach R, class In>
+  EM_INLINE void add(const In* x, int64_t size, T peak, T c, const Prefetch& next) {
     for (int64_t i = 0; i < size; i += kStep<V>) {
+      next.template fetch<kStep<V>>(i);
+      V from[kUnroll];
+      for (int j = 0; j < kUnroll; j += 2)
+        load_two(x + i + j * V::width, from[j], from[j + 1]);
       for (int j = 0; j < kUnroll; ++j) {
-        EM_PREFETCH(next.start + (i + j * V::width) * next.element_bytes);
-        const V d = distance(V::load(u + i + j * V::width), V::set(max), V::set(c));
+        V d = from[j] - V::set(peak);
+        if constexpr (R != Reach::NearUnit) d = V::set(c) * d;
+        if constexpr (R == Reach::Any) d = clamp_exponent(d);
         const V e = vexp(d);
         r[j] = r[j] + e;
         q[j] = fma(e, d, q[j]);
@@ -121,35 +182,72 @@ struct ExpSums {
       }
     }
   }
+
+  // Of all entries but the one at `argmax`; the few around it are summed from a copy in which it is
+  // `excluded`.
+  template <Reach R, class In>
+  EM_INLINE void add_others(
+      const In* x, int64_t size, int64_t argmax, T peak, T c, In excluded, const Prefetch& next) {
+    const int64_t before = argmax / kStep<V> * kStep<V>, after = before + kStep<V>;
+    In around[kStep<V>];
+    std::copy(x + before, x + after, around);
+    around[argmax - before] = excluded;
+    add<R>(x, before, peak, c, next);
+    add<Reach::Any>(around, kStep<V>, peak, c, next.skip(before));
+    add<R>(x + after, size - after, peak, c, next.skip(after));
+  }
+
+  void put(SoftmaxMoments<double>& out) const {
+    out.r = total(r);
+    out.q = total(q);
+    if constexpr (SecondOrder) {
+      out.s = total(s);
+      out.c2 = total(c2);
+      out.t = total(t);
+    }
+  }
 };
 
-// The sums of SoftmaxMoments. The few vectors around the maximum are summed from a copy in which it
-// is -inf. A block without a finite logit sums to 0, or NaN if there is one in it.
+// The sums of SoftmaxMoments. A block without a finite u sums to 0, or NaN if there is one in it.
 template <bool SecondOrder, class V, class T>
 static SoftmaxMoments<double> exp_sums(const Block<T>& block, T c, const Prefetch& next) {
   constexpr T lowest = -std::numeric_limits<T>::infinity();
   SoftmaxMoments<double> out;
   ExpSums<SecondOrder, V> sums;
   if (block.max == lowest) {
-    sums.add(block.u, block.size, T(0), c, next);
+    sums.template add<Reach::Any>(block.u, block.size, T(0), c, next);
   } else {
     out.max = block.max;
     out.argmax = find_first_max<V>(block);
-    const int64_t before = out.argmax / kStep<V> * kStep<V>, after = before + kStep<V>;
-    T around[kStep<V>];
-    std::copy(block.u + before, block.u + after, around);
-    around[out.argmax - before] = lowest;
-    sums.add(block.u, before, block.max, c, next);
-    sums.add(around, kStep<V>, block.max, c, next.skip(before));
-    sums.add(block.u + after, block.size - after, block.max, c, next.skip(after));
+    sums.template add_others<Reach::Any>(
+        block.u, block.size, out.argmax, block.max, c, lowest, next);
   }
-  out.r = total(sums.r);
-  out.q = total(sums.q);
-  if constexpr (SecondOrder) {
-    out.s = total(sums.s);
-    out.c2 = total(sums.c2);
-    out.t = total(sums.t);
+  sums.put(out);
+  return out;
+}
+
+template <bool SecondOrder, class V, class In>
+static SoftmaxMoments<double> exp_sums(const RawBlock<In>& block, float c, const Prefetch& next) {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  SoftmaxMoments<double> out;
+  ExpSums<SecondOrder, V> sums;
+  In excluded;
+  from_float(block.negated ? inf : -inf, &excluded);
+  const float by = block.negated ? -c : c;
+  out.max = block.max;
+  out.argmax = find_first_max<V>(block);
+  const auto add = [&](auto reach) {
+    sums.template add_others<reach>(
+        block.x, block.size, out.argmax, block.peak, by, excluded, next);
+  };
+  if (!block.near) {
+    add(std::integral_constant<Reach, Reach::Any>{});
+  } else if (by == 1) {
+    add(std::integral_constant<Reach, Reach::NearUnit>{});
+  } else {
+    add(std::integral_constant<Reach, Reach::Near>{});
   }
+  sums.put(out);
   return out;
 }
 

@@ -134,3 +134,13 @@ struct Lanes {
     return make([&](int i) { return bit_cast<T>(Bits<T>(bit_cast<Bits<T>>(k.lane[i]) << 23)); });
   }
 };
+
+// The bits of 16-bit floats in the order of the numbers; a NaN is beyond the infinity of its sign.
+static inline int16_t key_of(uint16_t bits) {
+  const int16_t x = int16_t(bits);
+  return int16_t(x ^ ((x >> 15) & 0x7fff));
+}
+
+struct Keys {
+  int16_t least, greatest;
+};

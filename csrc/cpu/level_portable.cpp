@@ -9,6 +9,7 @@ namespace portable {
 #else
 using F32 = Lanes<float, 8>;
 #endif
+#include "halves.h"
 #include "math.h"
 #include "blocks.h"
 #include "rows.h"

@@ -3,7 +3,14 @@
 // e^d for d in [exp_floor, 0], and NaN for NaN; exactly 0 at exp_floor. Callers clamp to the floor:
 // e^d is below the smallest normal number there, and -inf becomes an ordinary operand.
 template <class T>
-constexpr T exp_floor = sizeof(T) == 4 ? T(-88) : T(-750);
+constexpr T exp_floor = sizeof(T) == 4 ? T(-88.03) : T(-750);
+
+// The entries of two vectors, in any order.
+template <class V, class In>
+EM_INLINE void load_two(const In* x, V& a, V& b) {
+  a = V::load(x);
+  b = V::load(x + V::width);
+}
 
 // Float: e^d = 2^n e^f, n = round(d log2 e), f = d - n ln 2, and for |f| <= ln 2 / 2 a polynomial
 // fitted to the least largest relative error (3.1e-9). Adding 1.5 * 2^23 + 127 rounds to an integer

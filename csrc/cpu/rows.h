@@ -80,15 +80,36 @@ struct Rows {
     const int64_t begin = block * kBlock, end = block_end(block);
     const In* x = logits(row) + begin;
     const Transform<T> f(p, row);
-    const auto u = load_block<K, V>(x, bias(begin), end - begin, f, scratch);
     const Prefetch next{reinterpret_cast<const char*>(x + kBlock), sizeof(In)};
+    const bool moments = wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew});
     Part part;
-    const bool second = wanted({kVarentropy, kCollision, kEntropySlope});
-    part.softmax = second ? exp_sums<true, V>(u, f.c, next) : exp_sums<false, V>(u, f.c, next);
+    const bool summed = sum_raw(x, end - begin, f, next, part);
+    if (moments || !summed) {
+      const auto u = load_block<K, V>(x, bias(begin), end - begin, f, scratch);
+      if (!summed) part.softmax = sums_of(u, f.c, next);
+      if (moments) part.logits = logit_moments<V>(u);
+    }
     part.softmax.argmax += slice.first + begin;
-    if (wanted({kSelfCertainty, kLogitMean, kLogitVar, kLogitSkew}))
-      part.logits = logit_moments<V>(u);
     return part;
+  }
+
+  template <class B>
+  SoftmaxMoments<double> sums_of(const B& block, T c, const Prefetch& next) const {
+    const bool second = wanted({kVarentropy, kCollision, kEntropySlope});
+    return second ? exp_sums<true, V>(block, c, next) : exp_sums<false, V>(block, c, next);
+  }
+
+  // Of 16-bit logits without a copy, where that can be.
+  bool sum_raw(
+      const In* x, int64_t count, const Transform<T>& f, const Prefetch& next, Part& part) const {
+    if constexpr (sizeof(In) == 2 && K != Kind::General) {
+      alignas(64) In padded[kBlock];
+      RawBlock<In> block;
+      if (!find_raw<K, V>(x, count, f.c, padded, block)) return false;
+      part.softmax = sums_of(block, f.c, next);
+      return true;
+    }
+    return false;
   }
 
   double factor(int64_t row) const { return Transform<T>(p, row).c; }

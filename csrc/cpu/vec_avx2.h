@@ -56,3 +56,47 @@ struct F32 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(k.v), 23))};
   }
 };
+
+// The even and the odd entries.
+EM_INLINE void load_two(const bf16* x, F32& a, F32& b) {
+  const __m256i both = _mm256_loadu_si256((const __m256i*)x);
+  a = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+  b = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))))};
+}
+
+static inline Keys find_keys(const uint16_t* bits, int64_t count) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+  __m256i least[2], greatest[2];
+  for (int j = 0; j < 2; ++j) {
+    least[j] = magnitude;
+    greatest[j] = _mm256_set1_epi16(INT16_MIN);
+  }
+  for (int64_t i = 0; i < count; i += 32) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256i x = _mm256_loadu_si256((const __m256i*)(bits + i + 16 * j));
+      const __m256i negative = _mm256_and_si256(_mm256_srai_epi16(x, 15), magnitude);
+      const __m256i key = _mm256_xor_si256(x, negative);
+      least[j] = _mm256_min_epi16(least[j], key);
+      greatest[j] = _mm256_max_epi16(greatest[j], key);
+    }
+  }
+  alignas(32) int16_t low[16], high[16];
+  _mm256_store_si256((__m256i*)low, _mm256_min_epi16(least[0], least[1]));
+  _mm256_store_si256((__m256i*)high, _mm256_max_epi16(greatest[0], greatest[1]));
+  return {*std::min_element(low, low + 16), *std::max_element(high, high + 16)};
+}
+
+static inline int64_t find_bits(const uint16_t* b, int64_t count, uint16_t wanted, uint16_t read) {
+  const __m256i bits = _mm256_set1_epi16(short(wanted & read)), mask = _mm256_set1_epi16(short(read));
+  const auto equal = [&](int64_t i) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)(b + i));
+    return _mm256_cmpeq_epi16(_mm256_and_si256(x, mask), bits);
+  };
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m256i low = equal(i), high = equal(i + 16);
+    if (_mm256_testz_si256(_mm256_or_si256(low, high), _mm256_or_si256(low, high))) continue;
+    const uint32_t first = _mm256_movemask_epi8(low), second = _mm256_movemask_epi8(high);
+    return i + __builtin_ctzll(uint64_t(second) << 32 | first) / 2;
+  }
+  return count;
+}

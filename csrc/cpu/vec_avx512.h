@@ -54,3 +54,64 @@ struct F32 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(k.v), 23))};
   }
 };
+
+// The even and the odd entries.
+EM_INLINE void load_two(const bf16* x, F32& a, F32& b) {
+  const __m512i both = _mm512_loadu_si512(x);
+  a = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+  b = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)))};
+}
+
+// As vexp of math.h, in sixteenths: e^d = 2^(k / 16) e^f, k = round(16 d log2 e), |f| <= ln 2 / 32,
+// with 2^(k mod 16 / 16) from a register. The table has the bits of those less what k, moved to the
+// exponent, adds to them. The polynomial is off by 1.6e-9, and e by what the table is rounded to,
+// half a unit in the last place, and one rounding.
+EM_INLINE F32 vexp(F32 d) {
+  const __m512i table = _mm512_setr_epi32(
+      0, -152893, -289342, -408621, -509968, -592590, -655657, -698305, -719629, -718684, -694486,
+      -646004, -572163, -471841, -343865, -187011);
+  const F32 magic = F32::set(12582912.0f + 127 * 16);
+  const F32 k = fma(d, F32::set(23.0831207f), magic);
+  const F32 f = fma(k - magic, F32::set(-0.0433216989f), d);
+  const __m512i bits = _mm512_castps_si512(k.v);
+  const __m512i power =
+      _mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 19));
+  const F32 scale = {_mm512_castsi512_ps(power)};
+  F32 p = fma(F32::set(0.166667193f), f, F32::set(0.500016153f));
+  p = fma(p, f, F32::set(1.0f));
+  return fma(scale * f, p, scale);
+}
+
+static inline Keys find_keys(const uint16_t* bits, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i least[2], greatest[2];
+  for (int j = 0; j < 2; ++j) {
+    least[j] = magnitude;
+    greatest[j] = _mm512_set1_epi16(INT16_MIN);
+  }
+  for (int64_t i = 0; i < count; i += 64) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512i x = _mm512_loadu_si512(bits + i + 32 * j);
+      const __m512i sign = _mm512_srai_epi16(x, 15);
+      const __m512i key = _mm512_ternarylogic_epi32(x, sign, magnitude, 0x78);  // x ^ (sign & ..)
+      least[j] = _mm512_min_epi16(least[j], key);
+      greatest[j] = _mm512_max_epi16(greatest[j], key);
+    }
+  }
+  alignas(64) int16_t low[32], high[32];
+  _mm512_store_si512(low, _mm512_min_epi16(least[0], least[1]));
+  _mm512_store_si512(high, _mm512_max_epi16(greatest[0], greatest[1]));
+  return {*std::min_element(low, low + 32), *std::max_element(high, high + 32)};
+}
+
+static inline int64_t find_bits(const uint16_t* b, int64_t count, uint16_t wanted, uint16_t read) {
+  const __m512i bits = _mm512_set1_epi16(short(wanted & read)), mask = _mm512_set1_epi16(short(read));
+  for (int64_t i = 0; i < count; i += 64) {
+    const __m512i x = _mm512_and_si512(_mm512_loadu_si512(b + i), mask);
+    const __m512i y = _mm512_and_si512(_mm512_loadu_si512(b + i + 32), mask);
+    const __mmask32 low = _mm512_cmpeq_epi16_mask(x, bits), high = _mm512_cmpeq_epi16_mask(y, bits);
+    const uint64_t found = uint64_t(high) << 32 | low;
+    if (found) return i + __builtin_ctzll(found);
+  }
+  return count;
+}
