@@ -44,7 +44,7 @@ struct CentredSums {
   EM_DEVICE LogitMoments<double> moments() const {
     const double var = double(m2) / count, root = std::sqrt(var);
     return {
-        double(count), shift + double(unit) * mean, unit * root,
+        double(count), 2 * (double(shift) / 2 + double(unit) / 2 * mean), unit * root,
         var > 0 ? m3 / double(count) / (var * root) : 0};
   }
 };

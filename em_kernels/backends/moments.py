@@ -54,6 +54,8 @@ def moments(u: Tensor, top: Tensor) -> Moments:
     y = away.masked_fill(excluded, 0)
     mean = y.sum(-1) / number
     away = (y - mean[:, None]).masked_fill(excluded, 0)
+    rest = away.sum(-1) / number  # what rounding left of the sum
+    mean, away = mean + rest, (away - rest[:, None]).masked_fill(excluded, 0)
     var = (away**2).sum(-1) / number
     third = (away**3).sum(-1) / number
     positive = torch.where(var > 0, var, 1)
