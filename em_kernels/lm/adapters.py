@@ -335,12 +335,14 @@ def _read_base(folder: str | Path) -> dict | None:
     try:
         written = read_json_object(path)
     except ValueError as error:
-        raise ModelError(f"cannot read {error}; {remedy}") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ModelError(f"{path} cannot be read ({reason}); {remedy}") from error
     for name in ("dtype", "weights"):
         if not isinstance(written.get(name), str):
-            raise ModelError(f"{path} has no text {name!r}; {remedy}")
+            raise ModelError(f"{path} cannot be read (no text {name!r}); {remedy}")
     if not isinstance(getattr(torch, written["dtype"], None), torch.dtype):
-        raise ModelError(f"{path}: {written['dtype']!r:.60} is no dtype; {remedy}")
+        wrong = f"{written['dtype']!r:.60} is no dtype"
+        raise ModelError(f"{path} cannot be read ({wrong}); {remedy}")
     return written
 
 

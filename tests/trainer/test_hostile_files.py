@@ -265,7 +265,7 @@ def test_a_data_set_has_no_script(tmp_path, mark):
         load_problems(str(folder))
     table = tmp_path / "table.parquet"
     table.write_bytes(pickle.dumps(Evil(mark)))
-    with pytest.raises(ValueError, match="cannot load the data set"):
+    with pytest.raises(ValueError, match="not a Parquet file"):
         load_problems(str(table))
 
 

@@ -48,7 +48,7 @@ GIVEN = {
 }
 OPTIONS = {
     *("model", "load_format", "dtype", "max_model_len", "seed", "distributed_executor_backend"),
-    *("gpu_memory_utilization", "logprobs_mode"),
+    *("gpu_memory_utilization", "logprobs_mode", "trust_remote_code"),
 }
 
 
@@ -58,6 +58,7 @@ class LLM:
     def __init__(self, **options):
         assert options.keys() == OPTIONS
         assert options["logprobs_mode"] == "processed_logprobs"
+        assert options["trust_remote_code"] is False
         self.options, self.calls, self.seen, self.stale = options, [], [], True
         self.model = make_model(seed=9)
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut_down))
