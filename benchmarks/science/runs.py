@@ -18,7 +18,7 @@ from em_kernels import tiny_math
 from em_kernels.analysis.shift import pooled_moments
 from em_kernels.evaluator import evaluate
 from em_kernels.evaluator.records import Answer
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.heads import read_head
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.rollout import Rollout, Sampling, aligned_mask, sample

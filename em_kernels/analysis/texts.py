@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from em_kernels.analysis.tables import temperature
 from em_kernels.evaluator.records import SETTINGS, Answer, read_settings
 from em_kernels.evaluator.summary import records_of
-from em_kernels.lm.data import encode_prompt, fill_template, json_rows, not_unicode
+from em_kernels.lm.chat import PLAIN, Chat, encode_prompt
+from em_kernels.lm.data import fill_template, json_rows, not_unicode
 from em_kernels.lm.settings import check_int
 
 
@@ -50,11 +51,13 @@ class Texts:
         longest: int | None = None,
         limit: int | None = None,
         drawn_at: float | None = None,
+        chat: Chat = PLAIN,
     ):
         if limit is not None:
             check_int("limit", limit, 1)
         self.source, self.tokenizer = Path(source), tokenizer
         self.longest, self.limit, self.drawn_at = longest, limit, drawn_at
+        self.chat = chat
         self.left_out: Counter[str] = Counter()
         self.is_evaluation = (self.source / SETTINGS).is_file()
         if not self.is_evaluation and not self.source.is_file():
@@ -83,7 +86,8 @@ class Texts:
 
     def _answers(self) -> Iterator[Text]:
         settings = read_settings(self.source)
-        template = settings["config"]["template"]
+        config = settings["config"]
+        template, chat = config["template"], _chat_of(config)
         prompts: dict[int, list[int]] = {}
         checked, records = False, records_of(self.source, settings)
         for record in records:
@@ -93,7 +97,7 @@ class Texts:
             i = record.problem
             if i not in prompts:
                 prompt = fill_template(template, settings["problems"][i]["problem"])
-                prompts = {i: encode_prompt(self.tokenizer, prompt)}
+                prompts = {i: encode_prompt(self.tokenizer, prompt, chat)}
             if self.drawn_at not in (None, record.temperature):
                 continue
             key = f"problem {i}, {temperature(record.temperature)}, sample {record.sample}"
@@ -120,7 +124,14 @@ class Texts:
             return "no text in 'response' or 'text'"
         if not_unicode(answer) or not_unicode(prompt or ""):
             return "half of a surrogate pair"
-        before = encode_prompt(self.tokenizer, prompt) if prompt and prompt.strip() else []
+        before = []
+        if prompt and prompt.strip():
+            before = encode_prompt(self.tokenizer, prompt, self.chat)
         return Text(
             f"line {number}", before, self.tokenizer(answer, add_special_tokens=False).input_ids
         )
+
+
+def _chat_of(config: Mapping[str, Any]) -> Chat:
+    """Of an evaluation, which may be of before there were these settings."""
+    return Chat(config.get("system"), config.get("chat_template_kwargs"))

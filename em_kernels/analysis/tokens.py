@@ -25,6 +25,7 @@ from em_kernels.lm.heads import Head, read_head
 from em_kernels.lm.lock import held
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.progress import Progress
 from em_kernels.lm.settings import positive
 from em_kernels.lm.text import repair_lines
 from em_kernels.ops.divergence import linear_divergence
@@ -157,11 +158,9 @@ def _begin(path: Path, described: dict, texts: Texts) -> set[str]:
 
 
 def _read_all(model, head: Head, texts: Texts, path: Path, more: tuple, done: set, progress: bool):
-    from tqdm import tqdm
-
     read = len(done)
     with (
-        tqdm(desc=path.stem, unit="text", initial=read, disable=not progress) as bar,
+        Progress(path.stem, "text", done=read, show=progress) as bar,
         path.open("a", encoding="utf-8") as file,
     ):
         for batch in _batches(text for text in texts if text.key not in done):
@@ -171,7 +170,7 @@ def _read_all(model, head: Head, texts: Texts, path: Path, more: tuple, done: se
                 file.write(json.dumps(asdict(stats)) + "\n")
             file.flush()
             read += len(batch)
-            bar.update(len(batch))
+            bar.advance(len(batch))
     if not read:
         raise ValueError(f"{texts.source}: no text can be read: {dict(texts.left_out)}")
 

@@ -18,13 +18,15 @@ from em_kernels.analysis.texts import Texts
 from em_kernels.analysis.tokens import Base, TokenFile, read_tokens
 from em_kernels.cli.options import AddCommon, add_asking, add_quiet, asking, quiet_transformers
 from em_kernels.evaluator.asking import longest_prompt
-from em_kernels.evaluator.records import SETTINGS, read_settings
+from em_kernels.evaluator.records import SETTINGS, EvalError, read_settings
 from em_kernels.evaluator.run import EvalConfig, run_eval
+from em_kernels.lm.chat import Chat
 from em_kernels.lm.models import load_model
 from em_kernels.lm.settings import add_flags
 from em_kernels.trainer.checkpoint import METRICS_FILE
 
 MODEL = {"dtype": "float32", "device": "auto", "trust_remote_code": False}
+CHAT = ("system", "chat_template_kwargs")
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
@@ -72,6 +74,7 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
     add_flags(parser, EvalConfig, only=MODEL, defaults=MODEL)
+    add_flags(parser, EvalConfig, only=CHAT)
     add_quiet(parser)
     add_common(parser, _tokens)
 
@@ -83,7 +86,16 @@ def _tokens(arguments: argparse.Namespace) -> int:
     quiet_transformers()
     is_evaluation = (Path(arguments.source) / SETTINGS).is_file()
     output, model = arguments.output, arguments.model
+    if not Path(arguments.source).exists():
+        raise FileNotFoundError(f"no such file or folder: {arguments.source}")
+    if not is_evaluation and Path(arguments.source).is_dir():
+        raise EvalError(f"{arguments.source} is not an evaluation: it has no {SETTINGS}")
     if is_evaluation:
+        given = [name for name in CHAT if hasattr(arguments, name)]
+        if given:
+            raise ValueError(
+                f"{given[0]} is for files of texts: an evaluation's prompts are put as it put them"
+            )
         output = output or arguments.source
         model = model or read_settings(arguments.source)["config"]["model"]
     for name, value in (("output", output), ("model", model)):
@@ -156,6 +168,7 @@ def _read(
         longest=min(limits, default=None),
         limit=arguments.limit,
         drawn_at=arguments.drawn_at,
+        chat=Chat(*(getattr(arguments, name, None) for name in CHAT)),
     )
     file = read_tokens(
         loaded.model,

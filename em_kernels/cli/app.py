@@ -12,7 +12,6 @@ import platform
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import em_kernels
 from em_kernels.cli.evaluate import add_commands
 from em_kernels.cli.options import quiet_transformers
+from em_kernels.cli.parser import FAILED, Parser, short_warnings
 from em_kernels.lm.lock import InUseError
 from em_kernels.lm.models import newest_checkpoint
 from em_kernels.lm.setting_files import check_names, check_values, read_settings
@@ -40,6 +40,7 @@ from em_kernels.trainer import (
     read_prompts,
     train,
 )
+from em_kernels.trainer.checkpoint import CONFIG_FILE
 from em_kernels.trainer.config import NOT_WRITTEN
 
 USER_ERRORS = (
@@ -53,7 +54,7 @@ USER_ERRORS = (
     InUseError,
     torch.OutOfMemoryError,
 )
-FAILED, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 REMOTE = {"trust_remote_code": False}
 
 
@@ -62,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as an escape
             stream.reconfigure(errors="backslashreplace")
-    arguments = _parser().parse_args(argv)
-    kept, warnings.formatwarning = warnings.formatwarning, _warning
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.refuse_unknown(unknown)
     try:
         _check_not_empty(arguments)
-        return arguments.command(arguments)
+        with short_warnings():
+            return arguments.command(arguments)
     except RankError as error:  # the rank that failed says why, where it still can
         if isinstance(error, LostRankError):
             print(f"em-kernels: error: {_rank_name()}{one_line(error, None)}", file=sys.stderr)
@@ -85,24 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nem-kernels: interrupted{_where_it_stopped(arguments)}", file=sys.stderr)
         return INTERRUPTED
-    finally:
-        warnings.formatwarning = kept
 
 
 def _failed(message: str) -> int:
     print(f"em-kernels: error: {_rank_name()}{message}", file=sys.stderr)
     return FAILED
-
-
-def _warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """In one line, as an error is; where it comes from says nothing to who gave a command."""
-    return f"em-kernels: warning: {one_line(Warning(message), None)}\n"
 
 
 def _check_not_empty(arguments: argparse.Namespace) -> None:
@@ -114,9 +104,7 @@ def _check_not_empty(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="em-kernels", description="Entropy minimisation of language models."
-    )
+    parser = Parser(prog="em-kernels", description="Entropy minimisation of language models.")
     parser.add_argument("--version", action="version", version=em_kernels.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
@@ -129,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser, command) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, parser=parser)
 
 
 def _add_train(commands) -> None:
@@ -150,10 +138,17 @@ def _add_train(commands) -> None:
         help="settings in a .yaml, .toml or .json file, as the run.yaml that every run writes; "
         "flags go before them",
     )
-    parser.add_argument("--prompt", action="append", help="a prompt to train on; may be repeated")
-    parser.add_argument("--prompts", metavar="FILE", help='JSON lines {"prompt": ...}')
+    parser.add_argument(
+        "--prompt", action="append", help="a prompt to train on; may be repeated; - reads stdin"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='a file of rows {"prompt": ...} in any form of --problems, or of chats '
+        '{"messages": [...]} that may bring their own system turn',
+    )
     add_flags(parser, TrainConfig, others={"with --objective": RLConfig})
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     _add_common(parser, _train)
 
 
@@ -268,10 +263,14 @@ def _settings(arguments: argparse.Namespace) -> dict:
     if arguments.prompt is not None and file is not None:
         raise ValueError("give --prompt or --prompts, not both")
     if arguments.prompt is not None:
-        given["prompts"] = tuple(arguments.prompt)
+        given["prompts"] = tuple(_stdin() if text == "-" else text for text in arguments.prompt)
     if file is not None:
         given["prompts"] = read_prompts(file)
     return given
+
+
+def _stdin() -> str:
+    return sys.stdin.read().strip("\n")
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -333,6 +332,7 @@ def _cuda() -> str:
 
 
 def _print_training(result: TrainResult, config: TrainConfig) -> None:
+    """The first update against the last."""
     for line in result.metrics[:1] + result.metrics[1:][-1:]:
         print(
             f"update {line['update']:>4}: loss {line['loss']:.4f}, mean entropy "
@@ -358,6 +358,8 @@ def _where_it_stopped(arguments: argparse.Namespace) -> str:
     folder = getattr(arguments, "resume", None) or getattr(arguments, "output", None)
     if folder is None:
         return ""
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        return "; nothing was begun yet: start it again with the same command"
     last = newest_checkpoint(Path(folder))
     state = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
     return f"; {state}; go on with: em-kernels train --resume {folder}"

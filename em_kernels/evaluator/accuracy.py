@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from em_kernels.backends.interface import MaybeNone
 from em_kernels.evaluator.asking import Asked, Plan, ask_all, default_batch_size
 from em_kernels.evaluator.records import Answer, by_problem, write_json
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import Chat, encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
 from em_kernels.lm.settings import check_flag, check_int, fraction, positive
@@ -80,6 +81,8 @@ def evaluate(
     batch_size: int | None = None,
     judge: str | Judge = "auto",
     seed: int = 0,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> EvalResult:
     """Ask every problem through the chat template and judge the answers.
@@ -94,6 +97,8 @@ def evaluate(
             model below 50 million parameters, else 64 on a GPU and 8 on a CPU.
         judge: a name (see `make_judge`) or a function (response, answer) -> bool.
         seed: of the sampling; the caller's random state is left alone.
+        system: the system turn before every problem.
+        chat_template_kwargs: what the chat template reads besides, as {"enable_thinking": False}.
 
     Raises:
         TypeError, ValueError: a bad argument, or a prompt longer than the model has positions.
@@ -106,7 +111,8 @@ def evaluate(
         raise TypeError(f"judge must be a name or a function, got {type(judge).__name__}")
     judge = make_judge(judge) if isinstance(judge, str) else judge
     pairs = problem_pairs(problems, answers_needed=True)
-    prompts = [encode_prompt(tokenizer, problem) for problem, _ in pairs]
+    chat = Chat(system, chat_template_kwargs)
+    prompts = [encode_prompt(tokenizer, problem, chat) for problem, _ in pairs]
     temperatures = [temperature] * (samples > 0) + [0.0] * greedy
     size = batch_size or default_batch_size(model)
     plan = Plan(temperatures, samples, top_p, max_new_tokens, size)

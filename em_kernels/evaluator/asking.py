@@ -17,6 +17,7 @@ from em_kernels.lm.judge.judges import Judge, final_answer
 from em_kernels.lm.models import hidden_states
 from em_kernels.lm.modes import eval_mode
 from em_kernels.lm.problems import Problem
+from em_kernels.lm.progress import Progress
 from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.rollout import Rollout, Sampling, aligned_mask, sample
 from em_kernels.ops.linear_softmax_stats import linear_softmax_stats
@@ -133,13 +134,11 @@ def ask_all(
         seed: with its key, of every answer.
         done: keys of the records that are there already.
         too_long: numbers of the problems that are not asked: `NOT_ASKED` is their answer.
-        progress: show a bar.
+        progress: show a bar on a terminal, else lines.
     """
-    from tqdm import tqdm
-
     done = frozenset(done)
-    options: dict[str, Any] = dict(desc="eval", unit="answer", disable=not progress)
-    with tqdm(total=plan.answers(len(prompts)), initial=len(done), **options) as bar:
+    total = plan.answers(len(prompts))
+    with Progress("eval", "answer", total, len(done), show=progress) as bar:
         for keys in plan.batches(prompts):
             if done.issuperset(keys):
                 continue
@@ -151,7 +150,7 @@ def ask_all(
             records = [Record(*k, NOT_ASKED if k[0] in too_long else next(found)) for k in keys]
             new = [record for record in records if record.key not in done]
             yield new
-            bar.update(len(new))
+            bar.advance(len(new))
 
 
 @torch.no_grad()

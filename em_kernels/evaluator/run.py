@@ -8,7 +8,8 @@ answer is drawn from its own seed, so they are those of an uninterrupted one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +39,15 @@ from em_kernels.evaluator.records import (
 )
 from em_kernels.evaluator.statistics import require_scipy
 from em_kernels.evaluator.summary import summarise
-from em_kernels.lm.data import encode_prompt, read_json_object
+from em_kernels.lm.chat import (
+    SYSTEM,
+    TEMPLATE_KWARGS,
+    Chat,
+    check_system,
+    encode_prompt,
+    warn_without_template,
+)
+from em_kernels.lm.data import read_json_object
 from em_kernels.lm.heads import Head, ModelError, read_head
 from em_kernels.lm.judge.judges import JUDGES, judge_name, make_judge
 from em_kernels.lm.lock import LOCK, held
@@ -62,12 +71,14 @@ from em_kernels.lm.problems import (
     find_template,
     load_problems,
 )
+from em_kernels.lm.rollout import cut_message, end_tokens
 from em_kernels.lm.settings import (
     at_least,
     check_settings,
     device_text,
     documented,
     fraction,
+    key_values,
     not_negative,
     path_text,
     setting,
@@ -87,7 +98,12 @@ def _temperatures(name: str, values) -> tuple[float, ...]:
         values = tuple(float(value) for value in several)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be numbers, got {values!r}") from None
-    if not values or len(set(values)) < len(values):
+    if not values:
+        raise ValueError(
+            f"{name} must have one at least, got none: --no-greedy leaves out 0, and no other is "
+            "named"
+        )
+    if len(set(values)) < len(values):
         raise ValueError(f"{name} must be different numbers, got {values}")
     return tuple(not_negative("temperature", value) for value in values)
 
@@ -144,6 +160,10 @@ class EvalConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", check=device_text)
     seed: int = setting(0, "of the sampling", check=at_least(0))
     trust_remote_code: bool = setting(False, REMOTE_CODE)
+    system: str | None = setting(None, SYSTEM, check=check_system, metavar="TEXT")
+    chat_template_kwargs: Mapping[str, Any] | None = setting(
+        None, TEMPLATE_KWARGS, check=key_values, metavar="KEY=VALUE"
+    )
 
     def __post_init__(self):
         check_settings(self)
@@ -165,6 +185,11 @@ class EvalConfig:
             split=self.split,
         )
         return found if self.labelled else replace(found, answer=())
+
+    @property
+    def chat(self) -> Chat:
+        """What goes to the model with every prompt."""
+        return Chat(self.system, self.chat_template_kwargs)
 
     @property
     def plan(self) -> Plan:
@@ -208,7 +233,9 @@ def _run_eval(config: EvalConfig, model, tokenizer, progress: bool) -> dict:
         model, tokenizer = load_model(config.model, config.device, dtype, trust)
     check_not_nan(model)
     config = config.filled(config.batch_size or default_batch_size(model))
-    prompts = [encode_prompt(tokenizer, loaded.source.prompt(p.problem)) for p in loaded.problems]
+    asked = [loaded.source.prompt(problem.problem) for problem in loaded.problems]
+    prompts = [encode_prompt(tokenizer, prompt, config.chat) for prompt in asked]
+    warn_without_template(tokenizer, prompts[0])
     limit = longest_prompt(model)
     too_long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
     folder = Path(config.output)
@@ -230,6 +257,10 @@ def _run_eval(config: EvalConfig, model, tokenizer, progress: bool) -> dict:
         records.add([replace(record, of=marked(record.problem)) for record in batch])
     summary = summarise(folder)
     _note_left_out(folder, summary["left_out_records"])
+    for found in summary["temperatures"]:
+        if found["without_end"] == 1:
+            ends, of = end_tokens(model, tokenizer), f"at temperature {found['temperature']:g}"
+            warnings.warn(cut_message(config.plan.max_new_tokens, ends, of), stacklevel=2)
     write_json(folder / SUMMARY, summary)
     return summary
 

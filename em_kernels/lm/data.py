@@ -7,7 +7,7 @@ import json
 import math
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -216,40 +216,3 @@ def check_template(template: str) -> None:
 def fill_template(template: str, problem: str) -> str:
     """The prompt that puts the problem to the model."""
     return template.replace(PLACE, problem)
-
-
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of the prompt as the user's turn of the chat template, ready for an answer.
-
-    A tokenizer without a chat template encodes the bare text.
-    """
-    check_text("prompt", prompt)
-    return encode_turns(tokenizer, (("user", prompt),))
-
-
-def encode_turns(tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """`encode_prompt` of the turns of a chat, (role, content) each.
-
-    Raises:
-        ValueError: not one token, or several turns for a tokenizer without a chat template.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": role, "content": content} for role, content in turns]
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program, which fails in ways of its own
-            raise ValueError(
-                f"the chat template of the tokenizer cannot be used ({type(error).__name__}: "
-                f"{one_line(error, 160)}): correct its chat_template"
-            ) from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif len(turns) == 1:
-        ids = tokenizer(turns[0][1])["input_ids"]
-    else:
-        raise ValueError(
-            f"prompt must be one text for a tokenizer without a chat template, got {len(turns)} "
-            "turns: give the tokenizer a chat_template"
-        )
-    if not ids:
-        raise ValueError(f"prompt must have at least one token, got none from {turns[-1][1]!r}")
-    return list(ids)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from em_kernels.lm.data import check_unicode, encode_turns, fields_of, text_field
+from em_kernels.lm.chat import MESSAGES, PLAIN, Chat, Turn, encode_prompt, turns_of
+from em_kernels.lm.data import fields_of, text_field
 from em_kernels.lm.problems import Source, row_error, rows_of
 from em_kernels.lm.rollout import (
     Rollout,
@@ -21,15 +21,7 @@ from em_kernels.lm.rollout import (
 
 SOLUTIONS = ("solution", "completion", "response", "answer")
 """The fields of a worked solution, the first of which a row has is taken."""
-CHAT = "messages"
 FIELD = "solution_field"
-
-
-class Turn(NamedTuple):
-    """One message of a chat; `role` is "system", "user", "assistant", ..."""
-
-    role: str
-    content: str
 
 
 class Demonstration(NamedTuple):
@@ -84,12 +76,17 @@ class EncodedDemonstrations:
     """
 
     def __init__(
-        self, model, tokenizer, demonstrations: Sequence[Demonstration], max_new_tokens: int
+        self,
+        model,
+        tokenizer,
+        demonstrations: Sequence[Demonstration],
+        max_new_tokens: int,
+        chat: Chat = PLAIN,
     ):
         self.ends = end_tokens(model, tokenizer)
         self.filler = pad_token(tokenizer, self.ends)
         self.device = model.device
-        self.prompts = [encode_turns(tokenizer, one.turns) for one in demonstrations]
+        self.prompts = [encode_prompt(tokenizer, one.turns, chat) for one in demonstrations]
         room = room_for_answers(model, max(map(len, self.prompts)), max_new_tokens)
         texts = [one.completion for one in demonstrations]
         whole = [self._completion(tokenizer, text) for text in texts]
@@ -118,15 +115,15 @@ def _demonstration(row: Mapping | str, source: Source, fields: Sequence[str]) ->
     if isinstance(row, str):
         raise ValueError(row)
     names = [name for name in fields_of(row, source.problem) if row[name] is not None]
-    if not names and row.get(CHAT) is not None:
-        return _split(_turns(CHAT, row[CHAT]), CHAT)
+    if not names and row.get(MESSAGES) is not None:
+        return _split(turns_of(MESSAGES, row[MESSAGES]), MESSAGES)
     if names and isinstance(row[names[0]], (list, tuple)):
-        told = _turns(names[0], row[names[0]])
+        told = turns_of(names[0], row[names[0]])
         known = (name for name in fields_of(row, fields) if row[name] is not None)
         name = next(known, fields[0])
         answer = row.get(name)
         if isinstance(answer, (list, tuple)):
-            return _split((*told, *_turns(name, answer)), name)
+            return _split((*told, *turns_of(name, answer)), name)
         return Demonstration(told, text_field(row, *fields, setting=FIELD))
     prompt = source.prompt(text_field(row, *source.problem, setting="problem_field"))
     return demonstration(prompt, text_field(row, *fields, setting=FIELD))
@@ -136,17 +133,3 @@ def _split(turns: tuple[Turn, ...], name: str) -> Demonstration:
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise ValueError(f"{name!r} must end with a turn of the assistant, after one that asks")
     return Demonstration(turns[:-1], turns[-1].content)
-
-
-def _turns(name: str, value: Any) -> tuple[Turn, ...]:
-    turns = []
-    for turn in value if isinstance(value, (list, tuple)) else [value]:
-        content = turn.get("content") if isinstance(turn, Mapping) else None
-        role = turn.get("role") if isinstance(turn, Mapping) else None
-        if not (isinstance(role, str) and isinstance(content, str) and content.strip()):
-            raise ValueError(
-                f'{name!r} must be turns {{"role": ..., "content": text}}, got {reprlib.repr(turn)}'
-            )
-        check_unicode(f"{name!r}", content)
-        turns.append(Turn(role, content))
-    return tuple(turns)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from em_kernels.backends.interface import MaybeNone
+from em_kernels.lm.chat import MESSAGES, Prompt, turns_of
 from em_kernels.lm.data import (
     PLACE,
     check_template,
@@ -259,9 +260,9 @@ def _problem(row: Row, source: Source, answers_needed: bool) -> Problem:
     return Problem(problem, answer)
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
+def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """The prompts of a file or data set (see `rows_at`), of rows with a "prompt", or a "problem"
-    or a "question".
+    or a "question", or with a chat, the turns to be answered, as "prompt" or as "messages".
 
     Raises:
         FileNotFoundError, ImportError, ValueError: of `rows_at`; no prompt, or a broken row, by its
@@ -272,9 +273,20 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     prompts = []
     for number, row in rows:
         try:
-            prompts.append(_problem(row, source, answers_needed=False).problem)
+            prompts.append(_prompt(row, source))
         except ValueError as error:
             raise row_error(source, noun, number, error) from None
     if not prompts:
         raise ValueError(f"{path}: no prompts in the file")
     return tuple(prompts)
+
+
+def _prompt(row: Row, source: Source) -> Prompt:
+    """ValueError: why the row holds none."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    present = [name for name in fields_of(row, source.problem) if row[name] is not None]
+    name = next(iter(present or fields_of(row, [MESSAGES])), None)
+    told = row[name] if name is not None else None
+    is_chat = isinstance(told, (list, tuple)) and told and isinstance(told[0], Mapping)
+    return turns_of(str(name), told) if is_chat else text_field(row, *source.problem)

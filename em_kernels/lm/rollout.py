@@ -94,6 +94,17 @@ def end_tokens(model, tokenizer) -> list[int]:
     return [configured] if isinstance(configured, int) else list(configured)
 
 
+def cut_message(max_new_tokens: int, ends: Sequence[int], of: str) -> str:
+    """Of answers none of which has an end."""
+    why = f"raise max_new_tokens, or see whether the model ever writes an end (token {ends})"
+    if not ends:
+        why = "neither the model's generation settings nor its tokenizer name an end token"
+    return (
+        f"all answers {of} were cut, at max_new_tokens={max_new_tokens} or at the model's last "
+        f"position, and none has an end: {why}"
+    )
+
+
 def pad_token(tokenizer, ends: Sequence[int]) -> int:
     """The tokenizer's PAD, else an end token, else 0: padding is masked, whatever it is."""
     if tokenizer.pad_token_id is not None:

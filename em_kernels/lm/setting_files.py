@@ -6,14 +6,13 @@ import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from em_kernels.lm.optional import require
 from em_kernels.lm.settings import check_setting, settings_of
-from em_kernels.lm.text import one_line
+from em_kernels.lm.text import did_you_mean, one_line
 
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
 """2e-5 is a number, as in YAML 1.2; to PyYAML, which reads YAML 1.1, it is text without a point."""
@@ -53,8 +52,7 @@ def check_names(path: str | Path, values: Mapping[str, Any], known: Iterable[str
     known = list(known)
     for name in values:
         if name not in known:
-            near = get_close_matches(str(name).replace("-", "_"), known, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(str(name).replace("-", "_"), known)
             raise ValueError(f"{path}: no setting is called {name!r}{meant}")
 
 

@@ -15,6 +15,7 @@ the docstring, which is the page of the documentation too.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -26,6 +27,8 @@ from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+
+from em_kernels.lm.text import did_you_mean
 
 Check = Callable[[str, Any], Any]
 """(name, value) -> the value as it is kept; raises TypeError or ValueError that names it."""
@@ -155,7 +158,8 @@ def check_float(name: str, value: Any, good: Callable[[float], bool], rule: str)
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        near = did_you_mean(str(value), [one for one in choices if isinstance(one, str)])
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{near}")
 
 
 def at_least(least: int) -> Check:
@@ -196,6 +200,40 @@ def texts(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def key_values(name: str, value: Any) -> dict[str, Any]:
+    """Values of JSON by name: a mapping, or texts KEY=VALUE, or one text that is a JSON object.
+
+    A value that is no JSON is text, but for Python's True, False and None.
+    """
+    if isinstance(value, Mapping):
+        try:
+            return json.loads(json.dumps(dict(value), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must have values of JSON, {error}, got {value!r}") from None
+    found: dict[str, Any] = {}
+    for text in texts(name, value):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be KEY=VALUE or a JSON object, got {text!r}")
+        if isinstance(_json(text), dict):
+            found |= _json(text)
+            continue
+        key, sign, told = text.partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"{name} must be KEY=VALUE or a JSON object, got {text!r}")
+        found[key.strip()] = _json(
+            {"True": "true", "False": "false", "None": "null"}.get(told, told)
+        )
+    return found
+
+
+def _json(text: str) -> Any:
+    """What it says as JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def device_text(name: str, value: Any) -> str:
     """A device's name; a torch.device has one."""
     if not isinstance(value, (str, torch.device)):
@@ -213,6 +251,7 @@ def add_flags(
     only: Container[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
     others: Mapping[str, type] | None = None,
+    required: bool = True,
 ) -> None:
     """An option for each setting of `cls`; one that is not given stays out of the namespace.
 
@@ -221,6 +260,7 @@ def add_flags(
         defaults: of this command, by name, in place of the settings' own.
         others: further classes that the same options may be for, by when that is ("with --x"). A
             choice of one is a choice of all: the class that is made refuses what it does not have.
+        required: whether a setting that must be given must be given as a flag.
     """
     groups: dict[str, Any] = {"": parser}
     classes = {"": cls, **(others or {})}
@@ -235,7 +275,7 @@ def add_flags(
             groups[told.group] = parser.add_argument_group(told.group)
         own = (defaults or {}).get(name, argparse.SUPPRESS)
         groups[told.group].add_argument(
-            flag_of(name, told), dest=name, default=own, **_option(name, having, own)
+            flag_of(name, told), dest=name, default=own, **_option(name, having, own, required)
         )
 
 
@@ -249,7 +289,7 @@ def flag_of(name: str, told: Setting) -> str:
     return told.flag or "--" + name.replace("_", "-")
 
 
-def _option(name: str, having: Mapping[str, type], own: Any) -> dict[str, Any]:
+def _option(name: str, having: Mapping[str, type], own: Any, required: bool) -> dict[str, Any]:
     """What argparse is told about a flag, by the classes that have the setting."""
     first = next(iter(having.values()))
     told, kind = settings_of(first)[name], _kinds(first)[name]
@@ -259,16 +299,16 @@ def _option(name: str, having: Mapping[str, type], own: Any) -> dict[str, Any]:
         return {**option, "action": argparse.BooleanOptionalAction}
     if told.metavar:
         option["metavar"] = told.metavar
-    if kind.several:
+    if kind.several or get_origin(kind.of) is Mapping:
         option["nargs"] = "+"
         if own is argparse.SUPPRESS:  # given twice, they are taken together
             option["action"] = "extend"
     every = [choice for one in having.values() for choice in settings_of(one)[name].named]
     if every:
         return {**option, "choices": tuple(dict.fromkeys(every))}
-    if _is_required(first, name):
+    if required and _is_required(first, name):
         option["required"] = True
-    return {**option, "type": kind.of}
+    return option if get_origin(kind.of) is Mapping else {**option, "type": kind.of}
 
 
 def _help(name: str, having: Mapping[str, type]) -> str:

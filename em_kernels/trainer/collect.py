@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.judge.judges import make_judge
 from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.random_state import seed_of
@@ -38,7 +38,8 @@ class ProblemOrder:
 
     def __init__(self, config: RLConfig, tokenizer):
         self.config, self.tasks = config, config.tasks
-        self.prompts = [encode_prompt(tokenizer, config.ask(task)) for task in self.tasks]
+        asked = map(config.ask, self.tasks)
+        self.prompts = [encode_prompt(tokenizer, prompt, config.chat) for prompt in asked]
         self.judge = make_judge(config.judge)
 
     def turn(self, number: int) -> int:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from typing_extensions import Self
 
+from em_kernels.lm.chat import (
+    SYSTEM,
+    TEMPLATE_KWARGS,
+    Chat,
+    Prompt,
+    check_prompts,
+    check_system,
+)
 from em_kernels.lm.data import ONE_SHOT_PROMPT, check_text
 from em_kernels.lm.demonstrations import Demonstration
 from em_kernels.lm.models import DTYPES, REMOTE_CODE
@@ -18,6 +27,7 @@ from em_kernels.lm.settings import (
     documented,
     finite,
     fraction,
+    key_values,
     not_negative,
     path_text,
     positive,
@@ -27,6 +37,7 @@ from em_kernels.lm.settings import (
 )
 from em_kernels.objectives.aggregation import CONSTANT
 from em_kernels.trainer.adamw import OPTIMIZER_DTYPES
+from em_kernels.trainer.conditions import EVERYWHERE, idle
 from em_kernels.trainer.loggers import LOGGERS
 from em_kernels.trainer.schedule import Stage
 
@@ -88,11 +99,12 @@ class TrainConfig:
         "folder of the run: metrics.jsonl and checkpoints; None keeps everything in memory",
         check=path_text,
     )
-    prompts: tuple[str, ...] = setting(
+    prompts: tuple[Prompt, ...] = setting(
         (ONE_SHOT_PROMPT,),
-        "one text or several; response i of update u answers prompt (u * responses + i) modulo "
+        "one text or several, or chats as lists of turns (role, content); response i of update u "
+        "answers prompt (u * responses + i) modulo "
         "their number, so several prompts take turns",
-        check=texts,
+        check=check_prompts,
         no_flag="--prompt gives them one by one, --prompts a file of them",
         shown="the published one",
     )
@@ -222,6 +234,10 @@ class TrainConfig:
         shown="none",
     )
     trust_remote_code: bool = setting(False, REMOTE_CODE)
+    system: str | None = setting(None, SYSTEM, check=check_system, metavar="TEXT")
+    chat_template_kwargs: Mapping[str, Any] | None = setting(
+        None, TEMPLATE_KWARGS, check=key_values, metavar="KEY=VALUE"
+    )
 
     def __post_init__(self):
         if self.micro_batch is None:
@@ -232,10 +248,17 @@ class TrainConfig:
                 "output must be a folder with log_to='tensorboard', which writes into it, got None"
             )
         _check_prompts(self.prompt_texts)
+        for name, reason in _idle(self).items():
+            raise ValueError(f"{name} is for {reason}: leave it out")
         if self.compat == "official" and self.reduction != "token_mean":
             raise ValueError(
                 f"reduction must be 'token_mean' with compat='official', got {self.reduction!r}"
             )
+
+    @property
+    def chat(self) -> Chat:
+        """What goes to the model with every prompt."""
+        return Chat(self.system, self.chat_template_kwargs)
 
     @property
     def steps_per_update(self) -> int:
@@ -258,12 +281,12 @@ class TrainConfig:
         return (Stage(("em",), self.updates),)
 
     @property
-    def prompt_texts(self) -> tuple[str, ...]:
+    def prompt_texts(self) -> tuple[Prompt, ...]:
         """What entropy minimisation samples from."""
         return self.prompts
 
     @property
-    def all_texts(self) -> tuple[str, ...]:
+    def all_texts(self) -> tuple[Prompt, ...]:
         """Everything that answers are sampled to."""
         return self.prompt_texts
 
@@ -313,8 +336,12 @@ class TrainConfig:
 
     @classmethod
     def from_written(cls, values: dict) -> Self:
-        """Of a run's own file, which an older version may have written."""
-        return cls.from_dict(written(values))
+        """Of a run's own file, which an older version may have written: without what was given of
+        settings that did not act."""
+        values = written(values)
+        draft, defaults = object.__new__(cls), {item.name: item.default for item in fields(cls)}
+        draft.__dict__.update(defaults, **values)
+        return cls.from_dict({**values, **{name: defaults[name] for name in _idle(draft)}})
 
 
 def written(values: dict) -> dict:
@@ -337,10 +364,19 @@ def check_resume(old: TrainConfig, new: TrainConfig) -> None:
             )
 
 
+def _idle(config: TrainConfig) -> dict[str, str]:
+    """Of every setting that does not act, what it is for and what was received."""
+    defaults = {item.name: item.default for item in fields(config)}
+    told = {name: idle(config, name, defaults[name], c) for name, c in EVERYWHERE.items()}
+    return {name: reason for name, reason in told.items() if reason is not None}
+
+
 def _check_prompts(prompts: tuple) -> None:
     if not prompts:
         raise ValueError("prompts must have at least one prompt, got none")
     for prompt in prompts:
+        if isinstance(prompt, tuple):
+            continue  # a chat, whose turns are checked
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be text, got {type(prompt).__name__}")
         check_text("prompt", prompt)

@@ -13,8 +13,10 @@ from torch import nn
 from em_kernels.lm.lock import held
 from em_kernels.lm.modes import modes_kept
 from em_kernels.lm.pieces import whole_again
+from em_kernels.lm.progress import Progress
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import Ranks, joined_ranks
+from em_kernels.lm.rollout import cut_message, end_tokens
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.demonstration_update import DemonstrationUpdate
 from em_kernels.trainer.distillation import DistillationUpdate
@@ -38,6 +40,14 @@ class TrainResult:
     tokenizer: object
     metrics: list[dict]
     checkpoint: Path | None
+
+    def __repr__(self) -> str:
+        """Without the model's modules and every update's metrics."""
+        last = f", the last of them {self.metrics[-1]}" if self.metrics else ""
+        return (
+            f"TrainResult({type(self.model).__name__}, {len(self.metrics)} updates{last}, "
+            f"checkpoint={str(self.checkpoint) if self.checkpoint else None!r})"
+        )
 
 
 def train(
@@ -81,7 +91,7 @@ def train(
             Of several ranks, the first calls it, with the whole model.
         resume: go on from the newest checkpoint in `config.output`, or from the beginning where
             there is none yet, with the numbers an uninterrupted run would have had.
-        progress: show a progress bar.
+        progress: show a bar on a terminal or in a notebook, else a line an update, on stderr.
 
     Returns:
         TrainResult(model, tokenizer, metrics, checkpoint). Each update's metrics: update; step (the
@@ -169,6 +179,7 @@ def _run_updates(
         with run.ranks.raise_together():
             run.metrics.add(line)
             loggers.log(run.metrics.lines)
+        _warn_if_all_cut(run, line)
         run.done = update
         if _is_due(run):
             save_run(run)
@@ -221,13 +232,24 @@ def _is_saved(run: Run) -> bool:
 
 
 def _progress(run: Run, show: bool) -> Iterator[tuple[int, int, Stage]]:
-    """The updates still to do, with the index and stage of each, under a progress bar."""
-    from tqdm import tqdm
-
-    total, hide = run.config.updates, not (show and run.ranks.is_first)
-    with tqdm(total=total, initial=run.done, desc="train", unit="update", disable=hide) as bar:
+    """The updates still to do, with the index and stage of each, told of as they are made."""
+    total, show = run.config.updates, show and run.ranks.is_first
+    with Progress("train", "update", total, run.done, show=show, every=0) as progress:
         while run.done < total and (now := current_stage(run.config, run.metrics.lines)):
             yield run.done + 1, *now
             line = run.metrics.lines[-1]
-            bar.set_postfix(loss=f"{line['loss']:.4f}", length=f"{line['response_length']:.0f}")
-            bar.update()
+            reward = {"reward": f"{line['reward_mean']:.3f}"} if "reward_mean" in line else {}
+            said = {
+                "loss": f"{line['loss']:.4f}",
+                "entropy": f"{line['mean_entropy']:.4f}",
+                "length": f"{line['response_length']:.1f}",
+            }
+            progress.advance(1, **said, **reward)
+
+
+def _warn_if_all_cut(run: Run, line: dict) -> None:
+    """Nothing that was drawn has an end: what was learned is of texts broken off."""
+    if line.get("truncated") != 1 or not run.ranks.is_first:
+        return
+    ends = end_tokens(run.model, run.tokenizer)
+    warnings.warn(cut_message(run.config.max_new_tokens, ends, "of an update"), stacklevel=3)

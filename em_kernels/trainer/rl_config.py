@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from em_kernels.lm.chat import Prompt
 from em_kernels.lm.data import PLACE, check_template, fill_template
 from em_kernels.lm.demonstrations import (
     SOLUTIONS,
@@ -68,6 +69,11 @@ class RLConfig(ObjectiveSettings):
                     f"{getattr(self, high)!r}"
                 )
         check_used(self)
+        if self.repo_adaptive and abs(self.repo_zeta) > self.repo_zeta_max:
+            raise ValueError(
+                "repo_zeta must be at most repo_zeta_max in size where it is steered, got "
+                f"{self.repo_zeta!r} and {self.repo_zeta_max!r}"
+            )
         self._check_rollout()
         for stage in self.stages:
             self._check_stage(stage)
@@ -170,18 +176,18 @@ class RLConfig(ObjectiveSettings):
         return TABLE[objective].other(self)
 
     @property
-    def prompt_texts(self) -> tuple[str, ...]:
+    def prompt_texts(self) -> tuple[Prompt, ...]:
         """What stages without rewards sample from; where none samples, one that is answered."""
         return self.prompts or self._asked
 
     @property
-    def all_texts(self) -> tuple[str, ...]:
+    def all_texts(self) -> tuple[Prompt, ...]:
         return self.prompts + self._asked
 
     @property
-    def _asked(self) -> tuple[str, ...]:
+    def _asked(self) -> tuple[Prompt, ...]:
         if all(stage.demonstrated for stage in self.stages):
-            return (self.demonstrations[0].turns[-1].content,)
+            return (self.demonstrations[0].turns,)
         return tuple(self.ask(task) for task in self.tasks)
 
     @cached_property

@@ -21,7 +21,7 @@ from em_kernels.lm.adapters import (
     is_quantised,
     load_weights,
 )
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt, warn_without_template
 from em_kernels.lm.demonstrations import EncodedDemonstrations
 from em_kernels.lm.heads import ModelError, causal_lm, read_head
 from em_kernels.lm.models import (
@@ -116,8 +116,11 @@ def start_run(
             _load_into(model, checkpoint, config.trust_remote_code)
         check_not_nan(model)
         demonstrations = _encode_demonstrations(config, model, tokenizer, ranks)
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompt_texts]
-        longest = max(len(encode_prompt(tokenizer, text)) for text in config.all_texts)
+        chat = config.chat
+        prompts = [encode_prompt(tokenizer, prompt, chat) for prompt in config.prompt_texts]
+        longest = max(len(encode_prompt(tokenizer, text, chat)) for text in config.all_texts)
+        if ranks.is_first:
+            warn_without_template(tokenizer, prompts[0])
         _check_adapter(config, model, saved=folder is not None)
         head = read_head(model)
         config.check_entries(head.weight.shape[0])
@@ -203,8 +206,8 @@ def _encode_demonstrations(
 ) -> EncodedDemonstrations | None:
     if not config.demonstrations:
         return None
-    limit = config.max_new_tokens
-    encoded = EncodedDemonstrations(model, tokenizer, config.demonstrations, limit)
+    limit, chat = config.max_new_tokens, config.chat
+    encoded = EncodedDemonstrations(model, tokenizer, config.demonstrations, limit, chat)
     if encoded.cut and ranks.is_first:
         warnings.warn(
             f"{encoded.cut} of {len(encoded)} demonstrations are longer than {encoded.room} tokens "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from em_kernels.lm.chat import Prompt
 from em_kernels.lm.demonstrations import SOLUTIONS
 from em_kernels.lm.judge.judges import JUDGES
 from em_kernels.lm.problems import (
@@ -69,7 +70,7 @@ class SharedSettings(TrainConfig):
         metavar="FILE|PRESET",
         shown="none",
     )
-    prompts: tuple[str, ...] = redefined(
+    prompts: tuple[Prompt, ...] = redefined(
         TrainConfig,
         "prompts",
         (),

@@ -6,10 +6,11 @@ those of `CONDITIONS`, where the other settings let it act.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
+from em_kernels.trainer.conditions import EVERYWHERE, Condition, idle, on, short
 from em_kernels.trainer.entropy_control import shaping_of
 from em_kernels.trainer.objective_table import TABLE
 from em_kernels.trainer.samplers import sampling
@@ -18,26 +19,8 @@ from em_kernels.trainer.schedule import DEMONSTRATED, Stage
 if TYPE_CHECKING:
     from em_kernels.trainer.rl_config import RLConfig
 
-SHOWN = 60
 THROUGHOUT = ("ref_kl",)
 """What holds the policy in a stage must hold it in all with rewards."""
-
-
-class Condition(NamedTuple):
-    """When a setting acts, what it is for in words, and what stands against it."""
-
-    holds: Callable[[RLConfig], bool]
-    words: str
-    against: Callable[[RLConfig], str]
-
-
-def _on(name: str, words: str, good: Callable[[Any], bool]) -> Condition:
-    """Of one other setting."""
-    return Condition(
-        lambda config: good(getattr(config, name)),
-        words,
-        lambda config: f"with {name}={_short(getattr(config, name))}",
-    )
 
 
 def _run(config: RLConfig) -> str:
@@ -64,15 +47,16 @@ def _shapings(config: RLConfig) -> list[str]:
     return [shaping_of(config, policy) for policy in config.policies]
 
 
-_PROBLEMS = _on("problems", "problems", lambda value: len(value) > 0)
+_PROBLEMS = on("problems", "problems", lambda value: len(value) > 0)
 CONDITIONS = {
-    "objective": _on("schedule", "runs without a schedule", lambda value: value is None),
+    **EVERYWHERE,
+    "objective": on("schedule", "runs without a schedule", lambda value: value is None),
     "problems": Condition(
         lambda config: (
             any(stage.policy or stage.demonstrated for stage in config.stages) or not config.prompts
         ),
         "stages with rewards or demonstrations, and others where there are no prompts",
-        lambda config: f"with prompts={_short(config.prompts)} {_run(config)}",
+        lambda config: f"with prompts={short(config.prompts)} {_run(config)}",
     ),
     **dict.fromkeys(("template", "problem_field", "split"), _PROBLEMS),
     "answer_field": Condition(
@@ -95,7 +79,7 @@ CONDITIONS = {
         "the rewards 'length' and 'l-grpo'",
         lambda config: f"with {', '.join(map(repr, _rewards(config)))}",
     ),
-    "kl_estimator": _on("ref_kl", "a penalty that ref_kl weighs", lambda value: value > 0),
+    "kl_estimator": on("ref_kl", "a penalty that ref_kl weighs", lambda value: value > 0),
     "entropy_target": Condition(
         lambda config: config.repo_adaptive or _has_bonus(config),
         "an entropy bonus or a zeta that is steered",
@@ -116,8 +100,8 @@ CONDITIONS = {
         ),
     ),
     **dict.fromkeys(("shaping_alpha", "shaping_kappa"), _shaped("entropy")),
-    "ppl_label_k": _on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
-    "dppo_k": _on(
+    "ppl_label_k": on("ppl_label", "ppl_label='topk'", lambda value: value == "topk"),
+    "dppo_k": on(
         "dppo_divergence", "topk_tv and topk_kl of dppo", lambda value: value.startswith("topk")
     ),
     "rollout_support": Condition(
@@ -127,9 +111,9 @@ CONDITIONS = {
     ),
     **dict.fromkeys(
         ("rollout_cap", "rollout_floor"),
-        _on("rollout_correction", "a rollout_correction", lambda value: value != "none"),
+        on("rollout_correction", "a rollout_correction", lambda value: value != "none"),
     ),
-    "opd_beta": _on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
+    "opd_beta": on("opd_kind", "opd_kind='js'", lambda value: value == "js"),
 }
 
 
@@ -155,9 +139,9 @@ def unused(config: RLConfig) -> dict[str, str]:
             continue
         readers, condition = _readers(name), CONDITIONS.get(name)
         if readers and name not in looked_at:
-            found[name] = f"{_listed(readers)}, got {_short(value)} {_run(config)}"
-        elif condition is not None and not condition.holds(config):
-            found[name] = f"{condition.words}, got {_short(value)} {condition.against(config)}"
+            found[name] = f"{_listed(readers)}, got {short(value)} {_run(config)}"
+        elif condition is not None and (told := idle(config, name, item.default, condition)):
+            found[name] = told
     return found
 
 
@@ -195,8 +179,3 @@ def _listed(objectives: Sequence[str]) -> str:
         return "objectives that sample"
     *others, last = map(repr, objectives)
     return f"the objectives {', '.join(others)} and {last}" if others else f"the objective {last}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -21,7 +21,7 @@ from helpers import error
 from trainer_runs import without_times
 
 from em_kernels import softmax_stats
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.rollout import Rollout, aligned_mask
 from em_kernels.tiny_math import PROMPT, make_problems, model_path
 from em_kernels.trainer import Sampling, TrainConfig, load_model, samplers, train

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_qwen2 import WORDS, make_model, make_tokenizer
 
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.demonstrations import (
     Demonstration,
     EncodedDemonstrations,

@@ -8,7 +8,8 @@ import transformers
 from tiny_qwen2 import WORDS, make_model, make_tokenizer, save
 from trainer_runs import plain_entropy, run, settings
 
-from em_kernels.lm.data import encode_prompt, read_jsonl
+from em_kernels.lm.chat import encode_prompt
+from em_kernels.lm.data import read_jsonl
 from em_kernels.lm.heads import read_head
 from em_kernels.lm.models import check_causal, hidden_states
 from em_kernels.objectives.em import token_mean_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.random_state import seed_of
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import (

@@ -8,7 +8,7 @@ import transformers
 from kept_cases import dense
 from tiny_qwen2 import make_bigram_model, make_model, make_tokenizer
 
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.lm.kept_sets import KeptSets
 from em_kernels.lm.rollout import NO_TOKEN, SeededDraw, join_answers, left_pad
 from em_kernels.trainer import Rollout, Sampling, sample

@@ -13,7 +13,7 @@ import transformers
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import run, settings, without_times
 
-from em_kernels.lm.data import encode_prompt
+from em_kernels.lm.chat import encode_prompt
 from em_kernels.trainer import CheckpointError, train
 from em_kernels.trainer import checkpoint as checkpoints
 

@@ -41,7 +41,11 @@ SETTINGS = {
 }
 SHAPED = {
     "kl_cov, shaped by repo": dict(
-        SETTINGS["kl_cov"], objective="kl_cov", advantage_shaping="repo", repo_zeta=-0.6
+        SETTINGS["kl_cov"],
+        objective="kl_cov",
+        advantage_shaping="repo",
+        repo_zeta=-0.6,
+        repo_zeta_max=1.0,
     ),
     "high_entropy, shaped by entropy": dict(
         SETTINGS["high_entropy"], objective="high_entropy", advantage_shaping="entropy"

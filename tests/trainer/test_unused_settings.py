@@ -12,7 +12,7 @@ from trainer_runs import without_times
 
 from em_kernels import cli
 from em_kernels.lm.settings import settings_of
-from em_kernels.trainer import RLConfig, read_config
+from em_kernels.trainer import RLConfig, TrainConfig, read_config
 from em_kernels.trainer.objective_table import OBJECTIVES, TABLE
 from em_kernels.trainer.schedule import WITHOUT_REWARDS
 from em_kernels.trainer.unused_settings import CONDITIONS
@@ -40,7 +40,7 @@ NEEDED = {  # to make a setting act that only does with another one
 def another(name: str):
     """A value that the setting may have and by default has not."""
     given = {"prompts": ("1 2",), "teacher": "m", "reward": "random"}
-    given |= {"cov_upper": 9.0, "repo_zeta_min": 1e-3, "shaping_kappa": 3.0}
+    given |= {"cov_upper": 9.0, "repo_zeta_min": 1e-3, "repo_zeta": 0.02, "shaping_kappa": 3.0}
     if name in given:
         return given[name]
     item = next(item for item in fields(RLConfig) if item.name == name)
@@ -126,12 +126,30 @@ def test_a_setting_that_waits_for_another_is_refused_without_it(name):
             "repo_zeta_max is for a zeta that is steered, got 0.1 with repo_adaptive=False",
         ),
         (dict(group_size=2, objective="em"), "group_size is for objectives with rewards, got 2"),
+        (
+            dict(prompts=("1",)),
+            "prompts is for the objectives 'em' and 'opd', got .*'grpo': leave it out",
+        ),
+        (dict(stop_patience=3), "stop_patience is for a threshold, .*, got 3 without one: leave"),
+        (dict(vllm_memory=0.5), "vllm_memory is for sampler='vllm', got 0.5 with sampler='tran"),
+        (
+            dict(objective="repo", repo_zeta=-0.1),
+            "repo_zeta must be at most repo_zeta_max in size .* got -0.1 and 0.05",
+        ),
     ],
 )
 def test_what_a_run_does_not_look_at_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         rl_settings(**changes)
     assert set(CONDITIONS) <= {item.name for item in fields(RLConfig)}
+
+
+def test_entropy_minimisation_refuses_what_does_not_act_and_reads_older_runs_without_it():
+    for change in (dict(stop_patience=3), dict(vllm_memory=0.5)):
+        with pytest.raises(ValueError, match="leave it out"):
+            TrainConfig(**change)
+        assert TrainConfig.from_written({**change, "updates": 3}) == TrainConfig(updates=3)
+    assert TrainConfig(stop_patience=3, stop_skew=1.0).stop_patience == 3
 
 
 def test_one_stage_that_looks_is_enough():
