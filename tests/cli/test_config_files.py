@@ -120,7 +120,7 @@ def test_a_file_of_prompts_is_read_from_a_file_of_settings(tmp_path):
 
 
 def test_json_and_the_settings_of_a_resume_are_taken(tmp_path):
-    written = TrainConfig(model="m", prompts="1", updates=3, output="elsewhere").to_dict()
+    written = TrainConfig(model="m", prompts="1", updates=3, output="elsewhere").to_written()
     config = read(tmp_path, json.dumps(written), name="train_config.json")
     assert (config.updates, config.output, config.prompts) == (3, "o", ("1",))
 

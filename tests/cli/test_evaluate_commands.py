@@ -225,7 +225,8 @@ def test_a_template_without_a_place_for_the_problem(command, model, problems, tm
     more = TRAIN if command == "train" else ()
     for template in (r"Solve it in \boxed{}", "{}", "gsm9k", ""):
         told = error(capsys, command, *given, *more, "--template", template)
-        assert "template must have {problem} in it, where the problem goes, got" in told
+        wanted = "have {problem} in it, where the problem goes, got" if template else "not be empty"
+        assert f"template must {wanted}" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -207,9 +207,11 @@ def test_clusters_votes_and_selection_share_the_judge(tmp_path):
 
 def write_evaluation(folder, texts, judge):
     config = {"model": "m", "problems": "p", "judge": judge, "labelled": True}
-    config |= {"samples": 4, "temperatures": [1.0], "template": "{problem}"}
+    config |= {"samples": 4, "temperatures": [1.0], "template": "{problem}", "seed": 0}
+    config |= {"top_p": 1.0, "max_new_tokens": 64}
     problems = [{"problem": "?", "answer": "2"}]
     settings = {"config": config, "problems": problems, "skipped": [], "too_long": []}
+    settings["weights"] = "any"
     (folder / SETTINGS).write_text(json.dumps(settings))
     answers = [
         {"text": t, "tokens": 1, "finished": True, "correct": i > 1} for i, t in enumerate(texts)
