@@ -1,6 +1,7 @@
-"""Operands of two dtypes against a cast weight, and dW added to a float32 sum against `.grad`.
+"""Operands of two dtypes against a cast weight, dW added to a float32 sum against `.grad`, and
+float32 logits of 16-bit operands against 16-bit ones.
 
-Both are losses from hidden states, forward + backward; the second in MICRO micro-batches.
+All are losses from hidden states, forward + backward; the second in MICRO micro-batches.
 """
 
 from __future__ import annotations
@@ -125,7 +126,38 @@ def accumulating_case(sizes: Sizes, dtype: torch.dtype, device: str, left_out: d
     )
 
 
+def wide_case(sizes: Sizes, dtype: torch.dtype, device: str, left_out: dict) -> Case:
+    """16-bit operands, logits in either dtype."""
+    hidden, weight, target, _ = make_hidden(sizes, dtype, device)
+    each = torch.full((sizes.n,), 1 / sizes.n, device=device)
+    truth = linear_truth(hidden, weight, target, 0 * each, each)
+    contenders = {}
+    for name, impl in our_impls(device).items():
+        for logits_dtype in (dtype, torch.float32):
+
+            def own(x: Tensor, w: Tensor, impl=impl, logits_dtype=logits_dtype) -> Tensor:
+                return linear_entropy_loss(x, w, impl=impl, logits_dtype=logits_dtype)
+
+            kind = str(logits_dtype).removeprefix("torch.")
+            contenders |= {f"{name}, logits of {kind}": step(own, hidden, weight)}
+    return Case(
+        name="linear_entropy_loss, logits_dtype",
+        sizes=sizes,
+        dtype=dtype,
+        device=device,
+        contenders={**contenders, "eager": step(eager, hidden, weight)},
+        floor=("three bare matrix products", products(hidden, weight, backward=True)),
+        truth={"grad_hidden": truth["grad_hidden"], "grad_weight": truth["grad_weight"]},
+        bytes_moved=3 * weight.numel() * weight.element_size(),
+        flops=6 * sizes.n * sizes.v * sizes.d,
+        kept_bytes=hidden.nbytes + weight.nbytes,
+        left_out=left_out,
+    )
+
+
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
     _, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
     yield mixed_case(sizes, dtype, device, left_out)
     yield accumulating_case(sizes, dtype, device, left_out)
+    if dtype.itemsize == 2:
+        yield wide_case(sizes, dtype, device, left_out)

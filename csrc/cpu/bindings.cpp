@@ -295,6 +295,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("divergence_grad", &divergence_grad, release());
   m.def("divergence_loss", &divergence_loss, release());
   m.def("add_product", &cpu::add_product, release());
+  m.def("product", &cpu::product, release());
   m.def("empty", &empty);
   m.def("release_memory", &release_memory);
   m.def("isa_levels", &isa_levels);

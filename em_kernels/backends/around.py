@@ -67,6 +67,9 @@ class Around(Backend):
     def add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor, add: bool) -> bool:
         return self._inner.add_product(total, grad_logits, x, add)
 
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> bool:
+        return self._inner.product(out, x, weight)
+
     def divergence_sums(
         self, own: Side, other: Side, saved: PairSaved, divergence: Divergence
     ) -> Tensor | None:

@@ -130,6 +130,10 @@ class Cpu(Backend):
             return False
         return self._compiled.add_product(total, grad_logits, x, add)
 
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> bool:
+        """Of 16-bit operands of an even width, where the processor can do it fast."""
+        return self._compiled.product(out, x, weight)
+
     def isa_levels(self) -> list[str]:
         """Instruction sets compiled and usable here, best first."""
         return self._compiled.isa_levels()

@@ -295,6 +295,10 @@ class Backend(Protocol):
         """total = (total if add) + grad_logits.T @ x, in float32 throughout, of 16 bits."""
         return False
 
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> bool:
+        """out (N, V) = x (N, D) @ weight (V, D)^T in float32 throughout, of one 16-bit dtype."""
+        return False
+
     def scale_(self, x: Tensor, factor: Tensor) -> bool:
         """x *= factor, a tensor of one number on the device of `x`; rounded once."""
         return False

@@ -57,7 +57,7 @@ class Chunk(NamedTuple):
     blocks: list[slice]  # of the vocabulary, one product for each; none where logits are there
 
     def parts(
-        self, linear: Linear, spec: RowSpec
+        self, linear: Linear, spec: RowSpec, backend: Backend
     ) -> Iterator[tuple[Tensor | slice, Tensor, RowSpec, Tensor]]:
         """(rows, their logits, their spec, where their gradient goes), S rows at a time."""
         count = self.x.shape[0]
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
             logits = self.logits[: own.stop - start]
             for columns in self.blocks:
                 low = None if self.low is None else self.low[own]
-                linear.multiply(self.x[own], low, columns, logits[:, columns])
+                linear.multiply(self.x[own], low, columns, logits[:, columns], backend)
             rows = pick_rows(self.rows, own)
             yield rows, logits, select_rows(spec, rows), self.gradient[own]
 
@@ -97,7 +97,7 @@ def stats(
             put(results, rows.at(own), forward.stats(own, outputs, kept))
     else:
         for chunk in _chunks(linear, spec, rows, backend, kept=kept):
-            for part, logits, row_spec, _ in chunk.parts(linear, spec):
+            for part, logits, row_spec, _ in chunk.parts(linear, spec, backend):
                 put(results, part, backend.stats(logits[None], row_spec, outputs))
     return results if kept is None else [*results, kept]
 
@@ -111,7 +111,7 @@ def top_logprobs(linear: Linear, spec: RowSpec, k: int, backend: Backend) -> lis
     ids = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
     logprob = torch.zeros(shape, dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     for chunk in _chunks(linear, spec, rows, around):
-        for part, logits, row_spec, _ in chunk.parts(linear, spec):
+        for part, logits, row_spec, _ in chunk.parts(linear, spec, backend):
             put([ids, logprob], part, list(find_top(backend, logits[None], row_spec, k)))
     return [ids, logprob]
 
@@ -135,7 +135,7 @@ def grad(
         return vocab_blocks.grad(linear, spec, saved, upstream, needs, backend, rows, kept, into)
     sums = ChunkGradients(linear, spec, upstream, needs, backend, rows, into=into)
     for chunk in _chunks(linear, spec, rows, backend, kept=kept, again=True):
-        for part, logits, row_spec, out in chunk.parts(linear, spec):
+        for part, logits, row_spec, out in chunk.parts(linear, spec, backend):
             part_saved = Saved(*(s[part] for s in saved))
             weights = pick(sums.upstream, part)
             backend.grad(logits[None], row_spec, part_saved, weights, out[None])
@@ -166,7 +166,7 @@ def loss(
     results = _empty_rows(linear, rows, spec, outputs)
     sums = ChunkGradients(linear, spec, upstream, needs, backend, rows, ready_dtype)
     for chunk in _chunks(linear, spec, rows, backend, sums.rounded):
-        for part, logits, row_spec, out in chunk.parts(linear, spec):
+        for part, logits, row_spec, out in chunk.parts(linear, spec, backend):
             weights = pick(sums.upstream, part)
             put(results, part, backend.loss(logits[None], row_spec, weights, outputs, out[None]))
         sums.add(chunk.rows, chunk.x, chunk.gradient, chunk.low)

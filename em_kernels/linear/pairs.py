@@ -174,7 +174,8 @@ def _chunks(
     memory = [_memory(head, rows, backend) for head in heads]
     for own in rows.spans():
         part = rows.at(own)
-        first, other = (_multiplied(*given, part) for given in zip(heads, memory, strict=True))
+        both = zip(heads, memory, strict=True)
+        first, other = (_multiplied(*given, part, backend) for given in both)
         yield part, first, other
 
 
@@ -186,13 +187,15 @@ def _memory(head: Head, rows: Rows, backend: Backend) -> tuple[Tensor, Tensor]:
     return logits, room_for_gradient(logits, linear.hidden.dtype, backend)
 
 
-def _multiplied(head: Head, memory: tuple[Tensor, Tensor], part: Tensor | slice) -> _Part:
+def _multiplied(
+    head: Head, memory: tuple[Tensor, Tensor], part: Tensor | slice, backend: Backend
+) -> _Part:
     linear, spec = head.linear, head.spec
     x = linear.hidden[part]
     if spec.mask is not None:
         x = torch.where(spec.mask[part, None], x, 0)
     logits, gradient = (room[: x.shape[0]] for room in memory)
-    products.multiply(x, linear.weight[: spec.valid_vocab], logits)
+    products.multiply(x, linear.weight[: spec.valid_vocab], logits, backend)
     return _Part(x, Side(logits[None], select_rows(spec, part)), gradient)
 
 

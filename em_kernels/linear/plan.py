@@ -74,9 +74,11 @@ class Linear(NamedTuple):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return cls(hidden, weight, chunk, dtype or default_logits_dtype(hidden), low.flat())
 
-    def multiply(self, x: Tensor, low: Tensor | None, columns: slice, out: Tensor) -> None:
+    def multiply(
+        self, x: Tensor, low: Tensor | None, columns: slice, out: Tensor, backend: Backend
+    ) -> None:
         """The logits of rows `x`, whose low-rank part is `low`, in some columns."""
-        products.multiply(x, self.weight[columns], out)
+        products.multiply(x, self.weight[columns], out, backend)
         if low is not None and self.low.weight is not None:
             add_logits(low, self.low.weight[columns], out)
 

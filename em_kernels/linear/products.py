@@ -27,16 +27,16 @@ def is_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def multiply(x: Tensor, weight: Tensor, out: Tensor, backend: Backend) -> None:
     """out = x @ weight.T in the dtype of `out`."""
     if weight.dtype != x.dtype:
         for own in cast_pieces(weight, x.dtype):
-            multiply(x, weight[own].to(x.dtype), out[:, own])
+            multiply(x, weight[own].to(x.dtype), out[:, own], backend)
     elif out.dtype == x.dtype:
         torch.mm(x, weight.T, out=out)
     elif is_gpu(x):
         mm_wide(x, weight.T, out)
-    else:
+    elif not backend.product(out, x, weight):
         wide = x.to(out.dtype)
         for part, rows in zip(out.split(BLOCK, dim=1), weight.split(BLOCK)):
             part.copy_(wide @ rows.to(out.dtype).T)

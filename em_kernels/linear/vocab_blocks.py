@@ -47,7 +47,7 @@ def grad(
             if logits is None:
                 logits = room.logits(out)
                 low = None if sums.low is None else sums.low[own]
-                linear.multiply(sums.x[own], low, columns, logits)
+                linear.multiply(sums.x[own], low, columns, logits, backend)
             row_spec, row_saved = select_rows(block_spec, part), Saved(*(s[part] for s in saved))
             written = out if room.narrow else room.logits(out)
             backend.local.grad(logits[None], row_spec, row_saved, pick(given, part), written[None])

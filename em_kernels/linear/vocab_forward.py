@@ -72,7 +72,7 @@ class Pass(NamedTuple):
                 if room is None:
                     room = BlockMemory(backend, count, widest, linear.logits_dtype, x)
                 logits = room.matrix(count, width_of(columns))
-            linear.multiply(x, low, columns, logits)
+            linear.multiply(x, low, columns, logits, backend)
             bias = None if self.spec.bias is None else self.spec.bias[columns]
             spec = picked._replace(bias=bias, valid_vocab=width_of(columns))
             values = backend.part_stats(logits[None], spec, outputs, parts, columns.start)

@@ -178,6 +178,28 @@ def test_add_product_does_not_round_the_product(rows, width, vocab, add):
     assert error(total, expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, width, vocab", [(1, 2, 9), (70, 130, 300), (64, 128, 128)])
+def test_product_does_not_round_the_logits(rows, width, vocab, dtype):
+    x = make_logits((rows, width + 2), dtype)[:, :width]
+    weight = make_logits((vocab, width), dtype, seed=1)
+    out = torch.full((rows, vocab + 3), math.nan)
+    if not cpu.product(out[:, :vocab], x, weight):
+        pytest.skip(f"no {dtype} product into float32 on this processor")
+    assert error(out[:, :vocab], x.double() @ weight.double().T) < 1e-6
+    assert out[:, vocab:].isnan().all()
+
+
+def test_a_product_that_is_not_at_hand_is_left_to_the_caller():
+    x, weight = torch.ones(2, 4), torch.ones(3, 4)
+    assert not cpu.product(torch.empty(2, 3), x, weight)
+    odd = x.bfloat16()[:, :3], weight.bfloat16()[:, :3]
+    assert not cpu.product(torch.empty(2, 3), *odd)
+    assert not cpu.product(torch.empty(2, 0), x.bfloat16(), weight.bfloat16()[:0])
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.product(torch.empty(2, 2), x.bfloat16(), weight.bfloat16())
+
+
 def test_bad_arguments_are_refused():
     logits = torch.zeros(1, 2, 10)
     with pytest.raises(ValueError, match="unknown name 'nope'"):

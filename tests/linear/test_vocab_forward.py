@@ -48,9 +48,9 @@ def parts(cpu, monkeypatch):
     monkeypatch.setattr(cpu, "part_entries", 8)
     shapes, multiply = [], products.multiply
 
-    def seen(x, weight, out):
+    def seen(x, weight, out, backend):
         shapes.append((len(x), len(weight)))
-        multiply(x, weight, out)
+        multiply(x, weight, out, backend)
 
     monkeypatch.setattr(products, "multiply", seen)
     return shapes
@@ -308,9 +308,9 @@ def test_rows_of_logits_begin_with_a_cache_line(cpu, monkeypatch, tile, keep):
     monkeypatch.setattr(cpu, "part_entries", tile)
     places, multiply = [], products.multiply
 
-    def seen(x, weight, out):
+    def seen(x, weight, out, backend):
         places.append(out.data_ptr() % 64 + out.stride(0) * out.itemsize % 64)
-        multiply(x, weight, out)
+        multiply(x, weight, out, backend)
 
     monkeypatch.setattr(products, "multiply", seen)
     hidden, weight, _ = leaves()
