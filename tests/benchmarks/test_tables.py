@@ -21,17 +21,27 @@ def test_every_table_is_shown_somewhere():
 
 
 def test_only_what_is_between_the_marks_is_made_anew():
-    text = renewed(EMPTY.format("accuracy"))
-    assert text.startswith("before\n<!-- table: accuracy -->\n\n| H |") and "old" not in text
+    text = renewed(EMPTY.format("matrix"))
+    assert text.startswith("before\n<!-- table: matrix -->\n\n| ") and "old" not in text
     assert text.endswith("|\n\n<!-- end of table -->\nafter\n") and renewed(text) == text
 
 
 def test_a_changed_result_makes_its_table_stale(tmp_path):
-    (tmp_path / "accuracy.md").write_text("words\n\n| H | x |\n|---|---|\n| 1 | 2 |\n")
-    text = renewed(EMPTY.format("accuracy"), tmp_path)
+    (tmp_path / "matrix.md").write_text("words\n\n| H | x |\n|---|---|\n| 1 | 2 |\n")
+    text = renewed(EMPTY.format("matrix"), tmp_path)
     assert "| 1 | 2 |" in text and stale_tables(text, tmp_path) == []
-    (tmp_path / "accuracy.md").write_text("words\n\n| H | x |\n|---|---|\n| 1 | 3 |\n")
-    assert stale_tables(text, tmp_path) == ["accuracy"]
+    (tmp_path / "matrix.md").write_text("words\n\n| H | x |\n|---|---|\n| 1 | 3 |\n")
+    assert stale_tables(text, tmp_path) == ["matrix"]
+
+
+def test_a_changed_error_makes_the_tables_of_accuracy_stale(tmp_path):
+    names = ("accuracy", "accuracy-verdicts")
+    text = renewed("".join(EMPTY.format(name) for name in names))
+    lines = (tables.RESULTS / "accuracy.csv").read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if ",reference," in line)
+    lines[at] = lines[at].replace("e-8", "e-1").replace("e-7", "e-1")
+    (tmp_path / "accuracy.csv").write_text("\n".join(lines) + "\n")
+    assert stale_tables(text) == [] and stale_tables(text, tmp_path) == [*names]
 
 
 def test_check_writes_nothing_and_fails_where_a_table_is_stale(tmp_path, monkeypatch, capsys):

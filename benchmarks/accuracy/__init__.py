@@ -1,0 +1,1 @@
+"""How accurate entropy, log-probability and their gradients are: ours, and the peers'."""
