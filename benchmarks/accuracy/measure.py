@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.accuracy.rows import LARGEST, WEIGHT
 from benchmarks.accuracy.verdicts import INTERPRETED, LIMITS
 from benchmarks.common import what_failed
 
-ROUNDED, OF_ROUNDED = LIMITS
+ROUNDED = LIMITS[0]
 LIKELIEST, SECOND = 0, 1  # ranks of the tokens whose logprob is asked for
 
 
@@ -27,25 +27,37 @@ class Results(NamedTuple):
     grad_logprob: tuple[Tensor, ...]
 
 
-def measured(cell: Cell, device: str = "cpu") -> Iterator[tuple[str, dict[str, Tensor] | str]]:
-    """(name, its errors or why there are none): what rounding alone costs, then each contender."""
+def measured(
+    cell: Cell, device: str = "cpu", done: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Tensor] | str]]:
+    """(name, its errors or why there are none): what rounding alone costs, then each contender;
+    those that are `done` are left out."""
+    runs = {x: y for x, y in contenders(cell, device)[0].items() if x not in done}
+    limits = [x for x in LIMITS[: 1 if cell.source == LOGITS else 2] if x not in done]
+    if not runs and not limits:
+        return
     rows = make_rows(cell)
     targets = [rows.logits.topk(2).indices[:, rank] for rank in (LIKELIEST, SECOND)]
     exact = [exact_results(cell, rows, rows.logits, target) for target in targets]
-    yield ROUNDED, errors([rounded(cell, x) for x in exact], exact)
-    if cell.source != LOGITS:
-        logits = rows.logits.to(cell.dtype if cell.source == HIDDEN else torch.float32).double()
-        best = [rounded(cell, exact_results(cell, rows, logits, x, cell.dtype)) for x in targets]
-        yield OF_ROUNDED, errors(best, exact)
-    for name, contender in contenders(cell, device)[0].items():
+    for name in limits:
+        yield name, errors([limit(cell, rows, name, target) for target in targets], exact)
+    for name, run in runs.items():
         asked = targets[: 1 if INTERPRETED in name else 2]  # the interpreter is slow
         with level_of(name):
             try:
-                found = [results(cell, rows, contender, target, device) for target in asked]
+                found = [results(cell, rows, run, target, device) for target in asked]
             except Exception as reason:
                 yield name, what_failed(reason)
                 continue
         yield name, errors(found, exact)
+
+
+def limit(cell: Cell, rows: Rows, name: str, target: Tensor) -> Results:
+    """Exact arithmetic whose results are rounded, and where it says so the logits before."""
+    if name == ROUNDED:
+        return rounded(cell, exact_results(cell, rows, rows.logits, target))
+    logits = rows.logits.to(cell.dtype if cell.source == HIDDEN else torch.float32).double()
+    return rounded(cell, exact_results(cell, rows, logits, target, cell.dtype))
 
 
 def results(cell: Cell, rows: Rows, run: Contender, target: Tensor, device: str) -> Results:

@@ -43,15 +43,15 @@ class Row(NamedTuple):
         return self[:5]
 
 
+def key_of(cell: Cell) -> tuple:
+    """What `Row.cell` is for its rows."""
+    dtype = str(cell.dtype).removeprefix("torch.")
+    return (cell.source, cell.vocab, dtype, cell.temperature, cell.entropy)
+
+
 def line_of(cell: Cell, name: str, errors: dict[str, Tensor] | str) -> dict[str, object]:
-    line: dict[str, object] = {
-        "source": cell.source,
-        "vocab": cell.vocab,
-        "dtype": str(cell.dtype).removeprefix("torch."),
-        "T": cell.temperature,
-        "H": f"{cell.entropy:g}",
-        "implementation": name,
-    }
+    line: dict[str, object] = dict(zip(COLUMNS, (*key_of(cell), name)))
+    line["H"] = f"{cell.entropy:g}"
     if isinstance(errors, str):
         return {**line, "failure": errors}
     for quantity in [x for x in QUANTITIES if x in errors]:

@@ -17,7 +17,7 @@ from benchmarks.accuracy.inputs import (
     Cell,
 )
 from benchmarks.accuracy.measure import measured
-from benchmarks.accuracy.rows import COLUMNS, Row, line_of, load
+from benchmarks.accuracy.rows import COLUMNS, Row, key_of, line_of, load
 
 VOCAB, LARGE_VOCAB = 4096, 151936
 LARGE_TEMPERATURE = 0.7
@@ -42,18 +42,36 @@ def cells(quick: bool = False) -> Iterator[Cell]:
 
 
 def run(
-    path: Path, quick: bool, device: str = "cpu", said: Callable[[str], object] = print
+    path: Path,
+    quick: bool,
+    device: str = "cpu",
+    resume: bool = False,
+    said: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Measure every cell; `path` has each row when it is measured."""
-    group = None
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Measure every cell; `path` has each row when it is measured. `resume` keeps what it has."""
+    there, group = (kept(path) if resume else {}), None
+    with path.open("a" if there else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if not there:
+            writer.writeheader()
         for cell in cells(quick):
             if group != (group := cell[:4]):
                 dtype = str(cell.dtype).removeprefix("torch.")
                 said(f"{cell.source}, {dtype}, V = {cell.vocab}, T = {cell.temperature}")
-            for name, errors in measured(cell, device):
+            for name, errors in measured(cell, device, there.get(key_of(cell), set())):
                 writer.writerow(line_of(cell, name, errors))
                 file.flush()
     return load(path)
+
+
+def kept(path: Path) -> dict[tuple, set[str]]:
+    """cell -> what has been measured there; the half of a line that a kill left is taken away."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    found: dict[tuple, set[str]] = {}
+    for row in load(path):
+        found.setdefault(row.cell, set()).add(row.name)
+    return found

@@ -60,7 +60,7 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
 
 def in_cell(rows: list[Row]) -> Iterable[Comparison]:
     peers = [r for r in rows if not is_ours(r.name) and r.name not in LIMITS and r.errors]
-    limit = [row for row in rows if row.name in LIMITS][-1]
+    limit = max((row for row in rows if row.name in LIMITS), key=lambda row: row.name == LIMITS[1])
     for row in rows:
         if not is_ours(row.name) or not peers:
             continue

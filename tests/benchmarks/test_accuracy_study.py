@@ -221,14 +221,30 @@ def test_the_command_measures_saves_draws_and_judges(tmp_path, monkeypatch, caps
 
 
 def test_a_study_that_is_stopped_has_the_rows_until_then(tmp_path, monkeypatch):
-    def stopped(given, device):
+    path, asked = tmp_path / "accuracy.csv", []
+
+    def stopped(given, device, done):
+        asked.append(set(done))
         yield "eager", {"H": torch.tensor([1e-3])}
-        raise KeyboardInterrupt
+        if len(asked) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "measured", stopped)
     with pytest.raises(KeyboardInterrupt):
-        study.run(tmp_path / "accuracy.csv", quick=True, said=lambda text: None)
-    assert [row.errors["H"] for row in load(tmp_path / "accuracy.csv")] == [(1e-3, 1e-3)]
+        study.run(path, quick=True, said=lambda text: None)
+    assert [row.errors["H"] for row in load(path)] == [(1e-3, 1e-3)] * 2
+    path.write_text(path.read_text() + "logits,300,flo")  # the half of a line
+    rows = study.run(path, quick=True, resume=True, said=lambda text: None)
+    assert asked == [set(), set(), {"eager"}, {"eager"}, *[set()] * 14]
+    assert len(rows) == 18 and {row.name for row in rows} == {"eager"}
+
+
+def test_what_is_done_is_not_measured_again():
+    every = [name for name, _ in measured(cell(HIDDEN, entropy=1.0, temperature=1.0))]
+    some = set(every[1:-1])
+    again = measured(cell(HIDDEN, entropy=1.0, temperature=1.0), done=some)
+    assert [name for name, _ in again] == [every[0], every[-1]]
+    assert not list(measured(cell(HIDDEN, entropy=1.0, temperature=1.0), done=every))
 
 
 def test_what_is_committed_covers_what_was_asked(tmp_path):
