@@ -1,8 +1,9 @@
 """What was claimed of the errors, held to the rows: the numbers behind docs/accuracy.md.
 
-"Worse than a peer" is more than MARGIN times both the best peer's error and the limit, and ROUNDING
-beside. The limit is what exact arithmetic leaves that rounds the logits, where there is a matrix
-product, and the results to the same dtypes: a peer below it has had luck with a rounding.
+"Worse than a peer" is more than MARGIN times both the best peer's error and the limit, and some
+units of float32 beside, more where a product of float32 is summed in anybody's order. The limit is
+what exact arithmetic leaves that rounds the logits, where there is a matrix product, and the
+results to the same dtypes: a peer below it has had luck with a rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 from benchmarks.accuracy.rows import LARGEST, STATISTICS, WEIGHT, Row
 
-MARGIN, ROUNDING = 2.0, 4 * 2.0**-24
+MARGIN, UNIT = 2.0, 2.0**-24
+UNITS = {True: 4, False: 8}  # from logits, and from hidden states
 TIMES, BELOW = 100.0, 1e-4
 LIMITS = ("exact, rounded once", "exact, of rounded logits")  # of results; of logits too
 OURS = ("reference", "cpu", "triton", "cuda")
@@ -39,12 +41,16 @@ class Comparison(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        return not self.at_limit and self.error > MARGIN * self.peer_error + ROUNDING
+        return not self.at_limit and self.error > MARGIN * self.peer_error + self.rounding
 
     @property
     def at_limit(self) -> bool:
         """Not to be had better in these dtypes."""
-        return self.error <= MARGIN * self.limit + ROUNDING
+        return self.error <= MARGIN * self.limit + self.rounding
+
+    @property
+    def rounding(self) -> float:
+        return UNIT * UNITS[self.ours.source == "logits"]
 
 
 def is_ours(name: str) -> bool:
@@ -65,8 +71,9 @@ def in_cell(rows: list[Row]) -> Iterable[Comparison]:
         if not is_ours(row.name) or not peers:
             continue
         for quantity, errors in row.errors.items():
+            others = [peer for peer in peers if quantity in peer.errors]
             for number in range(1 if WEIGHT in quantity else len(STATISTICS)):
-                best = min(peers, key=lambda peer: peer.errors[quantity][number])
+                best = min(others, key=lambda peer: peer.errors[quantity][number])
                 yield Comparison(
                     row,
                     quantity,
@@ -126,8 +133,9 @@ def claims(rows: list[Row]) -> str:
 def verdict_table(rows: list[Row]) -> str:
     """Markdown: both claims, an input and kind of backend a line."""
     groups: dict[tuple[str, str], list[Comparison]] = {}
+    as_they_are = ", ".join(kinds(rows))
     for found in comparisons(rows):
-        name = found.ours.name if INTERPRETED in found.ours.name else ", ".join(kinds(rows))
+        name = found.ours.name if INTERPRETED in found.ours.name else as_they_are
         groups.setdefault((input_of(found.ours), name), []).append(found)
     head = ["input", "backends", "comparisons", "worse than a peer", "largest ratio to a peer"]
     head += ["below 1e-4", "100 x nearer", "at the limit", "less"]
@@ -145,7 +153,7 @@ def verdict_table(rows: list[Row]) -> str:
 
 def beyond(found: Comparison) -> float:
     """Our error less what rounding allows, over the larger of the best peer's and the limit."""
-    error, other = max(found.error - ROUNDING, 0.0), max(found.peer_error, found.limit)
+    error, other = max(found.error - found.rounding, 0.0), max(found.peer_error, found.limit)
     return error / other if other else (math.inf if error else 0.0)
 
 

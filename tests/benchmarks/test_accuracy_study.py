@@ -185,6 +185,7 @@ def test_a_peer_counts_by_its_better_form_and_interpreted_kernels_apart():
         *group(1e-7, 1e-2),
         made("TRL, given float32", 1e-6),
         made("triton, interpreted", 1.0),
+        made("TRL's kernel, interpreted", 1.0)._replace(errors={"H": (1.0, 1.0)}),
         made("cpu avx2", 2e-7),
         made("cpu portable", 3e-7),
     ]
