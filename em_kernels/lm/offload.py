@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -28,3 +29,8 @@ class ActivationsOnCPU(saved_tensors_hooks):
             return held if isinstance(held, Tensor) else moved.unpack_hook(held)
 
         super().__init__(pack, unpack)
+
+
+def activations(long: bool, tokens: Tensor) -> AbstractContextManager[Any]:
+    """Where what a forward pass keeps of tokens (B, T) waits for the backward pass."""
+    return ActivationsOnCPU(tokens) if long else nullcontext()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from em_kernels.backends.interface import TokenStats
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.offload import activations
 from em_kernels.objectives.aggregation import aggregation_weight
 from em_kernels.ops.dtensor import own_part
 from em_kernels.trainer.batch import Tokens, micro_batches, token_loss
@@ -70,7 +71,7 @@ class EntropyGradient:
         with eval_mode(strategy.trained):
             parts = micro_batches(tokens, run.config.micro_batch)
             for part in run.ranks.shard_micro_batches(parts):
-                with run.activations(part.tokens.input_ids):
+                with activations(run.config.long, part.tokens.input_ids):
                     loss = strategy.compute(part.tokens, token_loss).loss
                 loss.backward()
         self.gradients = [p.grad for p in self.parameters]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.lm.modes import eval_mode
+from em_kernels.lm.offload import activations
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.rollout import aligned_mask
 from em_kernels.trainer.batch import (
@@ -336,7 +337,7 @@ def accumulate_gradients(
     run.strategy.train()
     with seeded(run.config.seed, update, step, run.ranks.rank):  # dropout, each rank its own
         for part in run.ranks.shard_micro_batches(parts):
-            with run.activations(part.tokens.input_ids):
+            with activations(run.config.long, part.tokens.input_ids):
                 loss, more = loss_of(part)
             loss.backward()
             for name, value in {"loss": loss.item(), **more}.items():

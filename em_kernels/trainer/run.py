@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from em_kernels.lm.adapters import (
     adapter_settings,
@@ -34,7 +33,6 @@ from em_kernels.lm.models import (
     updates_of,
     weights_in_parts,
 )
-from em_kernels.lm.offload import ActivationsOnCPU
 from em_kernels.lm.pieces import decoder_layers, split_mlps
 from em_kernels.lm.ranks import Ranks
 from em_kernels.lm.rollout import end_tokens, pad_token
@@ -79,10 +77,6 @@ class Run:
         """The other model, ready to read what the one that is trained does; whole on every rank."""
         model = other.model.to(self.model.device)
         return SingleProcessStrategy(model, self.config.loss_temperature, self.config.dtype)
-
-    def activations(self, tokens: Tensor) -> AbstractContextManager[Any]:
-        """Where what a forward pass keeps of tokens (B, T) waits for the backward pass."""
-        return ActivationsOnCPU(tokens) if self.config.long else nullcontext()
 
     @property
     def filler(self) -> int:

@@ -23,6 +23,7 @@ from em_kernels.trainer import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("tokens_per_second", "sample_seconds", "loss_seconds")
+ALL = ["--keep-checkpoints", "0"]
 FAST = ["--responses", "6", "--max-new-tokens", "8", "--learning-rate", "0.01", "--quiet"]
 
 
@@ -98,7 +99,7 @@ def test_prompts_come_from_the_command_line_or_a_file(model, tmp_path):
 def test_a_killed_run_goes_on_with_the_numbers_of_an_uninterrupted_one(model, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--model", model, "--output", str(run), "--prompt", "1 a", *FAST]
-    process = start(*arguments, "--updates", "100000", "--save-every", "2")
+    process = start(*arguments, "--updates", "100000", "--save-every", "2", *ALL)
     wait_for(run / "checkpoint-4", process)
     process.kill()
     process.communicate()
@@ -125,7 +126,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_uninterrupted_one(model, tm
 def test_ctrl_c_tells_where_to_go_on(model, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--model", model, "--output", str(run), "--prompt", "1 a", *FAST]
-    process = start(*arguments, "--updates", "100000", "--save-every", "1")
+    process = start(*arguments, "--updates", "100000", "--save-every", "1", *ALL)
     wait_for(run / "checkpoint-1", process)
     process.send_signal(signal.SIGINT)
     try:
