@@ -51,12 +51,9 @@ def _clip(config: RLConfig, objective: str) -> dict[str, Any]:
 
 
 def _reference_kl(config: RLConfig, part: Tokens) -> dict[str, Any]:
-    return dict(
-        ref_logprob=part.ref_logprob,
-        ref_kl=part.ref_kl,
-        kl_coef=config.ref_kl,
-        kl_estimator=config.kl_estimator,
-    )
+    given = {"ref_logprob": part.ref_logprob, "ref_kl": part.ref_kl, "kl_coef": config.ref_kl}
+    exact = config.kl_estimator == EXACT  # then `ref_kl` is there, and nothing is estimated
+    return given if exact else {**given, "kl_estimator": config.kl_estimator}
 
 
 def _grpo(config: RLConfig, objective: str, stats: TokenStats, part: Tokens) -> PolicyLoss:
