@@ -13,10 +13,10 @@ from typing import Any
 from em_kernels.backends.interface import MaybeNone
 from em_kernels.evaluator.asking import Asked, Plan, ask_all, default_batch_size
 from em_kernels.evaluator.records import Answer, by_problem, write_json
-from em_kernels.lm.chat import Chat, encode_prompt
+from em_kernels.lm.chat import Chat, check_system, encode_prompt
 from em_kernels.lm.judge.judges import Judge, judge_name, make_judge
 from em_kernels.lm.problems import Problem, load_problems, problem_pairs
-from em_kernels.lm.settings import check_flag, check_int, fraction, positive
+from em_kernels.lm.settings import check_flag, check_int, fraction, key_values, positive
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def evaluate(
         raise TypeError(f"judge must be a name or a function, got {type(judge).__name__}")
     judge = make_judge(judge) if isinstance(judge, str) else judge
     pairs = problem_pairs(problems, answers_needed=True)
-    chat = Chat(system, chat_template_kwargs)
+    chat = Chat(
+        None if system is None else check_system("system", system),
+        chat_template_kwargs and key_values("chat_template_kwargs", chat_template_kwargs),
+    )
     prompts = [encode_prompt(tokenizer, problem, chat) for problem, _ in pairs]
     temperatures = [temperature] * (samples > 0) + [0.0] * greedy
     size = batch_size or default_batch_size(model)

@@ -20,6 +20,7 @@ import transformers
 import em_kernels
 from em_kernels import cli
 from em_kernels.trainer import TrainConfig, train
+from em_kernels.trainer.checkpoint import write_config
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("tokens_per_second", "sample_seconds", "loss_seconds")
@@ -141,7 +142,8 @@ def test_ctrl_c_tells_where_to_go_on(model, tmp_path):
 
 
 def test_ctrl_c_before_the_first_checkpoint(model, tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
+    def interrupted(config, *args, **kwargs):
+        write_config(tmp_path, config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.app, "train", interrupted)

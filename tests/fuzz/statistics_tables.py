@@ -94,7 +94,10 @@ REFUSALS = [
         "top_p": numbers(0.1, 1, 0, 1.5), "greedy": FLAG, "max_new_tokens": least(1),
         "batch_size": least(1),
         "judge": Kind(lambda place: "exact", lambda _: ["nobody", 3, None, object()]),
-        "seed": least(0), "progress": FLAG}),
+        "seed": least(0), "progress": FLAG,
+        "system": Kind(lambda place: place.pick(["Be brief.", None]), lambda _: [3, "", b"x"]),
+        "chat_template_kwargs": Kind(lambda place: place.pick([{"enable_thinking": False}, None]),
+                                     lambda _: [3, "x", [1], {"a": object()}])}),
 ]  # fmt: skip
 OF_FILES = (
     *("compare_folders", "find_source", "load_problems", "rank_prompts", "read_problems"),
@@ -103,6 +106,15 @@ OF_FILES = (
 """Of `evaluator.__all__`: what files hold is drawn in the tests of evaluator, lm and analysis, and
 the settings of EvalConfig in test_command_line.py."""
 RESULTS = (
-    *("Answer", "EvalConfig", "EvalError", "EvalResult", "Judge", "PRESETS", "Problem"),
+    *(
+        "Answer",
+        "EvalConfig",
+        "EvalError",
+        "EvalResult",
+        "InUseError",
+        "Judge",
+        "PRESETS",
+        "Problem",
+    ),
     *("ProblemRecord", "Record", "Records", "Source"),
 )

@@ -146,7 +146,7 @@ def test_a_chat_template_stays_in_its_sandbox(model, mark, tmp_path, capsys):
         "{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
     )
     said = refused(capsys, "train", "--model", model, "--output", tmp_path / "new")
-    assert "chat template of the tokenizer cannot be used" in said
+    assert "the tokenizer's chat template refuses" in said and "is unsafe" in said
 
 
 @pytest.mark.parametrize("name", ["train_config.json", "run.yaml"])

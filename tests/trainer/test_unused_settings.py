@@ -13,12 +13,14 @@ from trainer_runs import without_times
 from em_kernels import cli
 from em_kernels.lm.settings import settings_of
 from em_kernels.trainer import RLConfig, TrainConfig, read_config
+from em_kernels.trainer.conditions import EVERYWHERE
 from em_kernels.trainer.objective_table import OBJECTIVES, TABLE
 from em_kernels.trainer.schedule import WITHOUT_REWARDS
 from em_kernels.trainer.unused_settings import CONDITIONS
 
 NAMES = sorted({name for entry in TABLE.values() for name in entry.settings})
 NEEDED = {  # to make a setting act that only does with another one
+    "vllm_memory": dict(sampler="vllm"),
     "kl_estimator": dict(ref_kl=0.1),
     "entropy_step": dict(entropy_target=0.3, advantage_shaping="none"),
     "repo_zeta": dict(advantage_shaping="repo"),
@@ -73,6 +75,8 @@ def test_a_setting_is_looked_at_or_refused(name):
             assert getattr(config, name) == change[name]
             continue
         message = f"{name} is for .*, got .* for {re.escape(repr(objective))}: leave it out"
+        if name in EVERYWHERE:
+            message = f"{name} is for .*, got .*: leave it out"
         if name == "ref_kl" and entry.loss is not None:
             message = f"ref_kl must be 0 with {re.escape(objective)}, got 0.5: it is for the obj"
         with pytest.raises(ValueError, match=message):
