@@ -15,7 +15,6 @@ from em_kernels.backends.choice import why_not
 from em_kernels.backends.interface import OUTPUTS, RowSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 DIFFERENTIABLE = ("logprob", "entropy", "lse")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLS = tuple(name for name in BACKENDS if em_kernels.backends()[name] == "available")

@@ -2,7 +2,7 @@
 
 Per row, with everything after loading in float32 (float64 inputs stay float64):
 
-    z   = softcap(logit_scale * x + bias) / T        softcap(u) = s * tanh(u / s)
+    z   = softcap(logit_scale * x + bias) / T        softcap(y) = s * tanh(y / s)
         = c u                                        u and c as `units` has them
     m   = max_v u_v        a = first argmax          d_v = c (u_v - m)
     r   = sum_{v != a} exp(d_v)                      q = sum_{v != a} exp(d_v) d_v

@@ -2,7 +2,7 @@
 
     without bias and softcap   u = sign(logit_scale) x                      c = |logit_scale| / T
     with bias or softcap       u = softcap(logit_scale x + bias)            c = 1 / T
-    z = c u                    softcap(u) = s tanh(u / s)
+    z = c u                    softcap(y) = s tanh(y / s)
 
 Maxima are found and subtracted in u, and one product follows: d_v = c (u_v - max u). So a plain row
 is not rounded before the subtraction, which is exact near the maximum, and a finite z that no float

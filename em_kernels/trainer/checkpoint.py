@@ -6,8 +6,10 @@ A run's folder:
     run.yaml              the same for `em-kernels train --config` (see run_file.py)
     metrics.jsonl         one line per update
     loggers.json          which run of a logger is this one (see loggers.py)
+    .lock                 the process that works in it (see lock.py)
     checkpoint-<update>/  a model folder for transformers, or an adapter (see adapters.py), and
-                          shards/ to go on from: what each rank wrote (see state.py)
+                          shards/ to go on from: what each rank wrote, and what belongs to it
+                          (see state.py)
 """
 
 from __future__ import annotations

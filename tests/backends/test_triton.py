@@ -52,9 +52,6 @@ def small_plan(monkeypatch):
 
 
 WIDE = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIONS]
-NARROW = [
-    (dtype, name) for dtype in (torch.bfloat16, torch.float16) for name in ("plain", "everything")
-]
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 256, 4099, 50257, 151936])

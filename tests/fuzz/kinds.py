@@ -258,7 +258,3 @@ def bad_lora(place: Place) -> list[Any]:
 
 def accumulate_into(place: Place) -> Tensor:
     return torch.zeros(place.vocab, place.dim, dtype=place.wide)
-
-
-def with_gradient(x: Tensor) -> Tensor:
-    return requiring(x)

@@ -169,7 +169,6 @@ REST = {
     "outputs": tables.OUTPUT_NAMES,
 }
 HEAD = tables.HEAD
-MANY = {"prompt": ("prompt",)}
 ANY = {"logprob": ("logprob", "old_logprob", "advantage", "mask", "ref_logprob", "label_logprob")}
 
 FUNCTIONS = [

@@ -16,7 +16,6 @@ from em_kernels.lm.pieces import decoder_layers, split_mlps, whole_again
 
 IDS = torch.arange(46).view(2, 23) % 20 + 4
 SMALL = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-DROPPED = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 CONFIGS = {
     "qwen2": lambda: make_model().config,
     "gpt2": lambda: transformers.GPT2Config(
