@@ -3,7 +3,8 @@
     python -m benchmarks.long_sequence_report     draws docs/images/long_sequence.png anew
 
 Memory grows by so much a token, so what lies beyond the rows is forecast by the line through the
-two longest sequences that were measured. A forecast is called one.
+two longest sequences that were measured, unless these are too far apart: of a short one the peak is
+another. A forecast is called one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PICTURE = ROOT / "docs/images/long_sequence.png"
 CAPS = (8, 16, 24)
+APART = 8  # the most that one of the two lengths of a line is of the other
 COLOURS = ("#999999", "#0072b2", "#56b4e9", "#d55e00", "#e69f00")
 
 
@@ -49,6 +51,8 @@ def line_of(found: list[dict], way: str) -> Line | None:
     if len(ended) < 2:
         return None
     first, last = sorted(ended)[-2:]
+    if last > APART * first:
+        return None
     slope = (ended[last] - ended[first]) / (last - first)
     return Line(ended[last] - slope * last, slope) if slope > 0 else None
 

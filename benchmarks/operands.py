@@ -138,8 +138,8 @@ def wide_case(sizes: Sizes, dtype: torch.dtype, device: str, left_out: dict) -> 
             def own(x: Tensor, w: Tensor, impl=impl, logits_dtype=logits_dtype) -> Tensor:
                 return linear_entropy_loss(x, w, impl=impl, logits_dtype=logits_dtype)
 
-            kind = str(logits_dtype).removeprefix("torch.")
-            contenders |= {f"{name}, logits of {kind}": step(own, hidden, weight)}
+            kind = "" if logits_dtype == dtype else ", logits of float32"
+            contenders |= {f"{name}{kind}": step(own, hidden, weight)}
     return Case(
         name="linear_entropy_loss, logits_dtype",
         sizes=sizes,

@@ -141,7 +141,7 @@ def test_the_report_of_a_run_that_nothing_was_asked_of(tmp_path):
     assert "no metrics.jsonl" in page.text and "No updates yet." in page.text
     assert "a <b> & c" in page.text
     write_rows(tmp_path / "metrics.jsonl", [{"update": 1, "loss": 2.5, "reward": 0.25}, {"x": 1}])
-    assert read_metrics(tmp_path)[1] == ["line 2: no 'update'"]
+    assert read_metrics(tmp_path)[1] == ["line 2: 'update' is no number from 1 on but None"]
     write_report(tmp_path)
     assert "reward" in read_page(tmp_path).text
 
@@ -224,7 +224,7 @@ def test_nothing_to_report(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "law.json").write_text("{")
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "law.json cannot be read" in capsys.readouterr().err
+    assert "law.json is not as em-kernels wr" in capsys.readouterr().err
 
 
 def test_tables():

@@ -150,7 +150,8 @@ def test_verl_is_measured_where_what_else_it_needs_is_not_there(tmp_path, monkey
 def test_trl_is_measured_without_what_its_trainers_need(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
         monkeypatch.delitem(sys.modules, name)
-    kernel = "def selective_log_softmax_and_entropy(logits, index):\n    return logits, index"
+    head = "def selective_log_softmax_and_entropy(logits, index, temperature):"
+    kernel = f"{head}\n    return logits, index"
     package(tmp_path, trl__trainer__utils="import no_such_datasets")
     for folder, text in (("trl", ""), ("trl/trainer", ""), ("trl/kernels", kernel)):
         (tmp_path / folder).mkdir(exist_ok=True)
