@@ -123,7 +123,7 @@ def draw(results: Path = RESULTS, path: Path = PICTURE) -> None:
         axis.minorticks_off()
         axis.set(xlabel="tokens of the one sequence", ylabel="most memory of the process, GB")
         axis.set_title("One update of a 0.5 B model in bfloat16, V = 151,936", fontsize=11)
-        axis.legend(fontsize=8, loc="lower right", title="points measured, dashes forecast")
+        axis.legend(fontsize=8, loc="upper right", title="points measured, dashes forecast")
 
 
 def _draw_way(axis, found: list[dict], way: str, name: str, colour: str) -> None:
