@@ -309,9 +309,10 @@ struct PairsOfRows {
   PairSums sum_of(int64_t row, PairBlock<T>& block) const {
     return is_same(row) ? sum<D, true>(row, block) : sum<D, false>(row, block);
   }
+  // Of rows further apart the lesser entry would be lost in the difference.
   bool is_same(int64_t row) const {
     const PairRow<T> constant = constants(row);
-    return constant.c == constant.other_c;
+    return constant.c == constant.other_c && std::fabs(constant.lead * constant.c) <= T(0.5);
   }
 
   template <Divergence D>

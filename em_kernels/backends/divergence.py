@@ -16,10 +16,10 @@ has terms that are all >= 0, and so KL(q || m). With z = c u and w = c' y in the
 (`units`), m and m' their maxima,
 
     delta_v = log(p_v / q_v) = c (u_v - m) - c' (y_v - m') - gap      gap = log1p(r_z) - log1p(r_w)
-                             = 2 c ((u_v / 2 - y_v / 2) - (m / 2 - m' / 2)) - gap     where c = c'
+                             = 2 c ((u_v / 2 - y_v / 2) - (m / 2 - m' / 2)) - gap
 
-of which the second is nearly exact where the rows are alike, and infinite only where no float holds
-it. Then
+of which the second is nearly exact where the rows are alike, so it is taken where c = c' and
+c |m - m'| <= 1; rows further apart would lose the lesser of u_v and y_v in it. Then
 
     log(p / m) = -log1p(b expm1(-delta)) = log(q / m) + delta        log(q / m) likewise
 
@@ -172,10 +172,10 @@ class _Entries(NamedTuple):
         d, other_d = distance(u, saved.max, c), distance(y, saved.other_max, other_c)
         p = (d - saved.log1p_r[:, None]).exp()
         q = (other_d - saved.other_log1p_r[:, None]).exp()
-        halves = (u / 2 - y / 2) - (saved.max / 2 - saved.other_max / 2)[:, None]
-        same = torch.as_tensor(c == other_c, device=u.device)
-        same = same[:, None] if same.dim() else same
-        delta = torch.where(same, halves * column(c) * 2, d - other_d)
+        lead = saved.max / 2 - saved.other_max / 2
+        halves = (u / 2 - y / 2) - lead[:, None]
+        same = torch.as_tensor(c == other_c, device=u.device) & ((lead * c).abs() <= 0.5)
+        delta = torch.where(same[:, None], halves * column(c) * 2, d - other_d)
         nowhere = ((p == 0) & (q == 0)) | ((u == -math.inf) & (y == -math.inf))
         return cls(u, y, p, q, (delta - saved.gap[:, None]).masked_fill(nowhere, 0))
 

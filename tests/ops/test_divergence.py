@@ -117,6 +117,24 @@ def test_rows_that_are_far_apart(impl, device, kind, beta, far):
         assert (ours - theirs).abs().max() < 1e-6 * far
 
 
+@pytest.mark.parametrize("offset", (2.0**20, -(2.0**100), 3e38))
+@EVERY_IMPL
+@EVERY_KIND
+def test_an_offset_between_the_rows_is_not_seen(impl, device, kind, beta, offset):
+    """Integers beside 2^20; equal logits beside what every other logit is lost in."""
+    x = torch.randn(N, V, device=device, generator=torch.Generator(device).manual_seed(0))
+    y = torch.randint(-8, 9, (N, V), device=device).float()
+    y = y if abs(offset) < 2**24 else torch.zeros_like(y)
+    weights, wide = torch.linspace(0.5, 2, N, device=device), doubles(x, y)
+    expected = truth(*wide, kind, beta)
+    expected_grads = gradients(expected, wide, weights.double())
+    own = leaves(x, y + offset)
+    value = divergence(*own, kind=kind, beta=beta, impl=impl)
+    assert error(value, expected) < 1e-5
+    for got, want in zip(gradients(value, own, weights), expected_grads, strict=True):
+        assert error(got, want) < 1e-5
+
+
 INFINITE = {"forward_kl": (True, False), "reverse_kl": (False, True), "js": (False, False)}
 
 

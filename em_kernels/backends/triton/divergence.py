@@ -85,8 +85,8 @@ def ratios(p, q, delta, mixed, kind: tl.constexpr):
 
 @triton.jit
 def load_pair(x, y, rows, other_rows, start, valid, constants, known, how, other_how):
-    """(p, q, delta, slopes) of a block. With one c, delta is that of u - w, which is exact where p
-    and q are close, and of halves finite."""
+    """(p, q, delta, slopes) of a block. Of rows of one c with near maxima, delta is that of u - w,
+    which is exact where p and q are close, and of halves finite."""
     m, log1p_r, other_m, other_log1p_r, gap = known
     u, slope = load_u(x, rows, 0, start, valid - start, constants[0], how)
     w, other_slope = load_u(y, other_rows, 0, start, valid - start, constants[1], other_how)
@@ -94,11 +94,9 @@ def load_pair(x, y, rows, other_rows, start, valid, constants, known, how, other
     d, other_d = apart_by(u, m, c, how), apart_by(w, other_m, other_c, other_how)
     p = exp(near(d)) * exp(-log1p_r)
     q = exp(near(other_d)) * exp(-other_log1p_r)
-    delta = (0.5 * u - 0.5 * w) - (0.5 * m - 0.5 * other_m)
-    if how.tempered or other_how.tempered:
-        delta = tl.where(c == other_c, delta * c * 2, d - other_d)
-    else:
-        delta = delta * 2
+    lead = 0.5 * m - 0.5 * other_m
+    same = (c == other_c) & (tl.abs(lead * c) <= 0.5)
+    delta = tl.where(same, ((0.5 * u - 0.5 * w) - lead) * c * 2, d - other_d)
     return p, q, delta - gap, slope, other_slope
 
 
