@@ -241,7 +241,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--cap", type=float, default=16, help="GB (1e9 bytes) a case may have")
     parser.add_argument("--out", default="benchmark-output", help="folder of the rows")
-    parser.add_argument("--small", action="store_true", help="a model of 0.1 M, to try it")
+    parser.add_argument("--small", action="store_true", help="a model of 2 M, to try it")
     parser.add_argument("--one", action="store_true", help="in this process; prints the row")
     return parser.parse_args(arguments)
 
