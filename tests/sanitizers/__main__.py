@@ -26,7 +26,10 @@ HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "sanitize"
 KERNELS = tuple(
     f"tests/backends/test_{name}.py"
-    for name in ("cpu_kernels", "cpu_threads", "above", "divergence_kernels", "float16")
+    for name in (
+        *("cpu_kernels", "cpu_halves", "cpu_units", "cpu_threads"),
+        *("above", "divergence_kernels", "float16"),
+    )
 )
 FAULT = 66  # the exit code of a process in which a fault was found
 
