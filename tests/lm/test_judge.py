@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -232,22 +231,32 @@ def test_clusters_take_a_judge_or_same():
 
 @pytest.fixture
 def fresh_process(monkeypatch):
-    """math-verify's process, started here and ended with the test, and a short limit."""
+    """math-verify's process, started here and ended with the test."""
     pool = process._Pool()
     monkeypatch.setattr(process, "_pool", pool)
-    monkeypatch.setattr(judging, "TIME_LIMIT_SECONDS", 1)
+    monkeypatch.setattr(judging, "TIME_LIMIT_SECONDS", 60)  # of a busy machine
     judging._by_math_verify.cache_clear()
     yield pool
     pool.end()
 
 
+@pytest.fixture
+def short_limit(fresh_process, monkeypatch):
+    """Of a judge, for what takes too long."""
+    monkeypatch.setattr(judging, "TIME_LIMIT_SECONDS", 1)
+
+
+def works(i: int) -> bool:
+    return process.equal(f"x + {i}", f"{i} + x", 60)
+
+
 @needs_math_verify
-def test_threads_have_the_limit_each(fresh_process):
+def test_threads_have_the_limit_each(fresh_process, short_limit):
     judge, verdicts = make_judge("math-verify"), {}
 
     def ask(i):
         slow = judge(boxed(f"{SLOW} + {i}"), "5")
-        verdicts[i] = slow, process.equal(f"x + {i}", f"{i} + x", 60)
+        verdicts[i] = slow, works(i)
 
     threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(1, 7)]
     for thread in threads:
@@ -259,18 +268,18 @@ def test_threads_have_the_limit_each(fresh_process):
 
 
 @needs_math_verify
-def test_the_process_survives_what_ends_an_answer(fresh_process):
+def test_the_process_survives_what_ends_an_answer(fresh_process, short_limit):
     judge = make_judge("math-verify")
-    assert judge(boxed("1+x"), "x+1")
-    begun, server = time.monotonic(), fresh_process.server
+    assert works(1)
+    server = fresh_process.server
     assert not judge(boxed(SLOW), "5") and not judge(boxed("10^{10^{10}}"), "5")
-    assert time.monotonic() - begun < 120  # the limit, 1 s here, ended both
-    assert judge(boxed("2+x"), "x+2") and fresh_process.server is server
+    assert not fresh_process.lines  # neither was answered
+    assert works(2) and fresh_process.server is server
     server.process.kill()
     server.process.wait()
-    assert judge(boxed("3+x"), "x+3")
+    assert works(3)
     fresh_process.idle.clear()
-    assert judge(boxed("4+x"), "x+4") and fresh_process.server is not server
+    assert works(4) and fresh_process.server is not server
 
 
 @needs_math_verify
@@ -292,7 +301,8 @@ def test_a_fork_has_its_own_process(fresh_process):
 def test_nothing_is_left_of_a_script_from_standard_input():
     script = (
         "from em_kernels.evaluator import make_judge\n"
-        "from em_kernels.lm.judge import process\n"
+        "from em_kernels.lm.judge import judges, process\n"
+        "judges.TIME_LIMIT_SECONDS = 60\n"
         "assert make_judge('math-verify')('\\\\boxed{x+1}', '1+x')\n"
         "print(process._pool.server.process.pid)\n"
     )

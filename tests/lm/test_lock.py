@@ -17,11 +17,11 @@ from em_kernels.lm import lock
 from em_kernels.lm.lock import LOCK, Holder, InUseError, held, started
 
 HOLD = """
-import runpy, sys, time
+import runpy, sys
 held = runpy.run_path(sys.argv[2])["held"]  # without torch, which takes long
 with held(sys.argv[1], "a test"):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until it is killed
 """
 
 
@@ -29,12 +29,12 @@ with held(sys.argv[1], "a test"):
 def other(tmp_path):
     """A process that holds the folder."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), lock.__file__]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def write(folder, **changes) -> Holder:
@@ -141,21 +141,22 @@ def try_to_hold(folder, barrier, results) -> None:
     try:
         with held(folder, "one of several"):
             results.put("held")
-            time.sleep(1)
+            barrier.wait()  # until all have tried
     except InUseError:
         results.put("refused")
+        barrier.wait()
 
 
 def test_of_several_that_find_a_stale_one_at_once_one_gets_it(tmp_path):
     write(tmp_path, pid=2**22 + 1)
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(6), context.Queue()
+    barrier, results = context.Barrier(6, timeout=600), context.Queue()
     processes = [
         context.Process(target=try_to_hold, args=(tmp_path, barrier, results)) for _ in range(6)
     ]
     for process in processes:
         process.start()
-    found = sorted(results.get(timeout=60) for _ in processes)
+    found = sorted(results.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
     assert found == ["held"] + ["refused"] * 5
