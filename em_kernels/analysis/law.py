@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from em_kernels.analysis.metrics import read_metrics
+from em_kernels.evaluator.records import SETTINGS, EvalError
 from em_kernels.evaluator.statistics import CONFIDENCE, Interval, fit_entropy_law, require_scipy
 from em_kernels.evaluator.summary import summarise
 from em_kernels.lm.data import is_number
@@ -140,6 +141,11 @@ def points_of(folder: str | Path) -> Points:
     folder = Path(folder)
     if (folder / METRICS_FILE).is_file():
         return _of_run(folder)
+    if folder.is_dir() and not (folder / SETTINGS).is_file():
+        raise EvalError(
+            f"{folder} is neither an evaluation nor a training run: it has no {SETTINGS} and no "
+            f"{METRICS_FILE}"
+        )
     drawn = [at for at in summarise(folder)["temperatures"] if at["temperature"] > 0]
     points = [
         (f"{folder.name}, T = {at['temperature']:g}", at["entropy"], at["mean"]["mean"])

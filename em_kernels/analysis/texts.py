@@ -77,6 +77,13 @@ class Texts:
             count += 1
             yield text
 
+    @property
+    def why_none(self) -> str:
+        """In words, where a read has given none."""
+        told = [f"{number} left out: {reason}" for reason, number in self.left_out.items()]
+        at = "" if self.drawn_at is None else f" at {temperature(self.drawn_at)}"
+        return "; ".join(told) or f"it has none{at}"
+
     def _unusable(self, text: Text) -> str | None:
         if not text.answer:
             return "no tokens in the answer"

@@ -172,7 +172,7 @@ def _read_all(model, head: Head, texts: Texts, path: Path, more: tuple, done: se
             read += len(batch)
             bar.advance(len(batch))
     if not read:
-        raise ValueError(f"{texts.source}: no text can be read: {dict(texts.left_out)}")
+        raise ValueError(f"{texts.source}: no text can be read, {texts.why_none}")
 
 
 def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -217,6 +217,7 @@ def _add_law(kinds, add_common: AddCommon) -> None:
     parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
     parser.add_argument(
         "--first",
+        dest="share",
         type=float,
         metavar="SHARE",
         help="of training runs: fit the first share of the updates too, such as 0.2, and predict "
@@ -227,7 +228,7 @@ def _add_law(kinds, add_common: AddCommon) -> None:
 
 
 def _law(arguments: argparse.Namespace) -> int:
-    if arguments.first is not None:
+    if arguments.share is not None:
         for folder in arguments.folders:
             if not (Path(folder) / METRICS_FILE).is_file():
                 raise ValueError(f"--first is for training runs, {folder} has no {METRICS_FILE}")
@@ -235,9 +236,9 @@ def _law(arguments: argparse.Namespace) -> int:
     points = [point for found in runs.values() for point in found.points]
     left_out = sum((Counter(found.left_out) for found in runs.values()), Counter())
     law = entropy_law(points, dict(left_out))
-    if arguments.first is not None:
+    if arguments.share is not None:
         known = {folder: found.points for folder, found in runs.items()}
-        law["forecasts"] = predict_runs(known, arguments.first)
+        law["forecasts"] = predict_runs(known, arguments.share)
     return _done(arguments.output or arguments.folders[0], {"law": law})
 
 

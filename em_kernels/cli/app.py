@@ -20,6 +20,7 @@ import torch
 
 import em_kernels
 from em_kernels.cli.evaluate import add_commands
+from em_kernels.cli.messages import as_typed
 from em_kernels.cli.options import quiet_transformers
 from em_kernels.cli.parser import FAILED, Parser, short_warnings
 from em_kernels.lm.lock import InUseError
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.refuse_unknown(unknown)
     try:
         _check_not_empty(arguments)
-        with short_warnings():
+        with short_warnings(lambda text: as_typed(text, arguments)):
             return arguments.command(arguments)
     except RankError as error:  # the rank that failed says why, where it still can
         if isinstance(error, LostRankError):
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if arguments.traceback:
             traceback.print_exc()
-        return _failed(one_line(error, None))
+        return _failed(as_typed(one_line(error, None), arguments))
     except Exception as error:  # nobody has thought of it: a fault here, or a file that is odd
         if arguments.traceback:
             traceback.print_exc()

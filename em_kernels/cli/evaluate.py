@@ -21,6 +21,7 @@ from em_kernels.evaluator.records import EvalError, read_settings, write_json
 from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
 from em_kernels.evaluator.summary import compare_folders, records_of
+from em_kernels.lm.settings import not_negative
 
 
 def add_commands(commands, add_common: AddCommon) -> None:
@@ -116,6 +117,7 @@ def _select(arguments: argparse.Namespace) -> int:
         raise ValueError("--by variance needs answers; with --unlabelled rank by another signal")
     if arguments.temperature == 0:
         raise EvalError("--temperature must be above 0: greedy answers do not vary")
+    not_negative("temperature", arguments.temperature)
     check_top(arguments.top)
     quiet_transformers()
     path = Path(arguments.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -40,11 +40,12 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def short_warnings() -> Iterator[None]:
-    """A warning is one line, like an error, without the place in the code that gave it."""
+def short_warnings(shown: Callable[[str], str] = str) -> Iterator[None]:
+    """A warning is one line, like an error, without the place in the code that gave it; `shown` is
+    what becomes of the text."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: (
-        f"em-kernels: warning: {one_line(Warning(message), None)}\n"
+        f"em-kernels: warning: {shown(one_line(Warning(message), None))}\n"
     )
     try:
         yield

@@ -36,6 +36,8 @@ def read_settings(folder: str | Path) -> dict:
         EvalError: there is none, or it is not as an evaluation writes it.
     """
     path = Path(folder) / SETTINGS
+    if not path.parent.exists():
+        raise EvalError(f"no such folder: {folder}")
     if not path.is_file():
         raise EvalError(f"{folder} is not an evaluation: it has no {SETTINGS}")
     try:

@@ -101,11 +101,11 @@ def _temperatures(name: str, values) -> tuple[float, ...]:
     if not values:
         raise ValueError(
             f"{name} must have one at least, got none: --no-greedy leaves out 0, and no other is "
-            "named"
+            "given"
         )
     if len(set(values)) < len(values):
         raise ValueError(f"{name} must be different numbers, got {values}")
-    return tuple(not_negative("temperature", value) for value in values)
+    return tuple(not_negative(name, value) for value in values)
 
 
 @documented
@@ -171,7 +171,8 @@ class EvalConfig:
             find_template(self.template)
         if self.answer_field is not None and not self.labelled:
             raise ValueError(
-                f"answer_field must be None where labelled is False, got {self.answer_field!r}"
+                f"answer_field is for problems with answers, got {self.answer_field!r} for "
+                "problems without: leave it out"
             )
 
     @property

@@ -89,7 +89,7 @@ def encode_prompt(tokenizer, prompt: Prompt, chat: Chat = PLAIN) -> list[int]:
 
 
 def _check_bare(turns: Sequence[Turn], chat: Chat) -> None:
-    remedy = "give the tokenizer a chat_template, or put the text into template (--template)"
+    remedy = "give the tokenizer a chat_template, or put the text into `template`"
     if chat.template_kwargs:
         raise ValueError(
             "chat_template_kwargs are for a tokenizer with a chat template, this one has none: "
@@ -119,9 +119,9 @@ def _through_template(tokenizer, turns: Sequence[Turn], values: Mapping[str, Any
         raise
     except Exception as error:  # of Jinja, or of Python inside the template
         roles = ", ".join(turn.role for turn in turns)
-        remedy = "one that wants a system turn is given it by system (--system TEXT)"
+        remedy = "one that wants a system turn is given it by `system`"
         if turns[0].role == "system":
-            remedy = "one that takes no system turn wants its text in template (--template) instead"
+            remedy = "one that takes no system turn wants its text in `template` instead"
         raise ValueError(
             f"the tokenizer's chat template refuses a chat of {roles}: {one_line(error)}; {remedy}"
         ) from error
@@ -132,10 +132,10 @@ def _check_read(tokenizer, values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in reads:
             near = did_you_mean(name, reads)
-            only = f"only {', '.join(map(repr, sorted(reads)))}" if reads else "and nothing else"
+            besides = ", ".join(map(repr, sorted(reads))) or "nothing"
             raise ValueError(
-                f"chat_template_kwargs: the tokenizer's chat template does not read {name!r}, "
-                f"{only}{near}; leave it out"
+                f"chat_template_kwargs: {name!r} is not read by the tokenizer's chat template, "
+                f"which reads {besides} besides the messages{near}; leave it out"
             )
 
 

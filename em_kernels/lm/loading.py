@@ -33,7 +33,7 @@ def reason_of(error: BaseException, trust: bool = True, silent: str = "") -> str
     if not trust and "trust_remote_code" in causes:
         return (
             "it brings Python code of its own, which is not run: read the code, and give "
-            "--trust-remote-code (trust_remote_code=True) if you trust it"
+            "trust_remote_code=True if you trust it"
         )
     if "weights_only" in causes or "Weights only load failed" in causes:
         return f"its pickled weights hold {refused_pickle(causes)}, and only tensors are read"
@@ -62,6 +62,6 @@ def check_kernels(model: str, config, trust: bool) -> None:
             if not trust and isinstance(named, str) and "/" in named:
                 raise ModelError(
                     f"the config of {model!r} has {name[1:]} {named!r}, code from the hub, which "
-                    "is not run: take that out of its config.json, or give --trust-remote-code "
-                    "(trust_remote_code=True) if you trust it"
+                    "is not run: take that out of its config.json, or give trust_remote_code=True "
+                    "if you trust it"
                 )

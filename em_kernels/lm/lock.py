@@ -91,6 +91,8 @@ def held(folder: str | Path, doing: str, name: str = LOCK) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, and must be a folder or not there yet")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,8 @@ def check_float(name: str, value: Any, good: Callable[[float], bool], rule: str)
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if choices == (None,) and value is not None:
+        raise ValueError(f"{name} must be left out here, got {value!r}")
     if value not in choices:
         near = did_you_mean(str(value), [one for one in choices if isinstance(one, str)])
         raise ValueError(f"{name} must be one of {choices}, got {value!r}{near}")

@@ -106,11 +106,14 @@ def merge_checkpoint(
     read where they alone hold the weights.
 
     Raises:
+        FileNotFoundError: `checkpoint` is no folder.
         ValueError: `checkpoint` has no parts and is no adapter, or `output` is there already.
         ModelError: the model below the adapter is not there, or the two cannot be merged.
         CheckpointError: the parts cannot be read.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"no such folder: {checkpoint}")
     if not (checkpoint / SHARDS).is_dir() and not has_adapter(checkpoint):
         raise ValueError(
             f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
@@ -130,7 +133,10 @@ def merge_checkpoint(
 def check_free(folder: Path) -> None:
     """A new run must not mix with another."""
     if (folder / CONFIG_FILE).exists() or newest_checkpoint(folder):
-        raise ValueError(f"output {folder} holds a run already: resume it or choose another folder")
+        raise ValueError(
+            f"output must be a new folder, {folder} holds a run already: resume it, or choose "
+            "another folder"
+        )
 
 
 def write_config(folder: Path, config: TrainConfig, adapter: dict | None = None) -> None:
@@ -150,7 +156,9 @@ def read_config(folder: str | Path) -> TrainConfig:
     """The settings a run was started with."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no run to resume in {folder}: it has no {CONFIG_FILE}")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}")
+        raise FileNotFoundError(f"{folder} is no training run: it has no {CONFIG_FILE}")
     values = read_json_object(path)
     try:
         return (RLConfig if "objective" in values else TrainConfig).from_written(values)
@@ -163,7 +171,7 @@ def read_config(folder: str | Path) -> TrainConfig:
 
 _REMEDY = (
     "put the file back as the run wrote it, or begin a new run from the weights of a checkpoint "
-    "(--model)"
+    "(`model`)"
 )
 _NUMBERS = ("loss", "mean_entropy", "response_length")
 

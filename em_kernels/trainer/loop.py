@@ -192,10 +192,12 @@ def _run_updates(
 
 def _nothing_done(run: Run) -> str:
     """Of a run that was resumed at its end."""
-    made = f"no update was made: the run in {run.folder} has made {run.done}"
-    if run.done < run.config.updates:
-        return f"{made}, and its entropy or skewness has ended it (stop_entropy, stop_skew)"
-    return f"{made} of {run.config.updates}; to go on give more updates (--updates)"
+    made, asked = f"the run in {run.folder} has {run.done}", run.config.updates
+    if run.done < asked:
+        why = "and its entropy or skewness has ended it (stop_entropy, stop_skew)"
+        return f"no update was made: {made}, {why}"
+    wanted = "all of them" if run.done == asked else f"more than the {asked} asked for"
+    return f"no update was made: {made}, {wanted}; to go on give `updates` above {run.done}"
 
 
 @contextmanager

@@ -268,9 +268,10 @@ class RLConfig(ObjectiveSettings):
         needing = [p for p in self.policies if self.reward_of(p) in NEED_ANSWERS]
         missing = next((task.problem for task in tasks if task.answer is None), None)
         if needing and missing is not None:
+            where = f" in {self.answer_field!r} (answer_field)" if self.answer_field else ""
             raise ValueError(
                 f"problems need answers for the reward {self.reward_of(needing[0])!r}, "
-                f"none for {missing[:60]!r}"
+                f"none for {missing[:60]!r}{where}"
             )
         return tasks
 

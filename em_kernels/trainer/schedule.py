@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from em_kernels.lm.text import did_you_mean
 from em_kernels.objectives.bonus import next_entropy_coef
 from em_kernels.objectives.repo import next_zeta
 
@@ -63,7 +64,7 @@ def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage
         stages.append(_stage(part, number == len(parts), updates - _total(stages), known))
     if _total(stages) != updates:
         raise ValueError(
-            f"schedule {text!r} has {_total(stages)} updates in all, but updates is {updates}"
+            f"schedule {text!r} has {_total(stages)} updates in all, but `updates` is {updates}"
         )
     return tuple(stages)
 
@@ -86,7 +87,10 @@ def _split_names(text: str, known: Sequence[str]) -> tuple[str, ...]:
     names = (text,) if text in known else tuple(text.split("+", 1))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"objective must be one of {tuple(known)}, got {unknown[0]!r}")
+        raise ValueError(
+            f"objective must be one of {tuple(known)}, got {unknown[0]!r}"
+            + did_you_mean(unknown[0], known)
+        )
     if len(names) == 2 and (names[0] != "em" or names[1] == "em"):
         raise ValueError(f"schedule: two objectives at once are em+NAME, got {text!r}")
     return names

@@ -184,7 +184,7 @@ def check_facts(
                 f"{checkpoint}: {what} are not those that it was written with, but of another run "
                 "or update: put back what belongs there, resume "
                 "from an earlier checkpoint (remove this one), or begin a new run from its weights "
-                "(--model)"
+                "(`model`)"
             )
 
 

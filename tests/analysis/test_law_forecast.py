@@ -100,7 +100,7 @@ def test_analyze_law_predicts_each_run(tmp_path, capsys):
         assert row["run"] in printed and f"{row['predicted']['mean']:.3f} [" in printed
     assert (tmp_path / "law" / "law.png").stat().st_size > 10_000
     assert cli.main([*given, "--first", "0.1"]) == 2
-    assert f"{folders[0]}: share=0.1 of 20 points is 2" in capsys.readouterr().err
+    assert f"{folders[0]}: --first 0.1 of 20 points is 2" in capsys.readouterr().err
 
 
 def test_first_is_for_runs(tmp_path, capsys):

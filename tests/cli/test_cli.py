@@ -260,11 +260,13 @@ def test_errors_of_train(model, problems, tmp_path, capsys):
     assert "prompt must be Unicode text" in error_of(capsys, *given, "--prompt", "1 \udcff")
     assert "--prompt or --prompts, not both" in error_of(capsys, *given, *both)
     assert "no such file: nothing.jsonl" in error_of(capsys, *given, "--prompts", "nothing.jsonl")
-    assert "loss_temperature must be positive" in error_of(capsys, *given, "--loss-temperature", -1)
+    assert "--loss-temperature must be positive" in error_of(
+        capsys, *given, "--loss-temperature", -1
+    )
     assert "no such folder: ./nothing" in error_of(
         capsys, "train", "--model", "./nothing", "--output", run
     )
-    assert "no run to resume in" in error_of(capsys, "train", "--resume", run)
+    assert f"no such folder: {run}" in error_of(capsys, "train", "--resume", run)
     assert not run.exists()
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1"}\n{"prompt": 1\n')

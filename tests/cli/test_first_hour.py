@@ -139,7 +139,7 @@ def test_every_command_on_every_architecture(number, name, problems, tmp_path, c
 
 def test_a_template_that_wants_a_system_turn_says_so(problems, tmp_path, capsys):
     folder = save(tmp_path / "m", "Llama", SYSTEM_ONLY)
-    wanted = "refuses a chat of user: Begin with a system turn; .*--system TEXT"
+    wanted = "refuses a chat of user: Begin with a system turn; .* given it by --system"
     for command in (["train", "--output", tmp_path / "run"], ["eval", "--problems", problems]):
         error = error_of(capsys, *command, "--model", folder, "--quiet")
         assert re.search(wanted, error)
@@ -206,11 +206,11 @@ def test_words_that_are_mistyped(model, capsys):
 def test_flags_that_leave_nothing_to_do_or_name_nothing(model, problems, capsys):
     asked = ["eval", "--model", model, "--problems", problems, "--quiet"]
     error = error_of(capsys, *asked, "--temperatures", 0, "--no-greedy")
-    assert "temperatures must have one at least, got none: --no-greedy leaves out 0" in error
+    assert "--temperatures must have one at least, got none: --no-greedy leaves out 0" in error
     assert "no such file or folder: /nosuch" in error_of(capsys, "analyze", "tokens", "/nosuch")
     both = ["--objective", "grpo", "--problems", problems, "--prompt", "x"]
     error = error_of(capsys, "train", "--model", model, "--output", "o", *both)
-    assert "prompts is for the objectives 'em' and 'opd', got ('x',) for 'grpo'" in error
+    assert "--prompt is for the objectives 'em' and 'opd', got ('x',) for 'grpo'" in error
     assert "--model must be given" in error_of(capsys, "eval", "--problems", problems)
 
 

@@ -296,7 +296,7 @@ def test_fields_are_named_in_both(tmp_path):
         load_problems(wrong)
     with pytest.raises(ValueError, match="problem_field must be None where problems are pairs"):
         RLConfig(problems=(("1", "1"),), problem_field="ask")
-    with pytest.raises(ValueError, match="answer_field must be None where labelled is False"):
+    with pytest.raises(ValueError, match="answer_field is for problems with answers"):
         EvalConfig("m", path, "o", answer_field="ask", labelled=False)
 
 

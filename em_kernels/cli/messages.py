@@ -1,0 +1,67 @@
+"""Messages name settings, as a caller in Python does; on the command line a setting is a flag."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from em_kernels.trainer.checkpoint import CONFIG_FILE
+
+_WORD = r"[A-Za-z][A-Za-z0-9_]*"
+_FLAG = r" \(--[\w-]+\)"  # where a message that is written to a file has both
+_TOLD = r"'[^']*'|\"[^\"]*\"|-?[\w.+-]*\w"
+_PLACES = re.compile(
+    rf"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)"  # what was received stays as it is
+    rf"|`(?P<marked>{_WORD})`(?:{_FLAG})?"
+    rf"|(?<![\w./-])(?P<told>{_WORD})=(?P<value>{_TOLD})"
+    rf"|(?<![\w./'-])(?P<name>{_WORD})(?![\w/'-]|\.\w)(?:{_FLAG})?"
+)
+_FIRST = re.compile(r"\s(must|is for|cannot change|cannot be)\b|:\s")
+
+
+def in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """The message with the flags, by the names of settings, in the place of these.
+
+    A name is one where it has an underscore, stands in `backticks`, has a value (name=value) or
+    begins a sentence about what it must be; other words, and what is quoted, stay as they are.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        name = found["marked"] or found["told"] or found["name"]
+        if name is None or name not in flags:
+            return found[0]
+        if found["told"]:
+            return _given(flags[name], found["value"])
+        begins = text[: found.start()].endswith(": ") or found.start() == 0
+        is_first = begins and _FIRST.match(text, found.end())
+        return flags[name] if found["marked"] or "_" in name or is_first else found[0]
+
+    return _PLACES.sub(replaced, text)
+
+
+def _given(flag: str, value: str) -> str:
+    """--flag value, as one types it."""
+    switch = {"True": flag, "False": f"--no-{flag[2:]}", "None": f"no {flag}"}
+    return switch.get(value) or f"{flag} {value.strip(chr(39) + chr(34))}"
+
+
+def as_typed(text: str, arguments: argparse.Namespace) -> str:
+    """The message in the flags of the command; of what a file of settings says, in those that were
+    given on top of it."""
+    actions = arguments.parser._option_string_actions
+    flags = {action.dest: flag for flag, action in reversed(actions.items())}
+    if getattr(arguments, "prompt", None) is not None:  # `prompts` then are these
+        flags["prompts"] = flags["prompt"]
+    else:
+        flags.pop("prompt", None)
+    if any(file in text for file in _files(arguments)):
+        flags = {name: f for name, f in flags.items() if getattr(arguments, name, None) is not None}
+    return in_flags(text, flags)
+
+
+def _files(arguments: argparse.Namespace) -> list[str]:
+    folder, file = (getattr(arguments, name, None) for name in ("resume", "config"))
+    files = [] if folder is None else [str(Path(folder) / CONFIG_FILE)]
+    return files if file is None else [*files, file]
