@@ -69,7 +69,7 @@ def test_thinking_is_switched():
 def test_what_the_template_does_not_read_is_refused():
     wrong = {"enable_thinkin": False}
     with pytest.raises(
-        ValueError, match="'enable_thinkin' is not read .* reads 'enable_thinking', 'thin"
+        ValueError, match=r"'enable_thinkin' is not read .* reads 'enable_thinking', 'thin"
     ):
         words(THINKS, template_kwargs=wrong)
     with pytest.raises(ValueError, match="did you mean enable_thinking"):

@@ -91,7 +91,7 @@ def test_the_settings_of_a_resumed_run_cannot_change(tmp_path):
         run(dataclasses.replace(config, learning_rate=0.5), resume=True)
     with pytest.raises(ValueError, match="holds a run already"):
         run(config)
-    with pytest.raises(FileNotFoundError, match="no such folder|is no training run"):
+    with pytest.raises(FileNotFoundError, match="is no training run"):
         run(dataclasses.replace(config, output=str(tmp_path / "nothing")), resume=True)
 
 
