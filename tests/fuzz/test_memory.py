@@ -64,6 +64,7 @@ def operands(dtype: torch.dtype, device: str):
 
 def calls_of(impl: str, device: str) -> dict[str, Callable[[], None]]:
     x, h, w, y, ones = operands(torch.float32, device)
+    half, half_w = (z.detach().bfloat16().requires_grad_() for z in (h, w))
     options = dict(impl=impl)
 
     def backward(total: torch.Tensor, *inputs: torch.Tensor) -> None:
@@ -78,6 +79,11 @@ def calls_of(impl: str, device: str) -> dict[str, Callable[[], None]]:
             em.linear_softmax_stats(h, w, y, chunk_tokens=2, **options).logprob.sum(), h, w
         ),
         "linear_entropy_loss": lambda: backward(em.linear_entropy_loss(h, w, **options), h, w),
+        "16-bit head": lambda: backward(
+            em.linear_entropy_loss(half, half_w, logits_dtype=torch.float32, **options),
+            half,
+            half_w,
+        ),
         "divergence": lambda: backward(em.divergence(x, 2 * x, kind="js", **options).sum(), x),
         "linear_divergence_loss": lambda: backward(
             em.linear_divergence_loss(h, w, h, w.detach(), token_weight=ones, **options).loss, h, w
