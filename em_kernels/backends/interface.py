@@ -59,7 +59,7 @@ class TokenStats(NamedTuple):
         logprob: l_y.
         entropy: H = -sum p l.
         lse: log sum exp z.
-        varentropy: sum p l^2 - H^2.
+        varentropy: sum p l^2 - H^2, in float32 to 2e-6 of itself or of (sum p z - max z)^2.
         collision: sum p^2.
         max_prob: max p.
         is_top1: y is the first argmax (bool).

@@ -69,30 +69,40 @@ def true_gradient(x: Tensor, spec: RowSpec, upstream: Upstream) -> Tensor:
     return out
 
 
-def check_rows(got: dict, want: dict, dtype: torch.dtype, condition: dict | None = None) -> None:
-    """Every row result that there is; NaN and infinities must be the same ones."""
+def check_rows(
+    got: dict, want: dict, dtype: torch.dtype, condition: dict | None = None, size: float = 0.0
+) -> None:
+    """Every row result that there is; NaN and infinities must be the same ones. `size`: of all."""
     condition = {**CONDITION, **(condition or {})}
     for name, row in got.items():
         assert row.dtype == accumulate_dtype(dtype) and row.shape == want[name].shape, name
         limit = LIMIT[row.dtype] * condition.get(name, 1)
-        check_row(row, want[name], limit, SIZE.get(name, 0.0), name)
+        least: float | Tensor = max(size, SIZE.get(name, 0.0))
+        if name == "varentropy":  # the mean of d^2 less that of d, squared
+            least = want["mean_d"].square().clamp(min=size)
+        check_row(row, want[name], limit, least, name)
 
 
-def check_row(got: Tensor, want: Tensor, limit: float, size: float = 0.0, name: str = "") -> None:
+def check_row(
+    got: Tensor, want: Tensor, limit: float, size: float | Tensor = 0.0, name: str = ""
+) -> None:
     got, want = got.double().cpu(), want.double().cpu()
     finite = want.isfinite()
     torch.testing.assert_close(got[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
+    least = torch.as_tensor(size, dtype=torch.float64).cpu().expand_as(want)[finite]
     got, want = got[finite], want[finite]
-    excess = (got - want).abs() - limit * want.abs().clamp(min=size)
+    excess = (got - want).abs() - limit * torch.maximum(want.abs(), least)
     assert bool((excess <= 0).all()), f"{name}: {got.tolist()} for {want.tolist()}"
 
 
-def check_gradient(out: Tensor, want: Tensor, limit: float | None = None) -> None:
-    """Row by row; NaN must be where it is in the truth."""
+def check_gradient(
+    out: Tensor, want: Tensor, limit: float | None = None, size: float = 0.0
+) -> None:
+    """Row by row, each of `size` at least; NaN must be where it is in the truth."""
     limit = GRADIENT[out.dtype] if limit is None else limit
     got, want = out.double().cpu().flatten(0, -2), want.double().cpu().flatten(0, -2)
     assert torch.equal(got.isnan(), want.isnan())
     error = (got - want).nan_to_num().norm(dim=-1)
     floor = SUBNORMAL.get(out.dtype, 0.0) * math.sqrt(out.shape[-1])
-    excess = error - limit * want.nan_to_num().norm(dim=-1) - floor
+    excess = error - limit * want.nan_to_num().norm(dim=-1).clamp(min=size) - floor
     assert bool((excess <= 0).all()), f"{error.tolist()}: {excess.amax().item():.3g} too much"

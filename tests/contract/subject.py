@@ -31,6 +31,7 @@ class Subject(NamedTuple):
     bfloat16: float = 4e-3  # of its gradients: see closeness.GRADIENT
     denormal16: bool = True  # it reads denormal numbers of bfloat16
     condition: dict | None = None  # where its sums lose more than closeness.CONDITION
+    size: float = 0.0  # of z, where that is what rounding counts by: u of a bias or a softcap
 
     def make(self, rows: int, vocab: int, dtype=torch.float32, **options):
         """(logits (1, rows, vocab), spec, upstream) of random numbers"""
@@ -74,21 +75,22 @@ class Subject(NamedTuple):
         every, grad = self.stats(x, spec), self.grad(x, spec, upstream)
         some, fused = self.loss(x, spec, upstream, first)
         for rows in (every, self.stats(x, spec, first), some):
-            check_rows(rows, want, x.dtype, self.condition)
+            check_rows(rows, want, x.dtype, self.condition, self.size)
         for out in (grad, fused):
             self.check_gradient(out, true_gradient(x, spec, upstream))
         given = x.clone()
         self.loss(given, spec, upstream, first, given)
         assert same_bits(given, fused)
         rows, out = self.loss(x, spec, upstream, outputs)
-        check_rows(rows, want, x.dtype, self.condition)
+        check_rows(rows, want, x.dtype, self.condition, self.size)
         self.check_gradient(out, true_gradient(x, spec, upstream))
         if self.fused:
             assert all(same_bits(rows[name], every[name]) for name in rows)
             assert same_bits(out, grad) and same_bits(fused, grad)
 
     def check_gradient(self, out: Tensor, want: Tensor) -> None:
-        check_gradient(out, want, self.bfloat16 if out.dtype == torch.bfloat16 else None)
+        limit = self.bfloat16 if out.dtype == torch.bfloat16 else None
+        check_gradient(out, want, limit, self.size)
 
 
 def pick(values, rows):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from contract.closeness import CONDITION, LIMIT, check_gradient
+from contract.closeness import CONDITION, LIMIT, check_gradient, exact
 from contract.subject import DTYPES, Subject, misaligned, pick
 from divergences import KINDS
 from helpers import FAST_IMPLS, ROWWISE_IMPLS, same_bits
-from hypothesis import given, note
+from hypothesis import example, given, note
 
 import em_kernels as em
-from em_kernels.backends import choice
+from em_kernels.backends import choice, reference
 from em_kernels.backends.interface import RowSpec, Upstream, accumulate_dtype
 from fuzz.budget import FACTOR, examples
 
@@ -60,12 +60,37 @@ def subject_of(impl: str, device: str) -> Subject:
     return Subject(choice.backend(impl, torch.device(device)), device, condition=CONDITION)
 
 
+def size_of(x: torch.Tensor, spec: RowSpec) -> float:
+    """The largest z of rows whose u is rounded; 0 of others, where u is an entry of x."""
+    if spec.bias is None and not spec.softcap:
+        return 0.0
+    z = reference.transform(x[..., : spec.valid_vocab].double(), exact(spec))
+    return float(z[z.isfinite()].abs().max())
+
+
+def far_behind_one():
+    """The mean of d^2 is 400 times its variance."""
+    x = torch.zeros(1, 1, 2800, dtype=torch.bfloat16)
+    x[0, 0, 1900] = 2.0
+    spec = RowSpec(target=torch.tensor([0]), temperature_rows=torch.tensor([0.999]))
+    return x, spec._replace(valid_vocab=2800), Upstream(*(torch.ones(1) for _ in range(3)))
+
+
+def near_each_other():
+    """Two u that are 3 and 0.01 apart: d has the rounding of the 3."""
+    x, bias = torch.tensor([[[1.3064, 1.0]]]), torch.tensor([0.3932, 0.9734])
+    spec = RowSpec(target=torch.tensor([1]), bias=bias, logit_scale=1.94439, valid_vocab=2)
+    return x, spec, Upstream(*(torch.ones(1) for _ in range(3)))
+
+
 @EACH
 @examples(12)
+@example(case=far_behind_one())
+@example(case=near_each_other())
 @given(case=rows())
 def test_a_backend_gives_what_the_definition_does(impl, device, case):
     x, spec, upstream = case
-    subject = subject_of(impl, device)
+    subject = subject_of(impl, device)._replace(size=size_of(x, spec))
     subject.check(x.to(device), subject.place(spec), subject.place(upstream))
 
 
