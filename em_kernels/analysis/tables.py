@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from em_kernels.lm.text import cut
+
 NONE = "–"
 MEASURES = {
     "kl_to_base": "KL(after ‖ before)",
@@ -78,8 +80,7 @@ def temperature(value: float) -> str:
 
 def short(text: str, length: int = 50) -> str:
     """Without line breaks, cut to at most so many characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return cut(" ".join(text.split()), length)
 
 
 def of(name: str, show: Callable[..., str] = str, **options) -> Cell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from em_kernels.evaluator.summary import records_of
 from em_kernels.lm.chat import PLAIN, Chat, encode_prompt
 from em_kernels.lm.data import fill_template, json_rows, not_unicode
 from em_kernels.lm.settings import check_int
+from em_kernels.lm.text import text_digest
 
 
 class Text(NamedTuple):
@@ -26,7 +26,7 @@ class Text(NamedTuple):
     @property
     def digest(self) -> str:
         """Tells texts of the same key apart."""
-        return hashlib.sha256(repr((self.prompt, self.answer)).encode()).hexdigest()[:16]
+        return text_digest(repr((self.prompt, self.answer)))
 
 
 class Texts:

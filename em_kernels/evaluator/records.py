@@ -3,7 +3,6 @@ can go on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import reprlib
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from em_kernels.lm.data import PLACE, is_count, is_number, json_rows, read_json_object
-from em_kernels.lm.text import UTF8, write_text
+from em_kernels.lm.text import UTF8, text_digest, write_text
 
 Kept = TypeVar("Kept")
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
@@ -117,7 +116,7 @@ def mark(settings: dict, problem: int) -> str:
     of the weights, of all that decides what is drawn, and of the problem."""
     config = {n: v for n, v in settings["config"].items() if n not in ELSEWHERE}
     parts = (settings["weights"], config, settings["problems"][problem])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return text_digest(json.dumps(parts, sort_keys=True))
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -42,7 +42,7 @@ from em_kernels.evaluator.summary import summarise
 from em_kernels.lm.chat import (
     SYSTEM,
     TEMPLATE_KWARGS,
-    Chat,
+    WithChat,
     check_system,
     encode_prompt,
     warn_without_template,
@@ -110,7 +110,7 @@ def _temperatures(name: str, values) -> tuple[float, ...]:
 
 @documented
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(WithChat):
     """Everything that decides what an evaluation does."""
 
     model: str = setting(MISSING, "a model folder or a hub name", check=path_text)
@@ -186,11 +186,6 @@ class EvalConfig:
             split=self.split,
         )
         return found if self.labelled else replace(found, answer=())
-
-    @property
-    def chat(self) -> Chat:
-        """What goes to the model with every prompt."""
-        return Chat(self.system, self.chat_template_kwargs)
 
     @property
     def plan(self) -> Plan:

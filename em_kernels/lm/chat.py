@@ -60,6 +60,17 @@ class Chat:
 PLAIN = Chat()
 
 
+class WithChat:
+    """Of settings that say what goes to the model with every prompt."""
+
+    system: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+    @property
+    def chat(self) -> Chat:
+        return Chat(self.system, self.chat_template_kwargs)
+
+
 def encode_prompt(tokenizer, prompt: Prompt, chat: Chat = PLAIN) -> list[int]:
     """Token ids of the prompt through the chat template, ready for an answer.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from em_kernels.lm.ranks import Ranks
+from em_kernels.lm.text import text_digest
 from em_kernels.ops.dtensor import is_dtensor
 
 
@@ -18,10 +18,8 @@ def digest(parameters: Iterable[tuple[str, Tensor]], settings: str = "") -> str:
 
     Integer sums are the same on every device, and training changes them.
     """
-    found = hashlib.sha256(settings.encode())
-    for name, parameter in (part for named in parameters for part in _parts(*named)):
-        found.update(f"{name} {tuple(parameter.shape)} {int(_bit_sum(parameter))};".encode())
-    return found.hexdigest()[:16]
+    parts = (part for named in parameters for part in _parts(*named))
+    return text_digest(settings + "".join(_told(n, p, int(_bit_sum(p))) for n, p in parts))
 
 
 def digest_over_ranks(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> str:
@@ -35,10 +33,11 @@ def digest_over_ranks(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> st
     total = torch.stack([torch.zeros((), dtype=torch.int64), *(s.cpu() for s in sums)])
     total = total.to(ranks.device or "cpu")
     ranks.sum_tensor(total)
-    found = hashlib.sha256()
-    for (name, tensor), value in zip(held, total[1:].tolist()):
-        found.update(f"{name} {tuple(tensor.shape)} {value};".encode())
-    return found.hexdigest()[:16]
+    return text_digest("".join(_told(*named, v) for named, v in zip(held, total[1:].tolist())))
+
+
+def _told(name: str, tensor: Tensor, bits: int) -> str:
+    return f"{name} {tuple(tensor.shape)} {bits};"
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 from em_kernels.lm.lost_ranks import Watch
+from em_kernels.lm.text import cut
 
 T = TypeVar("T")
 
@@ -169,13 +170,9 @@ def _compare(said: list[dict[str, str]]) -> None:
         for rank, there in enumerate(said):
             if there[name] != here:
                 raise ValueError(
-                    f"ranks must agree: {name} is {_cut(here)} on rank 0, {_cut(there[name])} on "
-                    f"rank {rank}; start every rank with the same"
+                    f"ranks must agree: {name} is {cut(here, 80)} on rank 0, "
+                    f"{cut(there[name], 80)} on rank {rank}; start every rank with the same"
                 )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _rank_device(name: str) -> torch.device:

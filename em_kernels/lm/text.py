@@ -1,7 +1,9 @@
-"""Text files that a stopped process leaves whole; another library's error in a message."""
+"""Text files that a stopped process leaves whole; long texts and other libraries' errors in a
+message; digests."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -50,6 +52,16 @@ def shortened(text: str, word: int = 160, whole: int = 1600) -> str:
 def _ends(text: str, most: int) -> str:
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def cut(text: str, most: int) -> str:
+    """Its beginning, of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def text_digest(text: str) -> str:
+    """16 hexadecimal digits of SHA-256, which tell texts apart."""
+    return hashlib.sha256(text.encode(**UTF8)).hexdigest()[:16]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from em_kernels.lm.text import cut
+
 SHOWN = 60
 
 
@@ -26,8 +28,7 @@ def on(name: str, words: str, good: Callable[[Any], bool]) -> Condition:
 
 
 def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return cut(repr(value), SHOWN)
 
 
 EVERYWHERE = {

@@ -12,8 +12,8 @@ from typing_extensions import Self
 from em_kernels.lm.chat import (
     SYSTEM,
     TEMPLATE_KWARGS,
-    Chat,
     Prompt,
+    WithChat,
     check_prompts,
     check_system,
 )
@@ -62,7 +62,7 @@ NOT_WRITTEN = ("trust_remote_code",)
 
 @documented
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(WithChat):
     """One-shot entropy minimisation as published, unless told otherwise.
 
     An update samples `responses` answers to the prompts from the current model, and takes one
@@ -254,11 +254,6 @@ class TrainConfig:
             raise ValueError(
                 f"reduction must be 'token_mean' with compat='official', got {self.reduction!r}"
             )
-
-    @property
-    def chat(self) -> Chat:
-        """What goes to the model with every prompt."""
-        return Chat(self.system, self.chat_template_kwargs)
 
     @property
     def steps_per_update(self) -> int:

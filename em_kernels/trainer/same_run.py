@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from torch import nn
 
 from em_kernels.lm.fingerprint import digest
+from em_kernels.lm.text import text_digest
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
 
@@ -34,15 +34,14 @@ def weights_and_prompts(
 ) -> dict[str, object]:
     """What they compare then; `loaded` where every rank has the weights already."""
     weights = digest(model.named_parameters()) if loaded else None
-    return {"the weights of model": weights, "the tokens of the prompts": _digest(prompts)}
+    return {
+        "the weights of model": weights,
+        "the tokens of the prompts": text_digest(repr(prompts)),
+    }
 
 
 def _data(config: TrainConfig) -> str:
     found: list[object] = []
     if isinstance(config, RLConfig):
         found = [*config.demonstrations] or [*config.tasks]
-    return f"{len(found)} rows ({_digest(found)})"
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()[:16]
+    return f"{len(found)} rows ({text_digest(repr(found))})"

@@ -6,7 +6,6 @@ others. They load on any number of ranks, and nothing in them is run: tensors al
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from em_kernels.lm.fingerprint import digest_over_ranks
 from em_kernels.lm.loading import reason_of
 from em_kernels.lm.models import SHARDS, updates_of
 from em_kernels.lm.ranks import Ranks
-from em_kernels.lm.text import write_text
+from em_kernels.lm.text import text_digest, write_text
 
 WEIGHTS, OPTIMIZER = "model.", "optimizer.state."
 FACTS = "belongs.json"
@@ -208,7 +207,7 @@ def _facts(
         "update": update,
         "weights": digest_over_ranks(weights, ranks),
         "optimizer": digest_over_ranks(sorted(states.items()), ranks),
-        "metrics": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "metrics": text_digest(text),
     }
 
 

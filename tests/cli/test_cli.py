@@ -16,6 +16,7 @@ import pytest
 import tiny_qwen2
 import torch
 import transformers
+from command_line import error_of
 
 import em_kernels
 from em_kernels import cli
@@ -64,16 +65,6 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 600) -> Non
 def lines_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def error_of(capsys, *arguments: str) -> str:
-    """The one line that a failing command writes to stderr."""
-    assert cli.main(list(map(str, arguments))) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("em-kernels: error: ")
-    assert output.err.count("\n") == 1
-    return output.err
 
 
 def test_train_writes_a_run(model, tmp_path, capsys):

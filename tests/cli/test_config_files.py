@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_qwen2
 import yaml
+from command_line import error_of
 from rl_runs import rl_settings, run_rl
-from test_cli import FAST, error_of, lines_of
+from test_cli import FAST, lines_of
 from trainer_runs import run, settings
 
 from em_kernels import cli

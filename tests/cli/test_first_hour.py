@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from command_line import error_of
 from tiny_qwen2 import TEMPLATE, WORDS, make_tokenizer
 from tiny_qwen2 import save as save_qwen2
 
@@ -90,13 +91,6 @@ def problems(tmp_path) -> Path:
     path = tmp_path / "aime.csv"
     path.write_text("ID,Year,Problem,Answer\n1,2024,a 1,1\n2,2024,a 2,2\n")
     return path
-
-
-def error_of(capsys, *arguments: object) -> str:
-    assert cli.main(list(map(str, arguments))) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("em-kernels: error: ") and error.count("\n") == 1
-    return error
 
 
 def usage_of(capsys, *arguments: str) -> str:

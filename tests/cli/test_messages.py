@@ -7,7 +7,8 @@ import json
 import pytest
 import tiny_qwen2
 import torch
-from test_cli import FAST, error_of
+from command_line import error_of
+from test_cli import FAST
 
 from em_kernels import cli
 from em_kernels.cli.app import _parser

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from command_line import error_of
 from evaluations import letters, save_bigrams, sure, write_rows
 from hostile import ODD_OBJECTS
 
@@ -52,15 +53,6 @@ def reader(made, folder, name) -> list[str]:
     }[name]
 
 
-def refused(capsys, arguments) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("em-kernels: error: ")
-    assert "not foreseen" not in lines[0]
-    return lines[0]
-
-
 def change(folder, **changes) -> None:
     path = folder / "eval.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -70,7 +62,7 @@ def change(folder, **changes) -> None:
 def test_an_odd_eval_json_is_one_line_of_error(made, folder, capsys, kind):
     (folder / "eval.json").write_bytes(ODD_OBJECTS[kind])
     for name in READERS if kind == "empty" else READERS[:1]:
-        assert "eval.json" in refused(capsys, reader(made, folder, name))
+        assert "eval.json" in error_of(capsys, *reader(made, folder, name))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +184,7 @@ def test_an_evaluation_with_another_seed_gives_other_marks(made, tmp_path, capsy
 def test_a_second_evaluation_into_a_folder_is_told_who_is_there(made, folder, capsys, monkeypatch):
     monkeypatch.setattr(Asked, "ask", lambda *_: pytest.fail("asked"))
     with held(folder, "an evaluation"):
-        said = refused(capsys, reader(made, folder, "eval"))
+        said = error_of(capsys, *reader(made, folder, "eval"))
         for name in ("report", "compare", "law", "tokens"):  # these only read it
             assert main(reader(made, folder, name)) == 0
     assert "is in use (an evaluation, process" in said
@@ -204,9 +196,7 @@ def test_a_second_evaluation_into_a_folder_is_told_who_is_there(made, folder, ca
 def test_an_odd_result_of_an_analysis_is_one_line_of_error(made, folder, capsys, name):
     for kind in ("empty", "list", "deep", "latin") if name == "law" else ("empty",):
         (folder / f"{name}.json").write_bytes(ODD_OBJECTS[kind])
-        assert f"{name}.json is not as em-kernels writes it" in refused(
-            capsys, ["report", str(folder)]
-        )
+        assert f"{name}.json is not as em-kernels writes it" in error_of(capsys, "report", folder)
 
 
 def test_odd_tokens_are_read_anew(made, folder, capsys):

@@ -174,7 +174,7 @@ def test_a_file_of_chats_by_the_command_line(tmp_path, capsys):
     (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert line["objective"] == "eaft" and line["response_tokens"] == 4
     assert cli.main([*words.split(), "--top-p", "0.9"]) == 2
-    assert "top_p is for objectives that sample, got 0.9 for 'eaft'" in capsys.readouterr().err
+    assert "--top-p is for objectives that sample, got 0.9 for 'eaft'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

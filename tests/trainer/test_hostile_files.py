@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import error_of
 from hostile import Evil, module
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import settings
 
-from em_kernels.cli.app import main
 from em_kernels.lm.judge.judges import make_judge
 from em_kernels.lm.models import load_model
 from em_kernels.lm.problems import load_problems
@@ -56,14 +56,6 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def refused(capsys, *arguments) -> str:
-    """The one line that a command ends with."""
-    assert main([*map(str, arguments)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("em-kernels: error: ")
-    return lines[0]
-
-
 def weights_that_run(folder: Path, mark: Path, **options) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil(mark)}, folder / "pytorch_model.bin", **options)
@@ -96,7 +88,7 @@ def test_code_of_a_model_is_not_run_by_any_command(made, model, run, tmp_path, m
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"response": "1 2", "problem": "1", "answer": "1"}\n')
     new = ("--output", tmp_path / "new")
-    said = refused(
+    said = error_of(
         capsys,
         *{
             "train": ("train", "--model", model, *new),
@@ -145,7 +137,7 @@ def test_a_chat_template_stays_in_its_sandbox(model, mark, tmp_path, capsys):
     (model / "chat_template.jinja").write_text(
         "{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}"
     )
-    said = refused(capsys, "train", "--model", model, "--output", tmp_path / "new")
+    said = error_of(capsys, "train", "--model", model, "--output", tmp_path / "new")
     assert "the tokenizer's chat template refuses" in said and "is unsafe" in said
 
 
@@ -154,7 +146,7 @@ def test_no_file_can_ask_for_remote_code(run, name, tmp_path, capsys):
     if name == "run.yaml":
         with (run / name).open("a") as file:
             file.write("trust_remote_code: true\n")
-        said = refused(capsys, "train", "--config", run / name, "--output", tmp_path / "new")
+        said = error_of(capsys, "train", "--config", run / name, "--output", tmp_path / "new")
         assert "trust_remote_code is not taken from a file" in said
     else:
         edit(run / name, trust_remote_code=True)
@@ -169,7 +161,7 @@ def test_a_run_does_not_write_down_that_code_was_trusted(tmp_path):
 def test_settings_in_yaml_are_plain(tmp_path, mark, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: !!python/object/apply:os.mkdir [{str(mark)!r}]\n")
-    said = refused(capsys, "train", "--config", path, "--output", tmp_path / "new")
+    said = error_of(capsys, "train", "--config", path, "--output", tmp_path / "new")
     assert "not valid YAML" in said
 
 
@@ -204,7 +196,7 @@ def test_parts_of_a_checkpoint(run, kind, mark, capsys):
         size = part.stat().st_size
         torch.save(Evil(mark), part)
         part.write_bytes((part.read_bytes() * (size // part.stat().st_size + 1))[:size])
-    said = refused(capsys, "train", "--resume", run, "--updates", "2")
+    said = error_of(capsys, "train", "--resume", run, "--updates", "2")
     assert f"cannot read {run / 'checkpoint-1' / 'shards'}" in said
 
 
@@ -212,10 +204,10 @@ def test_the_state_that_one_process_wrote_before(run, mark, capsys):
     checkpoint = run / "checkpoint-1"
     shutil.rmtree(checkpoint / "shards")
     torch.save({"optimizer": Evil(mark)}, checkpoint / "trainer_state.pt")
-    said = refused(capsys, "train", "--resume", run, "--updates", "2")
+    said = error_of(capsys, "train", "--resume", run, "--updates", "2")
     assert "only tensors are read" in said
     torch.save({"optimizer": [1]}, checkpoint / "trainer_state.pt")
-    assert "cannot read" in refused(capsys, "train", "--resume", run, "--updates", "2")
+    assert "cannot read" in error_of(capsys, "train", "--resume", run, "--updates", "2")
 
 
 @pytest.mark.parametrize("kind", ["weights", "module", "base"])

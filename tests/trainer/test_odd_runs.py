@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from command_line import error_of
 from hostile import ODD_OBJECTS
 from tiny_qwen2 import make_model, make_tokenizer, save
 from trainer_runs import run as run_in_memory
@@ -63,15 +64,6 @@ def going_on(made, run):
     return lambda **changes: resume(run, **changes)
 
 
-def refused(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert main([*map(str, arguments)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("em-kernels: error: ")
-    assert "not foreseen" not in lines[0]
-    return lines[0]
-
-
 # One at a time
 
 
@@ -85,7 +77,7 @@ def test_a_second_trainer_is_told_who_is_there(going_on, run):
 
 def test_the_second_of_two_commands_ends_with_2(run, capsys):
     with held(run, "a training run"):
-        said = refused(capsys, "train", "--resume", run)
+        said = error_of(capsys, "train", "--resume", run)
     assert f"{run} is in use (a training run, process {os.getpid()} on" in said
 
 
@@ -180,12 +172,12 @@ def test_odd_settings_of_a_run(run, capsys, kind):
     for name in ("train_config.json",):
         (run / name).write_bytes(ODD_OBJECTS[kind])
         if kind != "empty":  # all settings at their defaults, which are not those of the run
-            assert name in refused(capsys, "train", "--resume", run)
-            assert name in refused(capsys, "report", run)
+            assert name in error_of(capsys, "train", "--resume", run)
+            assert name in error_of(capsys, "report", run)
     for suffix in ("json", "yaml", "toml"):
         path = run / f"odd.{suffix}"
         path.write_bytes(ODD_OBJECTS[kind])
-        said = refused(capsys, "train", "--config", path, "--output", run.parent / "new")
+        said = error_of(capsys, "train", "--config", path, "--output", run.parent / "new")
         assert path.name in said or "model must be given" in said
 
 
@@ -194,7 +186,7 @@ def test_odd_settings_of_a_run(run, capsys, kind):
 )
 def test_settings_of_a_run_with_odd_entries(run, capsys, values):
     (run / "train_config.json").write_text(json.dumps(values))
-    assert "train_config.json: " in refused(capsys, "train", "--resume", run)
+    assert "train_config.json: " in error_of(capsys, "train", "--resume", run)
 
 
 @pytest.mark.parametrize("kind", ODD_OBJECTS)
@@ -256,8 +248,8 @@ def test_a_weight_that_is_nan_is_named(made, tmp_path, capsys):
     problems.write_text('{"problem": "1", "answer": "1"}\n')
     named = "1 of the 1536 numbers of its parameter model.layers.1.mlp.up_proj.weight are NaN"
     new = ("--output", tmp_path / "new")
-    assert named in refused(capsys, "train", "--model", folder, *new)
-    assert named in refused(capsys, "eval", "--model", folder, "--problems", problems, *new)
+    assert named in error_of(capsys, "train", "--model", folder, *new)
+    assert named in error_of(capsys, "eval", "--model", folder, "--problems", problems, *new)
     model = make_model()
     model.model.norm.weight.data[2] = float("nan")
     with pytest.raises(ModelError, match=r"model\.norm\.weight are NaN"):
@@ -299,7 +291,7 @@ def test_a_warning_of_a_command_is_one_line(run, going_on, capsys):
     ],
 )
 def test_an_empty_name_is_refused(arguments, name, capsys):
-    assert f"{name} must not be empty" in refused(capsys, *arguments)
+    assert f"{name} must not be empty" in error_of(capsys, *arguments)
 
 
 @pytest.mark.parametrize("value", ["", " ", "a\0b"])
@@ -322,7 +314,7 @@ def test_a_long_path_is_shortened_in_every_message(capsys):
         ["merge", long, "--output", "x"],
         ["eval", "--model", "x", "--problems", f"{long} {long}.jsonl"],
     ):
-        said = refused(capsys, *arguments)
+        said = error_of(capsys, *arguments)
         assert len(said) < 1700 and "a" * 200 not in said and "..." in said
 
 

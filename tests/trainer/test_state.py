@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -10,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hostile import Evil
 from rl_runs import PROBLEMS, rl_settings, run_rl
 from tiny_qwen2 import make_model, make_tokenizer, save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -18,14 +18,6 @@ from trainer_runs import settings, without_times
 from em_kernels.lm.ranks import Ranks
 from em_kernels.trainer import CheckpointError, merge_checkpoint, train
 from em_kernels.trainer.state import load_optimizer, load_weights_from_parts, save_parts
-
-
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 def adamw(model, steps: int = 1) -> torch.optim.Optimizer:
