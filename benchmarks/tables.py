@@ -241,6 +241,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "head-truncated": partial(markdown_table, "head.md", 3),
     "head-ids": partial(markdown_table, "head.md", 6),
     "head-ids-hidden": partial(markdown_table, "head.md", 11),
+    "operands-32000": partial(markdown_table, "operands.md", 0),
+    "operands-151936": partial(markdown_table, "operands.md", 1),
     "matrix": partial(markdown_table, "matrix.md", 0),
     "cpu": machine,
     "cpu-logits": partial(speed_table, linear=False),
