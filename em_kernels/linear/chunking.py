@@ -127,6 +127,14 @@ def single_chunk(count: int, width: int, spare: int) -> Chunking | None:
     return Chunking(chunk, _part_of(chunk, logits))
 
 
+def single_chunk_in_place(count: int, width: int, dim: int, bytes_per_logit: int) -> int | None:
+    """The same on a CPU: the rows of the one chunk. Logits and gradient may take what the float32
+    dW of several chunks would beside the budget, 4 D bytes for each entry of the vocabulary."""
+    chunk = -(-count // CPU_TILE_ROWS) * CPU_TILE_ROWS
+    memory = CPU_WORKSPACE_BYTES + LOGIT_BYTES * dim * width
+    return chunk if chunk * width * bytes_per_logit <= memory else None
+
+
 def count_blocks(
     count: int, width: int, chunk: int, gradient_bytes: int, logit_bytes: int, memory: int
 ) -> int:

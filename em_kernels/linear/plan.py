@@ -19,6 +19,7 @@ from em_kernels.linear.chunking import (
     chunk_rows,
     count_blocks,
     row_stride,
+    single_chunk_in_place,
     spare_rows,
     workspace_bytes,
 )
@@ -203,7 +204,9 @@ def _chunking(
     size = linear.logits_dtype.itemsize if alone else bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
-    chunks = chunk_rows(count, width, size, gpu, spare, linear.chunk_tokens, half, alone)
+    one = _single_in_place(linear, count, width, size, backend, needs) if not again else None
+    tokens = linear.chunk_tokens or one
+    chunks = chunk_rows(count, width, size, gpu, spare, tokens, half, alone)
     if rows_first or (needs is not None and needs.filter_eps is not None):
         return chunks
     tokens = linear.chunk_tokens
@@ -236,6 +239,23 @@ def _with_blocks(
     return chunks._replace(blocks=blocks)
 
 
+def _single_in_place(
+    linear: Linear, count: int, width: int, size: int, backend: Backend, needs: Needs | None
+) -> int | None:
+    """All rows at once, where on a CPU that saves the float32 sum of a bfloat16 dW."""
+    rounded = linear.hidden.dtype == linear.weight.dtype == torch.bfloat16
+    if needs is None or not rounded or products.is_gpu(linear.hidden):
+        return None
+    if not _sums_weight(needs, backend):
+        return None
+    return single_chunk_in_place(count, width, linear.weight.shape[1], size)
+
+
+def _sums_weight(needs: Needs, backend: Backend) -> bool:
+    """Ranks of a group may not all need dW, and chunk alike."""
+    return needs.weight or backend.widest_shard is not None
+
+
 def bytes_per_logit(linear: Linear, backend: Backend) -> int:
     """What a chunk holds of each logit: itself, in place its gradient, and a cast of that."""
     own, operand = linear.logits_dtype, linear.hidden.dtype
@@ -245,14 +265,12 @@ def bytes_per_logit(linear: Linear, backend: Backend) -> int:
 
 def _spare_rows(linear: Linear, backend: Backend, needs: Needs) -> int | None:
     """Rows of logits that fit where dW goes; None where that is not rounded to 16 bits at the end,
-    the gradient cannot wait in 16 bits, or fewer chunks would save no trips of dW.
-
-    Ranks of a group may not all need dW, and chunk alike: one that has no room takes it elsewhere.
+    the gradient cannot wait in 16 bits, or fewer chunks would save no trips of dW. A rank that has
+    no room takes it elsewhere.
     """
     narrow = narrows(linear.hidden.dtype, linear.logits_dtype, backend)
     narrow = narrow and linear.weight.dtype.itemsize == GRADIENT_BYTES
-    trips = needs.weight or backend.widest_shard is not None
-    if not (narrow and trips and products.is_gpu(linear.hidden)):
+    if not (narrow and _sums_weight(needs, backend) and products.is_gpu(linear.hidden)):
         return None
     return spare_rows(widest(linear, backend), linear.weight.shape[1])
 
