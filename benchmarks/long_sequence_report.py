@@ -3,8 +3,8 @@
     python -m benchmarks.long_sequence_report     draws docs/images/long_sequence.png anew
 
 Memory grows by so much a token, so what lies beyond the rows is forecast by the line through the
-two longest sequences that were measured, unless these are too far apart: of a short one the peak is
-another. A forecast is called one.
+two longest sequences that were measured, and not for sequences many times as long; unless these two
+are too far apart: of a short one the peak is another. A forecast is called one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PICTURE = ROOT / "docs/images/long_sequence.png"
 CAPS = (8, 16, 24)
-APART = 8  # the most that one of the two lengths of a line is of the other
+APART = 8  # the most that one of the two lengths of a line is of the other, and a forecast of both
 COLOURS = ("#999999", "#0072b2", "#56b4e9", "#d55e00", "#e69f00")
 
 
@@ -83,8 +83,10 @@ def longest(found: list[dict], way: str, size: int) -> str:
     own, line = measured(found, way), line_of(found, way)
     ended = [t for t, r in own.items() if not r["failure"] and r["peak_bytes"] <= size * GB]
     ran = f"{max(ended):,}" if ended else "none"
-    forecast = "" if line is None else f" ({rounded(line.tokens(size * GB)):,})"
-    return ran + forecast
+    if line is None:
+        return ran
+    forecast, far = rounded(line.tokens(size * GB)), APART * max(own)
+    return f"{ran} (over {far:,})" if forecast > far else f"{ran} ({forecast:,})"
 
 
 def rounded(tokens: float) -> int:
@@ -123,7 +125,14 @@ def draw(results: Path = RESULTS, path: Path = PICTURE) -> None:
         axis.minorticks_off()
         axis.set(xlabel="tokens of the one sequence", ylabel="most memory of the process, GB")
         axis.set_title("One update of a 0.5 B model in bfloat16, V = 151,936", fontsize=11)
-        axis.legend(fontsize=8, loc="upper right", title="points measured, dashes forecast")
+        axis.legend(
+            fontsize=8,
+            loc="upper left",
+            bbox_to_anchor=(0, -0.13),
+            ncol=2,
+            frameon=False,
+            title="points measured, dashes forecast",
+        )
 
 
 def _draw_way(axis, found: list[dict], way: str, name: str, colour: str) -> None:
@@ -134,7 +143,7 @@ def _draw_way(axis, found: list[dict], way: str, name: str, colour: str) -> None
     axis.plot(at, [ended[t] for t in at], "o-", color=colour, markersize=4, label=name)
     line = line_of(found, way)
     if line is not None:
-        on = [at[-1] * 2 ** (i / 8) for i in range(40)]
+        on = [at[-1] * APART ** (i / 24) for i in range(25)]
         axis.plot(on, [line.bytes(t) / GB for t in on], "--", color=colour, linewidth=1)
 
 

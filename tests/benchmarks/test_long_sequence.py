@@ -64,7 +64,8 @@ def test_tables_tell_what_was_measured_from_what_is_forecast(tmp_path):
     fits = long_sequence_report.fits_table(folder)
     assert "| eager PyTorch | 1,024 (1,200) | 2,048 (2,800) | 2,048 (4,500) |" in fits
     # 4.9 GB and 0.4 GB for each 3072 tokens more
-    assert "| em-kernels train --long | 4,096 (24,000) | 4,096 (86,000) | 4,096 (140,000) |" in fits
+    far = "4,096 (over 32,768)"
+    assert f"| em-kernels train --long | 4,096 (24,000) | {far} | {far} |" in fits
 
 
 def test_the_picture_is_drawn(tmp_path):
