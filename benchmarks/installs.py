@@ -123,21 +123,22 @@ class Environment(NamedTuple):
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     there = pythons()
-    found = [version for version in options.python if version in there]
+    found = [version for version in options.python if options.show or version in there]
     if not found:
         print(f"found none of Python {', '.join(options.python)}: install one, or name others")
         return 1
     environments = [Environment(version, options.torch) for version in found]
     for environment in () if options.show else environments:
-        tried = try_all(environment, there[environment.python], options.keep)
-        environment.results.write_text(json.dumps([result._asdict() for result in tried]))
+        rows = try_all(environment, there[environment.python], options.keep)
+        environment.results.write_text(json.dumps([row._asdict() for row in rows]))
     results = [
         Result(**row)
         for environment in environments
         if environment.results.exists()
         for row in json.loads(environment.results.read_text())
     ]
-    text = table(results, [version for version in options.python if version not in there])
+    tried = {row.python for row in results}
+    text = table(results, [version for version in options.python if version not in tried])
     print("\n" + text)
     if options.out:
         options.out.write_text(f"# The ways to install\n\n{text}\n")
@@ -185,14 +186,22 @@ def result(environment: Environment, way: str, passed: bool, said: str) -> Resul
 
 
 def table(results: list[Result], missing: list[str]) -> str:
-    lines = ["| Python | torch | way | | the CPU kernels | date |", "|---|---|---|---|---|---|"]
-    for row in results:
-        said = " ".join(row.said.split())[:110]
-        verdict = "passed" if row.passed else "failed"
-        lines.append(
-            f"| {row.python} | {row.torch} | {row.way} | {verdict} | {said} | {row.date} |"
-        )
-    return "\n".join([*lines, *not_found(missing)])
+    """A way a line and a Python a column: passed, or what was said instead."""
+    shown = sorted({row.python for row in results}, key=lambda it: tuple(map(int, it.split("."))))
+    torches = ", ".join(sorted({row.torch for row in results}))
+    dates = ", ".join(sorted({row.date for row in results}))
+    lines = [["way", *shown, "the CPU kernels there"], ["---"] * (len(shown) + 2)]
+    for way in dict.fromkeys(row.way for row in results):
+        own = {row.python: row for row in results if row.way == way}
+        expected = next((it.expected for it in WAYS if it.name == way), "-")
+        cells = [verdict(own[it]) if it in own else "-" for it in shown]
+        lines.append([way, *cells, expected])
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*rows, f"\ntorch {torches}; {dates}", *not_found(missing)])
+
+
+def verdict(row: Result) -> str:
+    return "passed" if row.passed else "failed: " + " ".join(row.said.split())[:110]
 
 
 if __name__ == "__main__":

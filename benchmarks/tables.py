@@ -244,6 +244,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "operands-32000": partial(markdown_table, "operands.md", 0),
     "operands-151936": partial(markdown_table, "operands.md", 1),
     "matrix": partial(markdown_table, "matrix.md", 0),
+    "installs": partial(markdown_table, "installs.md", 0),
     "cpu": machine,
     "cpu-logits": partial(speed_table, linear=False),
     "cpu-hidden": partial(speed_table, linear=True),

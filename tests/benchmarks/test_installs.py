@@ -83,6 +83,11 @@ def test_no_python_is_an_error_that_says_so(pretended, capsys):
     assert "found none of Python 3.9" in capsys.readouterr().out
 
 
-def test_the_table_shortens_what_is_said():
-    text = table([Result("3.11", "2.13.0", "wheel", True, AVAILABLE, "2026-01-01")], [])
-    assert "| 3.11 | 2.13.0 | wheel | passed | available | 2026-01-01 |" in text
+def test_the_table_has_a_way_a_line_and_a_python_a_column():
+    passed = Result("3.9", "2.13.0", "wheel", True, AVAILABLE, "2026-01-01")
+    failed = passed._replace(python="3.11", passed=False, said="nothing\nat all " + "x" * 200)
+    text = table([failed, passed, passed._replace(way="sdist")], [])
+    assert "| way | 3.9 | 3.11 | the CPU kernels there |" in text
+    assert f"| wheel | passed | failed: nothing at all {'x' * 95} | available |" in text
+    assert "| sdist | passed | - | available |" in text
+    assert "torch 2.13.0; 2026-01-01" in text
