@@ -274,7 +274,7 @@ def test_in_memory_and_on_disk_are_one_evaluation(tmp_path):
     [
         (dict(samples=0), ValueError, "samples must be 1 or more"),
         (dict(samples=True), TypeError, "samples must be an int"),
-        (dict(temperatures=(-1,)), ValueError, "temperature must be 0 or more"),
+        (dict(temperatures=(-1,)), ValueError, "temperatures must be 0 or more"),
         (dict(temperatures=()), ValueError, "temperatures must have one at least, got none"),
         (dict(temperatures=(1, 1.0)), ValueError, "temperatures must be different numbers"),
         (dict(top_p=0.0), ValueError, "top_p must be in"),
