@@ -6,7 +6,7 @@ The rule of a GPU is played on the CPU: looking at the values of a tensor costs 
 import pytest
 import torch
 from gpu_products import play_gpu
-from helpers import ON_CPU, error, make_linear, random_logits, random_target, same_bits
+from helpers import ON_CPU, error, make_linear, random_logits, random_target
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_kernels import (
