@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.gpu_logs import METRICS
+from benchmarks.markdown import table_rows
 from benchmarks.report import LEGEND, table, title
 
 PACKAGES = (
@@ -204,7 +205,7 @@ def profile_table(results: list[dict]) -> str:
             numbers = [kernel.get(column) for column in columns]
             said = ["-" if x is None else f"{x:.3g}" for x in numbers]
             lines.append((result["stage"].removeprefix("profile-"), kernel["kernel"], *said))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if lines[2:] else ""
+    return table_rows(lines) if lines[2:] else ""
 
 
 # What the kernels are to reach on an H200: operator, dtype, what it is measured by, bound. A goal
@@ -295,7 +296,7 @@ def published_table(rows: list[dict]) -> str:
         said = [f"{time * 1e3:.2f}" if time else "-" for time in times]
         at = f"{op}, N={n} V={v}" + (f" D={d}" if d else "")
         lines.append((at, peer, f"{published:g}", *said))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def is_peer(row: dict) -> bool:
@@ -336,7 +337,7 @@ def speed_table(rows: list[dict]) -> str:
         if row["dtype"] == "bfloat16" and backend_of(row) is not None:
             at = title(row).replace(", bfloat16", "")
             lines.append((at, backend_of(row), *speeds(row, rows)))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def speeds(row: dict, rows: list[dict]) -> list[str]:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from benchmarks.markdown import table_rows
 from benchmarks.matrix import NEEDS, add_common, copy_tree, not_found, pythons, step
 
 ROOT = Path(__file__).parents[1]
@@ -196,8 +197,8 @@ def table(results: list[Result], missing: list[str]) -> str:
         expected = next((it.expected for it in WAYS if it.name == way), "-")
         cells = [verdict(own[it]) if it in own else "-" for it in shown]
         lines.append([way, *cells, expected])
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*rows, f"\ntorch {torches}; {dates}", *not_found(missing)])
+    told = f"\ntorch {torches}; {dates}"
+    return "\n".join([table_rows(lines), told, *not_found(missing)])
 
 
 def verdict(row: Result) -> str:

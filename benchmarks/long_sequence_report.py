@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.long_sequence import FILE, GB, WAYS
+from benchmarks.markdown import table_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -75,7 +76,7 @@ def memory_table(results: Path = RESULTS) -> str:
         own = measured(found, way)
         if own:
             lines.append([name, *(cell(own.get(tokens)) for tokens in every)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def longest(found: list[dict], way: str, size: int) -> str:
@@ -104,7 +105,7 @@ def fits_table(results: Path = RESULTS) -> str:
     for way, (name, _) in WAYS.items():
         if measured(found, way):
             lines.append([name, *(longest(found, way, size) for size in CAPS)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def draw(results: Path = RESULTS, path: Path = PICTURE) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.common import PEERS, Case, facts_of
+from benchmarks.markdown import table_rows
 
 HEADER = (
     "implementation",
@@ -56,7 +57,7 @@ def title(row: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *map(cells, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table_rows(lines)
 
 
 def print_table(case: Case, rows: list[dict]) -> None:

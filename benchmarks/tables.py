@@ -23,6 +23,7 @@ from benchmarks.accuracy import verdicts
 from benchmarks.accuracy.rows import load
 from benchmarks.gpu_report import gpu_table
 from benchmarks.long_sequence_report import fits_table, memory_table
+from benchmarks.markdown import table_rows
 from benchmarks.science.claims import CLAIMS, claim_text, updates_table
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def speed_table(results: Path, linear: bool) -> str:
             others = ", ".join(megabytes(beside.get(name)) for name in ("eager", "torch.compile"))
             line.append(f"{megabytes(row)} ({others})")
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def megabytes(row: dict | None) -> str:
@@ -170,7 +171,7 @@ def numbers(results: Path) -> str:
             cpu,
         ),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def accuracy_number(results: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.accuracy.rows import LARGEST, STATISTICS, WEIGHT, Row
+from benchmarks.markdown import table_rows
 
 MARGIN, UNIT = 2.0, 2.0**-24
 UNITS = {True: 4, False: 8}  # from logits, and from hidden states
@@ -148,7 +149,7 @@ def verdict_table(rows: list[Row]) -> str:
         numbers = [len(found), sum(c.is_worse for c in found), f"{ratio:.2f}", len(claimed)]
         numbers += [len(far), len(claimed) - len(far) - len(missed), len(missed)]
         lines.append([given, kind, *map(str, numbers)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def beyond(found: Comparison) -> float:
@@ -189,7 +190,7 @@ def error_table(rows: list[Row], below: bool) -> str:
         for quantity, label in LABELS.items():
             cells = [error_cell(here, name, quantity) for name in head[2:]]
             lines.append([given, label, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_rows(lines)
 
 
 def error_cell(rows: list[Row], column: str, quantity: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.markdown import table_rows
 from em_kernels.evaluator.statistics import CONFIDENCE, require_scipy
 
 BySeed = Mapping[int, float]
@@ -86,4 +87,4 @@ def said(parts: Sequence[Part]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Markdown."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return table_rows(lines)

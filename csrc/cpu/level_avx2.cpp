@@ -13,6 +13,7 @@
 namespace em_kernels::cpu {
 namespace avx2 {
 #include "lanes.h"
+#include "exp_table.h"
 #include "vec_avx2.h"
 #include "math.h"
 #include "blocks.h"

@@ -15,6 +15,7 @@
 namespace em_kernels::cpu {
 namespace avx512 {
 #include "lanes.h"
+#include "exp_table.h"
 #include "vec_avx512.h"
 #include "math.h"
 #include "blocks.h"

@@ -119,7 +119,7 @@ def single_chunk(count: int, width: int, spare: int) -> Chunking | None:
     trip more for each chunk and one for the rounding, and takes 4 D bytes for each entry of the
     vocabulary: twice the bytes of the `spare` rows of logits. A single chunk may have those too.
     """
-    chunk = -(-count // GPU_TILE_ROWS) * GPU_TILE_ROWS
+    chunk = _whole_tiles(count, GPU_TILE_ROWS)
     column = GPU_WORKSPACE_BYTES // width + 2 * LOGIT_BYTES * spare
     logits = (column - GRADIENT_BYTES * chunk) // LOGIT_BYTES
     if chunk <= 2 * GPU_LOGITS_ROWS or logits < GPU_LOGITS_ROWS:
@@ -128,9 +128,9 @@ def single_chunk(count: int, width: int, spare: int) -> Chunking | None:
 
 
 def single_chunk_in_place(count: int, width: int, dim: int, bytes_per_logit: int) -> int | None:
-    """The same on a CPU: the rows of the one chunk. Logits and gradient may take what the float32
+    """`single_chunk` on a CPU: its rows. Logits and gradient may take what the float32
     dW of several chunks would beside the budget, 4 D bytes for each entry of the vocabulary."""
-    chunk = -(-count // CPU_TILE_ROWS) * CPU_TILE_ROWS
+    chunk = _whole_tiles(count, CPU_TILE_ROWS)
     memory = CPU_WORKSPACE_BYTES + LOGIT_BYTES * dim * width
     return chunk if chunk * width * bytes_per_logit <= memory else None
 
@@ -211,6 +211,10 @@ def _part_of(chunk: int, limit: int) -> int:
     """S rows: even parts of a chunk, two at least."""
     tile = GPU_TILE_ROWS
     return _evenly(chunk, max(tile, min(limit, chunk // 2) // tile * tile), tile)
+
+
+def _whole_tiles(count: int, tile: int) -> int:
+    return _pieces(count, tile) * tile
 
 
 def _pieces(count: int, limit: int) -> int:

@@ -204,12 +204,11 @@ def _chunking(
     size = linear.logits_dtype.itemsize if alone else bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
-    one = _single_in_place(linear, count, width, size, backend, needs) if not again else None
-    tokens = linear.chunk_tokens or one
-    chunks = chunk_rows(count, width, size, gpu, spare, tokens, half, alone)
+    tokens = linear.chunk_tokens
+    single = None if again else _single_in_place(linear, count, width, size, backend, needs)
+    chunks = chunk_rows(count, width, size, gpu, spare, tokens or single, half, alone)
     if rows_first or (needs is not None and needs.filter_eps is not None):
         return chunks
-    tokens = linear.chunk_tokens
     memory = tokens * width * size if tokens else workspace_bytes(gpu)
     return _with_blocks(chunks, linear, count, backend, needs, memory)
 
@@ -244,9 +243,7 @@ def _single_in_place(
 ) -> int | None:
     """All rows at once, where on a CPU that saves the float32 sum of a bfloat16 dW."""
     rounded = linear.hidden.dtype == linear.weight.dtype == torch.bfloat16
-    if needs is None or not rounded or products.is_gpu(linear.hidden):
-        return None
-    if not _sums_weight(needs, backend):
+    if products.is_gpu(linear.hidden) or not (rounded and needs and _sums_weight(needs, backend)):
         return None
     return single_chunk_in_place(count, width, linear.weight.shape[1], size)
 

@@ -112,8 +112,7 @@ def merge_checkpoint(
         CheckpointError: the parts cannot be read.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"no such folder: {checkpoint}")
+    _check_there(checkpoint)
     if not (checkpoint / SHARDS).is_dir() and not has_adapter(checkpoint):
         raise ValueError(
             f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
@@ -128,6 +127,11 @@ def merge_checkpoint(
         model, tokenizer = load_model(str(checkpoint), "cpu", trust_remote_code=trust_remote_code)
     write_published(merged_copy(model) if is_adapted(model) else model, tokenizer, output, False)
     return output
+
+
+def _check_there(folder: str | Path) -> None:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
 
 
 def check_free(folder: Path) -> None:
@@ -156,8 +160,7 @@ def read_config(folder: str | Path) -> TrainConfig:
     """The settings a run was started with."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no such folder: {folder}")
+        _check_there(folder)
         raise FileNotFoundError(f"{folder} is no training run: it has no {CONFIG_FILE}")
     values = read_json_object(path)
     try:
