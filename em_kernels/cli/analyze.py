@@ -228,11 +228,11 @@ def _add_law(kinds, add_common: AddCommon) -> None:
 
 
 def _law(arguments: argparse.Namespace) -> int:
+    runs = {folder: points_of(folder) for folder in arguments.folders}
     if arguments.share is not None:
         for folder in arguments.folders:
             if not (Path(folder) / METRICS_FILE).is_file():
                 raise ValueError(f"--first is for training runs, {folder} has no {METRICS_FILE}")
-    runs = {folder: points_of(folder) for folder in arguments.folders}
     points = [point for found in runs.values() for point in found.points]
     left_out = sum((Counter(found.left_out) for found in runs.values()), Counter())
     law = entropy_law(points, dict(left_out))

@@ -22,6 +22,7 @@ from em_kernels.evaluator.run import run_eval
 from em_kernels.evaluator.select import SIGNALS, check_top, rank_prompts, write_prompts
 from em_kernels.evaluator.summary import compare_folders, records_of
 from em_kernels.lm.settings import not_negative
+from em_kernels.lm.text import check_can_be_file
 
 
 def add_commands(commands, add_common: AddCommon) -> None:
@@ -48,6 +49,8 @@ def _add_eval(commands, add_common: AddCommon) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     quiet_transformers()
+    if arguments.json:
+        check_can_be_file(Path(arguments.json))
     if not arguments.output:
         arguments.go_on = ""
     with tempfile.TemporaryDirectory() as passing:
@@ -121,6 +124,7 @@ def _select(arguments: argparse.Namespace) -> int:
     check_top(arguments.top)
     quiet_transformers()
     path = Path(arguments.output)
+    check_can_be_file(path)
     config = asking(
         arguments,
         output=arguments.folder or path.with_name(f"{path.stem}-eval"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
 _WORD = r"[A-Za-z][A-Za-z0-9_]*"
 _FLAG = r" \(--[\w-]+\)"  # where a message that is written to a file has both
-_TOLD = r"'[^']*'|\"[^\"]*\"|-?[\w.+-]*\w"
-_PLACES = re.compile(
+_LIST = r"\[[^\]]*\]|\([^)]*\)"
+_TOLD = rf"'[^']*'|\"[^\"]*\"|{_LIST}|-?[\w.+-]*\w"
+_PLACES = (
     rf"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)"  # what was received stays as it is
     rf"|`(?P<marked>{_WORD})`(?:{_FLAG})?"
     rf"|(?<![\w./-])(?P<told>{_WORD})=(?P<value>{_TOLD})"
@@ -21,12 +22,14 @@ _PLACES = re.compile(
 _FIRST = re.compile(r"\s(must|is for|cannot change|cannot be)\b|:\s")
 
 
-def in_flags(text: str, flags: Mapping[str, str]) -> str:
+def in_flags(text: str, flags: Mapping[str, str], typed: Iterable[str] = ()) -> str:
     """The message with the flags, by the names of settings, in the place of these.
 
     A name is one where it has an underscore, stands in `backticks`, has a value (name=value) or
-    begins a sentence about what it must be; other words, and what is quoted, stay as they are.
+    begins a sentence about what it must be; other words, what is quoted, and values that were
+    `typed` (a folder may be called as a setting is) stay as they are.
     """
+    own = "".join(rf"(?<![\w-]){re.escape(value)}(?!\w)|" for value in sorted(typed, reverse=True))
 
     def replaced(found: re.Match[str]) -> str:
         name = found["marked"] or found["told"] or found["name"]
@@ -38,13 +41,15 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         is_first = begins and _FIRST.match(text, found.end())
         return flags[name] if found["marked"] or "_" in name or is_first else found[0]
 
-    return _PLACES.sub(replaced, text)
+    return re.sub(own + _PLACES, replaced, text)
 
 
 def _given(flag: str, value: str) -> str:
     """--flag value, as one types it."""
     switch = {"True": flag, "False": f"--no-{flag[2:]}", "None": f"no {flag}"}
-    return switch.get(value) or f"{flag} {value.strip(chr(39) + chr(34))}"
+    words = value[1:-1].split(",") if re.fullmatch(_LIST, value) else [value]
+    shown = " ".join(word.strip(" '\"") for word in words)
+    return switch.get(value) or f"{flag} {shown}".rstrip()
 
 
 def as_typed(text: str, arguments: argparse.Namespace) -> str:
@@ -56,12 +61,22 @@ def as_typed(text: str, arguments: argparse.Namespace) -> str:
         flags["prompts"] = flags["prompt"]
     else:
         flags.pop("prompt", None)
-    if any(file in text for file in _files(arguments)):
+    if text.startswith(tuple(_of_files(arguments))):
         flags = {name: f for name, f in flags.items() if getattr(arguments, name, None) is not None}
-    return in_flags(text, flags)
+    return in_flags(text, flags, _words(arguments))
 
 
-def _files(arguments: argparse.Namespace) -> list[str]:
+def _of_files(arguments: argparse.Namespace) -> list[str]:
+    """How a message begins that is about what a file of settings says."""
     folder, file = (getattr(arguments, name, None) for name in ("resume", "config"))
     files = [] if folder is None else [str(Path(folder) / CONFIG_FILE)]
-    return files if file is None else [*files, file]
+    files += [] if file is None else [file, f"with the settings of {file}"]
+    return [f"{file}: " for file in files]
+
+
+def _words(arguments: argparse.Namespace) -> set[str]:
+    """Texts among the values that were typed, and as a path is shown: run/ is run."""
+    values = vars(arguments).values()
+    found = [v if isinstance(v, (list, tuple)) else [v] for v in values]
+    texts = [one for several in found for one in several if isinstance(one, str) and one]
+    return {shown for text in texts for shown in (text, str(Path(text)))}

@@ -104,7 +104,8 @@ def _temperatures(name: str, values) -> tuple[float, ...]:
             "given"
         )
     if len(set(values)) < len(values):
-        raise ValueError(f"{name} must be different numbers, got {values}")
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"{name} must be different numbers, {twice:g} is there twice")
     return tuple(not_negative(name, value) for value in values)
 
 
@@ -304,7 +305,7 @@ def _check_same(folder: Path, old: dict, new: dict) -> None:
         before, after = old["config"].get(field.name), new["config"][field.name]
         if field.name not in ELSEWHERE and before != after:
             raise EvalError(
-                f"{folder} holds an evaluation with {field.name} {before!r}, got {after!r}; "
+                f"{folder} holds an evaluation with `{field.name}` {before!r}, got {after!r}; "
                 "give another folder"
             )
     for name in ("problems", "too_long", "weights"):

@@ -18,7 +18,9 @@ def looks_like_a_path(name: str) -> bool:
     """Whether it is meant as a path, not as the OWNER/NAME of the hub."""
     if name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name:
         return True
-    return name.count("/") > 1 or ("/" in name and Path(name.split("/")[0]).exists())
+    if "/" not in name:  # a file of that kind; names of models have numbers behind their dots
+        return Path(name).suffix[1:].isalpha()
+    return name.count("/") > 1 or Path(name.split("/")[0]).exists()
 
 
 @contextmanager

@@ -23,6 +23,20 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def check_can_be_file(path: Path) -> None:
+    """Raise where `write_text` could not rename to it, before the work that is to be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and must be a file or not there yet")
+
+
+def no_folder(path: str | Path) -> str | None:
+    """Why there is no folder; None where there is one."""
+    if Path(path).is_dir():
+        return None
+    there = Path(path).exists()
+    return f"{path} is a file, and must be a folder" if there else f"no such folder: {path}"
+
+
 def repair_lines(path: Path) -> None:
     """Cut off what a crash left of an unfinished last line."""
     if not path.is_file():

@@ -35,7 +35,7 @@ from em_kernels.lm.models import (
     weights_in_parts,
 )
 from em_kernels.lm.ranks import RankError, Ranks
-from em_kernels.lm.text import one_line, repair_lines, write_text
+from em_kernels.lm.text import no_folder, one_line, repair_lines, write_text
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.state import CheckpointError, cause, load_weights_from_parts
@@ -112,7 +112,7 @@ def merge_checkpoint(
         CheckpointError: the parts cannot be read.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    _check_there(checkpoint)
+    check_folder(checkpoint)
     if not (checkpoint / SHARDS).is_dir() and not has_adapter(checkpoint):
         raise ValueError(
             f"checkpoint must be a folder with {SHARDS}/ in it, got {checkpoint}, "
@@ -129,9 +129,11 @@ def merge_checkpoint(
     return output
 
 
-def _check_there(folder: str | Path) -> None:
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+def check_folder(folder: str | Path) -> None:
+    """Raise a FileNotFoundError where there is none."""
+    reason = no_folder(folder)
+    if reason:
+        raise FileNotFoundError(reason)
 
 
 def check_free(folder: Path) -> None:
@@ -160,7 +162,7 @@ def read_config(folder: str | Path) -> TrainConfig:
     """The settings a run was started with."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        _check_there(folder)
+        check_folder(folder)
         raise FileNotFoundError(f"{folder} is no training run: it has no {CONFIG_FILE}")
     values = read_json_object(path)
     try:

@@ -202,7 +202,7 @@ class TrainConfig(WithChat):
     stop_entropy: float | None = setting(
         None,
         "end once the mean entropy is below this (nats) in stop_patience updates in a row",
-        check=finite,
+        check=positive,
         shown="never",
     )
     stop_skew: float | None = setting(

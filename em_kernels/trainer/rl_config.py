@@ -153,7 +153,8 @@ class RLConfig(ObjectiveSettings):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return parse_schedule(self.schedule or self.objective, self.updates, OBJECTIVES)
+        setting = "schedule" if self.schedule else "objective"
+        return parse_schedule(getattr(self, setting), self.updates, OBJECTIVES, setting)
 
     @property
     def policies(self) -> list[str]:

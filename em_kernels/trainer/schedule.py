@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from em_kernels.lm.text import did_you_mean
+from em_kernels.lm.settings import check_choice
 from em_kernels.objectives.bonus import next_entropy_coef
 from em_kernels.objectives.repo import next_zeta
 
@@ -49,11 +49,13 @@ class Stage(NamedTuple):
         return self.name if self.policy is None else "rewards"
 
 
-def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage, ...]:
+def parse_schedule(
+    text: str, updates: int, known: Sequence[str], setting: str = "schedule"
+) -> tuple[Stage, ...]:
     """The stages of e.g. "em:10@2e-4, grpo:40, em+kl_cov": NAME[:UPDATES][@LEARNING_RATE].
 
     The last stage gets what is left of `updates`; its own number may be left out. "em+NAME" adds
-    the mean entropy to the loss of NAME.
+    the mean entropy to the loss of NAME. `setting` is where the text was given, for errors.
 
     Raises:
         ValueError: an unknown name, a stage without updates, or a sum that does not fit `updates`.
@@ -61,10 +63,14 @@ def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage
     parts = [part.strip() for part in text.split(",")]
     stages: list[Stage] = []
     for number, part in enumerate(parts, start=1):
-        stages.append(_stage(part, number == len(parts), updates - _total(stages), known))
+        left = updates - _total(stages)
+        try:
+            stages.append(_stage(part, number == len(parts), left, known))
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from None
     if _total(stages) != updates:
         raise ValueError(
-            f"schedule {text!r} has {_total(stages)} updates in all, but `updates` is {updates}"
+            f"{setting}: {text!r} has {_total(stages)} updates in all, but `updates` is {updates}"
         )
     return tuple(stages)
 
@@ -72,27 +78,23 @@ def parse_schedule(text: str, updates: int, known: Sequence[str]) -> tuple[Stage
 def _stage(part: str, last: bool, left: int, known: Sequence[str]) -> Stage:
     match = _STAGE.fullmatch(part)
     if match is None:
-        raise ValueError(f"schedule: expected NAME[:UPDATES][@LEARNING_RATE], got {part!r}")
+        raise ValueError(f"expected NAME[:UPDATES][@LEARNING_RATE], got {part!r}")
     names = _split_names(match["names"], known)
     if match["updates"] is None and not last:
-        raise ValueError(f"schedule: all stages but the last need their updates, got {part!r}")
+        raise ValueError(f"all stages but the last need their updates, got {part!r}")
     updates = left if match["updates"] is None else int(match["updates"])
     if updates < 1:
-        raise ValueError(f"schedule: a stage must have 1 update or more, got {part!r} ({updates})")
+        raise ValueError(f"a stage must have 1 update or more, got {part!r} ({updates})")
     return Stage(names, updates, float(match["rate"]) if match["rate"] else None)
 
 
 def _split_names(text: str, known: Sequence[str]) -> tuple[str, ...]:
     """One name, or em and another; a name may itself end in plus signs (grpo++)."""
     names = (text,) if text in known else tuple(text.split("+", 1))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"objective must be one of {tuple(known)}, got {unknown[0]!r}"
-            + did_you_mean(unknown[0], known)
-        )
+    for name in names:
+        check_choice("an objective", name, tuple(known))
     if len(names) == 2 and (names[0] != "em" or names[1] == "em"):
-        raise ValueError(f"schedule: two objectives at once are em+NAME, got {text!r}")
+        raise ValueError(f"two objectives at once are em+NAME, got {text!r}")
     return names
 
 

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from benchmarks import long_sequence, long_sequence_report
 from benchmarks.long_sequence import FILE, GB, SMALL, WAYS, Case, in_process, make_tokens, save
@@ -14,7 +15,7 @@ from benchmarks.long_sequence import FILE, GB, SMALL, WAYS, Case, in_process, ma
 def test_all_ways_have_the_same_loss():
     losses = {}
     for way, (_, begin) in WAYS.items():
-        losses[way] = begin(Case(way, 48, GB, SMALL))()
+        losses[way] = begin(Case(way, 48, GB, SMALL))(make_tokens(SMALL, 48))
     assert losses["eager"] == pytest.approx(
         math.log(SMALL["vocab_size"]), abs=0.05
     )  # random weights
@@ -38,8 +39,25 @@ def test_a_case_that_needs_more_than_the_cap_is_a_row_that_says_so():
 
 
 def test_the_sequence_is_the_same_every_time():
-    case = Case("eager", 8, GB, SMALL)
-    assert make_tokens(case).tolist() == make_tokens(case).tolist()
+    assert make_tokens(SMALL, 8).tolist() == make_tokens(SMALL, 8).tolist()
+
+
+def test_the_update_that_is_measured_has_moments_and_no_gradients(monkeypatch):
+    made, seen = [], []
+    own = long_sequence.make_model
+    monkeypatch.setattr(long_sequence, "make_model", lambda case: made.append(own(case)) or made[0])
+    monkeypatch.setattr(long_sequence.resource, "setrlimit", lambda *limits: None)
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args):
+        seen.append(len(optimizer.state))
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    long_sequence.measure(Case("linear", 32, GB, SMALL))
+    weights = list(made[0].parameters())
+    assert seen == [0, len(weights)]
+    assert all(weight.grad is None for weight in weights)
 
 
 def written(folder, *cases):

@@ -149,7 +149,7 @@ def test_the_chat_is_part_of_what_a_run_and_an_evaluation_are(model, problems, t
     asked = ["eval", "--model", model, "--problems", problems, "--max-new-tokens", "4", "--quiet"]
     assert cli.main(list(map(str, [*asked, "--output", found, "--system", "b"]))) == 0
     capsys.readouterr()
-    assert "with system 'b', got None" in error_of(capsys, *asked, "--output", found)
+    assert "with --system 'b', got None" in error_of(capsys, *asked, "--output", found)
     again = ["eval", "--config", found / "eval.json", "--output", tmp_path / "again", "--quiet"]
     assert cli.main(list(map(str, again))) == 0
     old, new = (json.loads((f / "eval.json").read_text()) for f in (found, tmp_path / "again"))

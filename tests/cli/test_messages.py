@@ -43,6 +43,7 @@ def problems(tmp_path):
         ("is for sampler='vllm', got 2", "is for --sampler vllm, got 2"),
         ("top_p=0.5, and long=True", "--top-p 0.5, and --long"),
         ("long=False or sampler=None", "--no-long or no --sampler"),
+        ("top_p=[1, 0.5], updates=(2,)", "--top-p 1 0.5, --updates 2"),
         ("no field 'top_p' in ['top_p', \"top_p\"]", None),
         ("no such file: top_p.jsonl", None),
         ("no such file: data/top_p or top_p/data", None),
@@ -55,6 +56,26 @@ def test_names_of_settings_become_flags(text, shown):
     assert in_flags(text, FLAGS) == (text if shown is None else shown)
 
 
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--resume", "top_p"], "top_p is no training run"),
+        (["--resume", "top_p/"], "top_p is no training run"),
+        (["--resume", "./updates"], "updates: not read"),
+        (["--output", "responses=2"], "folder, responses=2 holds a run"),
+        (["--config", "model"], "model: settings are read from .yaml files"),
+        (["--prompt", "a top_p", "--prompt", "b"], "in a top_p of b"),
+    ],
+)
+def test_what_was_typed_stays_as_it_is(words, text):
+    assert as_typed(text, _parser().parse_args(["train", *words])) == text
+
+
+def test_what_was_typed_hides_no_other_setting():
+    arguments = _parser().parse_args(["train", "--output", "top", "--model", "p", "--top-k", "0"])
+    assert as_typed("top_p of top, p: top_k", arguments) == "--top-p of top, p: --top-k"
+
+
 def test_what_a_file_gives_keeps_its_name():
     def shown(text: str, *words: str) -> str:
         return as_typed(text, _parser().parse_args(["train", *words]))
@@ -64,6 +85,8 @@ def test_what_a_file_gives_keeps_its_name():
         ": top_p, --top-k"
     )
     assert shown("run/train_config.json: top_p", "--resume", "run").endswith(": top_p")
+    assert shown("with the settings of r: top_p", "--config", "r").endswith(": top_p")
+    assert shown("top_p and r, for instance", "--config", "r").startswith("--top-p")
     assert shown("prompts must", "--prompt", "a") == "--prompt must"
     assert shown("prompts must", "--prompts", "a") == "--prompts must"
     assert shown("prompt must be shorter", "--problems", "a") == "prompt must be shorter"
@@ -77,11 +100,22 @@ def test_errors_name_flags(model, problems, tmp_path, capsys):
         ([*train, "--vllm-memory", "0.5"], "--vllm-memory is for --sampler vllm, got 0.5 with"),
         ([*grpo, "--group-size", "4"], "--responses must be a multiple of --group-size 4, got 6"),
         ([*grpo, "--compat", "official"], "--compat must be left out here, got 'official'"),
+        ([*grpo, "--schedule", "em:1,grop"], "--schedule: an objective must be one of"),
         ([*grpo, "--schedule", "em:1,grop"], "got 'grop'; did you mean grpo?"),
+        ([*grpo, "--schedule", "em:5", "--updates", "3"], "--schedule: 'em:5' has 5 updates in"),
+        ([*train, "--stop-entropy", "-1"], "--stop-entropy must be positive"),
+        ([*train, "--prompts", "gone.txt"], "no such file or folder: gone.txt"),
         ([*grpo, "--answer-field", "q", "--group-size", "2"], "in 'q' (--answer-field)"),
         ([*asked, "--problem-field", "q"], "--problem-field names the one to take"),
         ([*asked, "--temperatures", "-1"], "--temperatures must be 0 or more and finite"),
+        ([*asked, "--temperatures", "2", "2"], "must be different numbers, 2 is there twice"),
+        ([*asked, "--json", tmp_path], f"{tmp_path} is a folder, and must be a file or not there"),
+        (
+            ["select", *asked[1:], "--output", tmp_path],
+            f"{tmp_path} is a folder, and must be a file or not there yet",
+        ),
         ([*asked, "--output", problems], "p.jsonl is a file, and must be a folder or not there"),
+        (["analyze", "law", "nothing", "--first", "0.2"], "error: no such folder: nothing"),
         (["analyze", "law", tmp_path], "is neither an evaluation nor a training run"),
         (["compare", "nothing", "nothing"], "error: no such folder: nothing"),
         (["merge", "nothing", "--output", "m"], "error: no such folder: nothing"),
@@ -104,8 +138,28 @@ def test_a_folder_that_is_not_there_and_one_that_is_no_run(tmp_path, capsys):
     for command in (["train", "--resume"], ["analyze", "run"]):
         more = ["--problems", "p.jsonl"] if "run" in command else []
         assert f"error: no such folder: {gone}\n" in error_of(capsys, *command, gone, *more)
+        file = tmp_path / "file"
+        file.touch()
+        told = error_of(capsys, *command, file, *more)
+        assert f"error: {file} is a file, and must be a folder\n" in told
         told = error_of(capsys, *command, tmp_path, *more)
         assert f"{tmp_path} is no training run: it has no train_config.json" in told
+
+
+@pytest.mark.parametrize("words", (["report"], ["merge", "--output", "m"], ["analyze", "law"]))
+def test_a_file_is_no_folder(words, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    told = error_of(capsys, *words, file)
+    assert f"error: {file} is a file, and must be a folder\n" in told
+
+
+def test_an_evaluation_of_other_settings_names_the_flag(model, problems, tmp_path, capsys):
+    asked = ["eval", "--model", model, "--problems", problems, "--quiet", "--max-new-tokens", "3"]
+    asked += ["--output", tmp_path / "eval"]
+    assert cli.main(list(map(str, asked))) == 0
+    told = error_of(capsys, *asked, "--samples", "2")
+    assert f"{tmp_path / 'eval'} holds an evaluation with --samples 1, got 2" in told
 
 
 def test_a_run_that_has_all_its_updates_says_how_many(model, tmp_path, capsys):

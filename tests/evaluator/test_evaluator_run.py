@@ -166,7 +166,7 @@ def test_nothing_is_dropped_in_silence(tmp_path):
 
 def test_another_evaluation_is_not_mixed_in(tmp_path):
     evaluation(tmp_path, problems("ab"))
-    with pytest.raises(EvalError, match="an evaluation with samples 4, got 2"):
+    with pytest.raises(EvalError, match="an evaluation with `samples` 4, got 2"):
         evaluation(tmp_path, samples=2)
     with pytest.raises(EvalError, match="an evaluation of other problems"):
         evaluation(tmp_path, problems("bc"))
@@ -276,7 +276,7 @@ def test_in_memory_and_on_disk_are_one_evaluation(tmp_path):
         (dict(samples=True), TypeError, "samples must be an int"),
         (dict(temperatures=(-1,)), ValueError, "temperatures must be 0 or more"),
         (dict(temperatures=()), ValueError, "temperatures must have one at least, got none"),
-        (dict(temperatures=(1, 1.0)), ValueError, "temperatures must be different numbers"),
+        (dict(temperatures=(0, 1, 1.0)), ValueError, "different numbers, 1 is there twice"),
         (dict(top_p=0.0), ValueError, "top_p must be in"),
         (dict(judge="mine"), ValueError, "judge must be one of"),
         (dict(dtype="int8"), ValueError, "dtype must be"),
