@@ -79,6 +79,14 @@ def nan_filled_memory():
 
 
 @pytest.fixture
+def patient_judge(monkeypatch):
+    """An answer is not found wrong because the machine is busy."""
+    from em_kernels.lm.judge import judges
+
+    monkeypatch.setattr(judges, "TIME_LIMIT_SECONDS", 600)
+
+
+@pytest.fixture
 def two_threads():
     torch.set_num_threads(2)
     yield

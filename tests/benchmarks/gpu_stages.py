@@ -1,7 +1,10 @@
 """Stages, rows and reports made up for the tests of the GPU command."""
 
 import json
+import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,13 +30,41 @@ def stages(monkeypatch):
     return lambda *made: monkeypatch.setattr(gpu, "STAGES", made)
 
 
+@pytest.fixture
+def time_is_over(monkeypatch, tmp_path_factory):
+    """A file: the stage that makes it has used up its time. Any other takes one second, however
+    long it does."""
+    file, now = tmp_path_factory.mktemp("clock") / "over", [0.0]
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            while self.poll() is None and not file.exists():
+                time.sleep(0.01)
+            if not file.exists():
+                now[0] += 1
+                return self.returncode
+            file.unlink()
+            now[0] += timeout
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    for module, changes in (
+        (time, {"monotonic": lambda: now[0]}),
+        (subprocess, {"Popen": Process}),
+    ):
+        changed = SimpleNamespace(**{**vars(module), **changes})
+        monkeypatch.setattr(gpu, module.__name__, changed)
+    return file
+
+
 def stage(name, code="print('done')", seconds=120.0, **options):
     options = {"log": f"{name}.log", "needs_gpu": False, **options}
     return Stage(name, seconds, [sys.executable, "-c", code], **options)
 
 
 def in_shell(made, script):
-    """The stage with a script in place of Python, which on a busy machine begins late."""
+    """The stage with a script of the shell in place of Python."""
     return made._replace(command=["sh", "-c", script])
 
 

@@ -1,17 +1,19 @@
 """The benchmarks run, save what they measured, and refuse to time what is wrong."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import common, token_loss
 from benchmarks.__main__ import OPERATORS, main
-from benchmarks.common import Case, Sizes, measure, peak_memory, time_once
+from benchmarks.common import LEAST_REPEATS, Case, Sizes, measure, peak_memory, time_once
 from benchmarks.gpu_logs import read_rows
 from benchmarks.report import HEADER, newest, table
 
@@ -80,10 +82,28 @@ def test_peak_memory_sees_what_is_freed_again():
     assert 110e6 < peak < 180e6
 
 
-def test_time_is_in_seconds():
-    waited = []
-    assert time_once(lambda: waited.append(torch.randn(10**6).sort()), "cpu") < 5
-    assert len(waited) == 1
+@pytest.fixture
+def passes(monkeypatch):
+    """Lets seconds pass: no others do."""
+    now = [0.0]
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.append(now.pop() + seconds)
+
+
+def test_time_is_in_seconds(passes):
+    calls = []
+    assert time_once(lambda: calls.append(passes(2.5)), "cpu") == 2.5
+    assert len(calls) == 1
+
+
+def test_a_slow_run_is_spared_the_later_rounds(passes):
+    case = make_case()
+    right = case.contenders["eager"]
+    runs = {"slow": lambda: passes(2.0) or right(), "quick": lambda: passes(0.25) or right()}
+    case = case._replace(contenders=runs, floor=("copy", lambda: passes(0.5)))
+    rows = measure(case, repeats=9)
+    found = [(row["implementation"], row["seconds"], row["samples"]) for row in rows]
+    assert found == [("copy", 0.5, 9), ("slow", 2.0, LEAST_REPEATS), ("quick", 0.25, 9)]
 
 
 def test_unknown_operator_is_named(capsys):
@@ -112,7 +132,8 @@ def test_a_row_is_saved_before_the_next_implementation_runs(tmp_path):
     assert newest(seen) == rows and len(seen) == 6
 
 
-def test_what_fails_in_a_later_round_fails_alone():
+def test_what_fails_in_a_later_round_fails_alone(monkeypatch):
+    monkeypatch.setattr(common, "SECONDS", math.inf)  # all rounds, however long they take
     case, calls = make_case(), []
     right = case.contenders["eager"]
 

@@ -1,11 +1,12 @@
 """The one GPU command, with stages made up for the test; none of it needs a GPU."""
 
 import json
+import os
 import re
+import select
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from benchmarks.gpu_logs import (
 )
 from benchmarks.gpu_report import markdown
 
-pytest_plugins = ("gpu_stages",)  # its fixture `stages`
+pytest_plugins = ("gpu_stages",)  # its fixtures `stages` and `time_is_over`
 
 
 def test_a_failing_stage_keeps_what_is_before_and_after_it(stages, tmp_path, capsys):
@@ -51,31 +52,32 @@ def test_all_stages_passed_is_exit_code_0(stages, tmp_path):
     assert [result["stage"] for result in saved(tmp_path)] == ["one", "two"]
 
 
-def test_the_deadline_stops_and_skips_and_says_so(stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
-    slow = in_shell(stage("endless", seconds=600), "echo began; exec sleep 600")
-    stages(in_shell(stage("quick"), "true"), slow, stage("late"))
-    start = time.monotonic()
-    assert gpu.main(["--out", str(tmp_path), "--seconds", "2.5"]) == 1
-    assert time.monotonic() - start < 300
+def test_the_deadline_stops_and_skips_and_says_so(stages, tmp_path, time_is_over):
+    script = f"echo began; touch '{time_is_over}'; exec sleep 600"
+    stages(stage("quick"), in_shell(stage("endless", seconds=600), script), stage("late"))
+    assert gpu.main(["--out", str(tmp_path), "--seconds", "9"]) == 1
     quick, endless, late = saved(tmp_path)
-    assert quick["status"] == "passed"
-    assert endless["status"] == "failed"
-    assert re.match(r"stopped after \d+ s; had [12] of its 600 s", endless["note"])
+    assert (quick["status"], quick["seconds"]) == ("passed", 1.0)
+    assert (endless["status"], endless["seconds"]) == ("failed", 8.0)
+    assert endless["note"] == "stopped after 8 s; had 8 of its 600 s"
     assert "began" in (tmp_path / "endless.log").read_text()
     assert (late["status"], late["note"]) == ("skipped", "no time was left")
 
 
-def test_a_stage_is_stopped_at_its_own_limit_with_all_it_started(stages, tmp_path):
-    file = tmp_path / "written"
-    parent = f"(sleep 3; touch '{file}') & echo '{json.dumps(row())}'; exec sleep 600"
-    stages(in_shell(stage("bench", seconds=1.5, read=read_rows), parent), stage("next"))
+def test_a_stage_is_stopped_at_its_own_limit_with_all_it_started(stages, tmp_path, time_is_over):
+    held = tmp_path / "held"  # by the child as long as it lives
+    os.mkfifo(held)
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    child = f"(touch '{time_is_over}'; exec sleep 600) > '{held}'"
+    script = f"echo '{json.dumps(row())}'; {child} & exec sleep 600"
+    stages(in_shell(stage("bench", seconds=7, read=read_rows), script), stage("next"))
     gpu.main(["--out", str(tmp_path)])
     stopped, after = saved(tmp_path)
-    assert stopped["status"] == "failed" and stopped["rows"] == [row()]
-    assert after["status"] == "passed"
-    time.sleep(3)
-    assert not file.exists()
+    assert (stopped["status"], stopped["note"]) == ("failed", "stopped after 7 s")
+    assert stopped["rows"] == [row()] and after["status"] == "passed"
+    assert select.select([reader], [], [], 120)[0], "the child lives"
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_the_report_is_written_after_every_stage(tmp_path):

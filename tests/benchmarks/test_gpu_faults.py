@@ -31,7 +31,7 @@ for number in range(first, 6):
 print(f"{6 - first} cases, 0 failed")
 """
 
-pytest_plugins = ("gpu_stages",)  # its fixture `stages`
+pytest_plugins = ("gpu_stages",)  # its fixtures `stages` and `time_is_over`
 
 
 def test_a_case_that_ends_its_process_costs_itself_only(tmp_path):
@@ -49,7 +49,9 @@ def test_a_program_that_cannot_begin_is_not_begun_for_ever(tmp_path):
     assert result["status"] == "failed" and len(result["failed_cases"]) == gpu.MOST_ENDS
 
 
-def test_a_hang_a_signal_and_a_lost_device_cost_their_own_stages_only(stages, tmp_path):
+def test_a_hang_a_signal_and_a_lost_device_cost_their_own_stages_only(
+    stages, tmp_path, time_is_over
+):
     good = json.dumps(row())
     signalled = f"print({good!r}, flush=True)\nimport os; os.kill(os.getpid(), 11)"
     lost = json.dumps(row(implementation="em_kernels cuda", seconds=None, failure="CUDA error"))
@@ -59,12 +61,13 @@ def test_a_hang_a_signal_and_a_lost_device_cost_their_own_stages_only(stages, tm
         ("sticky", sticky),
         ("after", f"print({good!r})"),
     ]
-    hang = in_shell(stage("hang", seconds=1.5, read=read_rows), f"echo '{good}'; exec sleep 600")
+    script = f"echo '{good}'; touch '{time_is_over}'; exec sleep 600"
+    hang = in_shell(stage("hang", seconds=7, read=read_rows), script)
     stages(hang, *(stage(name, code, read=read_rows) for name, code in made))
     assert gpu.main(["--out", str(tmp_path)]) == 1
     results = {result["stage"]: result for result in saved(tmp_path)}
     assert all(row() in result["rows"] for result in results.values())
-    assert results["hang"]["note"].startswith("stopped after ")
+    assert results["hang"]["note"] == "stopped after 7 s"
     assert results["signal"]["note"] == "ended by SIGSEGV"
     assert results["sticky"]["note"] == "exit code 1; em_kernels cuda: CUDA error"
     statuses = [result["status"] for result in results.values()]

@@ -12,6 +12,7 @@ from tiny_qwen2 import WORDS, make_bigram_model, make_model, make_tokenizer
 
 from em_kernels.evaluator import evaluate, final_answer, make_judge, read_problems
 from em_kernels.evaluator.asking import default_batch_size
+from em_kernels.lm.judge import judges
 
 NO_MARK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 LETTERS = {"a": "1", "b": "2", "c": "3"}
@@ -165,22 +166,23 @@ JUDGES = ["exact"] + ["math-verify"] * (importlib.util.find_spec("math_verify") 
         ("nothing", "7", False),
     ],
 )
-def test_judges(judge, response, answer, right):
+def test_judges(judge, response, answer, right, patient_judge):
     assert make_judge(judge)(response, answer) is right
 
 
 @pytest.mark.skipif("math-verify" not in JUDGES, reason="math-verify is not installed")
-def test_math_verify_knows_expressions_and_survives_what_it_cannot_read():
+def test_math_verify_knows_expressions_and_survives_what_it_cannot_read(monkeypatch, patient_judge):
     judge = make_judge("math-verify")
     assert judge(r"\boxed{1+x^2}", "x^2+1")
     assert not make_judge("exact")(r"\boxed{1+x^2}", "x^2+1")
     assert not judge(r"\boxed{\frac{1}{}^^^{{}", "x^2+1")
+    monkeypatch.setattr(judges, "TIME_LIMIT_SECONDS", 1)
     assert not judge(r"\boxed{\sum_{i=1}^{10^{12}} \sin(i)}", "x^2+1")
     assert make_judge("auto") is judge
 
 
 @pytest.mark.skipif("math-verify" not in JUDGES, reason="math-verify is not installed")
-def test_math_verify_works_off_the_main_thread():
+def test_math_verify_works_off_the_main_thread(patient_judge):
     verdicts = []
     judge = make_judge("math-verify")
     thread = threading.Thread(target=lambda: verdicts.append(judge(r"\boxed{1+x}", "x+1")))

@@ -53,7 +53,7 @@ def test_an_answer_joins_the_first_cluster_whose_first_member_it_is_the_same_as(
 @pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
 )
-def test_expressions_are_clustered_by_the_judge():
+def test_expressions_are_clustered_by_the_judge(patient_judge):
     finals = ["x+1", "1+x", "2", None, "4/2"]
     assert cluster_final_answers(finals) == [0, 0, 1, None, 1]
     assert cluster_final_answers(finals, make_judge("exact")) == [0, 1, 2, None, 2]
