@@ -9,15 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from vocab_cases import (
-    OTHER_SIZES,
-    VOCAB,
-    WHOLE,
-    Share,
-    draw_head,
-    draw_rows,
-    own_share,
-)
+from vocab_cases import OTHER_SIZES
+from vocab_shares import VOCAB, WHOLE, Share, draw_head, draw_rows, own_share
 
 from em_kernels import (
     linear_entropy_loss,

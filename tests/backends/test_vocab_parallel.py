@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
-import vocab_cases
 from distributed import run_on_ranks
 from helpers import ON_CPU, error, same_bits, truth
-from vocab_cases import CASES, OTHER_SIZES, WHOLE, own_share, sure_rows
+from vocab_cases import CASES, OTHER_SIZES
 from vocab_checks import CHECKS
+from vocab_logits_cases import sure_rows
+from vocab_shares import WHOLE, draw_head, draw_rows, own_share
 
 from em_kernels import linear_entropy_loss, linear_token_loss, softmax_stats, token_loss
 
@@ -146,7 +147,7 @@ def test_a_mismatch_is_an_error_on_every_rank(ranks, world, difference, text):
 def test_groups_that_are_none(ranks, world):
     results = results_of(ranks, world, "groups that are none")
     first, *between, last = (result["entropy"] for result in results)
-    logits, target, _ = vocab_cases.draw_rows()
+    logits, target, _ = draw_rows()
     check_close("entropy", first, softmax_stats(logits, target).entropy)
     assert same_bits(first, last)
     for got in between:
@@ -181,7 +182,7 @@ def test_opcheck_with_a_group(ranks):
 @pytest.mark.parametrize("world", WORLDS)
 def test_dtensors(ranks, world):
     results = results_of(ranks, world, "dtensors")
-    head, target = vocab_cases.draw_head(WHOLE)
+    head, target = draw_head(WHOLE)
     rows = torch.linspace(0, 1, 18).view(2, 9)
     options = dict(bias=head.bias, entropy_weight=rows, logprob_weight=rows)
 
@@ -213,7 +214,7 @@ def test_dtensors(ranks, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_dtensors_of_logits(ranks, world):
-    head, target = vocab_cases.draw_head(WHOLE)
+    head, target = draw_head(WHOLE)
     x = (head.hidden @ head.weight.T).detach().requires_grad_()
     stats = softmax_stats(x, target)
     (grad,) = torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), x)
