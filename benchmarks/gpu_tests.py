@@ -24,6 +24,7 @@ ALSO = (
     "chunks",
     "chunk_memory",
     "chunking",
+    "deferred_chunks",
     "inference",
     "triton",
     "triton_linear",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("contract", "helpers")
+pytest.register_assert_rewrite("gpu_chunks", "gpu_stages", "peft_models", "truncated_rows")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

@@ -19,10 +19,7 @@ from vocab_shares import (
     with_gradients,
 )
 
-from em_kernels import (
-    softmax_stats,
-    token_loss,
-)
+from em_kernels import softmax_stats, token_loss
 from em_kernels.backends import support
 from em_kernels.backends.interface import OUTPUTS
 

@@ -16,6 +16,7 @@ FILES = (
     "integrations/test_transformers_losses.py",
     "lm/test_models.py",
     "integrations/test_patched_model.py",
+    "integrations/test_added_losses.py",
 )
 
 

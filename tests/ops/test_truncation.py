@@ -8,12 +8,7 @@ import torch
 from helpers import error, make_linear, random_logits
 from truncated_rows import OUT, N, V, check, each_impl, fast_impl, is_kept, targets, truth
 
-from em_kernels import (
-    linear_softmax_stats,
-    linear_token_loss,
-    softmax_stats,
-    token_loss,
-)
+from em_kernels import linear_softmax_stats, linear_token_loss, softmax_stats, token_loss
 
 LIMITS = (
     dict(top_k=7),
