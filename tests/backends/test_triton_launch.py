@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 import triton
+import triton_cases
+import triton_code
 import triton_offline
 from triton_rows import DEVICE, DTYPES, NAMES, grad, plan_small_steps, stats, upstream
 
@@ -228,8 +230,8 @@ def test_interpreted_is_what_triton_reads(setting, interpreted):
 @pytest.fixture(scope="module")
 def offline_report():
     """Compiled in a process of its own: here `triton.jit` may have made interpreted functions."""
-    if not triton_offline.CUOBJDUMP.exists():
-        pytest.skip(f"this triton has no cuobjdump at {triton_offline.CUOBJDUMP}")
+    if not triton_code.CUOBJDUMP.exists():
+        pytest.skip(f"this triton has no cuobjdump at {triton_code.CUOBJDUMP}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
@@ -275,8 +277,8 @@ SPILLS = """
 
 
 def test_spills_are_counted_in_inner_loops():
-    assert triton_offline.spilled(SPILLS) == 2
-    assert triton_offline.spilled(SPILLS.replace("0x20", "0x40")) == 0
+    assert triton_code.spilled(SPILLS) == 2
+    assert triton_code.spilled(SPILLS.replace("0x20", "0x40")) == 0
 
 
 @EACH_ARCH
@@ -310,7 +312,7 @@ def test_what_a_step_along_the_depth_issues(kernel_report, arch):
 def test_no_difference_is_fused_with_a_product(offline_report, arch):
     """z - max is 0 at the maximum only if z has been rounded: u c - max, rounded once, is not."""
     kernels = offline_report["fused"][arch]
-    assert len(kernels) == len(triton_offline.SCALES) * (4 + 2) + 2
+    assert len(kernels) == len(triton_cases.SCALES) * (4 + 2) + 2
     for name, (fuses, differences) in kernels.items():
         assert not fuses and not differences, f"{name}: {differences}"
 
@@ -389,4 +391,4 @@ def test_products_of_tiles(kernel_report, arch):
             assert not found["bulk_copies"] or "mul.lo.s64" not in found["slow_in_loops"], name
             assert found["bulk_copies"] or found["wide_loads"] or "float64" in name
             assert found["loop_exponentials"] > 0 or "float64" in name
-            assert found["shared"] <= triton_offline.SHARED_MEMORY[int(arch[3:])], name
+            assert found["shared"] <= triton_cases.SHARED_MEMORY[int(arch[3:])], name
