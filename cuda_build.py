@@ -189,7 +189,8 @@ def sources() -> list[Path]:
 
 
 def _build(plan: Plan, sources: list[Path], target: Path) -> None:
-    headers = [*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    folders = (SOURCES, ROOT / "csrc", CASES.parent)
+    headers = [path for folder in folders for path in folder.glob("*.h")]
     changed = max((path.stat().st_mtime for path in headers), default=0)
     OBJECTS.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
