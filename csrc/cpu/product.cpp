@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -16,10 +17,11 @@ using at::Tensor;
 using at::native::cpublas::brgemm;
 using at::native::cpublas::brgemm_release;
 
-// Whether torch's block product takes T to float32 here (it needs oneDNN, and AVX-512 for bfloat16,
-// AVX-512 FP16 for float16).
+// Whether torch's block product takes T to float32 here (it needs oneDNN, which the user may switch
+// off and on, and AVX-512 for bfloat16, AVX-512 FP16 for float16).
 template <class T>
 bool has_brgemm() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool works = [] {
     const T a[2] = {1, 2}, b[2] = {3, 4};
     float c[1] = {0};

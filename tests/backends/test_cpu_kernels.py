@@ -15,7 +15,7 @@ from contract import Contract, Subject
 from contract.closeness import true_gradient, true_rows
 from helpers import error, same_bits
 
-from em_kernels import entropy_loss
+from em_kernels import entropy_loss, linear_entropy_loss
 from em_kernels.backends.cpu import Cpu
 from em_kernels.backends.interface import ROW_OUTPUTS, RowSpec, Upstream
 
@@ -286,3 +286,20 @@ def test_an_empty_product_is_left_to_torch(rows, columns):
     grad_logits, x = torch.ones(rows, columns).bfloat16(), torch.ones(rows, 4).bfloat16()
     assert not cpu.add_product(total, grad_logits, x, add=True)
     assert (total == 1).all()
+
+
+@pytest.mark.parametrize(
+    "options", ({"chunk_tokens": 7}, {"logits_dtype": torch.float32}), ids=("dW", "logits")
+)
+def test_onednn_may_be_switched_off_and_on_between_calls(options):
+    """Its block product, in the sum of dW over chunks and of float32 logits, refuses then."""
+    given = [make_logits((n, 16), torch.bfloat16, seed=n).requires_grad_() for n in (20, 64)]
+    found = []
+    for enabled in (True, False, True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled, allow_tf32=None):
+            loss = linear_entropy_loss(*given, impl="cpu", **options)
+            found.append(torch.autograd.grad(loss, given))
+    for first, second in (found[::2], found[1::2]):
+        assert all(map(same_bits, first, second))
+    for on, off in zip(*found[:2], strict=True):
+        assert error(off, on) < 2e-2
