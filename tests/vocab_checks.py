@@ -153,6 +153,26 @@ def uneven_chunks():
         chunking.CPU_WORKSPACE_BYTES = budget
 
 
+def frozen_chunks():
+    """Collectives of a bfloat16 loss by how many ranks need dW: where none does, the rows are two
+    chunks, and else one, in the memory of a float32 dW."""
+    share = own_share()
+    head, _ = draw_head(share, torch.bfloat16)
+    width = chunking.row_stride(max(share.sizes))
+    budget, chunking.CPU_WORKSPACE_BYTES = chunking.CPU_WORKSPACE_BYTES, 16 * width * 2
+
+    def count(trained):
+        weight = head.weight.detach().requires_grad_(share.rank < trained)
+        return count_collectives(
+            lambda: linear_entropy_loss(head.hidden, weight, group=share.group).backward()
+        )
+
+    try:
+        return [count(trained) for trained in (0, 1, dist.get_world_size())]
+    finally:
+        chunking.CPU_WORKSPACE_BYTES = budget
+
+
 def opcheck():
     """Operators with a group, in step on all ranks."""
     head, target = draw_head(own_share())
@@ -268,6 +288,7 @@ CHECKS = {
     "groups that are none": groups_that_are_none,
     "costs": costs,
     "uneven chunks": uneven_chunks,
+    "frozen chunks": frozen_chunks,
     "opcheck": opcheck,
     "dtensors": dtensors,
 }

@@ -18,7 +18,7 @@ class Around(Backend):
         self._inner = inner
         self.name, self.narrows, self.counts = inner.name, inner.narrows, inner.counts
         self.first_entry, self.widest_shard = inner.first_entry, inner.widest_shard
-        self.entries = inner.entries
+        self.entries, self.sums_weight = inner.entries, inner.sums_weight
 
     @property
     def local(self) -> Backend:

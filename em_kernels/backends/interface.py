@@ -226,6 +226,8 @@ class Backend(Protocol):
     widest_shard: int | None = None
     """Entries of the rank that has most of them, where the ranks of a group share a vocabulary:
     all ranks plan memory, and chunk rows, for as many. None without a group."""
+    sums_weight: bool = False
+    """A rank of the group needs dW, be it another: all chunk rows as it does."""
 
     entries: int | None = None
     """Of the vocabulary over all ranks of a group. None without one."""

@@ -51,6 +51,7 @@ class Shards(NamedTuple):
     rank: int
     ends: list[int]  # of each rank's entries; entries from `valid_vocab` on are left out
     widest: int
+    sums_weight: bool  # whether a rank needs dW
 
     @property
     def start(self) -> int:
@@ -79,16 +80,23 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     return total.to(x.dtype)
 
 
-def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> Shards:
+def agree(
+    spec: RowSpec,
+    vocab: int,
+    like: Tensor,
+    options: tuple[Any, ...],
+    needs_weight: bool = False,
+) -> Shards:
     """Exchange the sizes of the shards; ValueError on every rank if they were called differently.
 
-    `options` is whatever else must be the same; `like` has the rows and the device.
+    `options` is whatever else must be the same; `like` has the rows and the device. Whether a rank
+    `needs_weight`, its dW, may differ.
     """
     group = resolve(cast(str, spec.group))
     tokens = like.shape[:-1].numel()
     common = (*options, spec.temperature, spec.softcap, spec.logit_scale, spec.valid_vocab)
     common = (*common, spec.truncation is None, spec.min_p_first, spec.kept_ids is None)
-    own = torch.tensor([vocab, tokens, 0, 0, 0, zlib.crc32(repr(common).encode())])
+    own = torch.tensor([vocab, tokens, 0, 0, 0, zlib.crc32(repr(common).encode()), needs_weight])
     own = own.to(like.device)
     place = torch.arange(1, tokens + 1, device=like.device)
     if spec.mask is not None:
@@ -100,12 +108,12 @@ def agree(spec: RowSpec, vocab: int, like: Tensor, options: tuple[Any, ...]) -> 
         own[3] = (place[:, None] * number * counted).sum()
     for given in (spec.temperature_rows, spec.truncation, spec.kept_rows, spec.kept_ids):
         own[4] = own[4] * _ODD + _checksum(given, like.device)
-    sizes, *shared = gather(own, group).T.tolist()
+    sizes, *shared, weights = gather(own, group).T.tolist()
     for name, values in zip(_SHARED, shared, strict=True):
         if len(set(values)) > 1:
             got = values if name == _SHARED[0] else f"checksums {values}"
             raise ValueError(f"group: every rank must be given the same {name}, got {got}")
-    return _lay_out(group, sizes, spec.valid_vocab)
+    return _lay_out(group, sizes, spec.valid_vocab, any(weights))
 
 
 def _checksum(numbers: Tensor | None, device: torch.device) -> Tensor:
@@ -116,7 +124,9 @@ def _checksum(numbers: Tensor | None, device: torch.device) -> Tensor:
     return (torch.arange(1, bits.shape[0] + 1, device=device) * bits).sum()
 
 
-def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Shards:
+def _lay_out(
+    group: dist.ProcessGroup, sizes: list[int], valid_vocab: int, sums_weight: bool
+) -> Shards:
     total = sum(sizes)
     valid = valid_vocab or total
     if valid > total:
@@ -126,7 +136,7 @@ def _lay_out(group: dist.ProcessGroup, sizes: list[int], valid_vocab: int) -> Sh
     if total == 0:
         raise ValueError("group: no rank has an entry of the vocabulary")
     ends = torch.tensor(sizes).cumsum(0).clamp(max=valid).tolist()
-    return Shards(group, dist.get_rank(group), ends, max(sizes))
+    return Shards(group, dist.get_rank(group), ends, max(sizes), sums_weight)
 
 
 class VocabParallel(Around):
@@ -139,7 +149,7 @@ class VocabParallel(Around):
         super().__init__(inner)
         self.shards, self.counts = shards, True
         self.first_entry, self.widest_shard = shards.start, shards.widest
-        self.entries = shards.ends[-1]
+        self.entries, self.sums_weight = shards.ends[-1], shards.sums_weight
         self._ends: Tensor | None = None  # those of the shards, on the device: copied once a call
 
     @property

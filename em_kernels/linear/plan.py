@@ -204,12 +204,12 @@ def _chunking(
     size = linear.logits_dtype.itemsize if alone else bytes_per_logit(linear, backend)
     spare = None if needs is None or again else _spare_rows(linear, backend, needs)
     half = linear.hidden.dtype == torch.float16
-    tokens = linear.chunk_tokens
+    asked = linear.chunk_tokens
     single = None if again else _single_in_place(linear, count, width, size, backend, needs)
-    chunks = chunk_rows(count, width, size, gpu, spare, tokens or single, half, alone)
+    chunks = chunk_rows(count, width, size, gpu, spare, asked or single, half, alone)
     if rows_first or (needs is not None and needs.filter_eps is not None):
         return chunks
-    memory = tokens * width * size if tokens else workspace_bytes(gpu)
+    memory = asked * width * size if asked else workspace_bytes(gpu)
     return _with_blocks(chunks, linear, count, backend, needs, memory)
 
 
@@ -250,7 +250,7 @@ def _single_in_place(
 
 def _sums_weight(needs: Needs, backend: Backend) -> bool:
     """Ranks of a group may not all need dW, and chunk alike."""
-    return needs.weight or backend.widest_shard is not None
+    return needs.weight or backend.sums_weight
 
 
 def bytes_per_logit(linear: Linear, backend: Backend) -> int:

@@ -179,9 +179,10 @@ chunk_tokens: rows per chunk, the one limit of memory: None fits the logits of a
     160 MiB on a CPU, 1 GiB on a GPU, 256 MiB there where no gradient follows. Where that is
     faster, all rows and some columns of the vocabulary take the place of several chunks, in
     as much memory: for the gradient, for which dW is then never summed in float32, but dX
-    is (N, D); on a CPU, without a group and in float32 or float64, for the logits too. There
-    all rows of a loss of bfloat16 `hidden` and `weight` that needs dW are one chunk while they
-    fit into 160 MiB and the 4 D V bytes of the float32 dW that several chunks would sum.
+    is (N, D); on a CPU, without a group and in float32 or float64, for the logits too. On a
+    CPU all rows of a loss of bfloat16 `hidden` and `weight` that needs dW, be it on another
+    rank of the group, are one chunk while they fit into 160 MiB and the 4 D V bytes of the
+    float32 dW that several chunks would sum.
 logits_dtype: dtype the product is rounded to: float32 or the one it is made in. None is
     float32 where the device's product gives it out of 16-bit inputs at full speed (CUDA), else
     the one it is made in. float32 is the remedy where logits of 16 bits are too coarse.

@@ -23,7 +23,7 @@ from em_kernels.backends.interface import (
 from em_kernels.backends.specs import flatten_spec, has_support
 from em_kernels.backends.support import Support
 from em_kernels.backends.vocab_parallel import VocabParallel
-from em_kernels.linear.plan import Linear
+from em_kernels.linear.plan import Linear, Needs
 from em_kernels.ops import truncate
 from em_kernels.ops.schemas import (
     LinearGrad,
@@ -44,7 +44,7 @@ def serve_linear(
     chunk, dtype = call.chunk_tokens, call.logits_dtype
     low = call.low if call.low.x is None else (call.low.x.shape[-1], *call.low[2:])
     vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype, low)
-    given = (outputs, options, check, None, True)
+    given = (outputs, options, check, None, True, getattr(call, "needs", Needs()).weight)
     module, spec = serve(call.impl, call.hidden, vocab, call.spec, *given)
     return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
 
@@ -59,6 +59,7 @@ def serve(
     check: bool = True,
     loss_of: Tensor | None = None,
     owned: bool = False,
+    needs_weight: bool = False,
 ) -> tuple[Backend, RowSpec]:
     """The backend, and the spec flattened and its values checked.
 
@@ -73,7 +74,7 @@ def serve(
         return extended(backend(impl, x.device, *kind), spec, outputs, owned), spec
     module = backend(impl, x.device)  # a loss there is statistics, and their gradient once merged
     options = (module.name, x.dtype, *options)
-    shards = vocab_parallel.agree(flatten_spec(spec, lead), vocab, x, options)
+    shards = vocab_parallel.agree(flatten_spec(spec, lead), vocab, x, options, needs_weight)
     spec = ready(spec._replace(valid_vocab=shards.ends[-1]), lead)
     spec = spec._replace(valid_vocab=shards.size)
     return extended(VocabParallel(module, shards), spec, outputs, owned), spec

@@ -175,6 +175,12 @@ def test_all_ranks_cut_their_rows_as_the_largest_shard_needs(ranks, world):
     assert results_of(ranks, world, "uneven chunks") == [(1 + 2, 0)] * world
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_rank_takes_the_memory_of_a_dw_that_none_needs(ranks, world):
+    expected = [(1 + 2, 1), (1 + 1, 1), (1 + 1, 1)]
+    assert results_of(ranks, world, "frozen chunks") == [expected] * world
+
+
 def test_opcheck_with_a_group(ranks):
     assert results_of(ranks, 2, "opcheck") == ["passed"] * 2
 

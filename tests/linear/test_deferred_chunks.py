@@ -72,6 +72,9 @@ class Shard(Reference):
 
     widest_shard = 2 * V
 
+    def __init__(self, sums_weight=False):
+        self.sums_weight = sums_weight
+
 
 @pytest.mark.parametrize(
     "dtype, module, needs, deferred",
@@ -80,12 +83,8 @@ class Shard(Reference):
         (torch.float16, reference, ALL, True),
         (torch.float32, reference, ALL, False),  # nothing to narrow
         (torch.bfloat16, reference, Needs(True, False, True), False),  # no trips of dW
-        (
-            torch.bfloat16,
-            Shard(),
-            Needs(True, False, True),
-            True,
-        ),  # a rank that cuts like the others
+        (torch.bfloat16, Shard(), Needs(True, False, True), False),
+        (torch.bfloat16, Shard(True), Needs(True, False, True), True),  # as the others
         (torch.bfloat16, reference, None, False),  # statistics
         (torch.bfloat16, "cpu", ALL, False),  # cannot narrow
     ),

@@ -16,7 +16,12 @@ MOST = BUDGET_ROWS + 2 * D  # 4 D bytes for each entry of V, of 2 each
 
 
 class Shard(Reference):
+    """The reference as a rank of a group sees it, which may hold that a rank needs dW."""
+
     widest_shard = V
+
+    def __init__(self, sums_weight):
+        self.sums_weight = sums_weight
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,8 @@ def test_one_chunk_takes_the_memory_of_the_sum_it_saves():
 def test_only_where_that_sum_would_be():
     hidden_alone = Needs(True, False, False)
     assert chunk_of(MOST, hidden_alone) < MOST
-    assert chunk_of(MOST, hidden_alone, Shard()) == MOST  # another rank may have to sum
+    assert chunk_of(MOST, hidden_alone, Shard(False)) < MOST
+    assert chunk_of(MOST, hidden_alone, Shard(True)) == MOST  # all ranks chunk alike
     assert chunk_of(MOST, dtype=torch.float32) < MOST
     assert chunk_of(MOST, again=True) < MOST
     assert chunk_of(MOST, tokens=16) == 16
