@@ -63,6 +63,11 @@ def called_differently():
         "frozen": message(
             lambda: linear_entropy_loss(hidden.requires_grad_(first), weight, group=share.group)
         ),
+        "frozen weight": message(
+            lambda: linear_entropy_loss(
+                hidden.detach(), weight.detach().requires_grad_(first), group=share.group
+            )
+        ),
         "valid_vocab": stats(valid_vocab=VOCAB + 1),
         "out of range": stats(target + 1),
         "none at all": message(lambda: softmax_stats(torch.ones(3, 0), group=share.group)),

@@ -40,7 +40,7 @@ _SHARED = (
     "mask and ignored targets",
     "target",
     "numbers of each token (temperature, top_k, top_p, min_p, kept)",
-    "options (dtype, impl, outputs, temperature, chunk_tokens, whether hidden is frozen, ...)",
+    "options (dtype, impl, outputs, temperature, chunk_tokens, which inputs are frozen, ...)",
 )
 
 
