@@ -200,7 +200,8 @@ filter_eps: None is exact, and an exported program always is. Else, in (0, 1), c
     entry by entry and to rounding; statistics and the gradient of `bias` stay exact.
     Finding the columns waits for the device, once a chunk, and is left out while a CUDA
     graph is captured. It pays where rows are peaked; a row spread over many more than 1 /
-    filter_eps words can lose its whole gradient.
+    filter_eps words can lose its whole gradient. Of rows of one weight a larger chunk leaves
+    out fewer columns: each row keeps its own for all.
 accumulate_into: (V, D), contiguous, where the gradient of `weight` is added in the backward pass:
     weight.main_grad or weight.grad, float32, float64 or of the dtype of `weight`, in which it
     is then rounded once a chunk. No other (V, D) is made; autograd gets None for `weight`, a
