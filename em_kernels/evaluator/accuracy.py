@@ -107,9 +107,7 @@ def evaluate(
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("seed", seed, 0)
     check_flag("progress", progress)
-    if not isinstance(judge, str) and not callable(judge):
-        raise TypeError(f"judge must be a name or a function, got {type(judge).__name__}")
-    judge = make_judge(judge) if isinstance(judge, str) else judge
+    judge = _get_judge(judge)
     pairs = problem_pairs(problems, answers_needed=True)
     chat = Chat(
         None if system is None else check_system("system", system),
@@ -123,18 +121,37 @@ def evaluate(
     asked = Asked(model, tokenizer, judge)
     batches = ask_all(asked, plan, pairs, prompts, seed, progress=progress)
     found = by_problem((record.key, record.answer) for batch in batches for record in batch)
+    seconds = time.perf_counter() - started
+    return _result(pairs, found, samples, temperature, judge_name(judge), seconds)
+
+
+def _get_judge(judge: str | Judge) -> Judge:
+    if not isinstance(judge, str) and not callable(judge):
+        raise TypeError(f"judge must be a name or a function, got {type(judge).__name__}")
+    return make_judge(judge) if isinstance(judge, str) else judge
+
+
+def _result(
+    pairs: Sequence[Problem],
+    found: dict[float, dict[int, list[Answer]]],
+    samples: int,
+    temperature: float,
+    judge: str,
+    seconds: float,
+) -> EvalResult:
+    """Of the answers that were found, by temperature and by the problem's place."""
     drawn, likeliest = found.get(temperature, {}), found.get(0.0, {})
     answers = [a for by in found.values() for of_problem in by.values() for a in of_problem]
     return EvalResult(
-        len(prompts),
+        len(pairs),
         samples,
         temperature,
         *_accuracy(drawn),
         *_accuracy(likeliest),
         response_length=statistics.fmean(a.tokens for a in answers),
         truncated=statistics.fmean(not a.finished for a in answers),
-        judge=judge_name(judge),
-        seconds=time.perf_counter() - started,
+        judge=judge,
+        seconds=seconds,
         records=[
             ProblemRecord(problem, answer or "", drawn.get(i, []), *likeliest.get(i, [None]))
             for i, (problem, answer) in enumerate(pairs)

@@ -22,7 +22,7 @@ from em_kernels.lm.adapters import (
 )
 from em_kernels.lm.chat import encode_prompt, warn_without_template
 from em_kernels.lm.demonstrations import EncodedDemonstrations
-from em_kernels.lm.heads import ModelError, causal_lm, read_head
+from em_kernels.lm.heads import Head, ModelError, causal_lm, read_head
 from em_kernels.lm.models import (
     SHARDS,
     check_causal,
@@ -98,17 +98,11 @@ def start_run(
     """
     ranks = ranks or Ranks()
     folder = Path(config.output) if config.output else None
+    given = model is not None
     with ranks.raise_together():
-        checkpoint = _checkpoint_to_resume(config, folder) if resume else None
-        if folder and not resume:
-            checkpoints.check_free(folder)
-        given = model is not None
-        model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
-        if resume and folder:
-            _check_same_kind(folder, model)
-        if checkpoint and given:
-            _load_into(model, checkpoint, config.trust_remote_code)
-        check_not_nan(model)
+        model, tokenizer, checkpoint = _load_or_resume(
+            config, model, tokenizer, folder, resume, ranks
+        )
         demonstrations = _encode_demonstrations(config, model, tokenizer, ranks)
         chat = config.chat
         prompts = [encode_prompt(tokenizer, prompt, chat) for prompt in config.prompt_texts]
@@ -116,21 +110,10 @@ def start_run(
         if ranks.is_first:
             warn_without_template(tokenizer, prompts[0])
         _check_adapter(config, model, saved=folder is not None)
-        head = read_head(model)
-        config.check_entries(head.weight.shape[0])
-        if ranks.is_first:
-            check_causal(model, head, prompts[0])
-            if is_adapted(model):
-                check_reached(model, head, prompts[0])
+        head = _check_head(config, model, prompts[0], ranks)
         for other in others:
             check_vocabulary(other, head, tokenizer)
-        if config.gradient_checkpointing or config.long:
-            enable_gradient_checkpointing(model)
-        if config.long:
-            _split_mlps(model, ranks)
-        _check_trainable(model)
-        _check_optimizer(config, ranks)
-        check_shardable(model, ranks)
+        _prepare_to_train(config, model, ranks)
         sampler = make_sampler(config, model, tokenizer, longest, ranks)
     loaded = not (checkpoint and weights_in_parts(checkpoint))
     ranks.check_same(lambda: weights_and_prompts(model, prompts, loaded))
@@ -153,11 +136,25 @@ def start_run(
     run.optimizer.zero_grad()  # what an interrupted run, or the caller, has left
     _restore(run)
     if folder and run.done <= config.updates:  # else nothing is done, and nothing said otherwise
-        adapter = adapter_settings(model) if is_adapted(model) else None
-        ranks.first(lambda: checkpoints.write_config(folder, config, adapter))
-        unnamed = [*passed, "adapter"] if given and adapter is not None else passed
-        ranks.first(lambda: write_run_file(folder, config, unnamed, ranks.size))
+        _write_settings(run, folder, given, passed)
     return run
+
+
+def _load_or_resume(
+    config: TrainConfig, model, tokenizer, folder: Path | None, resume: bool, ranks: Ranks
+) -> tuple[Any, Any, Path | None]:
+    """Model and tokenizer, passed or loaded, and the checkpoint to go on from."""
+    checkpoint = _checkpoint_to_resume(config, folder) if resume else None
+    if folder and not resume:
+        checkpoints.check_free(folder)
+    given = model is not None
+    model, tokenizer = _get_model(config, model, tokenizer, checkpoint, ranks)
+    if resume and folder:
+        _check_same_kind(folder, model)
+    if checkpoint and given:
+        _load_into(model, checkpoint, config.trust_remote_code)
+    check_not_nan(model)
+    return model, tokenizer, checkpoint
 
 
 def _checkpoint_to_resume(config: TrainConfig, folder: Path | None) -> Path | None:
@@ -252,6 +249,27 @@ def _check_adapter(config: TrainConfig, model, saved: bool) -> None:
     check_adapted(model, saved=saved, merged=config.save_merged)
 
 
+def _check_head(config: TrainConfig, model, prompt: list[int], ranks: Ranks) -> Head:
+    head = read_head(model)
+    config.check_entries(head.weight.shape[0])
+    if ranks.is_first:
+        check_causal(model, head, prompt)
+        if is_adapted(model):
+            check_reached(model, head, prompt)
+    return head
+
+
+def _prepare_to_train(config: TrainConfig, model, ranks: Ranks) -> None:
+    """What saves memory is put into the model, and what cannot be trained is refused."""
+    if config.gradient_checkpointing or config.long:
+        enable_gradient_checkpointing(model)
+    if config.long:
+        _split_mlps(model, ranks)
+    _check_trainable(model)
+    _check_optimizer(config, ranks)
+    check_shardable(model, ranks)
+
+
 def _check_trainable(model) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -288,7 +306,7 @@ def _split_mlps(model, ranks: Ranks) -> None:
             f"long: {len(left)} of {len(layers)} layers of {type(causal_lm(model)).__name__} have "
             "no MLP that can be computed over pieces of the sequence; theirs is computed in one, "
             "which takes more memory",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -311,6 +329,14 @@ def _restore(run: Run) -> None:
     if run.checkpoint:
         trained, lines = run.strategy.trained, run.metrics.lines
         check_facts(run.checkpoint, trained, run.optimizer, lines, run.ranks)
+
+
+def _write_settings(run: Run, folder: Path, given: bool, passed: Sequence[str]) -> None:
+    """Of the run, and what its folder does not say: the objects that were passed."""
+    adapter = adapter_settings(run.model) if is_adapted(run.model) else None
+    run.ranks.first(lambda: checkpoints.write_config(folder, run.config, adapter))
+    unnamed = [*passed, "adapter"] if given and adapter is not None else passed
+    run.ranks.first(lambda: write_run_file(folder, run.config, unnamed, run.ranks.size))
 
 
 def save_run(run: Run) -> None:
