@@ -58,6 +58,27 @@ MINUTES = {
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    unknown = set(options.op) - set(OPERATORS)
+    if unknown:
+        parser.error(f"op must be among {', '.join(OPERATORS)}, got {', '.join(sorted(unknown))}")
+    for name in ("n", "v", "d", "threads"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
+    try:
+        kind = torch.device(options.device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {options.device}")
+    reason = why_no_gpu() if kind == "cuda" else None
+    if reason is not None:
+        parser.error(f"--device {options.device} needs a GPU, and none is visible{reason}")
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__.split("\n")[0], allow_abbrev=False
     )
@@ -93,23 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="implementations by name; all by default")
     parser.add_argument("--rows", action="store_true", help="print rows as JSON when measured")
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
-    options = parser.parse_args(arguments)
-    unknown = set(options.op) - set(OPERATORS)
-    if unknown:
-        parser.error(f"op must be among {', '.join(OPERATORS)}, got {', '.join(sorted(unknown))}")
-    for name in ("n", "v", "d", "threads"):
-        if (number := getattr(options, name)) is not None and number < 1:
-            parser.error(f"--{name} must be at least 1, got {number}")
-    try:
-        kind = torch.device(options.device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda, got {options.device}")
-    reason = why_no_gpu() if kind == "cuda" else None
-    if reason is not None:
-        parser.error(f"--device {options.device} needs a GPU, and none is visible{reason}")
-    return options
+    return parser
 
 
 def is_short(options: argparse.Namespace) -> bool:

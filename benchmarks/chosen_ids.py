@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Case, Results, Sizes, our_impls
-from benchmarks.linear_softmax_stats import gradient_bytes, make_hidden, products
+from benchmarks.linear_softmax_stats import bare_products, gradient_bytes, make_hidden
 from benchmarks.peers import sample
 from benchmarks.softmax_stats import make_logits
 from em_kernels import linear_softmax_stats, linear_token_loss, softmax_stats, token_loss
@@ -214,55 +214,60 @@ def hidden_cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) 
     hidden, weight, _, _ = make_hidden(sizes, dtype, device)
     wide = weight.double()
     z = hidden.double() @ wide.T
-    every = make_ids(z)
-    tables = {f"{count} ids": every[:, :count].contiguous() for count in COUNTS}
-    tables[f"{SHARED} ids of all rows"] = every[:1, :SHARED].expand(sizes.n, -1).contiguous()
+    tables = make_tables(make_ids(z))
     givens = {name: torch.randn(ids.shape, device=device) for name, ids in tables.items()}
     truths = {
         name: linear_truth(hidden, weight, z, ids, givens[name], wide)
         for name, ids in tables.items()
     }
-    ranks = true_ranks(z, tables[f"{SHARED} ids"])
+    shared = tables[f"{SHARED} ids"]
+    ranks = true_ranks(z, shared)
     del wide, z
+    common = dict(sizes=sizes, dtype=dtype, device=device)
     for name, ids in tables.items():
-        functions, left_out = peers(compiled)
-        del functions["eager gather - logsumexp"]  # TRL's
-        given = {n: from_hidden(f) for n, f in functions.items()}
-        if name.endswith("all rows"):
-            given["Liger"] = liger
-        else:
-            left_out["Liger"] = "its selected_token_ids are the same in every row"
+        functions, left_out = hidden_peers(compiled, one_set=name.endswith("all rows"))
         inputs = ids, givens[name], hidden, weight
         own = own_steps(linear_softmax_stats, linear_token_loss, device, *inputs)
         yield Case(
             name=f"log-probability of {name}, from hidden states, forward + backward",
-            sizes=sizes,
-            dtype=dtype,
-            device=device,
-            contenders=own | {n: step(f, *inputs) for n, f in given.items()},
-            floor=("three bare matrix products", products(hidden, weight, backward=True)),
+            contenders=own | {n: step(f, *inputs) for n, f in functions.items()},
             truth=truths[name],
-            bytes_moved=3 * weight.nbytes,
-            flops=6 * sizes.n * sizes.v * sizes.d,
             kept_bytes=gradient_bytes(hidden, weight),
             left_out=left_out,
+            **common,
+            **bare_products(3, hidden, weight),
         )
-    functions, left_out = rank_peers(compiled)
+    ranking, left_out = rank_peers(compiled)
     own = own_ranks(linear_softmax_stats, device)
-    own |= {n: from_hidden(f) for n, f in functions.items()}
-    ids = tables[f"{SHARED} ids"]
+    own |= {n: from_hidden(f) for n, f in ranking.items()}
     yield Case(
         name=f"rank of {SHARED} ids, from hidden states",
-        sizes=sizes,
-        dtype=dtype,
-        device=device,
-        contenders={n: ranks_step(f, hidden, weight, ids) for n, f in own.items()},
-        floor=("one bare matrix product", products(hidden, weight, backward=False)),
+        contenders={n: ranks_step(f, hidden, weight, shared) for n, f in own.items()},
         truth=ranks,
-        bytes_moved=weight.nbytes,
-        flops=2 * sizes.n * sizes.v * sizes.d,
         left_out=left_out,
+        **common,
+        **bare_products(1, hidden, weight),
     )
+
+
+def make_tables(every: Tensor) -> dict[str, Tensor]:
+    """The first of `every` row's ids, and those of the first row for all."""
+    tables = {f"{count} ids": every[:, :count].contiguous() for count in COUNTS}
+    tables[f"{SHARED} ids of all rows"] = every[:1, :SHARED].expand(len(every), -1).contiguous()
+    return tables
+
+
+def hidden_peers(
+    compiled: bool, one_set: bool
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    functions, left_out = peers(compiled)
+    del functions["eager gather - logsumexp"]  # TRL's
+    found: dict[str, Callable[..., Tensor]] = {n: from_hidden(f) for n, f in functions.items()}
+    if one_set:
+        found["Liger"] = liger
+    else:
+        left_out["Liger"] = "its selected_token_ids are the same in every row"
+    return found, left_out
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Case, Sizes, our_impls
-from benchmarks.linear_softmax_stats import gradient_bytes, make_hidden, products
+from benchmarks.linear_softmax_stats import bare_products, gradient_bytes, make_hidden
 from benchmarks.peers import Function, linear_truth, peers
 from em_kernels import linear_entropy_loss
 
@@ -45,10 +45,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         dtype=dtype,
         device=device,
         contenders={name: step(loss, hidden, weight) for name, loss in losses.items()},
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth={"loss": (index, entropy.mean()), **truth},
-        bytes_moved=3 * weight.numel() * weight.element_size(),
-        flops=6 * sizes.n * sizes.v * sizes.d,
         kept_bytes=gradient_bytes(hidden, weight),
         left_out=left_out,
+        **bare_products(3, hidden, weight),
     )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Sizes, our_impls
+from benchmarks.common import Case, Results, Sizes, our_impls
 from benchmarks.peers import Function, linear_truth, peers
 from em_kernels import linear_softmax_stats
+
+FLOORS = {
+    1: "one bare matrix product",
+    2: "two bare matrix products",
+    3: "three bare matrix products",
+}
+Run = Callable[[], Results]
+Truth = dict[str, tuple[Tensor, Tensor]]
 
 
 def make_hidden(
@@ -41,6 +50,18 @@ def products(
                 torch.mm(logits.T, hidden, out=grads[1])
 
     return run
+
+
+def bare_products(count: int, hidden: Tensor, weight: Tensor) -> dict[str, Any]:
+    """Of a `Case` whose floor they are: 1 makes the logits, 2 also dX, 3 also dW."""
+    return {
+        "floor": (
+            FLOORS[count],
+            products(hidden, weight, backward=count > 1, frozen=count == 2),
+        ),
+        "bytes_moved": count * weight.nbytes,
+        "flops": 2 * count * len(hidden) * weight.numel(),
+    }
 
 
 def ours(
@@ -113,67 +134,41 @@ def gradient_bytes(hidden: Tensor, weight: Tensor) -> int:
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
-    hidden, weight, target, upstream = make_hidden(sizes, dtype, device)
+    hidden, weight, target, upstream = inputs = make_hidden(sizes, dtype, device)
     others, left_out = peers(linear=True, compiled=compiled, dtype=dtype)
     own = {name: partial(ours, impl=impl) for name, impl in our_impls(device).items()}
     functions = {**own, **others}
     truth = linear_truth(hidden, weight, target, *upstream)
-    read, product = weight.numel() * weight.element_size(), 2 * sizes.n * sizes.v * sizes.d
-    forward_functions = {**functions, "em_kernels fused": fused} if device == "cuda" else functions
+
+    def case(
+        name: str, count: int, truth: Truth, contenders: dict[str, Run], kept_bytes: int = 0
+    ) -> Case:
+        return Case(
+            f"linear_softmax_stats {name}",
+            sizes,
+            dtype,
+            device,
+            contenders,
+            truth=truth,
+            left_out=left_out,
+            kept_bytes=kept_bytes,
+            **bare_products(count, hidden, weight),
+        )
+
+    with_fused = {**functions, "em_kernels fused": fused} if device == "cuda" else functions
+    steps = {name: forward(f, *inputs[:3]) for name, f in with_fused.items()}
+    yield case("forward", 1, {name: truth[name] for name in ("logprob", "entropy")}, steps)
+    gradients = gradient_bytes(hidden, weight)
     kept = {"keep_logits=0": partial(ours, keep_logits=0)}
     kept["keep_logits=all"] = partial(ours, keep_logits=1 << 62)
-    common = dict(sizes=sizes, dtype=dtype, device=device, left_out=left_out)
-    yield Case(
-        name="linear_softmax_stats forward",
-        contenders={
-            name: forward(f, hidden, weight, target) for name, f in forward_functions.items()
-        },
-        floor=("one bare matrix product", products(hidden, weight, backward=False)),
-        truth={name: truth[name] for name in ("logprob", "entropy")},
-        bytes_moved=read,
-        flops=product,
-        **common,
-    )
-    yield Case(
-        name="linear_softmax_stats forward + backward",
-        contenders={
-            name: forward_backward(f, hidden, weight, target, upstream)
-            for name, f in {**functions, **kept}.items()
-        },
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
-        truth=truth,
-        bytes_moved=3 * read,
-        flops=3 * product,
-        kept_bytes=gradient_bytes(hidden, weight),
-        **common,
-    )
-    yield Case(
-        name="linear_softmax_stats backward",
-        contenders={
-            name: backward(functions[name], hidden, weight, target, upstream)
-            for name in (*own, "eager")
-        },
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
-        truth={name: truth[name] for name in ("grad_hidden", "grad_weight")},
-        bytes_moved=3 * read,
-        flops=3 * product,
-        kept_bytes=gradient_bytes(hidden, weight),
-        **common,
-    )
+    steps = {name: forward_backward(f, *inputs) for name, f in {**functions, **kept}.items()}
+    yield case("forward + backward", 3, truth, steps, gradients)
+    steps = {name: backward(functions[name], *inputs) for name in (*own, "eager")}
+    of_gradients = {name: truth[name] for name in ("grad_hidden", "grad_weight")}
+    yield case("backward", 3, of_gradients, steps, gradients)
     truth = linear_truth(hidden, weight, target, upstream[0], torch.zeros_like(upstream[1]))
-    number = {
-        name: partial(f, entropy_requires_grad=False) if name in own else f
-        for name, f in functions.items()
-    }
-    yield Case(
-        name="linear_softmax_stats forward + backward of logprob, weight frozen",
-        contenders={
-            name: of_logprob(f, hidden, weight, target, upstream) for name, f in number.items()
-        },
-        floor=("two bare matrix products", products(hidden, weight, backward=True, frozen=True)),
-        truth={name: truth[name] for name in ("logprob", "entropy", "grad_hidden")},
-        bytes_moved=2 * read,
-        flops=2 * product,
-        kept_bytes=hidden.numel() * hidden.element_size(),
-        **common,
-    )
+    del truth["grad_weight"]
+    number = {name: partial(f, entropy_requires_grad=False) for name, f in own.items()}
+    steps = {name: of_logprob(f, *inputs) for name, f in {**functions, **number}.items()}
+    name = "forward + backward of logprob, weight frozen"
+    yield case(name, 2, truth, steps, hidden.nbytes)

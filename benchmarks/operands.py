@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Case, Results, Sizes, our_impls
-from benchmarks.linear_softmax_stats import make_hidden, products
+from benchmarks.linear_softmax_stats import bare_products, make_hidden, products
 from benchmarks.peers import linear_truth, peers
 from em_kernels import linear_entropy_loss
 
@@ -118,11 +118,9 @@ def accumulating_case(sizes: Sizes, dtype: torch.dtype, device: str, left_out: d
         dtype=dtype,
         device=device,
         contenders={**contenders, "eager": accumulated(eager, hidden, weight, ".grad")},
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth={"grad_weight": truth["grad_weight"]},
-        bytes_moved=3 * weight.numel() * weight.element_size(),
-        flops=6 * sizes.n * sizes.v * sizes.d,
         left_out=left_out,
+        **bare_products(3, hidden, weight),
     )
 
 
@@ -146,12 +144,10 @@ def wide_case(sizes: Sizes, dtype: torch.dtype, device: str, left_out: dict) -> 
         dtype=dtype,
         device=device,
         contenders={**contenders, "eager": step(eager, hidden, weight)},
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth={"grad_hidden": truth["grad_hidden"], "grad_weight": truth["grad_weight"]},
-        bytes_moved=3 * weight.numel() * weight.element_size(),
-        flops=6 * sizes.n * sizes.v * sizes.d,
         kept_bytes=hidden.nbytes + weight.nbytes,
         left_out=left_out,
+        **bare_products(3, hidden, weight),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Case, Sizes, our_impls
-from benchmarks.linear_softmax_stats import gradient_bytes, make_hidden, products
+from benchmarks.linear_softmax_stats import bare_products, gradient_bytes, make_hidden
 from benchmarks.peers import sample
 from benchmarks.softmax_stats import make_logits
 from em_kernels import linear_token_loss, token_loss
@@ -119,10 +119,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> Iter
         name="truncated linear_token_loss forward + backward",
         sizes=sizes,
         contenders={name: step(f, hidden, weight) for name, f in {**own, **given}.items()},
-        floor=("three bare matrix products", products(hidden, weight, backward=True)),
         truth=truth(logits, target, weight),
-        bytes_moved=3 * weight.numel() * weight.element_size(),
-        flops=6 * sizes.n * sizes.v * sizes.d,
         kept_bytes=gradient_bytes(hidden, weight),
         **common,
+        **bare_products(3, hidden, weight),
     )
