@@ -58,8 +58,8 @@ struct Gradient {
   const void* g_lse = nullptr;
   void* out = nullptr;
   int64_t outer_stride = 0, inner_stride = 0;
-  // That of the logits. On CUDA, for f32 logits, also bf16 or f16: then a row of `out` may begin
-  // at the byte where its row of logits begins.
+  // That of the logits, or for f32 ones bf16 or f16: then a row of `out` may begin at the byte
+  // where its row of logits begins.
   DType out_dtype = DType::f32;
 };
 

@@ -149,10 +149,13 @@ Gradient make_gradient(
     Call& call, const Tensor& logits, const OptionalTensor& target, const OptionalTensor& g_logprob,
     const OptionalTensor& g_entropy, const OptionalTensor& g_lse, const Tensor& out) {
   check_rows_view("out", out);
+  const auto real = real_type(logits), dtype = out.scalar_type();
+  const bool narrow =
+      logits.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
   TORCH_CHECK_VALUE(
-      out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
-      "out must have the shape and dtype of logits, got ", out.sizes(), " ", out.scalar_type());
-  const auto real = real_type(logits);
+      out.sizes() == logits.sizes() && (narrow || dtype == logits.scalar_type()),
+      "out must have the shape and dtype of logits, or 16 bits for float32 ones, got ", out.sizes(),
+      " ", dtype);
   const int64_t rows = call.problem.rows;
   TORCH_CHECK_VALUE(!g_logprob || target, "g_logprob needs a target, got None");
   Gradient g;
@@ -160,6 +163,7 @@ Gradient make_gradient(
   g.g_entropy = call.keep(g_entropy, real, rows, "g_entropy");
   g.g_lse = call.keep(g_lse, real, rows, "g_lse");
   g.out = out.data_ptr();
+  g.out_dtype = dtype_of(out);
   g.outer_stride = out.stride(0);
   g.inner_stride = out.stride(1);
   return g;

@@ -324,9 +324,9 @@ struct RowGradient {
   T max, c, constant, linear;
 };
 
-template <Kind K, class V, class In, class T>
+template <Kind K, class V, class In, class Out, class T>
 static EM_INLINE void grad_vector(
-    const In* x, const T* bias, const Transform<T>& f, const RowGradient<T>& g, In* out) {
+    const In* x, const T* bias, const Transform<T>& f, const RowGradient<T>& g, Out* out) {
   const Transformed<V> at = transform<K>(V::load(x), bias, f);
   const V d = distance(at.u, V::set(g.max), V::set(g.c));
   V gx = vexp(d) * fma(V::set(g.linear), d, V::set(g.constant));
@@ -334,10 +334,11 @@ static EM_INLINE void grad_vector(
   gx.store(out);
 }
 
-template <Kind K, class V, class In, class T>
+// `out` may begin where `x` does, and be narrower.
+template <Kind K, class V, class In, class Out, class T>
 static void grad_block(
     const In* x, const T* bias, int64_t count, const Transform<T>& f, const RowGradient<T>& g,
-    In* out) {
+    Out* out) {
   const int64_t whole = count / V::width * V::width;
   int64_t i = 0;
   for (; i + kStep<V> <= whole; i += kStep<V>)
@@ -352,6 +353,7 @@ static void grad_block(
   T bias_pad[V::width] = {};
   std::copy(x + whole, x + count, x_pad);
   if (bias) std::copy(bias + whole, bias + count, bias_pad);
-  grad_vector<K, V>(x_pad, bias ? bias_pad : nullptr, f, g, x_pad);
-  std::copy(x_pad, x_pad + (count - whole), out + whole);
+  Out out_pad[V::width];
+  grad_vector<K, V>(x_pad, bias ? bias_pad : nullptr, f, g, out_pad);
+  std::copy(out_pad, out_pad + (count - whole), out + whole);
 }

@@ -147,8 +147,8 @@ static void load_side(
 }
 
 // gradient times slope and factor, to where it goes.
-template <class V, class In, class T>
-static void store_side(const T* gradient, const T* slope, int64_t count, T factor, In* out) {
+template <class V, class Out, class T>
+static void store_side(const T* gradient, const T* slope, int64_t count, T factor, Out* out) {
   const auto at = [&](int64_t i) {
     const V g = V::load(gradient + i) * V::set(factor);
     return slope ? g * V::load(slope + i) : g;
@@ -156,7 +156,7 @@ static void store_side(const T* gradient, const T* slope, int64_t count, T facto
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) at(i).store(out + i);
   if (i == count) return;
-  In pad[V::width];
+  Out pad[V::width];
   at(i).store(pad);
   std::copy(pad, pad + (count - i), out + i);
 }
@@ -198,9 +198,8 @@ struct OneSide {
   void fill(int64_t row, bool bad) const {
     if (!side.gradient) return;
     const auto plain = rows<Kind::Plain>();
-    In value;
-    from_float(bad ? std::numeric_limits<T>::quiet_NaN() : T(0), &value);
-    std::fill_n(plain.out(row), side.problem.valid_vocab, value);
+    const T value = bad ? std::numeric_limits<T>::quiet_NaN() : T(0);
+    plain.with_out(row, [&](auto* to) { plain.fill(to, to + side.problem.valid_vocab, value); });
   }
 
   void zero_rest(int64_t row) const {
@@ -273,14 +272,14 @@ struct PairsOfRows {
     // Infinite where an entry of the other side is excluded: see the definition.
     const bool own_lost = D == Divergence::kReverseKl && std::isinf(constant.own_kl);
     const bool other_lost = D == Divergence::kForwardKl && std::isinf(constant.other_kl);
-    if (own_lost) own.fill(row, false);
-    if (other_lost) other.fill(row, false);
     for_blocks(row, block, [&](int64_t begin, int64_t count) {
       differentiate<D, Same, V>(block, count, constant);
       if (!own_lost) put(own, row, begin, count, share, block.gradient, block.slope);
       if (!other_lost)
         put(other, row, begin, count, other_share, block.other_gradient, block.other_slope);
     });
+    if (own_lost) own.fill(row, false);  // not before: the logits may lie there
+    if (other_lost) other.fill(row, false);
   }
 
   void put(
@@ -289,10 +288,10 @@ struct PairsOfRows {
     if (!to.side.gradient) return;
     const Transform<T> f(to.side.problem, row);
     const T weight = static_cast<const T*>(to.side.gradient->g_lse)[row];
-    const auto plain = to.template rows<Kind::Plain>();
-    store_side<V>(
-        gradient, to.kind == Kind::General ? slope : nullptr, count,
-        weight * share * f.dz_dx, plain.out(row) + begin);
+    const T* own_slope = to.kind == Kind::General ? slope : nullptr;
+    to.template rows<Kind::Plain>().with_out(row, [&](auto* out) {
+      store_side<V>(gradient, own_slope, count, weight * share * f.dz_dx, out + begin);
+    });
   }
 
   // As `divergence._settled`.

@@ -73,7 +73,11 @@ struct Lanes {
   }
   template <class Half>
   EM_INLINE void store(Half* p) const {
-    for (int i = 0; i < W; ++i) from_float(lane[i], p + i);
+    for (int i = 0; i < W; ++i) {
+      Half half;
+      from_float(lane[i], &half);
+      std::memcpy(p + i, &half, sizeof(Half));  // there may be floats there, read before
+    }
   }
   template <class F>
   static EM_INLINE Lanes make(F f) {

@@ -45,9 +45,16 @@ struct Rows {
     return static_cast<const In*>(p.logits) + row / p.inner * p.outer_stride +
            row % p.inner * p.inner_stride;
   }
-  In* out(int64_t row) const {
-    return static_cast<In*>(g->out) + row / p.inner * g->outer_stride +
-           row % p.inner * g->inner_stride;
+  bool narrows() const { return size_of(g->out_dtype) < size_of(p.dtype); }
+  // call(the first entry of a row of the gradient), a pointer to what it holds.
+  template <class F>
+  void with_out(int64_t row, const F& call) const {
+    const int64_t first = row / p.inner * g->outer_stride + row % p.inner * g->inner_stride;
+    if constexpr (std::is_same_v<In, float>) {
+      if (g->out_dtype == DType::bf16) return call(static_cast<bf16*>(g->out) + first);
+      if (g->out_dtype == DType::f16) return call(static_cast<f16*>(g->out) + first);
+    }
+    call(static_cast<In*>(g->out) + first);
   }
   const T* bias(int64_t v) const { return p.bias ? static_cast<const T*>(p.bias) + v : nullptr; }
   T* column(Output name) const { return static_cast<T*>(results->column[name]); }
@@ -160,13 +167,13 @@ struct Rows {
 
   // The gradient of logits [begin, end) of an active row.
   void grad_range(int64_t row, int64_t begin, int64_t end) const {
+    with_out(row, [&](auto* to) { grad_to(row, begin, end, to); });
+  }
+
+  template <class Out>
+  void grad_to(int64_t row, int64_t begin, int64_t end, Out* to) const {
     const T max = read(g->max, row);
-    In* to = out(row);
-    if (std::isnan(max)) {
-      In nan;
-      from_float(std::numeric_limits<T>::quiet_NaN(), &nan);
-      return std::fill(to + begin, to + end, nan);
-    }
+    if (std::isnan(max)) return fill(to + begin, to + end, std::numeric_limits<T>::quiet_NaN());
     const Transform<T> f(p, row);
     const double log1p_r = read(g->log1p_r, row), mean_d = read(g->mean_d, row);
     const double logprob = read(g->g_logprob, row), entropy = read(g->g_entropy, row);
@@ -187,7 +194,14 @@ struct Rows {
   // Zeros where there is no gradient: beyond the valid vocabulary, and the whole of a masked row.
   void zero_rest(int64_t row) const {
     const int64_t begin = active(row) ? p.valid_vocab : 0;
-    std::memset(out(row) + begin, 0, (p.vocab - begin) * sizeof(In));
+    with_out(row, [&](auto* to) { fill(to + begin, to + p.vocab, T(0)); });
+  }
+
+  template <class Out>
+  static void fill(Out* from, Out* to, T value) {
+    Out rounded;
+    from_float(value, &rounded);
+    std::fill(from, to, rounded);
   }
 
   void grad_row(int64_t row) const {
@@ -227,6 +241,8 @@ struct Rows {
       }
     }
     if (!g) return;
+    if (narrows())  // what a block writes may lie over another's logits
+      return for_each_task<T>(parallel, p.rows, [&](int64_t row, T*) { grad_row(row); });
     for_each_task<T>(parallel, p.rows * count, [&](int64_t task, T*) {
       const int64_t row = task / count, block = task % count;
       if (active(row)) grad_range(row, block * kBlock, block_end(block));

@@ -33,7 +33,7 @@ class Cpu(Backend):
     """The compiled part, `em_kernels._C`; ImportError where that is not built."""
 
     name = "cpu"
-    counts = True
+    narrows = counts = True
 
     def __init__(self) -> None:
         from em_kernels import _C

@@ -4,10 +4,10 @@ import pytest
 import torch
 from gpu_chunks import (
     ALL,
-    NARROWING,
     D,
     N,
     V,
+    Wide,
     call,
     exact,
     gradients,
@@ -16,7 +16,7 @@ from gpu_chunks import (
     weight_gradients,
 )
 from gpu_products import defer_small_chunks
-from helpers import error
+from helpers import ON_CPU, error
 
 from em_kernels.backends.choice import backend
 from em_kernels.backends.reference import Reference
@@ -29,7 +29,7 @@ pytest_plugins = ("gpu_chunks",)  # its fixtures `gpu` and `deferring`
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
-@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
 @pytest.mark.parametrize("adds", (True, False), ids=("addmm", "pieces"))
@@ -49,7 +49,7 @@ def test_deferred_gradients(deferring, monkeypatch, name, dtype, masked, adds):
     assert logits == [*grads, *stats, *stats], "only a loss defers"
 
 
-@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_products_read_the_deferred_gradient_beside_the_logits(deferring, name):
     (hidden, weight), (spec, upstream) = operands(), call()
     linear = Linear.of(hidden, weight, 5, None)
@@ -86,13 +86,10 @@ class Shard(Reference):
         (torch.bfloat16, Shard(), Needs(True, False, True), False),
         (torch.bfloat16, Shard(True), Needs(True, False, True), True),  # as the others
         (torch.bfloat16, reference, None, False),  # statistics
-        (torch.bfloat16, "cpu", ALL, False),  # cannot narrow
+        (torch.bfloat16, Wide(), ALL, False),
     ),
 )
 def test_when_the_gradient_is_deferred(deferring, dtype, module, needs, deferred):
-    if module == "cpu":
-        pytest.importorskip("em_kernels._C")
-        module = backend("cpu", torch.device("cpu"))
     linear = Linear.of(*operands(dtype), 5, None)
     assert chunks.Rows.counted(linear, None, module, needs).chunking == Chunking(
         5, 2 if deferred else 5
@@ -122,14 +119,11 @@ def test_a_rank_without_a_gradient_cuts_as_the_others_do(monkeypatch):
     assert [chunking.chunk for chunking in made] == [32, 32, 32]
 
 
-class WideShard(Reference):
-    """A rank whose backend writes the gradient as wide as the logits."""
-
+class WideShard(Wide):
     widest_shard = V
-    narrows = False
 
 
-@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name):
     """Fewer trips of dW out of the same budget, and the same gradients."""
     monkeypatch.setattr(chunking, "GPU_WORKSPACE_BYTES", 20 * chunking.row_stride(V))
@@ -141,7 +135,7 @@ def test_default_chunks_with_the_gradient_deferred(deferring, monkeypatch, name)
     assert sums == ["mm", "addmm", "mm", "addmm", "addmm"], "fewer in a loss"
 
 
-@pytest.mark.parametrize("name", NARROWING)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_single_chunk_goes_through_its_logits_in_parts(gpu, monkeypatch, name, dtype):
     """No sum of dW: its product is the last, and writes bfloat16 at once."""

@@ -8,6 +8,7 @@ from helpers import IMPLS, ON_CPU, error, make_linear, random_target, random_ups
 from em_kernels import linear_softmax_stats
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
+from em_kernels.backends.reference import Reference
 from em_kernels.linear import chunks, products, vocab_blocks
 from em_kernels.linear.chunking import column_blocks
 from em_kernels.linear.chunks import Linear, Needs
@@ -132,8 +133,12 @@ def test_logits_are_multiplied_again_in_the_same_pieces(pieces, blocks, chunk, v
 @pytest.mark.parametrize("eps", (None, 1e-6))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("on_gpu", (False, True), ids=("cpu", "gpu"))
-def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, eps, dtype, on_gpu):
+@pytest.mark.parametrize("narrows", (False, True), ids=("wide", "narrow"))
+def test_and_so_they_are_where_rows_are_outermost(
+    pieces, monkeypatch, frozen, eps, dtype, on_gpu, narrows
+):
     """The float32 logits of a backend that cannot narrow them have a cast beside them."""
+    monkeypatch.setattr(Reference, "narrows", narrows)
     if on_gpu:
         play_gpu(monkeypatch)
     hidden, weight, _ = leaves(dtype, n=40)
@@ -142,8 +147,7 @@ def test_and_so_they_are_where_rows_are_outermost(pieces, monkeypatch, frozen, e
     for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES"):
         monkeypatch.setattr(f"em_kernels.linear.chunking.{name}", 4 * 24 * 304)
     monkeypatch.setattr("em_kernels.linear.chunking.CPU_TILE_ROWS", 1)
-    impl = "cpu" if "cpu" in ON_CPU else "reference"
-    options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl)
+    options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl="reference")
     stats = linear_softmax_stats(hidden, weight, outputs=("entropy", "lse"), **options)
     forward = sorted(pieces)
     pieces.clear()
