@@ -17,6 +17,7 @@ from em_kernels.lm.progress import Progress
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import Ranks, joined_ranks
 from em_kernels.lm.rollout import cut_message, end_tokens
+from em_kernels.trainer.checkpoint import check_folder
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.demonstration_update import DemonstrationUpdate
 from em_kernels.trainer.distillation import DistillationUpdate
@@ -106,6 +107,7 @@ def train(
             settings, versions, problems or weights; a logger that does not start.
         ImportError: a package is missing, of a logger as well; it says which and what brings it.
         CheckpointError: a checkpoint could not be written or read.
+        FileNotFoundError: no folder of a run to resume.
         FloatingPointError: the loss or its gradient is not finite; the step is not taken.
         EngineError: the engine of sampler="vllm" could not start, or failed or ended in the middle
             of an update, of which nothing is kept: its checkpoints and metrics are whole.
@@ -117,6 +119,9 @@ def train(
     with joined_ranks(config.device) as ranks:
         ranks.check_same(lambda: settings_and_data(config))
         ranks.first(lambda: check_installed(config.log_to))
+        begun = config.output if resume else None
+        if begun:
+            ranks.first(lambda: check_folder(begun))
         with _folder_held(config.output, ranks):
             with ranks.raise_together():
                 others = second_models(config, model, teacher, ranks)

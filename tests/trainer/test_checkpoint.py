@@ -91,8 +91,11 @@ def test_the_settings_of_a_resumed_run_cannot_change(tmp_path):
         run(dataclasses.replace(config, learning_rate=0.5), resume=True)
     with pytest.raises(ValueError, match="holds a run already"):
         run(config)
-    with pytest.raises(FileNotFoundError, match="is no training run"):
-        run(dataclasses.replace(config, output=str(tmp_path / "nothing")), resume=True)
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("nothing", "no such folder: .*nothing"), ("empty", "no training run")):
+        with pytest.raises(FileNotFoundError, match=reason):
+            run(dataclasses.replace(config, output=str(tmp_path / name)), resume=True)
+    assert not (tmp_path / "nothing").exists()
 
 
 def fill_disk_at(update: int):
