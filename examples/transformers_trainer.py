@@ -51,4 +51,4 @@ def main(coefficient: float | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    print("losses:", *main(*map(float, sys.argv[1:])))
+    print("losses:", *(f"{loss:.4f}" for loss in main(*map(float, sys.argv[1:]))))
