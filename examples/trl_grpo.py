@@ -54,4 +54,4 @@ def main(trainer_class=GRPOTrainer, **more) -> list[dict]:
 
 if __name__ == "__main__":
     for line in main():
-        print({name: line[name] for name in ("loss", "reward", "entropy", "grad_norm")})
+        print({name: round(line[name], 4) for name in ("loss", "reward", "entropy", "grad_norm")})

@@ -287,7 +287,10 @@ def auroc(score: Sequence[float] | ndarray, correct: Sequence[bool] | ndarray) -
 
 
 class EntropyFit(NamedTuple):
-    """R = -a exp(H) + b; `ceiling` b - a is R at H = 0, `r2` the share of variance explained."""
+    """R = -a exp(H) + b; `ceiling` b - a is R at H = 0, `r2` the share of variance explained.
+
+    `r2` is None of two points, which any line meets, and where R does not vary.
+    """
 
     a: float
     b: float
@@ -321,5 +324,5 @@ def fit_entropy_law(entropy: Sequence[float], performance: Sequence[float]) -> E
         )
     fit = require_scipy().linregress(x, y)
     slope, b = float(fit.slope), float(fit.intercept)
-    r2 = float(fit.rvalue**2) if y.var() > 0 else None
+    r2 = float(fit.rvalue**2) if len(x) > 2 and y.var() > 0 else None
     return EntropyFit(-slope, b, b + slope, r2, len(x))

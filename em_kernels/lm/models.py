@@ -179,8 +179,8 @@ def hidden_states(
 
 def enable_gradient_checkpointing(model) -> None:
     """By either of the names that transformers 5 has had for it."""
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)()
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)()
 
 
 @torch.no_grad()

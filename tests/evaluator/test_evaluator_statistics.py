@@ -152,6 +152,11 @@ def test_entropy_law_is_the_least_squares_fit():
     assert np.isclose(found.r2, np.corrcoef(np.exp(entropy), performance)[0, 1] ** 2)
 
 
+def test_two_points_explain_no_variance():
+    assert fit_entropy_law([0.1, 0.3], [0.7, 0.5]).r2 is None
+    assert fit_entropy_law([0.1, 0.3, 0.6], [0.5, 0.5, 0.5]).r2 is None
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
