@@ -27,7 +27,7 @@ FOLDER = ROOT / "build" / "sanitize"
 KERNELS = tuple(
     f"tests/backends/test_{name}.py"
     for name in (
-        *("cpu_kernels", "cpu_halves", "cpu_units", "cpu_threads"),
+        *("cpu_kernels", "cpu_halves", "cpu_narrow", "cpu_units", "cpu_threads"),
         *("above", "divergence_kernels", "float16"),
     )
 )
