@@ -75,8 +75,8 @@ def split_run(points: Sequence[Point], share: float) -> tuple[Sequence[Point], S
     number = round(share * len(points))
     if number < 3 or number == len(points):
         raise ValueError(
-            f"share={share:g} of {len(points)} points is {number}: a line with an error needs 3 "
-            "and one to predict; take another share, or a longer run"
+            f"share={share:g} of {len(points)} points is {number}: it takes 3 at least for a line "
+            "with an error, and one behind them to predict; take another share, or a longer run"
         )
     return points[:number], points[-min(number, len(points) - number) :]
 

@@ -106,8 +106,14 @@ def selection_table(rows: Sequence[dict], by: str) -> Table:
 
 
 def settings_table(config: dict) -> Table:
-    rows = [[name, short(str(value), 500)] for name, value in config.items()]
+    rows = [[name, short(_in_words(value), 500)] for name, value in config.items()]
     return Table("", ["setting", "value"], rows)
+
+
+def _in_words(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def shift_table(result: dict) -> Table:

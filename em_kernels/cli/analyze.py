@@ -65,12 +65,22 @@ def _add_tokens(kinds, add_common: AddCommon) -> None:
         "both are in memory at once; --no-drift holds one after the other",
     )
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="above 0"
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=TEMPERATURES,
+        metavar="T",
+        help=f"of the entropies, above 0 (default {' '.join(map(str, TEMPERATURES))})",
     )
-    parser.add_argument("--ratio", type=float, default=0.2, help="share of tokens that are forks")
-    parser.add_argument("--limit", type=int, help="only the first so many texts")
     parser.add_argument(
-        "--drawn-at", type=float, metavar="T", help="only answers of this temperature, 0 is greedy"
+        "--ratio", type=float, default=0.2, help="share of tokens that are forks (default 0.2)"
+    )
+    parser.add_argument("--limit", type=int, help="only the first so many texts (default all)")
+    parser.add_argument(
+        "--drawn-at",
+        type=float,
+        metavar="T",
+        help="only answers of this temperature, 0 is greedy (default all)",
     )
     parser.add_argument("--output", metavar="DIR", help="default: the evaluation's folder")
     add_flags(parser, EvalConfig, only=MODEL, defaults=MODEL)
@@ -214,7 +224,7 @@ def _add_law(kinds, add_common: AddCommon) -> None:
         "evaluation and temperature above 0; or, of a training run, accuracy or reward against "
         "mean entropy, a point for each update.",
     )
-    parser.add_argument("folders", nargs="+", help="of evaluations, or of a training run")
+    parser.add_argument("folders", nargs="+", help="of evaluations, or of training runs")
     parser.add_argument(
         "--first",
         dest="share",

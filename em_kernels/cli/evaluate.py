@@ -105,8 +105,12 @@ def _add_select(commands, add_common: AddCommon) -> None:
     parser.add_argument(
         "--folder", metavar="DIR", help="of the answers (default: beside FILE); goes on if stopped"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
-    parser.add_argument("--by", choices=list(SIGNALS), default="variance", help="what ranks")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of the sampling (default 1)"
+    )
+    parser.add_argument(
+        "--by", choices=list(SIGNALS), default="variance", help="what ranks (default variance)"
+    )
     parser.add_argument("--top", type=int, help="how many to write (default: all)")
     parser.add_argument(
         "--unlabelled", action="store_true", help="the problems have no answers; not by variance"

@@ -55,8 +55,7 @@ def _given(flag: str, value: str) -> str:
 def as_typed(text: str, arguments: argparse.Namespace) -> str:
     """The message in the flags of the command; of what a file of settings says, in those that were
     given on top of it."""
-    actions = arguments.parser._option_string_actions
-    flags = {action.dest: flag for flag, action in reversed(actions.items())}
+    flags = _flags(arguments.parser)
     if getattr(arguments, "prompt", None) is not None:  # `prompts` then are these
         flags["prompts"] = flags["prompt"]
     else:
@@ -64,6 +63,18 @@ def as_typed(text: str, arguments: argparse.Namespace) -> str:
     if text.startswith(tuple(_of_files(arguments))):
         flags = {name: f for name, f in flags.items() if getattr(arguments, name, None) is not None}
     return in_flags(text, flags, _words(arguments))
+
+
+def help_in_flags(parser: argparse.ArgumentParser) -> None:
+    """Settings are described for Python too."""
+    for action in parser._actions:
+        action.help = in_flags(action.help or "", _flags(parser)) or None
+
+
+def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """By the names of settings."""
+    actions = parser._option_string_actions
+    return {action.dest: flag for flag, action in reversed(actions.items())}
 
 
 def _of_files(arguments: argparse.Namespace) -> list[str]:

@@ -92,11 +92,13 @@ class TrainConfig(WithChat):
     """
 
     model: str | None = setting(
-        None, "a model folder or a hub name; None where a model is passed", check=path_text
+        None,
+        "a model folder or a hub name; in Python, None where a model is passed",
+        check=path_text,
     )
     output: str | None = setting(
         None,
-        "folder of the run: metrics.jsonl and checkpoints; None keeps everything in memory",
+        "folder of the run: metrics.jsonl and checkpoints; in Python, None keeps all in memory",
         check=path_text,
     )
     prompts: tuple[Prompt, ...] = setting(

@@ -22,6 +22,7 @@ from em_kernels.lm.adapters import (
 )
 from em_kernels.lm.chat import encode_prompt, warn_without_template
 from em_kernels.lm.demonstrations import EncodedDemonstrations
+from em_kernels.lm.freed_memory import give_back_freed
 from em_kernels.lm.heads import Head, ModelError, causal_lm, read_head
 from em_kernels.lm.models import (
     SHARDS,
@@ -265,6 +266,7 @@ def _prepare_to_train(config: TrainConfig, model, ranks: Ranks) -> None:
         enable_gradient_checkpointing(model)
     if config.long:
         _split_mlps(model, ranks)
+        give_back_freed()
     _check_trainable(model)
     _check_optimizer(config, ranks)
     check_shardable(model, ranks)

@@ -64,9 +64,9 @@ class SharedSettings(TrainConfig):
     )
     problems: str | tuple = rl_setting(
         (),
-        f"{FILES}, or (problem, answer) pairs; the answer may be missing (None) where the reward "
-        "does not look at it; em and opd do with `prompts` alone; sft and eaft train on a row's "
-        "worked solution, or on its chat `messages`, and of pairs on the answer",
+        f"{FILES}; in Python also (problem, answer) pairs; the answer may be missing where the "
+        "reward does not look at it; em and opd do with `prompts` alone; sft and eaft train on a "
+        "row's worked solution, or on its chat messages, and of pairs on the answer",
         metavar="FILE|PRESET",
         shown="none",
     )

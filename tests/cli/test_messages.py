@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny_qwen2
@@ -14,7 +15,8 @@ from em_kernels import cli
 from em_kernels.cli.app import _parser
 from em_kernels.cli.messages import as_typed, in_flags
 from em_kernels.lm.chat import Chat, encode_prompt
-from em_kernels.trainer import TrainConfig
+from em_kernels.lm.settings import settings_of
+from em_kernels.trainer import RLConfig, TrainConfig
 
 torch.set_num_threads(1)
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("top_p", "long", "updates", "sampler")}
@@ -90,6 +92,16 @@ def test_what_a_file_gives_keeps_its_name():
     assert shown("prompts must", "--prompt", "a") == "--prompt must"
     assert shown("prompts must", "--prompts", "a") == "--prompts must"
     assert shown("prompt must be shorter", "--problems", "a") == "prompt must be shorter"
+
+
+def test_help_names_flags(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "--gradient-checkpointing, a --micro-batch of 1" in text and "steers --repo-zeta" in text
+    for name in settings_of(RLConfig):
+        assert "_" not in name or not re.search(rf"(?<![\w-]){name}\b", text), name
 
 
 def test_errors_name_flags(model, problems, tmp_path, capsys):

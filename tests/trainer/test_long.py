@@ -16,6 +16,7 @@ from trainer_runs import run, settings, without_times
 from em_kernels import cli
 from em_kernels.lm import pieces
 from em_kernels.trainer import ModelError, TrainConfig, adamw, read_config, train
+from em_kernels.trainer import run as start
 from em_kernels.trainer.adamw import RoundingAdamW
 from em_kernels.trainer.run import start_run
 
@@ -57,13 +58,16 @@ def test_long_in_reinforcement_learning(small_pieces):
     check_same_numbers(result.metrics, expected.metrics)
 
 
-def test_long_has_one_answer_at_a_time_and_checkpoints_the_layers():
+def test_long_has_one_answer_at_a_time_and_checkpoints_the_layers(monkeypatch):
     assert TrainConfig(long=True).micro_batch == 1
     assert TrainConfig(long=True, micro_batch=4).micro_batch == 4
     assert TrainConfig(long=True, compat="official").micro_batch == 2  # the loss depends on it
     assert TrainConfig().micro_batch == 2
+    given_back = []
+    monkeypatch.setattr(start, "give_back_freed", lambda: given_back.append(True))
     state = start_run(settings(long=True), make_model(), make_tokenizer(), resume=False)
     assert any(getattr(part, "gradient_checkpointing", False) for part in state.model.modules())
+    assert given_back == [True]
 
 
 @pytest.mark.parametrize("long", [False, True])
