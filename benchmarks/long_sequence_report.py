@@ -118,7 +118,6 @@ def draw(results: Path = RESULTS, path: Path = PICTURE) -> None:
             _draw_way(axis, found, way, name, colour)
         for size in CAPS:
             axis.axhline(size, color="black", linewidth=0.7, alpha=0.5)
-            axis.text(900, size * 1.02, f"{size} GB", fontsize=8, va="bottom")
         axis.set(xscale="log", yscale="log", xlim=(860, 150_000), ylim=(3.5, 33))
         ticks = [1024 * 2**i for i in range(8)]
         axis.set_xticks(ticks, [f"{t // 1024}k" for t in ticks])

@@ -194,7 +194,7 @@ struct OneSide {
     });
   }
 
-  // `bad`: NaN throughout; `nothing`: zeros.
+  // NaN throughout if `bad`, else zeros.
   void fill(int64_t row, bool bad) const {
     if (!side.gradient) return;
     const auto plain = rows<Kind::Plain>();

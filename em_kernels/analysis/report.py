@@ -15,7 +15,7 @@ from em_kernels.analysis.page import Section, page
 from em_kernels.evaluator.records import SETTINGS, EvalError, write_json
 from em_kernels.evaluator.summary import summarise
 from em_kernels.lm.data import read_json_object
-from em_kernels.lm.text import no_folder, one_line, write_text
+from em_kernels.lm.text import check_folder, one_line, write_text
 from em_kernels.trainer.checkpoint import CONFIG_FILE
 
 REPORT = "report.html"
@@ -50,9 +50,7 @@ def write_report(folder: str | Path) -> Report:
     Raises:
         EvalError: the folder holds nothing to report.
     """
-    reason = no_folder(folder)
-    if reason:
-        raise EvalError(reason)
+    check_folder(folder, EvalError)
     folder = Path(folder)
     found = dict(_sections(folder))
     if not found:

@@ -19,7 +19,9 @@ _PLACES = (
     rf"|(?<![\w./-])(?P<told>{_WORD})=(?P<value>{_TOLD})"
     rf"|(?<![\w./'-])(?P<name>{_WORD})(?![\w/'-]|\.\w)(?:{_FLAG})?"
 )
-_FIRST = re.compile(r"\s(must|is for|cannot change|cannot be)\b|:\s")
+_RULE = r"\s(?:must|is for|cannot change|cannot be)\b"
+_FIRST = re.compile(rf"{_RULE}|:\s")
+_TYPED = rf"(?![\w=])(?!{_RULE})"  # else it is the setting of that name
 
 
 def in_flags(text: str, flags: Mapping[str, str], typed: Iterable[str] = ()) -> str:
@@ -29,7 +31,9 @@ def in_flags(text: str, flags: Mapping[str, str], typed: Iterable[str] = ()) -> 
     begins a sentence about what it must be; other words, what is quoted, and values that were
     `typed` (a folder may be called as a setting is) stay as they are.
     """
-    own = "".join(rf"(?<![\w-]){re.escape(value)}(?!\w)|" for value in sorted(typed, reverse=True))
+    own = "".join(
+        rf"(?<![\w-]){re.escape(value)}{_TYPED}|" for value in sorted(typed, reverse=True)
+    )
 
     def replaced(found: re.Match[str]) -> str:
         name = found["marked"] or found["told"] or found["name"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from em_kernels.lm.data import PLACE, is_count, is_number, json_rows, read_json_object
-from em_kernels.lm.text import UTF8, no_folder, text_digest, write_text
+from em_kernels.lm.text import UTF8, check_folder, text_digest, write_text
 
 Kept = TypeVar("Kept")
 SETTINGS, RECORDS, SUMMARY = "eval.json", "records.jsonl", "summary.json"
@@ -35,9 +35,7 @@ def read_settings(folder: str | Path) -> dict:
         EvalError: there is none, or it is not as an evaluation writes it.
     """
     path = Path(folder) / SETTINGS
-    reason = no_folder(folder)
-    if reason:
-        raise EvalError(reason)
+    check_folder(folder, EvalError)
     if not path.is_file():
         raise EvalError(f"{folder} is not an evaluation: it has no {SETTINGS}")
     try:

@@ -7,10 +7,11 @@ The gradient of a chunk takes the place of its logits: float32 logits of 16-bit 
 narrowed there where the backend can, and the products read it from there. Where it makes fewer
 chunks (`chunking`), the narrow gradient of a chunk of `loss` has memory of its own, and the logits
 of some of its rows at a time lie where dW will be. dW and db are summed over chunks in float32
-(float64 for float64) and rounded once; the terms of both are the gradient rounded to the dtype of
-`hidden`. A backward pass of several chunks has blocks of the vocabulary outermost where that pays,
-and sums dX instead: `vocab_blocks`. So has the forward pass of a backend that goes through rows in
-parts: `vocab_forward`.
+(float64 for float64) and rounded once; the terms of dW are the gradient rounded to the dtype of
+`hidden`, and so are those of db where the gradient is narrowed (`plan.with_terms`). A backward pass
+of several chunks has blocks of the vocabulary outermost where that pays, and sums dX instead:
+`vocab_blocks`. So has the forward pass of a backend that goes through rows in parts:
+`vocab_forward`.
 
 The backward pass multiplies logits in the same pieces as the forward pass, since a matrix library
 gives the same bits only for the same shapes: the maximum of a row must be found again to the last

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_kernels.backends.interface import Argument, Backend, accumulate_dtype
+from em_kernels.backends.interface import Argument, Backend, RowSpec, accumulate_dtype
 from em_kernels.linear import products
 from em_kernels.linear.chunking import (
     GRADIENT_BYTES,
@@ -251,6 +252,19 @@ def _single_in_place(
 def _sums_weight(needs: Needs, backend: Backend) -> bool:
     """Ranks of a group may not all need dW, and chunk alike."""
     return needs.weight or backend.sums_weight
+
+
+def with_terms(backend: Backend, heads: Sequence[tuple[Linear, RowSpec]]) -> Backend:
+    """One that narrows no gradient whose terms are summed further, on a CPU: db and the gradients
+    of low-rank factors are sums of as wide ones as there are. In a group none is, since its ranks
+    chunk alike."""
+    further = any(spec.bias is not None or linear.low.x is not None for linear, spec in heads)
+    further = further or backend.widest_shard is not None
+    if products.is_gpu(heads[0][0].hidden) or not (backend.narrows and further):
+        return backend
+    wide = copy(backend)
+    wide.narrows = False
+    return wide
 
 
 def bytes_per_logit(linear: Linear, backend: Backend) -> int:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
+from em_kernels.lm.text import check_can_be_folder
+
 LOCK = ".lock"
 _HELD: set[tuple[int, str]] = set()  # (process, file): a fork has the parent's, and its own number
 
@@ -91,8 +93,7 @@ def held(folder: str | Path, doing: str, name: str = LOCK) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, and must be a folder or not there yet")
+    check_can_be_folder(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,17 +24,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_can_be_file(path: Path) -> None:
-    """Raise where `write_text` could not rename to it, before the work that is to be written."""
+    """Raise where `write_text` would find a folder, or a file above: before what is to be written
+    is made."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, and must be a file or not there yet")
+    check_can_be_folder(path.parent)
 
 
-def no_folder(path: str | Path) -> str | None:
-    """Why there is no folder; None where there is one."""
-    if Path(path).is_dir():
-        return None
-    there = Path(path).exists()
-    return f"{path} is a file, and must be a folder" if there else f"no such folder: {path}"
+def check_can_be_folder(path: Path) -> None:
+    """Raise where it is a file, or below one."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        rule = "a folder or not there yet" if there == path else "a folder"
+        raise NotADirectoryError(f"{there} is a file, and must be {rule}")
+
+
+def check_folder(path: str | Path, kind: type[Exception] = FileNotFoundError) -> None:
+    """Raise a `kind` where there is no folder."""
+    if not Path(path).is_dir():
+        there = Path(path).exists()
+        raise kind(
+            f"{path} is a file, and must be a folder" if there else f"no such folder: {path}"
+        )
 
 
 def repair_lines(path: Path) -> None:

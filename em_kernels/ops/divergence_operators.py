@@ -14,7 +14,7 @@ from em_kernels.backends.pair import OtherSpec, PairOut, PairSaved, PairWeights,
 from em_kernels.backends.specs import as_rows
 from em_kernels.linear import pairs
 from em_kernels.linear.half import ready_dtype
-from em_kernels.linear.plan import Linear, Needs, OtherNeeds, default_logits_dtype
+from em_kernels.linear.plan import Linear, Needs, OtherNeeds, default_logits_dtype, with_terms
 from em_kernels.ops.registry import Operator, define
 from em_kernels.ops.schemas import (
     DivergenceGrad,
@@ -102,7 +102,7 @@ def _serve_heads(call: _OfHidden, check: bool = True) -> tuple[Backend, pairs.He
         pairs.Head(Linear.of(own, call.weight, call.chunk_tokens, dtype), spec),
         pairs.Head(Linear.of(its, call.other_weight, call.chunk_tokens, dtype), other),
     )
-    return backend, heads
+    return with_terms(backend, heads), heads
 
 
 def logits_dtype(own: Tensor, other: Tensor, asked: torch.dtype | None) -> torch.dtype:

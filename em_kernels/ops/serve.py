@@ -23,7 +23,7 @@ from em_kernels.backends.interface import (
 from em_kernels.backends.specs import flatten_spec, has_support
 from em_kernels.backends.support import Support
 from em_kernels.backends.vocab_parallel import VocabParallel
-from em_kernels.linear.plan import Linear, Needs
+from em_kernels.linear.plan import Linear, Needs, with_terms
 from em_kernels.ops import truncate
 from em_kernels.ops.schemas import (
     LinearGrad,
@@ -46,7 +46,8 @@ def serve_linear(
     vocab, options = call.weight.shape[0], (*options, chunk, dtype, call.weight.dtype, low)
     given = (outputs, options, check, None, True, getattr(call, "needs", Needs()).weight)
     module, spec = serve(call.impl, call.hidden, vocab, call.spec, *given)
-    return module, spec, Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
+    linear = Linear.of(call.hidden, call.weight, chunk, dtype, call.low)
+    return with_terms(module, [(linear, spec)]), spec, linear
 
 
 def serve(

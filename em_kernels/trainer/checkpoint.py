@@ -35,7 +35,7 @@ from em_kernels.lm.models import (
     weights_in_parts,
 )
 from em_kernels.lm.ranks import RankError, Ranks
-from em_kernels.lm.text import no_folder, one_line, repair_lines, write_text
+from em_kernels.lm.text import check_folder, one_line, repair_lines, write_text
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.rl_config import RLConfig
 from em_kernels.trainer.state import CheckpointError, cause, load_weights_from_parts
@@ -127,13 +127,6 @@ def merge_checkpoint(
         model, tokenizer = load_model(str(checkpoint), "cpu", trust_remote_code=trust_remote_code)
     write_published(merged_copy(model) if is_adapted(model) else model, tokenizer, output, False)
     return output
-
-
-def check_folder(folder: str | Path) -> None:
-    """Raise a FileNotFoundError where there is none."""
-    reason = no_folder(folder)
-    if reason:
-        raise FileNotFoundError(reason)
 
 
 def check_free(folder: Path) -> None:

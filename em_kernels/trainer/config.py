@@ -204,7 +204,7 @@ class TrainConfig(WithChat):
     stop_entropy: float | None = setting(
         None,
         "end once the mean entropy is below this (nats) in stop_patience updates in a row",
-        check=positive,
+        check=not_negative,
         shown="never",
     )
     stop_skew: float | None = setting(

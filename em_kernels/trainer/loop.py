@@ -17,7 +17,7 @@ from em_kernels.lm.progress import Progress
 from em_kernels.lm.random_state import seeded
 from em_kernels.lm.ranks import Ranks, joined_ranks
 from em_kernels.lm.rollout import cut_message, end_tokens
-from em_kernels.trainer.checkpoint import check_folder
+from em_kernels.lm.text import check_folder
 from em_kernels.trainer.config import TrainConfig
 from em_kernels.trainer.demonstration_update import DemonstrationUpdate
 from em_kernels.trainer.distillation import DistillationUpdate

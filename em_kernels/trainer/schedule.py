@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from em_kernels.lm.settings import check_choice
+from em_kernels.lm.settings import check_choice, not_negative
 from em_kernels.objectives.bonus import next_entropy_coef
 from em_kernels.objectives.repo import next_zeta
 
@@ -18,7 +18,8 @@ DEMONSTRATED = ("sft", "eaft")
 WITHOUT_REWARDS = ("em", "opd", *DEMONSTRATED)
 """Objectives that look at the tokens of the answers alone."""
 _STAGE = re.compile(
-    r"(?P<names>[^:@\s]+)(?::(?P<updates>\d+))?(?:@(?P<rate>[0-9.]+(?:e[-+]?\d+)?))?"
+    r"(?P<names>[^:@\s]+)(?::(?P<updates>[0-9]{1,9}))?"
+    r"(?:@(?P<rate>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?))?"
 )
 
 
@@ -85,7 +86,10 @@ def _stage(part: str, last: bool, left: int, known: Sequence[str]) -> Stage:
     updates = left if match["updates"] is None else int(match["updates"])
     if updates < 1:
         raise ValueError(f"a stage must have 1 update or more, got {part!r} ({updates})")
-    return Stage(names, updates, float(match["rate"]) if match["rate"] else None)
+    rate = None if match["rate"] is None else float(match["rate"])
+    if rate is not None:
+        not_negative("a learning rate", rate)
+    return Stage(names, updates, rate)
 
 
 def _split_names(text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -76,6 +76,10 @@ def test_what_was_typed_stays_as_it_is(words, text):
 def test_what_was_typed_hides_no_other_setting():
     arguments = _parser().parse_args(["train", "--output", "top", "--model", "p", "--top-k", "0"])
     assert as_typed("top_p of top, p: top_k", arguments) == "--top-p of top, p: --top-k"
+    arguments = _parser().parse_args(["train", "--output", "top_p", "--ppl-label", "sampler"])
+    text = "top_p must be 1: top_p is for sampler='vllm', `sampler`"
+    shown = "--top-p must be 1: --top-p is for --sampler vllm, --sampler"
+    assert as_typed(text, arguments) == shown
 
 
 def test_what_a_file_gives_keeps_its_name():
@@ -115,7 +119,14 @@ def test_errors_name_flags(model, problems, tmp_path, capsys):
         ([*grpo, "--schedule", "em:1,grop"], "--schedule: an objective must be one of"),
         ([*grpo, "--schedule", "em:1,grop"], "got 'grop'; did you mean grpo?"),
         ([*grpo, "--schedule", "em:5", "--updates", "3"], "--schedule: 'em:5' has 5 updates in"),
-        ([*train, "--stop-entropy", "-1"], "--stop-entropy must be positive"),
+        (
+            [*grpo, "--schedule", "em@1e999"],
+            "--schedule: a learning rate must be 0 or more and fin",
+        ),
+        ([*grpo, "--schedule", "em@1.2.3"], "--schedule: expected NAME[:UPDATES][@"),
+        ([*train, "--stop-entropy", "-1"], "--stop-entropy must be 0 or more"),
+        ([*asked, "--json", problems / "x.json"], "p.jsonl is a file, and must be a folder"),
+        ([*asked, "--output", problems / "x"], "p.jsonl is a file, and must be a folder"),
         ([*train, "--prompts", "gone.txt"], "no such file or folder: gone.txt"),
         ([*grpo, "--answer-field", "q", "--group-size", "2"], "in 'q' (--answer-field)"),
         ([*asked, "--problem-field", "q"], "--problem-field names the one to take"),

@@ -8,7 +8,6 @@ from helpers import IMPLS, ON_CPU, error, make_linear, random_target, random_ups
 from em_kernels import linear_softmax_stats
 from em_kernels.backends.choice import backend
 from em_kernels.backends.interface import RowSpec, Saved, Upstream
-from em_kernels.backends.reference import Reference
 from em_kernels.linear import chunks, products, vocab_blocks
 from em_kernels.linear.chunking import column_blocks
 from em_kernels.linear.chunks import Linear, Needs
@@ -134,11 +133,12 @@ def test_logits_are_multiplied_again_in_the_same_pieces(pieces, blocks, chunk, v
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("on_gpu", (False, True), ids=("cpu", "gpu"))
 @pytest.mark.parametrize("narrows", (False, True), ids=("wide", "narrow"))
+@pytest.mark.parametrize("impl", FAST)
 def test_and_so_they_are_where_rows_are_outermost(
-    pieces, monkeypatch, frozen, eps, dtype, on_gpu, narrows
+    pieces, monkeypatch, frozen, eps, dtype, on_gpu, narrows, impl
 ):
     """The float32 logits of a backend that cannot narrow them have a cast beside them."""
-    monkeypatch.setattr(Reference, "narrows", narrows)
+    monkeypatch.setattr(type(backend(impl, torch.device("cpu"))), "narrows", narrows)
     if on_gpu:
         play_gpu(monkeypatch)
     hidden, weight, _ = leaves(dtype, n=40)
@@ -147,7 +147,7 @@ def test_and_so_they_are_where_rows_are_outermost(
     for name in ("GPU_WORKSPACE_BYTES", "CPU_WORKSPACE_BYTES"):
         monkeypatch.setattr(f"em_kernels.linear.chunking.{name}", 4 * 24 * 304)
     monkeypatch.setattr("em_kernels.linear.chunking.CPU_TILE_ROWS", 1)
-    options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl="reference")
+    options = dict(filter_eps=eps, logits_dtype=torch.float32, keep_logits=0, impl=impl)
     stats = linear_softmax_stats(hidden, weight, outputs=("entropy", "lse"), **options)
     forward = sorted(pieces)
     pieces.clear()
