@@ -163,7 +163,7 @@ def two_shards(monkeypatch):
     monkeypatch.setattr(vocab_parallel, "gather", lambda own, group: torch.stack([own, own]))
 
     def make(backend, vocab):
-        shards = vocab_parallel.Shards(None, 0, [vocab, 2 * vocab], vocab)
+        shards = vocab_parallel.Shards(None, 0, [vocab, 2 * vocab], vocab, True)
         return vocab_parallel.VocabParallel(backend, shards)
 
     return make
