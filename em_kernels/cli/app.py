@@ -20,7 +20,7 @@ import torch
 
 import em_kernels
 from em_kernels.cli.evaluate import add_commands
-from em_kernels.cli.messages import as_typed, help_in_flags
+from em_kernels.cli.messages import as_typed
 from em_kernels.cli.options import quiet_transformers
 from em_kernels.cli.parser import FAILED, Parser, short_warnings
 from em_kernels.lm.lock import InUseError
@@ -119,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser, command) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.set_defaults(command=command, parser=parser)
-    help_in_flags(parser)
 
 
 def _add_train(commands) -> None:

@@ -71,8 +71,9 @@ def as_typed(text: str, arguments: argparse.Namespace) -> str:
 
 def help_in_flags(parser: argparse.ArgumentParser) -> None:
     """Settings are described for Python too."""
+    flags = _flags(parser)
     for action in parser._actions:
-        action.help = in_flags(action.help or "", _flags(parser)) or None
+        action.help = in_flags(action.help or "", flags) or None
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from em_kernels.cli.messages import help_in_flags
 from em_kernels.lm.text import did_you_mean, one_line
 
 FAILED = 2
@@ -24,6 +25,10 @@ class Parser(argparse.ArgumentParser):
         print(f"em-kernels: error: {message}", file=sys.stderr)
         print(f"usage: {self.prog} --help shows how it is used", file=sys.stderr)
         raise SystemExit(FAILED)
+
+    def format_help(self) -> str:
+        help_in_flags(self)
+        return super().format_help()
 
     def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
         """What no flag and no argument of the command is."""
